@@ -1,0 +1,138 @@
+"""Attention over whole sequences: one signature, a jnp reference (`xla`) and faster back ends.
+
+B batch, T query time, S key time, N query heads, K key/value heads, G = N / K, H head dim.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Backend = Literal["xla", "chunked", "cudnn"]
+
+# Large and finite: a row without any visible key stays finite, and its output is masked by whoever uses it.
+MASKED = -1e30
+QUERY_CHUNK = 512
+
+
+def check(backend: Backend, *, dtype: jnp.dtype, head_dim: int, alibi: bool = False) -> None:
+    """Raises ValueError naming what `backend` cannot do; a back end never falls back to another silently."""
+    if backend not in ("xla", "chunked", "cudnn"):
+        raise ValueError(f"unknown attention back end {backend!r}; known: xla, chunked, cudnn")
+    if backend != "cudnn":
+        return
+    limits = {
+        f"dtype {jnp.dtype(dtype).name} (bfloat16 or float16 only)": dtype not in (jnp.bfloat16, jnp.float16),
+        f"head_dim {head_dim} (a multiple of 8 up to 256 only)": bool(head_dim % 8) or head_dim > 256,
+        "ALiBi slopes": alibi,
+        f"the {jax.default_backend()} platform (NVIDIA GPUs only)": jax.default_backend() != "gpu",
+    }
+    found = [limit for limit, holds in limits.items() if holds]
+    if found:
+        raise ValueError(f"attention back end 'cudnn' cannot do {'; '.join(found)}. Use attention='chunked' or 'xla'.")
+
+
+def visible(
+    *,
+    q_positions_BT: jax.Array,
+    k_positions_BS: jax.Array,
+    q_segments_BT: jax.Array | None,
+    k_segments_BS: jax.Array | None,
+    causal: bool,
+    window: int | None,
+) -> jax.Array:
+    """Returns the boolean mask `[B, T, S]` of the keys that each query may see; segment 0 is padding."""
+    distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
+    mask_BTS = jnp.ones(distance_BTS.shape, bool)
+    if causal:
+        mask_BTS &= distance_BTS >= 0
+    if window is not None:
+        mask_BTS &= distance_BTS < window
+    if k_segments_BS is not None:
+        mask_BTS &= k_segments_BS[:, None, :] != 0
+        if q_segments_BT is not None:
+            mask_BTS &= q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
+    return mask_BTS
+
+
+def _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, scale):
+    """softmax(scale * q k^T + bias) v as two batched matrix products per key/value head, softmax in float32."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    G = N // K
+    q_BKQH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+    logits = jnp.einsum("bkqh,bksh->bkqs", q_BKQH, k_BKSH, preferred_element_type=jnp.float32)
+    logits = logits.reshape(B, K, G, T, S) * scale
+    if bias_BNTS is not None:
+        logits += bias_BNTS.reshape(B, K, G, T, S)
+    logits = jnp.where(mask_BTS[:, None, None], logits, MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v_BSKH.dtype).reshape(B, K, G * T, S)
+    out_BKQH = jnp.einsum("bkqs,bksh->bkqh", weights, v_BKSH)
+    return out_BKQH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _alibi(slopes_N, q_positions_BT, k_positions_BS):
+    distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
+    return -slopes_N[None, :, None, None] * distance_BTS[:, None].astype(jnp.float32)
+
+
+def _chunked(attend, q_BTNH, q_positions_BT, q_segments_BT):
+    """Runs `attend` on chunks of queries, recomputed in the backward pass: memory grows with T, not with T * S."""
+    T = q_BTNH.shape[1]
+    if T <= QUERY_CHUNK:
+        return attend(q_BTNH, q_positions_BT, q_segments_BT)
+    padding = -T % QUERY_CHUNK
+
+    def chunks(x):
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, QUERY_CHUNK, *x.shape[2:]), 1, 0)
+
+    rows = jax.tree.map(chunks, (q_BTNH, q_positions_BT, q_segments_BT))
+    out = jax.lax.map(lambda row: jax.checkpoint(attend)(*row), rows)
+    return jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape[0], -1, *q_BTNH.shape[2:])[:, :T]
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    q_positions_BT: jax.Array,
+    k_positions_BS: jax.Array,
+    q_segments_BT: jax.Array | None = None,
+    k_segments_BS: jax.Array | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    alibi_slopes_N: jax.Array | None = None,
+    scale: float | None = None,
+    backend: Backend = "xla",
+) -> jax.Array:
+    """Returns attention outputs `[B, T, N, H]`; query head n reads key/value head n // G.
+
+    Positions are absolute within their segment. A key is visible to a query when it is not later (causal), nearer than
+    `window`, and of the same non-zero segment. `scale` defaults to H^-0.5. Raises ValueError when `backend` cannot
+    serve the arguments.
+    """
+    assert q_BTNH.shape[2] % k_BSKH.shape[2] == 0, (q_BTNH.shape, k_BSKH.shape)
+    check(backend, dtype=q_BTNH.dtype, head_dim=q_BTNH.shape[-1], alibi=alibi_slopes_N is not None)
+    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    mask = functools.partial(
+        visible, k_positions_BS=k_positions_BS, k_segments_BS=k_segments_BS, causal=causal, window=window
+    )
+
+    def attend(q_BTNH, q_positions_BT, q_segments_BT):
+        mask_BTS = mask(q_positions_BT=q_positions_BT, q_segments_BT=q_segments_BT)
+        bias = None if alibi_slopes_N is None else _alibi(alibi_slopes_N, q_positions_BT, k_positions_BS)
+        return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias, scale)
+
+    with jax.named_scope("attention"):
+        if backend == "xla":
+            return attend(q_BTNH, q_positions_BT, q_segments_BT)
+        if backend == "chunked":
+            return _chunked(attend, q_BTNH, q_positions_BT, q_segments_BT)
+        mask_BTS = mask(q_positions_BT=q_positions_BT, q_segments_BT=q_segments_BT)
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale, implementation="cudnn"
+        )

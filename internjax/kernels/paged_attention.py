@@ -1,0 +1,57 @@
+"""Attention of queries over a paged key/value cache: arrays only.
+
+B batch, T query time, N query heads, K key/value heads, H head dim, L layers, P pages, S slots of a page, M pages of a
+row. A dense cache is the case M = 1: every row owns one page as long as the longest sequence.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from internjax.kernels.attention import attention
+
+
+def gather_pages(pages_LPS: jax.Array, layer: jax.Array, page_table_BM: jax.Array) -> jax.Array:
+    """Returns the slots of every row's pages in one layer, `[B, M * S, ...]`; unmapped pages (id >= P) read as 0."""
+    rows = pages_LPS.at[layer, page_table_BM].get(mode="fill", fill_value=0)
+    B, M, S = rows.shape[:3]
+    return rows.reshape(B, M * S, *rows.shape[3:])
+
+
+def dequantize_kv(values: jax.Array, scales: jax.Array, zeros: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns (values - zero) * scale per token and head: values `[..., H]`, scales and zeros `[...]`."""
+    return ((values.astype(jnp.float32) - zeros[..., None]) * scales[..., None]).astype(dtype)
+
+
+def paged_attention(
+    q_BTNH: jax.Array,
+    k_LPSKH: jax.Array,
+    v_LPSKH: jax.Array,
+    *,
+    layer: jax.Array,
+    page_table_BM: jax.Array,
+    q_positions_BT: jax.Array,
+    k_scales: jax.Array | None = None,
+    k_zeros: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
+    v_zeros: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """Returns causal attention outputs `[B, T, N, H]` over the slots of each row's pages.
+
+    Slot i of a row (page i // S of its table, slot i % S) holds the key of absolute position i, so causality alone
+    hides what was not written yet. With scales and zeros `[L, P, S, K]` the pages hold 8-bit values.
+    """
+
+    def read(pages, scales, zeros):
+        values = gather_pages(pages, layer, page_table_BM)
+        if scales is None:
+            return values.astype(q_BTNH.dtype)
+        scales, zeros = (gather_pages(x, layer, page_table_BM) for x in (scales, zeros))
+        return dequantize_kv(values, scales, zeros, q_BTNH.dtype)
+
+    with jax.named_scope("paged_attention"):
+        k_BSKH, v_BSKH = read(k_LPSKH, k_scales, k_zeros), read(v_LPSKH, v_scales, v_zeros)
+        k_positions_BS = jnp.broadcast_to(jnp.arange(k_BSKH.shape[1], dtype=jnp.int32), k_BSKH.shape[:2])
+        return attention(
+            q_BTNH, k_BSKH, v_BSKH, q_positions_BT=q_positions_BT, k_positions_BS=k_positions_BS, scale=scale
+        )

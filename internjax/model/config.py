@@ -1,0 +1,177 @@
+"""ModelConfig: the numbers that define a decoder, and the published InternLM2 sizes."""
+
+import dataclasses
+from typing import Any, Literal
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NoScaling:
+    """Rotary frequencies as trained, at every length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearScaling:
+    """Positions are divided by `factor`."""
+
+    factor: float = 1.0
+
+    def __post_init__(self):
+        _check_factor(self.factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicNTK:
+    """The rotary base grows with the sequence length beyond max_position_embeddings; no effect below it."""
+
+    factor: float = 1.0
+
+    def __post_init__(self):
+        _check_factor(self.factor)
+
+
+def _check_factor(factor: float) -> None:
+    if not factor >= 1.0:
+        raise ValueError(f"rotary scaling factor must be a number >= 1.0, given {factor!r}")
+
+
+RopeScaling = NoScaling | LinearScaling | DynamicNTK
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A pre-norm decoder with grouped-query attention, rotary positions, RMSNorm and SwiGLU."""
+
+    vocab_size: int
+    """Rows of the embedding table, special tokens included."""
+    d_model: int
+    """Width of the residual stream."""
+    num_layers: int
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """Key/value heads; query head h reads key/value head h // (num_heads / num_kv_heads)."""
+    head_dim: int
+    ffn_dim: int
+    """Width of the gated feed-forward layer."""
+    max_position_embeddings: int = 32768
+    """Length the model was trained for: where dynamic NTK scaling starts. Not a buffer size."""
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    rope_scaling: RopeScaling = NoScaling()
+    tie_embeddings: bool = False
+    """The output head is the transposed embedding table."""
+    norm_head: bool = False
+    """Each vocabulary row of the output head is L2-normalised in the forward pass (InternLM2-1.8B pre-training)."""
+    head: Literal["lm", "scalar"] = "lm"
+    """lm: one logit per vocabulary entry. scalar: one score per position (reward model, critic)."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights; attention output and ffn down are divided by sqrt(2 * (layer + 1))."""
+    dtype: DType = "bfloat16"
+    """Computation."""
+    param_dtype: DType = "float32"
+    """Stored parameters."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes per layer: nothing, all but matrix products, everything."""
+    unroll_layers: int = 1
+    """Layers per iteration of the compiled layer loop."""
+    attention: Literal["xla", "chunked", "cudnn"] = "xla"
+    """Attention back end of full sequences; see internjax.kernels.attention."""
+
+    def __post_init__(self):
+        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, given {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}: "
+                "every key/value head serves equally many query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, given {self.head_dim}")
+        if not 1 <= self.unroll_layers <= self.num_layers:
+            raise ValueError(f"unroll_layers must be in 1..{self.num_layers} (num_layers), given {self.unroll_layers}")
+        if self.tie_embeddings and (self.norm_head or self.head == "scalar"):
+            raise ValueError("tie_embeddings works with a plain lm head only: unset norm_head and use head='lm'")
+        if self.norm_head and self.head == "scalar":
+            raise ValueError("norm_head normalises vocabulary rows and has no meaning with head='scalar'")
+
+
+def _parameters_per_layer(config: ModelConfig) -> tuple[int, int]:
+    """Returns (matrix parameters, norm parameters) of one layer."""
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return config.d_model * (2 * query + 2 * key + 3 * config.ffn_dim), 2 * config.d_model
+
+
+def num_params(config: ModelConfig) -> int:
+    """Returns the exact number of parameters."""
+    head = 0 if config.tie_embeddings else config.d_model * (config.vocab_size if config.head == "lm" else 1)
+    layers = config.num_layers * sum(_parameters_per_layer(config))
+    return config.vocab_size * config.d_model + layers + config.d_model + head
+
+
+def num_matmul_params(config: ModelConfig) -> int:
+    """Returns the parameters that take part in matrix products: layers and output head, no norms, no embedding table.
+
+    This is the N of the 6 N FLOPs-per-token formula.
+    """
+    head = config.d_model * (config.vocab_size if config.head == "lm" else 1)
+    return config.num_layers * _parameters_per_layer(config)[0] + head
+
+
+_SCALINGS = {"none": NoScaling, "linear": LinearScaling, "dynamic": DynamicNTK}
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """Returns the config as plain JSON values; `from_json` is its inverse."""
+    values = dataclasses.asdict(config)
+    name = next(name for name, kind in _SCALINGS.items() if isinstance(config.rope_scaling, kind))
+    return values | {"rope_scaling": {"type": name} | values["rope_scaling"]}
+
+
+def from_json(values: dict[str, Any]) -> ModelConfig:
+    """Returns the config of `values`; raises ValueError naming unknown or missing fields."""
+    fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    unknown = sorted(set(values) - set(fields))
+    missing = sorted(n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING)
+    if unknown or missing:
+        raise ValueError(f"model config has unknown fields {unknown} and lacks {missing}; known: {', '.join(fields)}")
+    scaling = dict(values.get("rope_scaling", {"type": "none"}))
+    kind = scaling.pop("type", None)
+    if kind not in _SCALINGS:
+        raise ValueError(f"rope_scaling.type must be one of {', '.join(_SCALINGS)}, given {kind!r}")
+    return ModelConfig(**(values | {"rope_scaling": _SCALINGS[kind](**scaling)}))
+
+
+# The tiny chain's model: InternLM2's architecture at a size that a laptop CPU trains in minutes. Its vocabulary is
+# replaced by the size of the tokenizer that the chain trains.
+TINY = ModelConfig(
+    vocab_size=2048,
+    d_model=192,
+    num_layers=4,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=32,
+    ffn_dim=512,
+    max_position_embeddings=1024,
+    rope_theta=10_000.0,
+    dtype="float32",
+)
+
+# InternLM2 technical report (arXiv:2403.17297), table 3, with the released Hugging Face configurations. The scaling
+# factor of the 20B comes from a published derivative of chat-20b.
+INTERNLM2_1_8B = ModelConfig(
+    vocab_size=92544,
+    d_model=2048,
+    num_layers=24,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    ffn_dim=8192,
+    rope_scaling=DynamicNTK(2.0),
+)
+INTERNLM2_7B = dataclasses.replace(INTERNLM2_1_8B, d_model=4096, num_layers=32, num_heads=32, ffn_dim=14336)
+INTERNLM2_20B = dataclasses.replace(
+    INTERNLM2_1_8B, d_model=6144, num_layers=48, num_heads=48, ffn_dim=16384, rope_scaling=DynamicNTK(3.0)
+)

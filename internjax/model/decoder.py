@@ -1,0 +1,346 @@
+"""The decoder: one definition for training, scoring, rollouts, decoding and serving, as pure functions of a tree.
+
+    params = init(config, jax.random.key(0))
+    logits_BTV = logits(params, tokens_BT, config=config)
+
+B batch, T time, D embed, N query heads, K key/value heads, H head dim, F frequencies (H / 2), V vocabulary, L layers.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from internjax.kernels.attention import attention
+from internjax.kernels.paged_attention import paged_attention
+from internjax.model import rope
+from internjax.model.cache import KVCache, write
+from internjax.model.config import ModelConfig
+from internjax.model.lora import Lora
+from internjax.model.quantize import QuantArray, matmul
+from internjax.sharding import constrain
+
+
+class Linear(nn.Module):
+    """x W (+ adapter). Reads its kernel as a variable, so that a QuantArray may stand in its place."""
+
+    features: int
+    axes: tuple[str, str]
+    config: ModelConfig
+    lora_scale: float = 0.0
+    lora_dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.is_initializing():
+            kernel_init = nn.with_logical_partitioning(nn.initializers.normal(self.config.initializer_range), self.axes)
+            shape = (x.shape[-1], self.features)
+            kernel = self.param("kernel", kernel_init, shape, jnp.dtype(self.config.param_dtype))
+        else:
+            kernel = self.get_variable("params", "kernel")
+        y = matmul(x, kernel)
+        if self.has_variable("lora", "a"):
+            a, b = (self.get_variable("lora", name).astype(x.dtype) for name in ("a", "b"))
+            if self.lora_dropout and self.has_rng("dropout"):
+                x = nn.Dropout(self.lora_dropout, deterministic=False)(x)
+            y += self.lora_scale * ((x @ a) @ b)
+        return y
+
+
+class Norm(nn.Module):
+    """RMSNorm: x / sqrt(mean(x^2) + eps), in float32, cast back, times the scale."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", scale_init, (x.shape[-1],), jnp.dtype(self.config.param_dtype))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.config.norm_eps)
+        return x32.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Inputs(NamedTuple):
+    """What every layer sees besides the residual stream."""
+
+    positions_BT: jax.Array
+    segments_BT: jax.Array
+    rotation: rope.Rotation
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention; with a cache, keys and values are written first and read back."""
+
+    config: ModelConfig
+    linear: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x_BTD, cache: KVCache | None, layer, inputs: Inputs):
+        config, B, T = self.config, *x_BTD.shape[:2]
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+
+        def project(name, num_heads, axis):
+            y = self.linear(num_heads * config.head_dim, axes=("embed", axis), name=name)(x_BTD)
+            y = y.reshape(B, T, num_heads, config.head_dim)
+            return constrain(y, ("batch", "sequence", f"act_{axis}", None))
+
+        q_BTNH = rope.rotate(project("query", heads, "heads"), inputs.rotation)
+        k_BTKH = rope.rotate(project("key", kv_heads, "kv_heads"), inputs.rotation)
+        v_BTKH = project("value", kv_heads, "kv_heads")
+        if cache is None:
+            out_BTNH = attention(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                q_positions_BT=inputs.positions_BT,
+                k_positions_BS=inputs.positions_BT,
+                q_segments_BT=inputs.segments_BT,
+                k_segments_BS=inputs.segments_BT,
+                backend=config.attention,
+            )
+        else:
+            valid_BT = inputs.segments_BT != 0
+            cache = write(cache, layer, k_BTKH, v_BTKH, positions_BT=inputs.positions_BT, valid_BT=valid_BT)
+            out_BTNH = paged_attention(
+                q_BTNH,
+                cache.k_LPSKH,
+                cache.v_LPSKH,
+                layer=layer,
+                page_table_BM=cache.page_table_BM,
+                q_positions_BT=inputs.positions_BT,
+                k_scales=cache.k_scales_LPSK,
+                k_zeros=cache.k_zeros_LPSK,
+                v_scales=cache.v_scales_LPSK,
+                v_zeros=cache.v_zeros_LPSK,
+            )
+        out = self.linear(config.d_model, axes=("heads", "embed"), name="output")(out_BTNH.reshape(B, T, -1))
+        return out, cache
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    config: ModelConfig
+    linear: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        gate = self.linear(self.config.ffn_dim, axes=("embed", "ffn"), name="gate")(x_BTD)
+        up = self.linear(self.config.ffn_dim, axes=("embed", "ffn"), name="up")(x_BTD)
+        hidden = constrain(nn.silu(gate) * up, ("batch", "sequence", "act_ffn"))
+        return self.linear(self.config.d_model, axes=("ffn", "embed"), name="down")(hidden)
+
+
+class Block(nn.Module):
+    """One layer: h + attention(norm(h)), then h + ffn(norm(h)). The cache rides along in the carry."""
+
+    config: ModelConfig
+    linear: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, carry, layer, inputs: Inputs):
+        x_BTD, cache = carry
+        normed = Norm(self.config, name="attention_norm")(x_BTD)
+        mixed, cache = Attention(self.config, self.linear, name="attention")(normed, cache, layer, inputs)
+        x_BTD = constrain(x_BTD + mixed, ("batch", "sequence", "act_embed"))
+        normed = Norm(self.config, name="ffn_norm")(x_BTD)
+        x_BTD += FeedForward(self.config, self.linear, name="ffn")(normed)
+        return (constrain(x_BTD, ("batch", "sequence", "act_embed")), cache), None
+
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Decoder(nn.Module):
+    """Embedding, scanned layers, final norm, head. Use the functions below, not this class."""
+
+    config: ModelConfig
+    lora_scale: float = 0.0
+    lora_dropout: float = 0.0
+
+    def setup(self):
+        config = self.config
+        linear = functools.partial(Linear, config=config, lora_scale=self.lora_scale, lora_dropout=self.lora_dropout)
+        block = Block
+        if config.remat != "none":
+            block = nn.remat(Block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=config.num_layers,
+            unroll=config.unroll_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config, linear)
+        self.embed = nn.Embed(
+            config.vocab_size,
+            config.d_model,
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            embedding_init=nn.with_logical_partitioning(
+                nn.initializers.normal(config.initializer_range), ("vocab", "embed")
+            ),
+        )
+        self.norm = Norm(config)
+        if not config.tie_embeddings:
+            features, axis = (config.vocab_size, "vocab") if config.head == "lm" else (1, "score")
+            self.head = linear(features, axes=("embed", axis))
+
+    def hidden(self, tokens_BT, positions_BT, segments_BT, inv_freq_BF, cache):
+        x_BTD = constrain(self.embed(tokens_BT), ("batch", "sequence", "act_embed"))
+        inputs = Inputs(positions_BT, segments_BT, rope.rotation(positions_BT, inv_freq_BF))
+        (x_BTD, cache), _ = self.layers((x_BTD, cache), jnp.arange(self.config.num_layers), inputs)
+        return self.norm(x_BTD), cache
+
+    def unembed(self, hidden_BTD):
+        hidden_BTD = hidden_BTD.astype(jnp.dtype(self.config.dtype))
+        if self.config.tie_embeddings:
+            return self.embed.attend(hidden_BTD).astype(jnp.float32)
+        return self.head(hidden_BTD).astype(jnp.float32)
+
+    def __call__(self, tokens_BT, positions_BT, segments_BT, inv_freq_BF):
+        return self.unembed(self.hidden(tokens_BT, positions_BT, segments_BT, inv_freq_BF, None)[0])
+
+
+def _init_boxed(config: ModelConfig, rng: jax.Array) -> dict:
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    inv_freq_BF = rope.inv_freq(config)[None]
+    return Decoder(config).init(rng, tokens_BT, tokens_BT, tokens_BT + 1, inv_freq_BF)["params"]
+
+
+def init(config: ModelConfig, rng: jax.Array) -> dict:
+    """Returns fresh parameters as a nested dict; layers are stacked on axis 0 of every leaf under `layers`.
+
+    Normal with initializer_range; the projections back into the residual stream (attention output, ffn down) of layer
+    i are divided by sqrt(2 (i + 1)) (InternEvo's initialisation, i from 0). Norm scales are 1.
+    """
+    params = nn.unbox(_init_boxed(config, rng))
+    depth = jnp.sqrt(2.0 * (jnp.arange(config.num_layers, dtype=jnp.float32) + 1))[:, None, None]
+    for part, name in (("attention", "output"), ("ffn", "down")):
+        kernel = params["layers"][part][name]["kernel"]
+        params["layers"][part][name]["kernel"] = (kernel / depth).astype(kernel.dtype)
+    return params
+
+
+def abstract_params(config: ModelConfig) -> dict:
+    """Returns the shapes and dtypes of the parameters; allocates nothing."""
+    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+
+
+def logical_axes(config: ModelConfig) -> dict:
+    """Returns the logical axis names of every parameter, in the parameters' tree."""
+    boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
+    return jax.tree.map(tuple, nn.get_partition_spec(boxed), is_leaf=lambda leaf: not isinstance(leaf, dict))
+
+
+class Forward(NamedTuple):
+    """The residual stream after the final norm, and the cache with this call's keys and values in it."""
+
+    hidden_BTD: jax.Array
+    cache: KVCache | None
+
+
+def _variables(params: dict, lora: Lora | None) -> tuple[dict, dict]:
+    if lora is None:
+        return {"params": params}, {}
+    return {"params": params, "lora": lora.weights}, {"lora_scale": lora.scale, "lora_dropout": lora.dropout}
+
+
+def forward(
+    params: dict,
+    tokens_BT: jax.Array,
+    *,
+    config: ModelConfig,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    inv_freq_BF: jax.Array | None = None,
+    lora: Lora | None = None,
+    cache: KVCache | None = None,
+    dropout_rng: jax.Array | None = None,
+) -> Forward:
+    """Returns the final-normed hidden states `[B, T, D]` and the updated cache.
+
+    positions default to 0..T-1, segments to 1 (0 is padding: never attended, never cached), inv_freq to the config's
+    frequencies. Under a cache, row b's token at position p is stored in slot p of its pages and attends to slots 0..p.
+    """
+    B, T = tokens_BT.shape
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    if segments_BT is None:
+        segments_BT = jnp.ones((B, T), jnp.int32)
+    if inv_freq_BF is None:
+        inv_freq_BF = rope.inv_freq(config)[None]
+    variables, adapter = _variables(params, lora)
+    rngs = None if dropout_rng is None else {"dropout": dropout_rng}
+    hidden_BTD, cache = Decoder(config, **adapter).apply(
+        variables, tokens_BT, positions_BT, segments_BT, inv_freq_BF, cache, method=Decoder.hidden, rngs=rngs
+    )
+    return Forward(hidden_BTD, cache)
+
+
+def _with_normalised_head(params: dict, config: ModelConfig) -> dict:
+    if not config.norm_head:
+        return params
+    kernel = params["head"]["kernel"]
+    if isinstance(kernel, QuantArray):
+        raise ValueError("norm_head needs the head in full precision; write normalised rows into it before quantising")
+    kernel = kernel.astype(jnp.float32)
+    kernel = kernel * jax.lax.rsqrt(jnp.sum(jnp.square(kernel), axis=0, keepdims=True) + 1e-12)
+    return params | {"head": {"kernel": kernel}}
+
+
+def unembed(params: dict, hidden_BTD: jax.Array, *, config: ModelConfig, lora: Lora | None = None) -> jax.Array:
+    """Returns float32 logits `[B, T, V]` of final-normed hidden states, or scores `[B, T, 1]` with a scalar head."""
+    variables, adapter = _variables(_with_normalised_head(params, config), lora)
+    return Decoder(config, **adapter).apply(variables, hidden_BTD, method=Decoder.unembed)
+
+
+def logits(params: dict, tokens_BT: jax.Array, *, config: ModelConfig, **inputs: Any) -> jax.Array:
+    """Returns float32 logits `[B, T, V]`; `inputs` are those of `forward`."""
+    hidden_BTD = forward(params, tokens_BT, config=config, **inputs).hidden_BTD
+    return unembed(params, hidden_BTD, config=config, lora=inputs.get("lora"))
+
+
+def target_logprobs(
+    params: dict,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    config: ModelConfig,
+    lora: Lora | None = None,
+    chunk_size: int = 512,
+    temperature: float | jax.Array = 1.0,
+) -> jax.Array:
+    """Returns log p(target) `[B, T]`, float32, of logits / temperature (a number, or one per row `[B]`).
+
+    The vocabulary is never materialised for more than `chunk_size` time steps, forward or backward.
+    """
+    params, config = _with_normalised_head(params, config), dataclasses.replace(config, norm_head=False)
+    temperature_B1 = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), hidden_BTD.shape[:1])[:, None]
+
+    def chunk(hidden_BCD, targets_BC):
+        logits_BCV = unembed(params, hidden_BCD, config=config, lora=lora) / temperature_B1[..., None]
+        logits_BCV = constrain(logits_BCV, ("batch", None, "act_vocab"))
+        chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        return chosen_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
+
+    B, T = targets_BT.shape
+    if T <= chunk_size:
+        return jax.checkpoint(chunk)(hidden_BTD, targets_BT)
+    padding = -T % chunk_size
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, -1, chunk_size, *x.shape[2:]), 1, 0)
+
+    logprobs = jax.lax.map(lambda xs: jax.checkpoint(chunk)(*xs), (split(hidden_BTD), split(targets_BT)))
+    return jnp.moveaxis(logprobs, 0, 1).reshape(B, -1)[:, :T]

@@ -1,0 +1,59 @@
+"""Rotary position embeddings, half-split form; frequencies are data, so one compiled program serves every scaling.
+
+B batch, T time, N heads, H head dim, F = H / 2 frequencies.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from internjax.model.config import DynamicNTK, LinearScaling, ModelConfig
+
+
+def ntk_theta(theta: float, factor: float, length: int, max_position: int, head_dim: int) -> float:
+    """Returns the rotary base theta' of dynamic NTK scaling for a sequence of `length`.
+
+    theta' = theta * (factor * length / max_position - (factor - 1)) ** (H / (H - 2)) beyond max_position, else theta
+    (InternLM2's published modelling code).
+    """
+    if length <= max_position:
+        return theta
+    return theta * (factor * length / max_position - (factor - 1)) ** (head_dim / (head_dim - 2))
+
+
+def inv_freq(config: ModelConfig, *, length: int | None = None) -> jax.Array:
+    """Returns the inverse frequencies `[F]`, float32, for sequences declared to be at most `length` long.
+
+    inv_freq_j = theta^(-2j / H). `length` matters under dynamic NTK scaling alone; it is fixed when a sequence or
+    session begins, because keys already cached keep the rotation they were written with.
+    """
+    theta, factor = config.rope_theta, 1.0
+    match config.rope_scaling:
+        case LinearScaling(factor=linear):
+            factor = linear
+        case DynamicNTK(factor=ntk):
+            theta = ntk_theta(theta, ntk, length or 0, config.max_position_embeddings, config.head_dim)
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    return 1.0 / (theta**exponents) / factor
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of every position and frequency."""
+
+    cos_BTF: jax.Array
+    sin_BTF: jax.Array
+
+
+def rotation(positions_BT: jax.Array, inv_freq_BF: jax.Array) -> Rotation:
+    """Returns the rotation of each position, float32; computed once and shared by all layers."""
+    angles_BTF = positions_BT[:, :, None].astype(jnp.float32) * inv_freq_BF[:, None, :]
+    return Rotation(jnp.cos(angles_BTF), jnp.sin(angles_BTF))
+
+
+def rotate(x_BTNH: jax.Array, by: Rotation) -> jax.Array:
+    """Returns x with the pair (x_j, x_{j + H/2}) of every head turned by the angle of its position and frequency j."""
+    cos, sin = by.cos_BTF[:, :, None, :], by.sin_BTF[:, :, None, :]
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
