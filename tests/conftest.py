@@ -1,0 +1,27 @@
+"""Environment of every test, set before jax is imported: 8 fake CPU devices, a compile cache, no network, no telemetry.
+
+A variable that is already set wins, so `JAX_PLATFORMS=cuda,cpu pytest -m gpu` reaches the GPU.
+"""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FAKE_DEVICES = "--xla_force_host_platform_device_count"
+if FAKE_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAKE_DEVICES}=8".strip()
+
+for name, value in {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    # Tiny programs compile in less than the default threshold and would never be cached.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "agg",
+}.items():
+    os.environ.setdefault(name, value)
