@@ -1,0 +1,58 @@
+"""Losses: what is minimised, as sums over a batch together with the weight to divide them by.
+
+A loss returns sums, not means. Micro-batches and data-parallel shards are added up, and the step divides once: the
+result is the mean over all tokens of the global batch, however it was cut. B batch, T time, D embed.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from internjax.model import decoder
+from internjax.model.config import ModelConfig
+from internjax.model.lora import LoraConfig, apply_config
+
+
+class LossOutput(NamedTuple):
+    """Sums over a batch. The step minimises total / weight and logs every metric divided by weight."""
+
+    total: jax.Array
+    weight: jax.Array
+    metrics: dict[str, jax.Array]
+
+
+Loss = Callable[[Any, Any, Any, jax.Array], LossOutput]
+"""(trainable, frozen, batch, rng) -> LossOutput. Gradients are taken with respect to `trainable` alone."""
+
+
+def next_token(model_config: ModelConfig, *, lora_config: LoraConfig | None = None, chunk_size: int = 512) -> Loss:
+    """Returns the loss of predicting the next token of a `Batch`: -sum(mask * log p(target)), weight sum(mask).
+
+    Without `lora_config` the trainable part is the parameter tree and the frozen part is None; with it, the trainable
+    part is the adapter collection (`init_lora`) and the frozen part the base's parameters, quantised or not.
+    """
+    if model_config.head != "lm":
+        raise ValueError(f"next_token needs a model with head='lm'; given head={model_config.head!r}")
+
+    def loss(trainable, frozen, batch, rng) -> LossOutput:
+        params, lora = (trainable, None) if lora_config is None else (frozen, apply_config(trainable, lora_config))
+        hidden_BTD = decoder.forward(
+            params,
+            batch.tokens,
+            config=model_config,
+            positions_BT=batch.positions,
+            segments_BT=batch.segments,
+            lora=lora,
+            dropout_rng=rng if lora is not None and lora.dropout else None,
+        ).hidden_BTD
+        logprobs_BT = decoder.target_logprobs(
+            params, hidden_BTD, batch.targets, config=model_config, lora=lora, chunk_size=chunk_size
+        )
+        mask_BT = batch.loss_mask.astype(jnp.float32)
+        # A masked target may have a log-probability of -inf; 0 * inf would poison the sum.
+        total = -jnp.sum(jnp.where(mask_BT > 0, logprobs_BT, 0.0) * mask_BT)
+        return LossOutput(total, jnp.sum(mask_BT), {})
+
+    return loss
