@@ -124,7 +124,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of `text`; nothing is added. Markers in it are plain text unless `allow_special`."""
-        return self.encode_with_offsets(text, allow_special=allow_special).ids
+        return self.encode_batch([text], allow_special=allow_special)[0]
 
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
         """Token ids of each text, on all cores (TOKENIZERS_PARALLELISM=false keeps it on one)."""
@@ -147,6 +147,9 @@ class Tokenizer:
         """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids beyond the vocabulary are empty (padded heads)."""
         decoder = StreamDecoder(self, skip_special=skip_special)
         return decoder.push(ids) + decoder.flush()
+
+    def __reduce__(self):  # a backend forgets in pickling that it treats markers as text
+        return _build, (self.source, dict(self.config), self.chat_template)
 
     def token(self, token_id: int) -> str | None:
         """The piece behind an id as the vocabulary spells it, or None where the vocabulary has a hole."""
@@ -231,7 +234,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
     }
-    return _build(backend.to_str(), config, chat_template=INTERNLM2_TEMPLATE)
+    return _build(backend.to_str(), config, INTERNLM2_TEMPLATE)
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
@@ -260,7 +263,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     try:
-        return _build(path.read_text(encoding="utf-8"), config, chat_template=template)
+        return _build(path.read_text(encoding="utf-8"), config, template)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
@@ -283,7 +286,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
 
 
-def _build(source: str, config: dict, *, chat_template: str | None) -> Tokenizer:
+def _build(source: str, config: dict, chat_template: str | None) -> Tokenizer:
     """The tokenizer of a tokenizer.json text and a tokenizer_config dict."""
     from tokenizers import Tokenizer as Backend
 

@@ -43,7 +43,7 @@ def trained(text="user assistant system name interpreter python print math gcd t
 
 
 def with_template(tokenizer, template):
-    return tok._build(tokenizer.source, dict(tokenizer.config), chat_template=template)
+    return tok._build(tokenizer.source, dict(tokenizer.config), template)
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,7 @@ def test_templates_that_cannot_be_honoured_are_refused(tokenizer):
         chat.render(TALK[:1], with_template(tokenizer, "{{ ''.__class__.__mro__[1].__subclasses__() }}"))
     without = json.loads(tokenizer.source)
     without["added_tokens"] = [token for token in without["added_tokens"] if not token["content"].startswith("<|")]
-    bare = tok._build(json.dumps(without), dict(tokenizer.config), chat_template=None)
+    bare = tok._build(json.dumps(without), dict(tokenizer.config), None)
     with pytest.raises(ValueError, match=r"no chat template"):
         chat.render(TALK[:1], bare)
 

@@ -1,6 +1,7 @@
 """Any text survives; markers in a text are text; transformers reads the same ids from the folder."""
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -209,6 +210,12 @@ def test_threads_share_one_tokenizer(tokenizer):
     with ThreadPoolExecutor(8) as pool:
         rows = list(pool.map(lambda index: tokenizer.encode(text, allow_special=bool(index % 2)), range(400)))
     assert all(row == (marked if index % 2 else plain) for index, row in enumerate(rows))
+
+
+def test_a_worker_process_gets_the_same_tokenizer(tokenizer):
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.fingerprint == tokenizer.fingerprint
+    assert again.encode("<|im_start|>hi") == tokenizer.encode("<|im_start|>hi")
 
 
 def test_bad_input_says_what_to_do(tokenizer, folder, tmp_path):
