@@ -51,13 +51,13 @@ fi
 rm -f .venv/.ready-"$$lock"-*
 echo "Installing $$lock into .venv"
 awk '/^[^ #]/ { keep = /^uv==/ } keep' "$$lock" > .venv/uv.lock
-if .venv/bin/python -m pip install --quiet --require-hashes --no-deps -r .venv/uv.lock \
+if .venv/bin/python -m pip install -qq --require-hashes --no-deps -r .venv/uv.lock \
     && .venv/bin/python -m uv pip install --quiet --python .venv/bin/python --require-hashes -r "$$lock"; then
   .venv/bin/python -m uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
 else
   echo "uv could not install the lock (message above); installing with pip, which takes about a minute"
-  .venv/bin/python -m pip install --quiet --require-hashes -r "$$lock"
-  .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+  .venv/bin/python -m pip install -qq --require-hashes -r "$$lock"
+  .venv/bin/python -m pip install -qq --no-deps --no-build-isolation --editable .
 fi
 touch "$$stamp"
 endef
@@ -98,17 +98,21 @@ test-gpu: setup  ## the tests that need an NVIDIA GPU, after `make setup-gpu`
 
 parity: setup  ## installs torch with pip and compares with it live
 	@$(PY) -c 'import torch, sys; sys.exit(torch.__version__.split("+")[0] != "$(TORCH)")' 2>/dev/null \
-	  || $(PY) -m pip install --quiet torch==$(TORCH)
+	  || $(PY) -m pip install -qq torch==$(TORCH)
 	@$(PY) -m pytest -m parity $(TESTS)
 
 setup-gpu:  ## adds JAX for NVIDIA GPUs (CUDA=cuda12 or cuda13) and prints devices and driver
 	@[ -f "requirements-$(CUDA).lock" ] || { echo "CUDA=$(CUDA) is not known; wanted cuda12 or cuda13: make setup-gpu CUDA=cuda12" >&2; exit 1; }
 	@$(MAKE) --no-print-directory $(GPU_READY)
-	@nvidia-smi --query-gpu=index,name,memory.total,driver_version --format=csv || echo "nvidia-smi does not run: no NVIDIA driver here?"
+	@nvidia-smi --query-gpu=index,name,memory.total,driver_version --format=csv 2>/dev/null || echo "nvidia-smi does not run: no NVIDIA driver here?"
 	@$(PY) -c "$$CHECK_GPU"
 
 $(GPU_READY):
 	@bash -euo pipefail -c "$$INSTALL" install "requirements-$(CUDA).lock" "$@"
+	@for other in $(filter-out $(CUDA),cuda12 cuda13); do \
+	  rm -f .venv/.ready-requirements-$$other.lock-*; \
+	  $(PY) -m uv pip uninstall --quiet --python $(PY) jax-$$other-plugin jax-$$other-pjrt; \
+	done
 
 notebook: setup  ## JupyterLab on the tour of the chain
 	@$(PY) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) experiments/notebooks/00_tour.ipynb

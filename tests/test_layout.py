@@ -246,7 +246,7 @@ def test_the_checkout_keeps_the_law(rule):
 
 
 CLEAN = {
-    "internjax/__init__.py": "def open_model(name):\n    from internjax.hf import open\n    return open.open_model(name)\n",
+    "internjax/__init__.py": "def load(name):\n    from internjax.hf import open\n    return open.open_model(name)\n",
     "internjax/text/chat.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import tokenizers\n",
     "internjax/sharding.py": "import jax\ndef use(mesh):\n    return jax.set_mesh(mesh)\n",
     "internjax/model/decoder.py": "import flax\nfrom internjax import sharding\nfrom internjax.text import chat\n",
