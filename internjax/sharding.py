@@ -4,8 +4,10 @@ Parameters and activations name their axes logically ("embed", "heads", "batch",
 Meshes have Auto axis types: the compiler propagates shardings between the constraints that the model states.
 """
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +42,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 # The last mesh of several devices made in this process. A logical constraint without a mesh would be a silent no-op,
 # so `constrain` refuses to run unmeshed once such a mesh exists.
 _configured_mesh: Mesh | None = None
+_unconstrained = contextvars.ContextVar("unconstrained", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,7 @@ class MeshConfig:
         return tuple(sizes)
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:  # noqa: B008
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh with axes data, fsdp, sequence, tensor over `devices` (default: all visible ones)."""
     global _configured_mesh
     devices = jax.devices() if devices is None else list(devices)
@@ -85,6 +88,16 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
 def use(mesh: Mesh):
     """Returns the context manager under which every step of a sharded computation runs."""
     return jax.set_mesh(mesh)
+
+
+@contextlib.contextmanager
+def unconstrained() -> Iterator[None]:
+    """Within it `constrain` returns its input: for tracing whose activations are thrown away (initialisation)."""
+    token = _unconstrained.set(True)
+    try:
+        yield
+    finally:
+        _unconstrained.reset(token)
 
 
 def partition_spec(logical_axes: LogicalAxes) -> PartitionSpec:
@@ -113,6 +126,8 @@ def constrain(x: jax.Array, logical_axes: LogicalAxes) -> jax.Array:
     A dimension that its mesh axes do not divide stays whole (a batch of 1 while decoding). Raises RuntimeError when a
     mesh of several devices was made but none is set: the constraint would silently do nothing.
     """
+    if _unconstrained.get():
+        return x
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         if _configured_mesh is not None:

@@ -22,7 +22,7 @@ from internjax.model.cache import KVCache, write
 from internjax.model.config import ModelConfig
 from internjax.model.lora import Lora
 from internjax.model.quantize import QuantArray, matmul
-from internjax.sharding import constrain
+from internjax.sharding import constrain, unconstrained
 
 
 class Linear(nn.Module):
@@ -214,7 +214,8 @@ class Decoder(nn.Module):
 def _init_boxed(config: ModelConfig, rng: jax.Array) -> dict:
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     inv_freq_BF = rope.inv_freq(config)[None]
-    return Decoder(config).init(rng, tokens_BT, tokens_BT, tokens_BT + 1, inv_freq_BF)["params"]
+    with unconstrained():
+        return Decoder(config).init(rng, tokens_BT, tokens_BT, tokens_BT + 1, inv_freq_BF)["params"]
 
 
 def init(config: ModelConfig, rng: jax.Array) -> dict:

@@ -1,0 +1,105 @@
+"""QuantArray: rounding bounds, the product that accepts it, and what its backward pass keeps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from internjax.model import decoder, quantize
+from internjax.model.config import ModelConfig
+from internjax.model.lora import LoraConfig, apply_config, init_lora
+
+SMALL = ModelConfig(
+    vocab_size=64, d_model=64, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=128, dtype="float32"
+)
+
+
+def dequantized(params):
+    is_quant = lambda node: isinstance(node, quantize.QuantArray)  # noqa: E731
+    return jax.tree.map(lambda x: quantize.dequantize(x) if is_quant(x) else x, params, is_leaf=is_quant)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+def test_rounding_error_is_at_most_half_a_level(scheme):
+    kernel = jax.random.normal(jax.random.key(0), (3, 64, 10))
+    array = quantize.quantize_array(kernel, scheme=scheme, group=16)
+    assert array.shape == kernel.shape
+    error = np.abs(np.asarray(quantize.dequantize(array) - kernel)).reshape(3, 4, 16, 10)
+    groups = np.asarray(kernel).reshape(3, 4, 16, 10)
+    if scheme == "int8":
+        step = np.abs(groups).max(axis=2) / 127
+    elif scheme == "int4":
+        step = (np.maximum(groups.max(axis=2), 0) - np.minimum(groups.min(axis=2), 0)) / 15
+    else:
+        step = np.abs(groups).max(axis=2) * 0.3039  # widest gap of the NormalFloat levels: -1 to -0.6962
+    # An asymmetric zero point is itself rounded, so the end of the range may be off by one half more.
+    slack = 1.0 if scheme == "int4" else 0.5
+    assert (error <= slack * step[:, :, None] + 1e-6).all()
+    assert error.max() > 1e-4
+
+
+def test_int4_by_hand():
+    # One column, one group: range -1..2 gives scale 0.2, zero point 5.
+    kernel = jnp.array([[-1.0], [0.0], [0.31], [2.0]])
+    array = quantize.quantize_array(kernel, scheme="int4", group=4)
+    np.testing.assert_allclose(array.scales, [[0.2]], rtol=1e-6)
+    np.testing.assert_array_equal(array.zeros, [[5.0]])
+    np.testing.assert_array_equal(array.values, [[0 | 5 << 4], [7 | 15 << 4]])
+    np.testing.assert_allclose(quantize.dequantize(array), [[-1.0], [0.0], [0.4], [2.0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+def test_model_with_quantised_leaves_is_the_model_with_their_values(scheme):
+    params = decoder.init(SMALL, jax.random.key(0))
+    quantized = quantize.quantize_params(params, scheme=scheme, group=32)
+    inputs = jnp.arange(20).reshape(2, 10)
+    got = decoder.logits(quantized, inputs, config=SMALL)
+    np.testing.assert_allclose(got, decoder.logits(dequantized(quantized), inputs, config=SMALL), atol=1e-5)
+    bits = {"int8": 8, "int4": 4, "nf4": 4}[scheme]
+    kernel = quantized["layers"]["ffn"]["up"]["kernel"]
+    extra = 4 * (2 if scheme == "int4" else 1) * kernel.scales.size
+    assert kernel.nbytes == params["layers"]["ffn"]["up"]["kernel"].size * bits // 8 + extra
+    assert isinstance(quantized["norm"]["scale"], jax.Array) and isinstance(quantized["embed"]["embedding"], jax.Array)
+
+
+def test_gradient_through_a_quantised_product():
+    kernel = quantize.quantize_array(jax.random.normal(jax.random.key(0), (32, 8)), scheme="int4", group=16)
+    x = jax.random.normal(jax.random.key(1), (5, 32))
+    got = jax.grad(lambda x: (quantize.matmul(x, kernel) ** 2).sum())(x)
+    want = jax.grad(lambda x: ((x @ quantize.dequantize(kernel)) ** 2).sum())(x)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_adapter_gradients_hold_fewer_than_two_dequantised_layers(remat):
+    config = dataclasses.replace(SMALL, d_model=256, ffn_dim=1024, num_layers=6, remat=remat)
+    params = quantize.quantize_params(decoder.init(config, jax.random.key(0)), scheme="int4")
+    lora = LoraConfig(rank=2)
+    weights = init_lora(lora, params, jax.random.key(1))
+    inputs = jnp.zeros((1, 8), jnp.int32)
+
+    def loss(weights, params):
+        hidden = decoder.forward(params, inputs, config=config, lora=apply_config(weights, lora)).hidden_BTD
+        return -decoder.target_logprobs(params, hidden, inputs, config=config, lora=None).sum()
+
+    memory = jax.jit(jax.grad(loss)).lower(weights, params).compile().memory_analysis()
+    one_layer = 4 * sum(
+        leaf["kernel"].in_features * leaf["kernel"].out_features
+        for part in ("attention", "ffn")
+        for leaf in params["layers"][part].values()
+    )
+    assert memory.temp_size_in_bytes < 2 * one_layer
+
+
+def test_a_group_that_does_not_divide_is_refused_with_one_that_does():
+    with pytest.raises(ValueError, match="use group=32"):
+        quantize.quantize_array(jnp.ones((96, 4)), scheme="int4", group=64)
+
+
+def test_fields_follow_the_axes_of_their_kernel():
+    params = quantize.quantize_params(decoder.init(SMALL, jax.random.key(0)), scheme="int4", group=32)
+    axes = quantize.logical_axes(params, decoder.logical_axes(SMALL))
+    kernel = axes["layers"]["ffn"]["down"]["kernel"]
+    assert kernel.values == kernel.scales == kernel.zeros == ("layers", "ffn", "embed")

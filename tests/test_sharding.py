@@ -1,0 +1,92 @@
+"""Meshes, the rules table, and the traps around logical constraints."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from internjax import sharding
+from internjax.model import decoder
+from internjax.model.config import INTERNLM2_20B, ModelConfig
+from internjax.sharding import MeshConfig
+
+SMALL = ModelConfig(
+    vocab_size=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, dtype="float32"
+)
+
+
+@pytest.fixture(autouse=True)
+def forget_mesh(monkeypatch):
+    monkeypatch.setattr(sharding, "_configured_mesh", None)
+
+
+def test_minus_one_takes_the_remaining_devices():
+    assert MeshConfig().shape(8) == (1, 8, 1, 1)
+    assert MeshConfig(data=2, fsdp=-1, tensor=2).shape(8) == (2, 2, 1, 2)
+    assert MeshConfig(data=-1, fsdp=4).shape(8) == (2, 4, 1, 1)
+
+
+@pytest.mark.parametrize("config", [MeshConfig(fsdp=3), MeshConfig(data=3), MeshConfig(data=-1), MeshConfig(fsdp=0)])
+def test_meshes_that_do_not_fit_are_refused(config):
+    with pytest.raises(ValueError):
+        config.shape(8)
+
+
+def test_parameters_and_logits_of_a_sharded_forward_are_where_the_rules_say():
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    params = decoder.init(SMALL, jax.random.key(0))
+    inputs = jnp.arange(32).reshape(4, 8)
+    sharding._configured_mesh = None
+    want = decoder.logits(params, inputs, config=SMALL)
+    places = sharding.shardings(decoder.logical_axes(SMALL), params, mesh)
+    with sharding.use(mesh):
+        placed = jax.device_put(params, places)
+        query = placed["layers"]["attention"]["query"]["kernel"]
+        assert query.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+        assert query.addressable_shards[0].data.shape == (2, 16, 16)
+        hidden = jax.jit(lambda p, t: decoder.forward(p, t, config=SMALL).hidden_BTD)(placed, inputs)
+        assert hidden.sharding.spec[0] == ("data", "fsdp")
+        got = jax.jit(lambda p, t: decoder.logits(p, t, config=SMALL))(placed, inputs)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_a_forgotten_mesh_is_an_error_and_not_a_silent_no_op():
+    sharding.make_mesh(MeshConfig())
+    with pytest.raises(RuntimeError, match="none is set"):
+        sharding.constrain(jnp.zeros((8, 4)), ("batch", None))
+
+
+def test_a_dimension_that_does_not_divide_stays_whole():
+    mesh = sharding.make_mesh(MeshConfig())
+    with sharding.use(mesh):
+        out = jax.jit(lambda x: sharding.constrain(x, ("batch", None)))(jnp.zeros((1, 4)))
+        assert out.sharding.is_fully_replicated
+        out = jax.jit(lambda x: sharding.constrain(x, ("batch", None)))(jnp.zeros((8, 4)))
+        assert not out.sharding.is_fully_replicated
+
+
+def test_a_mesh_that_does_not_divide_a_parameter_names_it():
+    mesh = sharding.make_mesh(MeshConfig(fsdp=1, tensor=8))
+    with pytest.raises(ValueError, match=r"key.*kernel.*size 8 does not divide.*kv_heads, 20"):
+        config = dataclasses.replace(SMALL, num_kv_heads=2, head_dim=10)
+        sharding.shardings(decoder.logical_axes(config), decoder.abstract_params(config), mesh)
+
+
+def test_collisions_and_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="two dimensions on the mesh axis 'tensor'"):
+        sharding.partition_spec(("heads", "ffn"))
+    with pytest.raises(ValueError, match="unknown logical axis 'head'"):
+        sharding.partition_spec(("head",))
+
+
+def test_every_parameter_of_the_20b_is_sharded_on_its_mesh():
+    mesh = jax.sharding.AbstractMesh((1, 4, 1, 2), sharding.MESH_AXES)
+    shapes = decoder.abstract_params(INTERNLM2_20B)
+    places = sharding.shardings(decoder.logical_axes(INTERNLM2_20B), shapes, mesh)
+    per_device = [np.prod(place.shard_shape(leaf.shape)) for leaf, place in zip(
+        jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True
+    )]  # fmt: skip
+    assert sum(per_device) < 1.001 * sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 8
