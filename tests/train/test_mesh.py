@@ -1,0 +1,175 @@
+"""Training on 8 fake devices: the losses of one device, and shardings read off what comes out of the step."""
+
+import contextlib
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from internjax import sharding
+from internjax.model import decoder, lora
+from internjax.model.config import ModelConfig
+from internjax.sharding import MeshConfig, make_mesh
+from internjax.train.batch import Batch
+from internjax.train.checkpoint import CheckpointConfig, fingerprint, open_checkpoints
+from internjax.train.losses import next_token
+from internjax.train.optimizer import AdamW, Cosine, make_optimizer
+from internjax.train.step import init_state, make_step, put_batch
+
+CONFIG = ModelConfig(
+    vocab_size=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64, dtype="float32"
+)
+OPTIMIZER = make_optimizer(AdamW(peak_lr=0.01), Cosine(warmup_steps=2), num_steps=10)
+NUM_STEPS = 4
+
+compilations: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration, **_: compilations.append(event) if "backend_compile" in event else None
+)
+
+
+@functools.cache
+def initial_params():
+    return jax.device_get(jax.jit(functools.partial(decoder.init, CONFIG))(jax.random.key(0)))
+
+
+@pytest.fixture(autouse=True)
+def no_mesh_afterwards():
+    yield
+    make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+
+
+def batch_at(position: int, rows: int = 16, seq_len: int = 16) -> Batch:
+    rng = np.random.default_rng([5, position])
+    tokens = rng.integers(1, CONFIG.vocab_size, size=(rows, seq_len + 1)).astype(np.int32)
+    lengths = rng.integers(seq_len // 2, seq_len + 1, size=rows)
+    real = np.arange(seq_len)[None] < lengths[:, None]
+    positions = np.where(real, np.arange(seq_len)[None], 0).astype(np.int32)
+    return Batch(tokens[:, :-1] * real, tokens[:, 1:] * real, real.astype(np.float32), positions, real.astype(np.int32))
+
+
+def trained(mesh_config: MeshConfig | None, accumulate: int = 1):
+    """Returns (losses, gradient norms, final state, step) of NUM_STEPS updates of the tiny decoder."""
+    if mesh_config is None:
+        mesh, axes = None, None
+        make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    else:
+        mesh, axes = make_mesh(mesh_config), decoder.logical_axes(CONFIG)
+    state = init_state(initial_params(), OPTIMIZER, seed=0, mesh=mesh, axes=axes)
+    step = make_step(next_token(CONFIG), OPTIMIZER, accumulate=accumulate, mesh=mesh)
+    rows = []
+    for position in range(NUM_STEPS):
+        before = len(compilations)
+        state, metrics = step(state, put_batch(batch_at(position), mesh))
+        assert (len(compilations) == before) == (position > 0), "the first step compiles, no other does"
+        rows.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    assert step.num_traces == 1
+    return np.array(rows), state, step
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return trained(None)
+
+
+MESHES = {
+    "data 2, fsdp 4": (MeshConfig(data=2, fsdp=4), 1),
+    "data 2, fsdp 2, tensor 2": (MeshConfig(data=2, fsdp=2, tensor=2), 1),
+    "fsdp 2, sequence 2, tensor 2, accumulate 2": (MeshConfig(fsdp=2, sequence=2, tensor=2), 2),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_eight_devices_train_as_one(name, on_one_device):
+    mesh_config, accumulate = MESHES[name]
+    wanted, single, _ = on_one_device
+    given, state, step = trained(mesh_config, accumulate)
+    # Sums over devices are added in another order: float32 rounding, four updates long.
+    np.testing.assert_allclose(given, wanted, rtol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.trainable, single.trainable)
+
+    specs = sharding.shardings(decoder.logical_axes(CONFIG), state.trainable, step.mesh)
+    moments = state.opt_state[1]
+    for tree in (state.trainable, moments.mean, moments.square):
+        same = jax.tree.map(lambda leaf, wanted: leaf.sharding.is_equivalent_to(wanted, leaf.ndim), tree, specs)
+        assert all(jax.tree.leaves(same)), same
+    up = state.trainable["layers"]["ffn"]["up"]["kernel"]
+    shards = mesh_config.shape(8)[1] * mesh_config.shape(8)[3]
+    assert up.sharding.spec == P(None, "fsdp", "tensor")
+    assert up.addressable_shards[0].data.size * shards == up.size  # really cut, not only labelled
+
+
+def test_adapters_train_over_a_sharded_frozen_base_that_is_not_copied():
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    lora_config = lora.LoraConfig(rank=2, targets=("query", "value"))
+    axes = decoder.logical_axes(CONFIG)
+    base = initial_params()
+    adapters = lora.init_lora(lora_config, base, jax.random.key(1))
+    state = init_state(
+        adapters, OPTIMIZER, frozen=base, mesh=mesh, axes=lora.logical_axes(adapters, axes), frozen_axes=axes
+    )
+    frozen = state.frozen
+    step = make_step(next_token(CONFIG, lora_config=lora_config), OPTIMIZER, mesh=mesh)
+    for position in range(2):
+        state, metrics = step(state, put_batch(batch_at(position), mesh))
+    assert bool(metrics["finite"]) and step.num_traces == 1
+    assert all(a is b for a, b in zip(jax.tree.leaves(state.frozen), jax.tree.leaves(frozen)))
+    assert state.frozen["layers"]["ffn"]["up"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
+    assert state.trainable["layers"]["attention"]["query"]["a"].sharding.spec == P(None, "fsdp", None)
+
+
+def test_a_state_that_is_not_on_the_mesh_is_refused():
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    state = init_state(initial_params(), OPTIMIZER)
+    with pytest.raises(ValueError, match="Give init_state the same mesh"):
+        make_step(next_token(CONFIG), OPTIMIZER, mesh=mesh)(state, batch_at(0))
+
+
+def test_parameters_that_live_on_the_mesh_stay_where_they_are():
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    axes = decoder.logical_axes(CONFIG)
+    placed = sharding.shardings(axes, decoder.abstract_params(CONFIG), mesh)
+    with sharding.use(mesh):
+        params = jax.jit(lambda key: decoder.init(CONFIG, key), out_shardings=placed)(jax.random.key(0))
+    state = init_state(params, OPTIMIZER, mesh=mesh)
+    assert all(a is b for a, b in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(params)))
+    assert state.opt_state[1].mean["head"]["kernel"].sharding == placed["head"]["kernel"]
+
+
+def test_batches_are_split_by_rows_and_time():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, sequence=2))
+    placed = put_batch({"tokens": np.zeros((8, 6), np.int32), "rewards": np.zeros(8), "odd": np.zeros((3, 6))}, mesh)
+    assert placed["tokens"].sharding.spec == P(("data", "fsdp"), "sequence")
+    assert placed["tokens"].addressable_shards[0].data.shape == (2, 3)
+    assert placed["rewards"].addressable_shards[0].data.shape == (2,)
+    assert placed["odd"].addressable_shards[0].data.shape == (3, 3)  # 3 rows cannot be split over 4
+
+
+def test_a_checkpoint_moves_between_meshes(tmp_path):
+    _, state, _ = trained(MeshConfig(fsdp=4, tensor=2))
+    wanted = jax.device_get((state.trainable, state.opt_state))
+    with open_checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(state)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    other = init_state(initial_params(), OPTIMIZER, mesh=mesh, axes=decoder.logical_axes(CONFIG), seed=1)
+    with contextlib.closing(open_checkpoints(tmp_path)) as checkpoints:
+        restored = checkpoints.restore(other)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((restored.trainable, restored.opt_state)), wanted)
+    assert int(restored.step) == NUM_STEPS and jax.random.key_data(restored.rng).tolist() == [0, 0]
+    same = jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, other)
+    assert all(jax.tree.leaves(same))
+    _, metrics = make_step(next_token(CONFIG), OPTIMIZER, mesh=mesh)(restored, put_batch(batch_at(NUM_STEPS), mesh))
+    assert bool(metrics["finite"])
+
+
+def test_the_fingerprint_does_not_depend_on_the_mesh():
+    params = initial_params()
+    alone = fingerprint(params)
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    placed = sharding.shardings(decoder.logical_axes(CONFIG), params, mesh)
+    assert fingerprint(jax.device_put(params, placed)) == alone
+    changed = params | {"norm": {"scale": params["norm"]["scale"].copy()}}
+    changed["norm"]["scale"][3] *= np.float32(1 + 2**-23)
+    assert fingerprint(changed) != alone
