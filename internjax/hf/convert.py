@@ -1,0 +1,105 @@
+"""Conversion of any MODEL into a Hugging Face folder, and the check of a folder that was written so."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from internjax.hf.families import Layout, family_of
+from internjax.hf.open import open_model
+from internjax.hf.resolve import CONFIG, read_config
+from internjax.hf.save import ABOUT, Proof, file_hashes, proof_logits, save_model
+from internjax.model.config import DType
+from internjax.model.lora import merge
+
+# Logits in float32 on another device or with another number of threads: sums in another order, nothing more.
+TOLERANCE = 1e-3
+
+
+def convert(
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    layout: Layout = "llama",
+    dtype: DType | None = None,
+    shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    allow_unknown: tuple[str, ...] = (),
+) -> Proof:
+    """Writes MODEL `source` as a Hugging Face folder and returns the proof. Adapters are merged; this is printed."""
+    model = open_model(source, allow_unknown=allow_unknown)
+    params, provenance = model.params, _provenance(model.source.folder)
+    if model.lora is not None:
+        params = merge(params, model.lora)
+        print(f"adapters are merged into the weights of {folder}")
+    return save_model(
+        folder,
+        config=model.config,
+        params=params,
+        tokenizer=model.tokenizer,
+        generation=model.generation,
+        layout=layout,
+        dtype=dtype,
+        shard_size=shard_size,
+        provenance=provenance | {"converted from": str(source)},
+        overwrite=overwrite,
+    )
+
+
+class Checked(NamedTuple):
+    """What `check` found: files with the recorded sha256, and how far the logits are from the recorded ones."""
+
+    num_files: int
+    max_logit_difference: float
+
+
+def check(folder: str | os.PathLike) -> Checked:
+    """Verifies a folder that `save_model` wrote: every file's sha256, then the recorded logits, computed anew.
+
+    Raises ValueError naming what is missing, added or changed.
+    """
+    folder = Path(folder)
+    about = _about(folder)
+    wanted, found = about["files"], file_hashes(folder)
+    faults = [f"{name} is missing" for name in wanted if name not in found]
+    faults += [f"{name} has changed" for name in wanted if name in found and found[name] != wanted[name]]
+    faults += [f"{name} was added" for name in found if name not in wanted]
+    if faults:
+        raise ValueError(f"{folder} is not as it was written: {'; '.join(faults)}. Export or copy it again")
+    model = open_model(folder)
+    row = proof_logits(model.config, model.params, token_ids=about["proof"]["token_ids"])[0]
+    recorded = np.asarray(about["proof"]["logits"], np.float32)
+    difference = float(np.abs(row[:, : recorded.shape[1]] - recorded).max())
+    if not difference <= TOLERANCE * max(1.0, float(np.abs(recorded).max())):
+        raise ValueError(
+            f"{folder}: the files are as they were written, but the logits differ by {difference:g} from those "
+            "recorded; this installation computes something else. Compare the versions of jax"
+        )
+    return Checked(len(wanted), difference)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give one that save_model or convert has written")
+    if not (folder / ABOUT).is_file():
+        kind = f"a {family_of(read_config(folder)).name} folder" if (folder / CONFIG).is_file() else "no model folder"
+        raise ValueError(
+            f"{folder} is {kind} without {ABOUT}, so nothing is recorded to compare with; "
+            f"`python -m internjax.hf convert {folder} NEW` writes one that has it"
+        )
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about["files"], about["proof"]["token_ids"], about["proof"]["logits"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / ABOUT} cannot be read ({error!r}); export the folder again") from error
+    return about
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    """Returns what the source says about how it was made, so that it is handed on."""
+    try:
+        return dict(json.loads((folder / ABOUT).read_text(encoding="utf-8"))["provenance"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

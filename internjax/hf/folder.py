@@ -1,0 +1,68 @@
+"""Folders that appear whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike, *, overwrite: bool, marker: str) -> Iterator[Path]:
+    """Gives a temporary sibling folder to write into; it takes the name `path` when the block ends without an error.
+
+    An existing `path` is replaced only with `overwrite`, and only when it is empty or holds `marker`, the file that
+    tells a folder of the same kind. On an error nothing is left and `path` is as it was.
+    """
+    path = Path(path).absolute()
+    _check_target(path, overwrite=overwrite, marker=marker)
+    suffix = uuid.uuid4().hex[:8]
+    new, old = path.with_name(f".{path.name}.new-{suffix}"), path.with_name(f".{path.name}.old-{suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new.mkdir()
+    try:
+        yield new
+        for folder in [new, *(entry for entry in new.rglob("*") if entry.is_dir())]:
+            _sync(folder)
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+        _sync(path.parent)
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written: {error.strerror or error}. Nothing of it is left; make room there or make "
+            "it writable, then run the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_target(path: Path, *, overwrite: bool, marker: str) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file; give the name of a folder")
+    found = sorted(entry.name for entry in path.iterdir())
+    if not found:
+        return
+    listed = ", ".join(found[:5]) + (", ..." if found[5:] else "")
+    if marker not in found:
+        raise ValueError(f"{path} is not empty and has no {marker} ({listed}): it is not replaced. Give another name")
+    if not overwrite:
+        raise ValueError(f"{path} exists already ({listed}). Give another name, or overwrite=True (--overwrite)")
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

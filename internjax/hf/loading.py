@@ -1,0 +1,230 @@
+"""Parameters from tensors and tensors from parameters, by a family's table; one layer's tensor at a time.
+
+A large tensor goes straight to where it will live: it is placed on the mesh, turned into a kernel there, quantised
+there if wished, and written into its layer of the stacked leaf, which is updated in place. The host holds one tensor.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from internjax import sharding
+from internjax.hf.mapping import (
+    IGNORED_TENSORS,
+    Family,
+    Row,
+    get_leaf,
+    is_kernel,
+    leaf_shapes,
+    set_leaf,
+    tensor_names,
+    tensor_shape,
+)
+from internjax.hf.weights import DTYPES, Plan, TensorInfo, check_names, read_tensor
+from internjax.kernels.quant_matmul import Scheme
+from internjax.model import decoder
+from internjax.model.config import ModelConfig
+from internjax.model.quantize import QuantArray, fitting_group, quantize_array
+
+FLOATS = ("F32", "BF16", "F16")
+GROUP = 128
+HOST_STACK_BYTES = 64 << 20
+
+
+def load_params(
+    tensors: Mapping[str, TensorInfo],
+    family: Family,
+    config: ModelConfig,
+    *,
+    where: Any,
+    mesh: Mesh | None = None,
+    quantize: Scheme | None = None,
+) -> dict:
+    """Returns the parameter tree of a folder's tensors in the dtypes they are stored in.
+
+    On a mesh every leaf has the sharding of its logical axes. `quantize` turns every kernel into a QuantArray. Raises
+    ValueError naming tensors that are missing, unexpected, of a wrong shape or of a type that is no float.
+    """
+    table = family.rows(config)
+    wanted = {name: tensor_shape(row, config) for row in table for name in tensor_names(row, config)}
+    repeated = {family.head} & set(tensors) if config.tie_embeddings else set()
+    ignored = {name for name in tensors if re.fullmatch(IGNORED_TENSORS, name)} | repeated
+    check_names(tensors, wanted, where=where, ignored=ignored)
+    for name in wanted:
+        if tensors[name].dtype not in FLOATS:
+            raise ValueError(
+                f"{where}: {name} holds {tensors[name].dtype} values; weights of {', '.join(FLOATS)} are read. "
+                "Take the unquantised checkpoint; quantize= makes 8- and 4-bit weights of it"
+            )
+    if repeated:
+        table_name = next(row.name for row in table if row.leaves == ("embed.embedding",))
+        if not np.array_equal(read_tensor(tensors[family.head]), read_tensor(tensors[table_name])):
+            raise ValueError(
+                f"{where}: config.json ties the embeddings, but {family.head} differs from {table_name}; "
+                "set tie_word_embeddings to false, or remove the one that was not trained"
+            )
+    axes = None
+    if mesh is not None:
+        with sharding.use(mesh):
+            axes = decoder.logical_axes(config)
+    params: dict = {}
+    for row in table:
+        _load_row(params, row, tensors, config, mesh=mesh, axes=axes, quantize=quantize)
+    return params
+
+
+def _load_row(params: dict, row: Row, tensors, config: ModelConfig, *, mesh, axes, quantize) -> None:
+    """Fills the leaves of one row."""
+    names = tensor_names(row, config)
+    dtype = functools.reduce(jnp.promote_types, (DTYPES[tensors[name].dtype] for name in names))
+    homes = [_home(leaf, config, dtype, row.per_layer, mesh, axes, quantize) for leaf in row.leaves]
+    # A leaf that is small is put together on the host: nothing has to be compiled for it.
+    if not row.per_layer or sum(tensors[name].nbytes for name in names) <= HOST_STACK_BYTES:
+        layers = [row.split(read_tensor(tensors[name]), config) for name in names]
+        leaves = [_whole([parts[i] for parts in layers], home, row.per_layer, dtype) for i, home in enumerate(homes)]
+    else:
+        leaves = [_zeros(home) for home in homes]
+        for layer, name in enumerate(names):
+            for index, part in enumerate(row.split(read_tensor(tensors[name]), config)):
+                home = homes[index]
+                part = jnp.asarray(part) if home.raw is None else jax.device_put(part, home.raw)
+                part = _prepare(part, dtype=str(dtype), transpose=home.transpose, scheme=home.scheme)
+                leaves[index] = _placer(home.shardings)(leaves[index], part, layer)
+    for path, leaf in zip(row.leaves, leaves, strict=True):
+        set_leaf(params, path, leaf)
+
+
+def _whole(layers: list[np.ndarray], home: "_Home", per_layer: bool, dtype):
+    """Returns a leaf of all its layers at once."""
+    array = np.stack(layers) if per_layer else layers[0]
+    array = np.ascontiguousarray(array.swapaxes(-1, -2) if home.transpose else array, dtype)
+    leaf = jnp.asarray(array) if home.full is None else jax.device_put(array, home.full)
+    if home.scheme is None:
+        return leaf
+    leaf = quantize_array(leaf, scheme=home.scheme, group=fitting_group(leaf.shape[-2], largest=GROUP))
+    if home.shardings is None:
+        return leaf
+    arrays, structure = jax.tree.flatten(leaf)
+    return jax.tree.unflatten(structure, [jax.device_put(a, s) for a, s in zip(arrays, home.shardings, strict=True)])
+
+
+class _Home(NamedTuple):
+    """Where and how one leaf will live."""
+
+    shape: Any
+    """Abstract leaf (an array or a QuantArray), stacked layers included."""
+    shardings: tuple | None
+    """Of its arrays in order; None without a mesh."""
+    full: NamedSharding | None
+    """Of the leaf before it is quantised."""
+    raw: NamedSharding | None
+    """Of one layer's tensor as it is read, a kernel still transposed."""
+    transpose: bool
+    scheme: Scheme | None
+
+
+def _home(leaf: str, config: ModelConfig, dtype, per_layer: bool, mesh: Mesh | None, axes, quantize) -> _Home:
+    shape = leaf_shapes(config)[leaf]
+    scheme = quantize if is_kernel(leaf) else None
+    full = jax.ShapeDtypeStruct((config.num_layers, *shape) if per_layer else shape, dtype)
+    if scheme is not None:
+        group = fitting_group(shape[0], largest=GROUP)
+        full = jax.eval_shape(functools.partial(quantize_array, scheme=scheme, group=group), full)
+    if mesh is None:
+        return _Home(full, None, None, None, is_kernel(leaf), scheme)
+    leaf_axes = get_leaf(axes, leaf)
+    # Every array of a QuantArray is split as its kernel is.
+    arrays = {f"{leaf}[{i}]": array for i, array in enumerate(jax.tree.leaves(full))}
+    placed = sharding.shardings(dict.fromkeys(arrays, leaf_axes), arrays, mesh)
+    spec = sharding.partition_spec(leaf_axes[1:] if per_layer else leaf_axes)
+    raw = NamedSharding(mesh, PartitionSpec(*(reversed(spec) if is_kernel(leaf) else spec)))
+    whole = NamedSharding(mesh, sharding.partition_spec(leaf_axes))
+    return _Home(full, tuple(placed[name] for name in arrays), whole, raw, is_kernel(leaf), scheme)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "transpose", "scheme"))
+def _prepare(tensor: jax.Array, *, dtype: str, transpose: bool, scheme: Scheme | None):
+    tensor = tensor.astype(dtype)
+    tensor = tensor.T if transpose else tensor
+    if scheme is None:
+        return tensor
+    return quantize_array(tensor, scheme=scheme, group=fitting_group(tensor.shape[0], largest=GROUP))
+
+
+def _zeros(home: _Home):
+    arrays, structure = jax.tree.flatten(home.shape)
+    return jax.tree.unflatten(structure, _zero_arrays(tuple((a.shape, str(a.dtype)) for a in arrays), home.shardings)())
+
+
+@functools.cache
+def _zero_arrays(shapes: tuple, shardings: tuple | None):
+    make = lambda: tuple(jnp.zeros(shape, dtype) for shape, dtype in shapes)  # noqa: E731
+    return jax.jit(make, out_shardings=shardings)
+
+
+@functools.cache
+def _placer(shardings: tuple | None):
+    """Returns the function that writes one layer into its stack, in place. Cached, so that layers share a program."""
+
+    def write(stack_arrays, layer_arrays, index):
+        return tuple(stack.at[index].set(layer) for stack, layer in zip(stack_arrays, layer_arrays, strict=True))
+
+    compiled = jax.jit(write, donate_argnums=0, out_shardings=shardings)
+
+    def place(stack, layer, index: int):
+        arrays, structure = jax.tree.flatten(stack)
+        return jax.tree.unflatten(structure, compiled(tuple(arrays), tuple(jax.tree.leaves(layer)), index))
+
+    return place
+
+
+def plan_tensors(params: dict, family: Family, config: ModelConfig, *, dtype: np.dtype | None) -> dict[str, Plan]:
+    """Returns the tensors to write for a parameter tree; each is fetched from the device when its turn comes.
+
+    With `dtype` None every tensor keeps its own. Raises ValueError for a tree that is not the config's, for quantised
+    leaves, and for arrays of which this process sees only a part.
+    """
+    shapes = leaf_shapes(config)
+    plans = {}
+    for row in family.rows(config):
+        leaves = [_exportable(params, leaf, shapes[leaf], config) for leaf in row.leaves]
+        own = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in leaves))
+        for layer, name in enumerate(tensor_names(row, config)):
+            fetch = functools.partial(_fetch, row, leaves, layer if row.per_layer else None, config)
+            plans[name] = Plan(tensor_shape(row, config), np.dtype(own if dtype is None else dtype), fetch)
+    return plans
+
+
+def _exportable(params: dict, path: str, shape: tuple[int, ...], config: ModelConfig) -> jax.Array:
+    try:
+        leaf = get_leaf(params, path)
+    except (KeyError, TypeError):
+        raise ValueError(f"the parameters have no {path}, the config wants one of shape {shape}") from None
+    if isinstance(leaf, QuantArray):
+        raise ValueError(
+            f"{path} is quantised ({leaf.scheme}), and a Hugging Face folder holds plain floats: export the parameters "
+            "before they were quantised, or restore them with internjax.model.quantize.dequantize"
+        )
+    wanted = (config.num_layers, *shape) if path.startswith("layers.") else shape
+    if leaf.shape != wanted:
+        raise ValueError(f"{path} has shape {leaf.shape}, the config wants {wanted}; give their own config")
+    if not getattr(leaf, "is_fully_addressable", True):
+        raise ValueError(
+            f"{path} is spread over several processes; save a checkpoint and convert it on one host "
+            "(python -m internjax.hf convert RUN FOLDER)"
+        )
+    return leaf
+
+
+def _fetch(row: Row, leaves: list, layer: int | None, config: ModelConfig) -> np.ndarray:
+    parts = []
+    for path, leaf in zip(row.leaves, leaves, strict=True):
+        part = np.asarray(leaf if layer is None else leaf[layer])
+        parts.append(part.T if is_kernel(path) else part)
+    return row.fuse(parts, config)

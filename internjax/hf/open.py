@@ -1,0 +1,185 @@
+"""open_model: from the one argument MODEL to everything that running a model needs.
+
+model = open_model("runs/tiny/sft")
+logits_BTV = logits(model, tokens_BT)
+"""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from internjax import sharding
+from internjax.hf import adapter
+from internjax.hf.families import family_of
+from internjax.hf.generation import GenerationConfig, read_generation
+from internjax.hf.loading import load_params
+from internjax.hf.mapping import get_leaf, leaf_shapes
+from internjax.hf.resolve import Source, read_config, resolve
+from internjax.hf.weights import list_tensors
+from internjax.kernels.quant_matmul import Scheme
+from internjax.model import decoder, rope
+from internjax.model.config import DType, ModelConfig, num_params
+from internjax.model.lora import Lora
+from internjax.model.quantize import quantize_params
+from internjax.text.tokenizer import REWARD, Tokenizer, load_tokenizer
+from internjax.train import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model that is open: what `open_model` returns."""
+
+    config: ModelConfig
+    params: dict
+    tokenizer: Tokenizer | None
+    """None where the folder has none."""
+    generation: GenerationConfig
+    lora: Lora | None
+    """Adapters, not merged; `internjax.model.lora.merge` makes them part of the parameters."""
+    source: Source
+    """Where it came from."""
+
+
+def open_model(
+    model: str | os.PathLike,
+    *,
+    mesh: Mesh | None = None,
+    quantize: Scheme | None = None,
+    adapters: Iterable[str | os.PathLike] = (),
+    dtype: DType | None = None,
+    allow_unknown: Iterable[str] = (),
+) -> Model:
+    """Returns the model that MODEL names (grammar: `internjax.hf.resolve`) and prints what that is.
+
+    Parameters keep the dtype they are stored in. dtype: of the computation; by default float32 on CPUs, else bfloat16.
+    mesh: parameters are placed on it by their logical axes. quantize: every kernel becomes a QuantArray while it is
+    read. adapters: adapter folders that act together on top. allow_unknown: fields of config.json to read as if they
+    were absent. Raises ValueError for all that cannot be honoured, and for folders that are not whole.
+    """
+    start = time.perf_counter()
+    source = resolve(model, adapters=adapters)
+    values = read_config(source.folder)
+    family = family_of(values)
+    config = family.config_from_hf(values, allow_unknown=allow_unknown)
+    config = dataclasses.replace(config, dtype=dtype or _default_dtype())
+    tokenizer = _read_tokenizer(source.folder, config, values)
+    generation = read_generation(source.folder, values, tokenizer)
+    trained, origin = None, str(source.folder)
+    if source.checkpoints is not None and source.trained_adapter is None:
+        restored = _restore(source, config, mesh)
+        params = restored.params if quantize is None else quantize_params(restored.params, scheme=quantize)
+        origin = f"{source.checkpoints}/{restored.step}"
+    else:
+        tensors = list_tensors(source.folder)
+        params = load_params(tensors, family, config, where=source.folder, mesh=mesh, quantize=quantize)
+    loaded = [adapter.load_adapter(folder, model_config=config) for folder in source.adapters]
+    if source.trained_adapter is not None:
+        restored = checkpoint.restore_params(source.checkpoints, source.step)
+        trained = adapter.from_collection(source.trained_adapter, restored.params, model_config=config)
+        loaded.append(trained)
+        origin += f" + {source.checkpoints}/{restored.step}"
+    config = dataclasses.replace(config, param_dtype=str(params["embed"]["embedding"].dtype))
+    result = Model(config, params, tokenizer, generation, _place_lora(adapter.combine(loaded), mesh), source)
+    origin = " + ".join([origin, *map(str, source.adapters)])
+    _print_opened(model, origin, family.name, result, quantize, time.perf_counter() - start)
+    return result
+
+
+def logits(model: Model, tokens_BT) -> jax.Array:
+    """Returns float32 logits `[B, T, V]` of a batch of equally long rows (scores `[B, T, 1]` with a scalar head).
+
+    Adapters are applied. Dynamic rotary scaling sees rows of length T.
+    """
+    tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+    if tokens_BT.ndim != 2:
+        raise ValueError(f"tokens have shape {tokens_BT.shape}; give rows of token ids [B, T]")
+    low, high = int(tokens_BT.min(initial=0)), int(tokens_BT.max(initial=0))
+    if low < 0 or high >= model.config.vocab_size:
+        raise ValueError(f"token ids lie in {low}..{high}; the model has ids 0..{model.config.vocab_size - 1}")
+    inv_freq_BF = rope.inv_freq(model.config, length=tokens_BT.shape[1])[None]
+    with sharding.use(mesh_of(model.params)):
+        return _logits(model.params, tokens_BT, inv_freq_BF, model.lora, config=model.config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _logits(params, tokens_BT, inv_freq_BF, lora, *, config):
+    return decoder.logits(params, tokens_BT, config=config, inv_freq_BF=inv_freq_BF, lora=lora)
+
+
+def mesh_of(params: dict) -> Mesh:
+    """Returns the mesh that parameters live on; for parameters on one device, a mesh of that device."""
+    placed = jax.tree.leaves(params)[0].sharding
+    if isinstance(placed, jax.sharding.NamedSharding):
+        return placed.mesh
+    (device,) = placed.device_set
+    shape = (1,) * len(sharding.MESH_AXES)
+    types = (jax.sharding.AxisType.Auto,) * len(shape)
+    return jax.make_mesh(shape, sharding.MESH_AXES, axis_types=types, devices=[device])
+
+
+def _default_dtype() -> DType:
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _read_tokenizer(folder: Path, config: ModelConfig, values: dict) -> Tokenizer | None:
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the embedding {config.vocab_size} rows; ids "
+            "beyond the table have no vector. Use the tokenizer that the model was trained with"
+        )
+    named = values.get("reward_token_id")
+    if named is not None and tokenizer.special.get(REWARD, named) != named:
+        raise ValueError(
+            f"{folder}: config.json reads the reward at id {named}, the tokenizer's {REWARD} is "
+            f"{tokenizer.special[REWARD]}; the two must be of the same model"
+        )
+    return tokenizer
+
+
+def _restore(source: Source, config: ModelConfig, mesh: Mesh | None) -> checkpoint.RestoredParams:
+    """Reads the parameters of a checkpoint onto the mesh, and refuses a checkpoint of something else."""
+    placed = None
+    if mesh is not None:
+        with sharding.use(mesh):
+            placed = sharding.shardings(decoder.logical_axes(config), decoder.abstract_params(config), mesh)
+    restored = checkpoint.restore_params(source.checkpoints, source.step, shardings=placed)
+    for leaf, shape in leaf_shapes(config).items():
+        wanted = (config.num_layers, *shape) if leaf.startswith("layers.") else shape
+        try:
+            found = get_leaf(restored.params, leaf).shape
+        except (KeyError, TypeError):
+            found = None
+        if found != wanted:
+            raise ValueError(
+                f"the checkpoint {source.checkpoints}/{restored.step} has {found or 'nothing'} as {leaf}, the model in "
+                f"{source.folder} wants {wanted}; its state is not this model's parameters. Open the run's model/"
+            )
+    return restored
+
+
+def _place_lora(lora: Lora | None, mesh: Mesh | None) -> Lora | None:
+    if lora is None or mesh is None:
+        return lora
+    return jax.device_put(lora, sharding.replicated(mesh))
+
+
+def _print_opened(asked, origin: str, layout: str, model: Model, quantize: str | None, seconds: float) -> None:
+    config = model.config
+    weights = quantize or config.param_dtype
+    extra = "" if model.tokenizer is not None else ", no tokenizer"
+    if model.lora is not None:
+        extra += f", adapters on {len(jax.tree.leaves(model.lora.weights)) // 2} kernels"
+    print(
+        f"model {asked}: {origin} ({layout} layout, {num_params(config):,} parameters in {weights}, computed in "
+        f"{config.dtype}{extra}), {seconds:.1f} s"
+    )
