@@ -10,6 +10,7 @@ checkpoints that were committed, and nothing else that counts.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -246,9 +247,12 @@ class Checkpoints:
 
     def _abandoned(self, step: int, error: Exception) -> OSError:
         """Removes what was written of `step`; returns the error that tells a person about it."""
+        # A manager whose save failed raises that failure for ever after.
+        with contextlib.suppress(Exception):
+            self._manager.close()
         for path in self._unfinished():
             shutil.rmtree(path, ignore_errors=True)
-        self._manager.reload()
+        self._manager = _open_manager(self.folder)
         kept = [kept for kept in committed_steps(self.folder) if kept not in self._damaged]
         full = any(sign in str(error) for sign in ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota"))
         free = shutil.disk_usage(self.folder).free / 2**20

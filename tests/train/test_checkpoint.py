@@ -1,0 +1,300 @@
+"""Checkpoints: what is written comes back bit by bit, and what is damaged, foreign or unfinished is named."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from internjax.train import checkpoint
+from internjax.train.checkpoint import (
+    CheckpointConfig,
+    committed_steps,
+    fingerprint,
+    latest,
+    open_checkpoints,
+    problem,
+    restore_params,
+)
+from internjax.train.losses import LossOutput
+from internjax.train.optimizer import AdamW, Constant, make_optimizer
+from internjax.train.step import init_state, make_step
+
+OPTIMIZER = make_optimizer(AdamW(peak_lr=0.05), Constant(), num_steps=100)
+
+
+def squared(trainable, frozen, batch, rng):
+    size = sum(jnp.sum((leaf.astype(jnp.float32) - batch["x"]) ** 2) for leaf in jax.tree.leaves(trainable))
+    return LossOutput(size + jax.random.uniform(rng), jnp.asarray(1.0), {})
+
+
+def new_state(width: int = 4, *, frozen=None, seed: int = 3, dtype=jnp.bfloat16):
+    rng = np.random.default_rng(0)
+    trainable = {
+        "layers": {"ffn": {"up": {"kernel": rng.normal(size=(2, 3, width)).astype(np.float32)}}},
+        "norm": {"scale": jnp.asarray(rng.normal(size=(width,)), dtype)},
+    }
+    return init_state(trainable, OPTIMIZER, frozen=frozen, seed=seed)
+
+
+def advance(state, num_steps: int, step=None):
+    step = step or make_step(squared, OPTIMIZER)
+    for _ in range(num_steps):
+        state, _ = step(state, {"x": np.float32(1.0)})
+    return state
+
+
+def host(state):
+    return jax.device_get((state.trainable, state.opt_state, jax.random.key_data(state.rng), state.data_position))
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def written(folder, steps=(1, 2, 3), max_to_keep=3):
+    """Writes a checkpoint after each of `steps` and returns what each state was."""
+    state, step, seen = new_state(), make_step(squared, OPTIMIZER), {}
+    with open_checkpoints(folder, CheckpointConfig(max_to_keep=max_to_keep)) as checkpoints:
+        for index in range(1, max(steps) + 1):
+            state = advance(state, 1, step)
+            if index in steps:
+                seen[index] = host(state)
+                checkpoints.save(state)
+    return seen
+
+
+def an_array_file(folder, step):
+    """The largest data file under `trainable`: where the weights are."""
+    return max((folder / str(step) / "trainable").rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
+def restored(folder, target=None):
+    with open_checkpoints(folder) as checkpoints:
+        return checkpoints.restore(target or new_state(seed=9))
+
+
+def test_a_state_comes_back_bit_by_bit(tmp_path):
+    seen = written(tmp_path)
+    state = restored(tmp_path)
+    assert_same(host(state), seen[3])
+    assert int(state.step) == 3 and state.trainable["norm"]["scale"].dtype == jnp.bfloat16
+    # And it trains on as the state that was never away.
+    assert_same(host(advance(state, 2)), host(advance(new_state(), 5)))
+
+
+def test_saving_goes_on_while_the_arrays_are_donated(tmp_path):
+    state, step = new_state(width=200_000), make_step(squared, OPTIMIZER)
+    with open_checkpoints(tmp_path) as checkpoints:
+        state = advance(state, 1, step)
+        wanted = host(state)
+        checkpoints.save(state)
+        state = advance(state, 3, step)  # overwrites the very buffers that are being saved
+    assert_same(host(restored(tmp_path, new_state(width=200_000))), wanted)
+
+
+def test_old_checkpoints_go_when_newer_ones_are_committed(tmp_path):
+    written(tmp_path, steps=(1, 2, 3, 4, 5), max_to_keep=2)
+    assert committed_steps(tmp_path) == [4, 5] and latest(tmp_path) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
+
+
+def test_nothing_committed_is_nothing(tmp_path):
+    assert latest(tmp_path / "absent") is None and restored(tmp_path) is None
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        restore_params(tmp_path)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, os.remove])
+def test_the_newest_good_checkpoint_is_used_and_the_skipped_one_named(tmp_path, damage, capsys):
+    seen = written(tmp_path)
+    victim = an_array_file(tmp_path, 3)
+    damage(victim)
+    assert_same(host(restored(tmp_path)), seen[2])
+    said = capsys.readouterr().err
+    assert "step 3 is skipped" in said and victim.name in said and "using the checkpoint of step 2" in said
+    assert restore_params(tmp_path).step == 2
+
+
+@pytest.mark.parametrize("name", [checkpoint.ABOUT, checkpoint.CHECKSUMS])
+def test_damage_in_the_records_is_damage(tmp_path, name):
+    written(tmp_path, steps=(1,))
+    assert problem(tmp_path, 1) is None
+    flip_a_bit(tmp_path / "1" / name)
+    assert name in problem(tmp_path, 1)
+
+
+def test_checkpoints_that_do_not_load_are_an_error_not_a_fresh_start(tmp_path):
+    written(tmp_path, steps=(1, 2))
+    for step in (1, 2):
+        flip_a_bit(an_array_file(tmp_path, step))
+    with pytest.raises(ValueError, match=r"none loads \(step 2: .*; step 1: "):
+        restored(tmp_path)
+    assert committed_steps(tmp_path) == [1, 2]  # nothing was removed
+
+
+def test_a_damaged_step_is_moved_aside_when_it_is_written_again(tmp_path):
+    seen = written(tmp_path)
+    flip_a_bit(an_array_file(tmp_path, 3))
+    with open_checkpoints(tmp_path, CheckpointConfig(max_to_keep=3)) as checkpoints:
+        state = advance(checkpoints.restore(new_state()), 1)
+        checkpoints.save(state)
+    assert_same(host(restored(tmp_path)), seen[3])
+    assert (tmp_path / "3.damaged").is_dir() and problem(tmp_path, 3) is None
+
+
+def test_a_good_step_is_never_overwritten(tmp_path):
+    written(tmp_path, steps=(1,))
+    with open_checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="exists already"):
+        checkpoints.save(advance(new_state(), 1))
+    assert problem(tmp_path, 1) is None
+
+
+def test_a_step_without_its_mark_does_not_exist_and_is_cleared_away(tmp_path):
+    seen = written(tmp_path, steps=(1, 2))
+    (tmp_path / "2" / checkpoint.COMMITTED).unlink()
+    (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert latest(tmp_path) == 1
+    assert_same(host(restored(tmp_path)), seen[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "notes"]
+
+
+@pytest.mark.parametrize(
+    "target, said",
+    [
+        (lambda: new_state(width=5), r"layers.ffn.up.kernel is float32\[2, 3, 4\] there, float32\[2, 3, 5\] here"),
+        (lambda: new_state(dtype=jnp.float32), r"norm.scale is bfloat16\[4\] there, float32\[4\] here"),
+        (
+            lambda: init_state({"other": np.ones(2, np.float32)}, OPTIMIZER),
+            r"up.kernel is float32\[2, 3, 4\] there, absent here \(2 more",
+        ),
+        (lambda: init_state(new_state().trainable, optax.sgd(0.1)), "optimizer .* absent here"),
+    ],
+)
+def test_a_checkpoint_of_another_shape_names_the_array(tmp_path, target, said):
+    written(tmp_path, steps=(1,))
+    with pytest.raises(ValueError, match=said) as caught:
+        restored(tmp_path, target())
+    assert "Run with the config that wrote it" in str(caught.value)
+
+
+def test_adapters_keep_the_fingerprint_of_their_base_and_not_its_weights(tmp_path):
+    base = {"kernel": jnp.arange(300_000, dtype=jnp.float32)}
+    state = advance(new_state(frozen=base), 1)
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert size < 100_000  # the base has 1.2 MB
+    assert restore_params(tmp_path).base == fingerprint(base)
+    same = restored(tmp_path, new_state(frozen={"kernel": jnp.arange(300_000, dtype=jnp.float32)}))
+    assert_same(host(same), host(state))
+    other = {"kernel": base["kernel"].at[7].add(1.0)}
+    with pytest.raises(ValueError, match="another frozen base"):
+        restored(tmp_path, new_state(frozen=other))
+
+
+def test_the_fingerprint_sees_names_dtypes_shapes_order_and_single_bits():
+    x = jnp.arange(24, dtype=jnp.float32).reshape(4, 6)
+    trees = [
+        {"a": x},
+        {"b": x},
+        {"a": x.reshape(6, 4)},
+        {"a": x.astype(jnp.bfloat16)},
+        {"a": x[::-1]},
+        {"a": x.at[2, 3].set(jnp.nextafter(x[2, 3], jnp.inf))},
+        {"a": -x},
+        {"a": x.astype(jnp.uint8)},
+        {"a": x > 3},
+    ]
+    assert len({fingerprint(tree) for tree in trees}) == len(trees)
+    assert fingerprint({"a": np.asarray(x)}) == fingerprint({"a": x})
+
+
+def test_params_alone_come_back_nested(tmp_path):
+    seen = written(tmp_path)
+    for step in (None, 2):
+        given = restore_params(tmp_path, step)
+        assert given.step == (step or 3) and given.base is None
+        assert_same(jax.device_get(given.params), seen[given.step][0])
+    with pytest.raises(ValueError, match=r"no checkpoint of step 9 .* there are: \[1, 2, 3\]"):
+        restore_params(tmp_path, 9)
+
+
+def test_reading_writes_nothing(tmp_path):
+    written(tmp_path, steps=(1,))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    restore_params(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+class FullDisk:
+    """The Orbax manager on a disk that fills up: part of the step lies there when the write fails."""
+
+    def __init__(self, manager, folder):
+        self._manager, self._folder = manager, folder
+
+    def __getattr__(self, name):
+        return getattr(self._manager, name)
+
+    def wait_until_finished(self):
+        self._manager.wait_until_finished()
+        if not (self._folder / "2").exists():
+            return
+        shutil.move(self._folder / "2", self._folder / "2.orbax-checkpoint-tmp")
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write 6467584 bytes to file 11: No space left on device")
+
+
+def test_a_full_disk_is_one_clear_error_that_loses_nothing(tmp_path):
+    state, step = advance(new_state(), 1), make_step(squared, OPTIMIZER)
+    with open_checkpoints(tmp_path) as checkpoints:
+        wanted = host(state)
+        checkpoints.save(state)
+        checkpoints.wait()
+        checkpoints._manager = FullDisk(checkpoints._manager, checkpoints.folder)
+        state = advance(state, 1, step)
+        checkpoints.save(state)
+        with pytest.raises(OSError, match=r"step 2 .* the disk is full .* untouched \(1\)\. Make room"):
+            checkpoints.wait()
+        assert [path.name for path in tmp_path.iterdir()] == ["1"]
+        # With room again, the same process can go on.
+        checkpoints.save(state)
+    assert committed_steps(tmp_path) == [1, 2]
+    os.remove(an_array_file(tmp_path, 2))
+    assert_same(host(restored(tmp_path)), wanted)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file/checkpoints cannot be written"):
+        open_checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_the_record_is_readable_without_us(tmp_path):
+    written(tmp_path, steps=(2,))
+    about = json.loads((tmp_path / "2" / checkpoint.ABOUT).read_text())
+    assert about["step"] == 2 and about["data_position"] == 2 and about["rng"]["data"] == [0, 3]
+    assert about["trainable"] == {"layers.ffn.up.kernel": [[2, 3, 4], "float32"], "norm.scale": [[4], "bfloat16"]}
+    listed = json.loads((tmp_path / "2" / checkpoint.CHECKSUMS).read_text())
+    there = {str(path.relative_to(tmp_path / "2")) for path in (tmp_path / "2").rglob("*") if path.is_file()}
+    assert there - set(listed) == {checkpoint.CHECKSUMS, checkpoint.COMMITTED}
+
+
+@pytest.mark.parametrize("config", [{"every": 0}, {"max_to_keep": 0}])
+def test_a_config_that_cannot_be_meant_is_refused(config):
+    with pytest.raises(ValueError, match="at least 1"):
+        CheckpointConfig(**config)
