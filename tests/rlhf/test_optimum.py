@@ -213,7 +213,7 @@ def test_the_toy_problem_is_one():
     given = problem()
     probabilities = sequence_probabilities(given.reference)
     assert len(SEQUENCES) == 40 and abs(probabilities.sum() - 1) < 1e-6
-    assert total_variation(probabilities, optimum(given)[0]) > 0.4
+    assert total_variation(probabilities, optimum(given)[0]) > 0.25
     tokens, states, mask = draw(jax.random.key(0), given.reference, 4000)
     counts = np.bincount(CODE[tuple(np.asarray(tokens)[:, PROMPT:].T)], minlength=40) / 4000
     assert total_variation(counts, probabilities) < 0.06
