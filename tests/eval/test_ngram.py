@@ -13,9 +13,7 @@ def test_counts_and_interpolation_by_hand():
     np.testing.assert_allclose(unigram, [4 / 10, 3 / 10, 2 / 10, 1 / 10])
     got = np.exp(bigram_logprobs(model, np.array([0, 0, 0, 1, 3]), np.array([1, 2, 3, 1, 2])))
     # t(0) = 2 kinds of followers, c(0) = 3; t(1) = 1, c(1) = 1; 3 was never followed.
-    np.testing.assert_allclose(
-        got, [(2 + 2 * 0.3) / 5, (1 + 2 * 0.2) / 5, (0 + 2 * 0.1) / 5, (0 + 1 * 0.3) / 2, 0.2]
-    )
+    np.testing.assert_allclose(got, [(2 + 2 * 0.3) / 5, (1 + 2 * 0.2) / 5, (0 + 2 * 0.1) / 5, (0 + 1 * 0.3) / 2, 0.2])
 
 
 def test_probabilities_sum_to_one_for_every_context():

@@ -1,0 +1,68 @@
+"""Scores a model on your own files.
+
+    python -m eval MODEL --choices exam.jsonl --questions facts.jsonl --text held_out.txt --out runs/NAME/eval
+    python -m eval MODEL --questions facts.jsonl --chat
+
+Prints a table; `--out` keeps every sample. Formats stand in eval/README.md.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Scores a model on multiple-choice files, question files and texts."""
+
+    model: str
+    """A Hugging Face folder, a run, an adapter folder: whatever the other commands take."""
+    choices: tuple[Path, ...] = ()
+    """JSONL files with question, choices, answer."""
+    questions: tuple[Path, ...] = ()
+    """JSONL files with question, answer; the first line that the model writes is compared."""
+    text: tuple[Path, ...] = ()
+    """UTF-8 texts for bits per byte."""
+    out: Path | None = None
+    """Folder for one JSONL of samples per task, and results.json."""
+    chat: bool = False
+    """Ask in the model's chat template instead of plain text."""
+    batch_size: int = 16
+    max_length: int | None = None
+    """Longest input in tokens; the model's own if not given."""
+
+
+def run(config: Evaluate) -> str:
+    """Returns the table of scores as Markdown."""
+    from eval.model import as_chat, as_text, local
+    from eval.report import markdown
+    from eval.run import evaluate
+    from eval.tasks import files
+    from internjax.hf.open import open_model
+
+    tasks = [files.choices(path) for path in config.choices] + [files.questions(path) for path in config.questions]
+    if config.text:
+        tasks.append(files.text(config.text))
+    if not tasks:
+        raise ValueError("nothing to score: give --choices, --questions or --text with at least one file")
+    model = local(
+        open_model(config.model),
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        encode=as_chat if config.chat else as_text,
+    )
+    return markdown(evaluate(model, tasks, log_folder=config.out))
+
+
+def main() -> None:
+    import tyro
+
+    config = tyro.cli(Evaluate, config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagConversionOff))
+    try:
+        print(run(config), end="")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
