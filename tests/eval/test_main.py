@@ -1,0 +1,93 @@
+"""`python -m eval` on a folder that was written by save_model, as a person would run it; and the README's code."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from internjax.hf.save import save_model
+from internjax.model import decoder
+from internjax.model.config import ModelConfig
+from internjax.text.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    tokenizer = train_tokenizer(["import os\nimport math\n"] * 8, vocab_size=300)
+    config = ModelConfig(
+        vocab_size=300,
+        d_model=32,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        ffn_dim=32,
+        max_position_embeddings=128,
+        dtype="float32",
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny model"
+    save_model(folder, config=config, params=decoder.init(config, jax.random.key(0)), tokenizer=tokenizer)
+    return folder
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, "-m", "eval", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_scores_files_and_keeps_samples(folder, tmp_path):
+    rows = [{"question": f"{n} is", "choices": ["even", "odd"], "answer": n % 2} for n in range(10)]
+    (tmp_path / "exam.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "facts.jsonl").write_text('{"question": "import", "answer": "os"}\n')
+    (tmp_path / "text.txt").write_text("import os\n" * 30)
+    files = ("--choices", "exam.jsonl", "--questions", "facts.jsonl", "--text", "text.txt")
+    result = run(folder, *files, "--out", "log", "--batch-size", "4", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    table = [line for line in result.stdout.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| exam v1", "| facts v1", "| text v1"]
+    samples = [json.loads(line) for line in (tmp_path / "log" / "exam.jsonl").read_text().splitlines()]
+    share = sum(sample["value"] for sample in samples) / 10
+    assert len(samples) == 10 and f"{100 * share:.1f} %" in table[2]
+    # An untrained model of 300 tokens says little about any byte.
+    (document,) = (json.loads(line) for line in (tmp_path / "log" / "text.jsonl").read_text().splitlines())
+    assert document["num_bytes"] == 300 and document["num_tokens"] < 300
+    assert document["value"] == pytest.approx(document["num_tokens"] * 8.23 / 300, rel=0.1)  # log2(300) per token
+
+
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        ((), "nothing to score"),
+        (("--choices", "absent.jsonl"), "absent.jsonl: No such file"),
+        (("--text", "empty.txt"), "empty documents"),
+    ],
+)
+def test_bad_input_gives_one_line_and_a_non_zero_exit(arguments, wanted, folder, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    result = run(folder, *arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ") and wanted in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_the_code_in_the_readme_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "eval" / "README.md").read_text(), re.DOTALL)
+    exec(compile(code, "eval/README.md", "exec"), {})
+
+
+def test_the_rows_in_the_readme_are_read(tmp_path):
+    from eval.tasks import files
+
+    (rows,) = re.findall(r"```json\n(.*?)```", (ROOT / "eval" / "README.md").read_text(), re.DOTALL)
+    choice, question = rows.splitlines()
+    (tmp_path / "a.jsonl").write_text(choice)
+    (tmp_path / "b.jsonl").write_text(question)
+    assert files.choices(tmp_path / "a.jsonl").items[0].answer == 1
+    assert files.questions(tmp_path / "b.jsonl").items[0].answer == "4"
