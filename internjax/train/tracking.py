@@ -223,11 +223,13 @@ class Run:
         """Closes the files and the W&B run, and prints how to upload the latter."""
         self._close_files()
         if self._wandb is not None:
-            folder, offline = Path(self._wandb.dir).parent, self._wandb.settings.mode == "offline"
+            folder, offline = Path(self._wandb.dir).parent.parent, self._wandb.settings.mode == "offline"
+            name = self._wandb.id
             self._wandb.finish()
             self._wandb, self._wandb_tried = None, False
             if offline:
-                print(f"W&B kept this run offline; upload it with:  wandb sync {shlex.quote(str(folder))}")
+                # Every start of the run left a folder of its own under the one id; they are uploaded together.
+                print(f"W&B kept this run offline; upload it with:  wandb sync {shlex.quote(str(folder))}/*-{name}")
 
     def _append(self, name: str, row: dict) -> None:
         if not self._writes:

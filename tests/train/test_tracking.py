@@ -169,7 +169,7 @@ class FakeWandb:
     def init(self, **how):
         self.inits.append(how)
         self.dir, self.settings = str(self.folder / "offline-run-1" / "files"), self
-        self.mode = how["mode"]
+        self.mode, self.id = how["mode"], how["id"]
         return self
 
     def log(self, metrics, step):
@@ -197,7 +197,7 @@ def test_wandb_is_offline_keeps_its_id_and_prints_the_upload(tmp_path, wandb, ca
     assert first["mode"] == "offline" and first["id"] == second["id"] and first["project"] == "internjax"
     assert first["config"]["schedule"]["type"] == "Cosine"
     assert wandb.logged[:2] == [(1, {"loss": 0.5}), (1, {"timing/seconds": 2.0})] and len(wandb.logged) == 4
-    assert wandb.finished == 2 and f"wandb sync {tmp_path}/offline-run-1" in capsys.readouterr().out
+    assert wandb.finished == 2 and f"wandb sync {tmp_path}/*-{first['id']}" in capsys.readouterr().out
 
 
 def test_the_variables_of_wandb_win(tmp_path, wandb, monkeypatch):
