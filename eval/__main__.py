@@ -1,7 +1,7 @@
 """Scores a model on your own files.
 
     python -m eval MODEL --choices exam.jsonl --questions facts.jsonl --text held_out.txt --out runs/NAME/eval
-    python -m eval MODEL --questions facts.jsonl --chat
+    python -m eval MODEL --questions facts.jsonl --ask chat
 
 Prints a table; `--out` keeps every sample. Formats stand in eval/README.md.
 """
@@ -9,6 +9,7 @@ Prints a table; `--out` keeps every sample. Formats stand in eval/README.md.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Evaluate:
     """UTF-8 texts for bits per byte."""
     out: Path | None = None
     """Folder for one JSONL of samples per task, and results.json."""
-    chat: bool = False
-    """Ask in the model's chat template instead of plain text."""
+    ask: Literal["text", "chat"] = "text"
+    """As plain text, or as the user's turn in the model's chat template."""
     batch_size: int = 16
     max_length: int | None = None
     """Longest input in tokens; the model's own if not given."""
@@ -49,7 +50,7 @@ def run(config: Evaluate) -> str:
         open_model(config.model),
         batch_size=config.batch_size,
         max_length=config.max_length,
-        encode=as_chat if config.chat else as_text,
+        encode=as_chat if config.ask == "chat" else as_text,
     )
     return markdown(evaluate(model, tasks, log_folder=config.out))
 
@@ -57,7 +58,7 @@ def run(config: Evaluate) -> str:
 def main() -> None:
     import tyro
 
-    config = tyro.cli(Evaluate, config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagConversionOff))
+    config = tyro.cli(Evaluate, prog="python -m eval", config=(tyro.conf.PositionalRequiredArgs,))
     try:
         print(run(config), end="")
     except ValueError as error:

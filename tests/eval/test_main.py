@@ -49,7 +49,7 @@ def test_the_command_scores_files_and_keeps_samples(folder, tmp_path):
     (tmp_path / "facts.jsonl").write_text('{"question": "import", "answer": "os"}\n')
     (tmp_path / "text.txt").write_text("import os\n" * 30)
     files = ("--choices", "exam.jsonl", "--questions", "facts.jsonl", "--text", "text.txt")
-    result = run(folder, *files, "--out", "log", "--batch-size", "4", cwd=tmp_path)
+    result = run(folder, *files, "--ask", "text", "--out", "log", "--batch-size", "4", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     table = [line for line in result.stdout.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in table[2:]] == ["| exam v1", "| facts v1", "| text v1"]
@@ -67,7 +67,7 @@ def test_the_command_scores_files_and_keeps_samples(folder, tmp_path):
     [
         ((), "nothing to score"),
         (("--choices", "absent.jsonl"), "absent.jsonl: No such file"),
-        (("--text", "empty.txt"), "empty documents"),
+        (("--text", "empty.txt", "--ask", "chat"), "empty documents"),
     ],
 )
 def test_bad_input_gives_one_line_and_a_non_zero_exit(arguments, wanted, folder, tmp_path):
