@@ -1,0 +1,216 @@
+"""Token folders: the form in which text reaches training.
+
+FOLDER/manifest.json       tokenizer sha256, dtype, counts, and the sha256 of every file
+FOLDER/00000.bin           token ids, little-endian uint16 where the vocabulary fits, else uint32
+FOLDER/00000.idx           int64 offsets of its documents in tokens, one more than there are documents
+FOLDER/00000.mask          optional: uint8 per token, 1 where the token is to be learned
+FOLDER/documents.parquet   id, shard and number of tokens of every document, in order
+
+A folder appears by an atomic rename: a reader never sees half of one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from internjax.text.tokenizer import Tokenizer
+
+MANIFEST, DOCUMENTS = "manifest.json", "documents.parquet"
+FORMAT = 1
+SHARD_TOKENS = 1 << 27
+_ENCODE_BATCH = 512
+
+
+class TokenDocument(NamedTuple):
+    """One document's ids; mask is 1 on ids that are to be learned (None: all of them)."""
+
+    id: str
+    ids: list[int]
+    mask: list[int] | None = None
+
+
+class TokenFolder(NamedTuple):
+    """An open token folder; arrays are memory-mapped."""
+
+    path: Path
+    manifest: dict[str, Any]
+    tokens: tuple[np.ndarray, ...]
+    """Per shard."""
+    masks: tuple[np.ndarray, ...] | None
+    offsets: tuple[np.ndarray, ...]
+    lengths_D: np.ndarray
+    """Tokens of every document, over all shards."""
+    first_D: np.ndarray
+    """Index of the first document of every shard, and the total."""
+
+    def document(self, index: int) -> np.ndarray:
+        """Returns the ids of a document."""
+        shard, start, stop = self._place(index)
+        return self.tokens[shard][start:stop]
+
+    def mask(self, index: int) -> np.ndarray | None:
+        """Returns the loss mask of a document, or None where the folder has none."""
+        if self.masks is None:
+            return None
+        shard, start, stop = self._place(index)
+        return self.masks[shard][start:stop]
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        shard = int(np.searchsorted(self.first_D, index, side="right")) - 1
+        local = index - int(self.first_D[shard])
+        return shard, int(self.offsets[shard][local]), int(self.offsets[shard][local + 1])
+
+
+def text_documents(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[TokenDocument]:
+    """Yields (id, text) pairs as ids with the tokenizer's end-of-text id last; markers in a text are plain text."""
+    batch: list[tuple[str, str]] = []
+
+    def encoded():
+        rows = tokenizer.encode_batch([text for _, text in batch])
+        return [TokenDocument(name, [*ids, tokenizer.eos_id]) for (name, _), ids in zip(batch, rows, strict=True)]
+
+    for pair in texts:
+        batch.append(pair)
+        if len(batch) == _ENCODE_BATCH:
+            yield from encoded()
+            batch = []
+    yield from encoded()
+
+
+def write_tokens(
+    folder: str | os.PathLike,
+    documents: Iterable[TokenDocument],
+    *,
+    tokenizer: Tokenizer,
+    shard_tokens: int = SHARD_TOKENS,
+    about: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes a token folder and returns its manifest; `about` (JSON values) is kept in it.
+
+    Raises ValueError where there is no document to write, or the folder exists and is no token folder.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} exists and is no token folder (it has no {MANIFEST}); give another path")
+    new = folder.with_name(f".{folder.name}.new-{uuid.uuid4().hex[:8]}")
+    new.mkdir(parents=True)
+    try:
+        manifest = _write(new, documents, tokenizer, shard_tokens, about or {})
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return manifest
+
+
+def _write(new: Path, documents, tokenizer: Tokenizer, shard_tokens: int, about: dict[str, Any]) -> dict[str, Any]:
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    shards, names, sizes, places = [], [], [], []
+    ids: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    pending, has_mask = 0, None
+
+    def flush():
+        nonlocal pending
+        number = f"{len(shards):05d}"
+        np.concatenate(ids).tofile(new / f"{number}.bin")
+        np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype("<i8").tofile(new / f"{number}.idx")
+        if has_mask:
+            np.concatenate(masks).tofile(new / f"{number}.mask")
+        shards.append({"name": number, "num_documents": len(ids), "num_tokens": pending})
+        ids.clear()
+        masks.clear()
+        pending = 0
+
+    for document in documents:
+        if has_mask is None:
+            has_mask = document.mask is not None
+        assert has_mask == (document.mask is not None), "all documents of a folder have a mask, or none has"
+        ids.append(np.asarray(document.ids, dtype))
+        if document.mask is not None:
+            assert len(document.mask) == len(document.ids), document.id
+            masks.append(np.asarray(document.mask, np.uint8))
+        names.append(document.id)
+        sizes.append(len(document.ids))
+        places.append(len(shards))
+        pending += len(document.ids)
+        if pending >= shard_tokens:
+            flush()
+    if not names:
+        raise ValueError("there is no document to write tokens of; the corpus or the data file is empty")
+    if ids:
+        flush()
+    _write_documents(new / DOCUMENTS, names, sizes, places)
+    files = {path.name: _file_entry(path) for path in sorted(new.iterdir())}
+    manifest = {
+        "format": FORMAT,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype.name,
+        "has_mask": bool(has_mask),
+        "num_documents": len(names),
+        "num_tokens": sum(sizes),
+        "shards": shards,
+        "files": files,
+        "about": about,
+    }
+    (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def _write_documents(path: Path, names: list[str], sizes: list[int], shards: list[int]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"id": pa.array(names), "shard": pa.array(shards, pa.int32()), "num_tokens": pa.array(sizes, pa.int64())}
+    pq.write_table(pa.table(columns), path)
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def open_tokens(
+    folder: str | os.PathLike, *, tokenizer_sha256: str | None = None, verify: bool = True
+) -> TokenFolder:
+    """Returns the folder, memory-mapped. Raises ValueError naming a file that is missing, short or altered.
+
+    With `tokenizer_sha256` a folder that another tokenizer wrote is refused. verify=False checks sizes alone and does
+    not read the tokens through.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
+        raise ValueError(f"{folder} is no token folder: it has no {MANIFEST} (found: {found})")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{folder} has format {manifest.get('format')!r}, this version reads {FORMAT}; write it anew")
+    if tokenizer_sha256 is not None and manifest["tokenizer_sha256"] != tokenizer_sha256:
+        raise ValueError(
+            f"{folder} was written by the tokenizer {manifest['tokenizer_sha256'][:12]}, the one given is "
+            f"{tokenizer_sha256[:12]}: its ids mean other text. Give the tokenizer that wrote it, or write it anew"
+        )
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{folder} lacks {name}, which its manifest lists; restore it or write the folder anew")
+        if path.stat().st_size != entry["bytes"]:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, {entry['bytes']} were written; it was cut short")
+        if verify and _file_entry(path)["sha256"] != entry["sha256"]:
+            raise ValueError(f"{path} was altered after it was written (its sha256 differs); write the folder anew")
+    names = [shard["name"] for shard in manifest["shards"]]
+    tokens = tuple(np.memmap(folder / f"{name}.bin", manifest["dtype"], "r") for name in names)
+    masks = tuple(np.memmap(folder / f"{name}.mask", np.uint8, "r") for name in names) if manifest["has_mask"] else None
+    offsets = tuple(np.fromfile(folder / f"{name}.idx", "<i8") for name in names)
+    lengths = np.concatenate([np.diff(row) for row in offsets])
+    first = np.cumsum([0, *(len(row) - 1 for row in offsets)])
+    return TokenFolder(folder, manifest, tokens, masks, offsets, lengths, first)
