@@ -154,7 +154,9 @@ def open_rows(
     return Rows(open_tokens(folder, tokenizer_sha256=tokenizer_sha256), seq_len=seq_len, packing=packing, seed=seed)
 
 
-def batches(rows: Rows, *, batch_size: int, num_threads: int = 2, prefetch: int = 16) -> Callable[[int], Iterator[Batch]]:
+def batches(
+    rows: Rows, *, batch_size: int, num_threads: int = 2, prefetch: int = 16
+) -> Callable[[int], Iterator[Batch]]:
     """Returns step -> the batches `[B, T]` from that absolute step on, read ahead by Grain's threads."""
     import grain
 

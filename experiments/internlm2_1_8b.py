@@ -1,0 +1,32 @@
+"""Pre-training of InternLM2-1.8B, first phase; as internlm2_7b, at the smallest size and with its normalised head.
+
+    python -m experiments.internlm2_1_8b --data.folder tokens/ --data.tokenizer tokenizer/ --mesh.fsdp 8
+
+Hardware: 8 GPUs of 80 GB; not yet run on GPU
+Time: not measured
+"""
+
+from dataclasses import replace
+
+from experiments import internlm2_7b
+from experiments.stages import launch, pretrain
+from internjax.model.config import INTERNLM2_1_8B
+
+_PARENT = internlm2_7b.CONFIG.model
+
+CONFIG = replace(
+    internlm2_7b.CONFIG,
+    run="internlm2_1_8b",
+    model=replace(
+        INTERNLM2_1_8B,
+        norm_head=True,
+        rope_theta=_PARENT.rope_theta,
+        rope_scaling=_PARENT.rope_scaling,
+        max_position_embeddings=_PARENT.max_position_embeddings,
+        remat=_PARENT.remat,
+        attention=_PARENT.attention,
+    ),
+)
+
+if __name__ == "__main__":
+    launch(pretrain, CONFIG)

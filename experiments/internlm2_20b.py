@@ -1,0 +1,35 @@
+"""Pre-training of InternLM2-20B, first phase; as internlm2_7b, with 5M tokens a batch and tensor parallelism.
+
+    python -m experiments.internlm2_20b --data.folder tokens/ --data.tokenizer tokenizer/ --mesh.fsdp 16 --mesh.tensor 4
+
+Hardware: 64 or more GPUs of 80 GB; not yet run on GPU
+Time: not measured
+"""
+
+from dataclasses import replace
+
+from experiments import internlm2_7b
+from experiments.stages import launch, pretrain
+from internjax.model.config import INTERNLM2_20B
+from internjax.sharding import MeshConfig
+
+_PARENT = internlm2_7b.CONFIG.model
+
+CONFIG = replace(
+    internlm2_7b.CONFIG,
+    run="internlm2_20b",
+    model=replace(
+        INTERNLM2_20B,
+        rope_theta=_PARENT.rope_theta,
+        rope_scaling=_PARENT.rope_scaling,
+        max_position_embeddings=_PARENT.max_position_embeddings,
+        remat=_PARENT.remat,
+        attention=_PARENT.attention,
+    ),
+    data=replace(internlm2_7b.CONFIG.data, batch_size=1280),
+    num_steps=400_000,
+    mesh=MeshConfig(fsdp=-1, tensor=4),
+)
+
+if __name__ == "__main__":
+    launch(pretrain, CONFIG)

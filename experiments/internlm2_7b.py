@@ -1,0 +1,40 @@
+"""Pre-training of InternLM2-7B, first phase: 4k tokens, rotary base 50,000 (InternLM2 report, tables 3 and section 3.3).
+
+    python -m experiments.internlm2_7b --data.folder tokens/ --data.tokenizer tokenizer/ --mesh.fsdp 64
+    python -m experiments.internlm2_7b --data.folder tokens/ --data.tokenizer tokenizer/ --num-steps 100 --run trial
+
+Hardware: a mesh of 80 GB GPUs, 32 or more; not yet run on GPU
+Time: not measured
+
+Peak rate 3e-4, 4M tokens a batch, AdamW .9/.95, weight decay .1, cosine to 10 %: the report. It does not state warm-up
+and clipping: 2,000 steps and norm 1.0 are our choice, as is the number of steps (2.0T tokens).
+"""
+
+from dataclasses import replace
+
+from experiments.stages import Pretrain, TokenData, launch, pretrain
+from internjax.model.config import INTERNLM2_7B, NoScaling
+from internjax.train.checkpoint import CheckpointConfig
+from internjax.train.optimizer import AdamW, Cosine
+from internjax.train.tracking import TrackingConfig
+
+CONFIG = Pretrain(
+    run="internlm2_7b",
+    model=replace(
+        INTERNLM2_7B,
+        rope_theta=50_000.0,
+        rope_scaling=NoScaling(),
+        max_position_embeddings=4096,
+        remat="full",
+        attention="chunked",
+    ),
+    data=TokenData(batch_size=1024, seq_len=4096),
+    num_steps=500_000,
+    optimizer=AdamW(peak_lr=3e-4, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0),
+    schedule=Cosine(warmup_steps=2000, final_fraction=0.1),
+    checkpoint=CheckpointConfig(every=1000, max_to_keep=3),
+    tracking=TrackingConfig(log_every=10),
+)
+
+if __name__ == "__main__":
+    launch(pretrain, CONFIG)

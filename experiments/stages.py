@@ -1,0 +1,416 @@
+"""The stages of the chain: one frozen config and one run function each, and `launch`, the command line of a config.
+
+A stage reads token folders and models from disk and leaves a run folder whose `model/` the next stage can open. The
+same function serves the tiny chain on a laptop and the recipes for large models: only the values differ.
+"""
+
+import dataclasses
+import hashlib
+import statistics
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import jax
+
+from data_pipelines.loading import Rows, batches, open_rows
+from data_pipelines.sources import existing
+from internjax import sharding
+from internjax.hf.adapter import save_adapter
+from internjax.hf.open import Model, open_model
+from internjax.hf.save import save_architecture, save_model
+from internjax.model import decoder, lora
+from internjax.model.config import ModelConfig, num_params
+from internjax.model.lora import LoraConfig
+from internjax.sharding import MeshConfig
+from internjax.text import chat
+from internjax.text.tokenizer import Tokenizer, load_tokenizer
+from internjax.train.checkpoint import CheckpointConfig, open_checkpoints
+from internjax.train.loop import Every, train
+from internjax.train.losses import next_token
+from internjax.train.optimizer import AdamW, Constant, Cosine, Linear, make_optimizer
+from internjax.train.step import init_state, make_step
+from internjax.train.tracking import TrackingConfig, completed, open_run, read_rows
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenData:
+    """Rows of packed tokens from a token folder."""
+
+    folder: str = ""
+    """Token folder (manifest.json, *.bin, *.idx); written by data_pipelines.tokens."""
+    tokenizer: str = ""
+    """Folder of the tokenizer that wrote it: exported with the model."""
+    batch_size: int = 8
+    """Rows of a batch over all devices."""
+    seq_len: int = 4096
+    """Tokens of a row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """Pre-training, or continued pre-training when `init` names a model."""
+
+    run: str
+    """Run folder: a path, or a name under runs/."""
+    model: ModelConfig
+    data: TokenData
+    num_steps: int
+    init: str | None = None
+    """MODEL to start from; fresh parameters without one."""
+    optimizer: AdamW = AdamW()
+    schedule: Cosine | Linear | Constant = Cosine(warmup_steps=100)
+    accumulate: int = 1
+    """Micro-batches per update."""
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    seed: int = 0
+    fresh: bool = False
+    """Remove an existing run folder first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+    """Supervised fine-tuning of a checkpoint on conversations."""
+
+    run: str = "finetune"
+    """Run folder: a path, or a name under runs/."""
+    model: str = ""
+    """MODEL: a Hugging Face folder, an adapter folder, BASE+ADAPTER, a run folder, RUN@STEP, hf:ORG/NAME."""
+    data: tuple[str, ...] = ()
+    """Files of conversations; the format is detected (Alpaca, OpenAI messages, ShareGPT, MOSS, prompt/completion)."""
+    seq_len: int = 2048
+    """Tokens of a packed row; a conversation that is longer is left out and counted."""
+    batch_size: int = 8
+    """Rows of a batch over all devices."""
+    num_epochs: float = 1.0
+    """Passes over the data; sets the number of steps where num_steps is not given."""
+    num_steps: int | None = None
+    method: Literal["full", "lora"] = "lora"
+    lora: LoraConfig = LoraConfig()
+    """Adapters of method=lora."""
+    merge: bool = True
+    """Write the merged model beside the adapter, as the run's model/."""
+    optimizer: AdamW = AdamW(peak_lr=2e-4, weight_decay=0.0)
+    schedule: Cosine | Linear | Constant = Cosine(warmup_steps=10)
+    """A warm-up longer than a tenth of the run is shortened to it."""
+    accumulate: int = 1
+    """Micro-batches per update."""
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    token_cache: str = "runs/.tokens"
+    """Where tokenised conversations are kept, by the hash of files, tokenizer and template."""
+    seed: int = 0
+    fresh: bool = False
+    """Remove an existing run folder first."""
+
+    def __post_init__(self):
+        if self.method == "full" and self.lora != LoraConfig():
+            raise ValueError(f"method=full trains no adapters, but lora is set to {self.lora}; use --method lora")
+        if self.method == "full" and not self.merge:
+            raise ValueError("merge=False leaves the adapter alone, and method=full has none; use --method lora")
+
+
+class Trained(NamedTuple):
+    """Where a stage left its run, and what it reported."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+
+def run_path(run: str) -> Path:
+    """Returns the folder of a run: a name lies under runs/, anything with a slash is a path."""
+    return Path(run) if "/" in run or run.startswith(".") else Path("runs") / run
+
+
+def mesh_of(config: MeshConfig):
+    """Returns the mesh over all devices, or None on a single one."""
+    return sharding.make_mesh(config) if jax.device_count() > 1 else None
+
+
+def chat_tokens(config: Finetune, tokenizer: Tokenizer) -> Path:
+    """Returns the token folder of a fine-tuning's conversations, written now or found by its hash.
+
+    Prints the detected formats, what was left out and why, and one rendered sample.
+    """
+    from data_pipelines import formats
+    from data_pipelines.tokens import MANIFEST, TokenDocument, write_tokens
+
+    if not config.data:
+        raise ValueError("no data given; name at least one file of conversations: --data my.jsonl")
+    digest = hashlib.sha256(f"{tokenizer.fingerprint} {tokenizer.chat_template}".encode())
+    for name in config.data:
+        digest.update(hashlib.sha256(existing(name).read_bytes()).digest())
+    folder = Path(config.token_cache) / digest.hexdigest()[:16]
+    if (folder / MANIFEST).is_file():
+        return folder
+    bad: list[str] = []
+    documents, found = [], {}
+    for name in config.data:
+        found[name] = formats.detect_file(name)
+        for sample in formats.conversations(name, format=found[name], on_bad_row=bad.append):
+            rendered = chat.render(sample.messages, tokenizer)
+            documents.append(TokenDocument(sample.place, list(rendered.ids), list(rendered.mask)))
+    for message in bad[:5]:
+        print(f"left out: {message}", file=sys.stderr)
+    if not documents:
+        raise ValueError(
+            f"{', '.join(config.data)} hold no conversation; the first reason: {bad[0] if bad else 'empty'}"
+        )
+    print(f"{len(documents)} conversations from {found}, {len(bad)} rows left out")
+    write_tokens(folder, documents, tokenizer=tokenizer, about={"formats": found, "left_out": len(bad)})
+    first = documents[0]
+    learned = [token for token, learn in zip(first.ids, first.mask, strict=True) if learn]
+    print(f"first sample: {tokenizer.decode(first.ids, skip_special=False)!r}")
+    print(f"  learned of it: {tokenizer.decode(learned, skip_special=False)!r}")
+    return folder
+
+
+def _summary(folder: Path, **values: Any) -> dict[str, Any]:
+    """Returns the last logged loss and the median speed of a run, with `values`."""
+    metrics = read_rows(folder / "metrics.jsonl")
+    speeds = [row["tokens_per_second"] for row in read_rows(folder / "timing.jsonl") if "tokens_per_second" in row]
+    numbers = {"loss": metrics[-1]["loss"], "first_loss": metrics[0]["loss"], "num_steps": metrics[-1]["step"]}
+    return numbers | ({"tokens_per_second": statistics.median(speeds)} if speeds else {}) | values
+
+
+def pretrain(config: Pretrain, *, callbacks: Sequence[Every] = ()) -> Trained:
+    """Returns the run folder of a pre-training: checkpoints, metrics, and model/ in Hugging Face form."""
+    folder = run_path(config.run)
+    done = None if config.fresh else completed(folder)
+    with open_run(folder, config, fresh=config.fresh, tracking=config.tracking) as run:
+        if done is not None:
+            print(f"{folder} is complete (--fresh runs it anew)")
+            return Trained(folder, done)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"the tokenizer in {config.data.tokenizer} has {tokenizer.vocab_size} tokens, the model's embedding "
+                f"{config.model.vocab_size} rows; set model.vocab_size to at least {tokenizer.vocab_size}"
+            )
+        rows = open_rows(
+            config.data.folder,
+            seq_len=config.data.seq_len,
+            packing="concat",
+            seed=config.seed,
+            tokenizer_sha256=tokenizer.fingerprint,
+        )
+        data = batches(rows, batch_size=config.data.batch_size)
+        mesh = mesh_of(config.mesh)
+        params, axes = initial_params(config, mesh)
+        optimizer = make_optimizer(config.optimizer, config.schedule, config.num_steps)
+        state = init_state(params, optimizer, seed=config.seed, mesh=mesh, axes=axes)
+        save_architecture(folder, config=config.model, tokenizer=tokenizer)
+        step = make_step(next_token(config.model), optimizer, accumulate=config.accumulate, mesh=mesh)
+        print(f"attention back end {config.model.attention}, {num_params(config.model):,} parameters, mesh {mesh}")
+        with open_checkpoints(run.checkpoints, config.checkpoint) as checkpoints:
+            state = train(
+                state, data, step, num_steps=config.num_steps, checkpoints=checkpoints, tracker=run, callbacks=callbacks
+            )
+        save_model(
+            run.model,
+            config=config.model,
+            params=state.trainable,
+            tokenizer=tokenizer,
+            provenance={"data": config.data.folder, "num_steps": config.num_steps, "seed": config.seed},
+            overwrite=True,
+        )
+        summary = _summary(folder, num_params=num_params(config.model), num_traces=step.num_traces)
+        run.complete(summary)
+    return Trained(folder, summary)
+
+
+def initial_params(config: Pretrain, mesh) -> tuple[dict, dict]:
+    """Returns the parameters that a pre-training starts from, on their shardings, and their logical axes."""
+    axes = decoder.logical_axes(config.model)
+    if config.init is not None:
+        model = open_model(config.init, mesh=mesh)
+        found = dataclasses.replace(model.config, dtype=config.model.dtype, param_dtype=config.model.param_dtype)
+        differing = [
+            f"{field.name} {getattr(found, field.name)!r} there, {getattr(config.model, field.name)!r} here"
+            for field in dataclasses.fields(found)
+            if field.name not in ("remat", "unroll_layers", "attention", "rope_theta", "rope_scaling")
+            and getattr(found, field.name) != getattr(config.model, field.name)
+        ]
+        if differing:
+            raise ValueError(f"{config.init} is another architecture than this config: {'; '.join(differing)}")
+        return model.params, axes
+    key = jax.random.key(config.seed)
+    if mesh is None:
+        return jax.jit(lambda key: decoder.init(config.model, key))(key), axes
+    places = sharding.shardings(axes, decoder.abstract_params(config.model), mesh)
+    with sharding.use(mesh):
+        return jax.jit(lambda key: decoder.init(config.model, key), out_shardings=places)(key), axes
+
+
+def finetune(config: Finetune, *, callbacks: Sequence[Every] = ()) -> Trained:
+    """Returns the run folder of a fine-tuning: adapter/ (PEFT layout) for lora, and the whole model as model/."""
+    if not config.model:
+        raise ValueError("no model given; name one: --model FOLDER (a Hugging Face folder or a run)")
+    folder = run_path(config.run)
+    done = None if config.fresh else completed(folder)
+    with open_run(folder, config, fresh=config.fresh, tracking=config.tracking) as run:
+        if done is not None:
+            print(f"{folder} is complete (--fresh runs it anew)")
+            return Trained(folder, done)
+        mesh = mesh_of(config.mesh)
+        model = _whole_model(config.model, mesh)
+        rows = _conversation_rows(config, model)
+        num_steps = config.num_steps or max(1, round(config.num_epochs * rows.plan(0).num_rows / config.batch_size))
+        warmup = min(config.schedule.warmup_steps, max(1, num_steps // 10))
+        optimizer = make_optimizer(
+            config.optimizer, dataclasses.replace(config.schedule, warmup_steps=warmup), num_steps
+        )
+        state, loss = _finetune_state(config, model, optimizer, mesh)
+        _save_architecture(config, model, folder)
+        step = make_step(loss, optimizer, accumulate=config.accumulate, mesh=mesh)
+        with open_checkpoints(run.checkpoints, config.checkpoint) as checkpoints:
+            state = train(
+                state,
+                batches(rows, batch_size=config.batch_size),
+                step,
+                num_steps=num_steps,
+                checkpoints=checkpoints,
+                tracker=run,
+                callbacks=callbacks,
+            )
+        _export_finetuned(folder, config, model, state.trainable)
+        plan = rows.plan(0)
+        summary = _summary(
+            folder, method=config.method, base=config.model, num_left_out=plan.num_left_out, num_rows=plan.num_rows
+        )
+        run.complete(summary)
+    return Trained(folder, summary)
+
+
+def _whole_model(name: str, mesh) -> Model:
+    """Returns the model with its adapters, if any, merged: what is trained next stands on them."""
+    model = open_model(name, mesh=mesh)
+    if model.tokenizer is None:
+        raise ValueError(
+            f"{name} has no tokenizer.json, so conversations cannot be tokenised; add the tokenizer's files"
+        )
+    if model.lora is None:
+        return model
+    return dataclasses.replace(model, params=lora.merge(model.params, model.lora), lora=None)
+
+
+def _conversation_rows(config: Finetune, model: Model) -> Rows:
+    rows = open_rows(
+        chat_tokens(config, model.tokenizer),
+        seq_len=config.seq_len,
+        packing="whole",
+        seed=config.seed,
+        tokenizer_sha256=model.tokenizer.fingerprint,
+    )
+    if left_out := rows.plan(0).num_left_out:
+        print(f"{left_out} conversations are longer than {config.seq_len} tokens and were left out", file=sys.stderr)
+    return rows
+
+
+def _finetune_state(config: Finetune, model: Model, optimizer, mesh):
+    axes = decoder.logical_axes(model.config)
+    if config.method == "full":
+        state = init_state(model.params, optimizer, seed=config.seed, mesh=mesh, axes=axes)
+        return state, next_token(model.config)
+    weights = lora.init_lora(config.lora, model.params, jax.random.key(config.seed))
+    state = init_state(
+        weights,
+        optimizer,
+        frozen=model.params,
+        seed=config.seed,
+        mesh=mesh,
+        axes=lora.logical_axes(weights, axes),
+        frozen_axes=axes,
+    )
+    return state, next_token(model.config, lora_config=config.lora)
+
+
+def _save_architecture(config: Finetune, model: Model, folder: Path) -> None:
+    """Writes what `open_model(RUN@STEP)` reads the run's checkpoints by."""
+    if config.method == "full":
+        save_architecture(folder, config=model.config, tokenizer=model.tokenizer)
+    else:
+        save_architecture(
+            folder, config=model.config, tokenizer=model.tokenizer, lora_config=config.lora, base=model.source.folder
+        )
+
+
+def _export_finetuned(folder: Path, config: Finetune, model: Model, trained: dict) -> None:
+    """Writes the adapter (method=lora) and, unless merge is off, the whole model."""
+    params = trained
+    if config.method == "lora":
+        save_adapter(
+            folder / "adapter",
+            config.lora,
+            trained,
+            base=model.source.folder,
+            model_config=model.config,
+            overwrite=True,
+        )
+        if not config.merge:
+            return
+        params = lora.merge(model.params, lora.apply_config(trained, config.lora))
+    save_model(
+        folder / "model",
+        config=model.config,
+        params=params,
+        tokenizer=model.tokenizer,
+        generation=model.generation,
+        provenance={"base": config.model, "data": list(config.data), "method": config.method, "seed": config.seed},
+        overwrite=True,
+    )
+
+
+def launch(run: Callable[[Config], Any], config: Config, args: Sequence[str] | None = None) -> Any:
+    """Runs `run` on `config` as changed by the command line; `--help` lists every field.
+
+    Alternatives (schedules, ...) are chosen by name: `schedule:linear --schedule.warmup-steps 10`. A boolean is set by
+    --x, --no-x or --x=True. A mistake in the user's values ends with its message and exit code 1, without a traceback.
+    """
+    import tyro
+
+    args = _plain_flags(list(sys.argv[1:] if args is None else args), type(config))
+    chosen = tyro.cli(type(config), default=config, args=args, config=(tyro.conf.CascadeSubcommandArgs,))
+    return guarded(run, chosen)
+
+
+def guarded(run: Callable[[Config], Any], config: Config) -> Any:
+    """Returns run(config); an error that a person can mend is printed as one message and ends the process with 1."""
+    try:
+        return run(config)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def _plain_flags(args: list[str], config: type) -> list[str]:
+    """Returns the arguments with --x=True and --x=False of boolean fields as --x and --no-x (W&B sweeps write them)."""
+    flags = set(_boolean_fields(config, ""))
+
+    def plain(arg: str) -> str:
+        name, _, value = arg.partition("=")
+        if name.startswith("--") and name[2:].replace("-", "_") in flags and value.lower() in ("true", "false"):
+            head, _, last = name[2:].rpartition(".")
+            last = last if value.lower() == "true" else f"no-{last}"
+            return f"--{head}.{last}" if head else f"--{last}"
+        return arg
+
+    return [plain(arg) for arg in args]
+
+
+def _boolean_fields(config: type, prefix: str):
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
+        for kind in kinds:
+            if kind is bool:
+                yield prefix + field.name
+            elif dataclasses.is_dataclass(kind):
+                yield from _boolean_fields(kind, f"{prefix}{field.name}.")
