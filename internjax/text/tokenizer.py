@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from internjax.text.sentencepiece import tokenizer_spec
+
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 REWARD = "[UNUSED_TOKEN_130]"
 PLUGIN, INTERPRETER = "<|plugin|>", "<|interpreter|>"
@@ -238,16 +240,16 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder: tokenizer.json, tokenizer_config.json, and its chat template if any."""
+    """The tokenizer of a Hugging Face folder: tokenizer.json (or tokenizer.model), tokenizer_config.json, chat template."""
     folder = Path(folder)
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not path.is_file() and not (folder / "tokenizer.model").is_file():
         if folder.is_dir():
             found = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
         else:
             found = "no such folder"
         raise ValueError(
-            f"{folder} has no tokenizer.json (found: {found}). Give a folder with both files; "
+            f"{folder} has no tokenizer.json or tokenizer.model (found: {found}). Give a folder with both files; "
             "AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes tokenizer.json and tokenizer_config.json"
         )
     config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
@@ -263,7 +265,11 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     try:
-        return _build(path.read_text(encoding="utf-8"), config, template)
+        if path.is_file():
+            source = path.read_text(encoding="utf-8")
+        else:
+            source = json.dumps(tokenizer_spec((folder / "tokenizer.model").read_bytes()), ensure_ascii=False)
+        return _build(source, config, template)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 

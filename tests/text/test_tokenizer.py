@@ -226,7 +226,7 @@ def test_bad_input_says_what_to_do(tokenizer, folder, tmp_path):
     with pytest.raises(ValueError, match=r"token id -1 is negative"):
         tokenizer.decode([-1])
     (tmp_path / "model.safetensors").write_text("")
-    with pytest.raises(ValueError, match=r"no tokenizer.json \(found: model.safetensors\)"):
+    with pytest.raises(ValueError, match=r"no tokenizer.json or tokenizer.model \(found: model.safetensors\)"):
         tok.load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match=r"found: no such folder"):
         tok.load_tokenizer(tmp_path / "absent")
