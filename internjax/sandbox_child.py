@@ -19,7 +19,7 @@ import struct
 import sys
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-WORK, SHM = "/work", "/dev/shm"  # what the program may write to inside the built file tree
+WORK, SHM = "/sandbox", "/dev/shm"  # what the program may write to inside the built file tree
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000

@@ -47,7 +47,7 @@ REFUSED = {
     "abstract_socket": "import socket\nsocket.socket(socket.AF_UNIX).bind('\\0x')",
     "netlink": "import socket\nsocket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
     "ptrace": "import ctypes\nassert ctypes.CDLL(None).ptrace(0, 0, 0, 0) == 0",
-    "mount": "import ctypes\nassert ctypes.CDLL(None).mount(b'x', b'/work', b'tmpfs', 0, None) == 0",
+    "mount": "import ctypes\nassert ctypes.CDLL(None).mount(b'x', b'/sandbox', b'tmpfs', 0, None) == 0",
     "new_user_namespace": "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0",
     "io_uring": "import ctypes\nassert ctypes.CDLL(None).syscall(425, 1, ctypes.create_string_buffer(200)) >= 0",
     "become_root": "import os\nos.setuid(0)\nassert os.getuid() == 0 and False or open('/etc/shadow').read()",

@@ -1,4 +1,4 @@
-"""SentencePiece's tokenizer.model as tokenizer.json, for folders that hold only the former (InternLM2's, older Llama's).
+"""SentencePiece's tokenizer.model as tokenizer.json, for folders that hold only the former (InternLM2's).
 
 Reads the protobuf by hand: a model is a list of pieces (text, score, kind) and a few settings.
 """
@@ -16,8 +16,8 @@ SPACE = "▁"
 def tokenizer_spec(model: bytes) -> dict:
     """The contents of tokenizer.json that encodes as the BPE model does.
 
-    SentencePiece merges the pair whose joined piece scores highest: so each way to cut a piece in two is a merge, in the
-    order of the scores. User-defined pieces are matched before anything else.
+    SentencePiece merges the pair whose joined piece scores highest: so each way to cut a piece in two is a merge, in
+    the order of the scores. User-defined pieces are matched before anything else.
     """
     try:
         pieces, trainer, normalizer = _read(model)

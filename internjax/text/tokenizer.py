@@ -240,7 +240,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder: tokenizer.json (or tokenizer.model), tokenizer_config.json, chat template."""
+    """The tokenizer of a Hugging Face folder: tokenizer.json (else tokenizer.model), its config and chat template."""
     folder = Path(folder)
     path = folder / "tokenizer.json"
     if not path.is_file() and not (folder / "tokenizer.model").is_file():
