@@ -131,8 +131,7 @@ class Checkpoints:
         logging.getLogger("absl").addFilter(_not_from_orbax)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self._unfinished():
-                shutil.rmtree(path)
+            self._clear_unfinished()
         except OSError as error:
             raise OSError(f"the checkpoint folder {self.folder} cannot be written: {error}") from error
         self._manager = _open_manager(self.folder)
@@ -250,8 +249,7 @@ class Checkpoints:
         # A manager whose save failed raises that failure for ever after.
         with contextlib.suppress(Exception):
             self._manager.close()
-        for path in self._unfinished():
-            shutil.rmtree(path, ignore_errors=True)
+        self._clear_unfinished()
         self._manager = _open_manager(self.folder)
         kept = [kept for kept in committed_steps(self.folder) if kept not in self._damaged]
         full = any(sign in str(error) for sign in ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota"))
@@ -263,15 +261,12 @@ class Checkpoints:
             "Make room there (or make it writable) and run the same command again: it resumes from the newest one."
         )
 
-    def _unfinished(self) -> list[Path]:
-        """Returns the folders of steps that were never committed."""
-        return [
-            path
-            for path in self.folder.iterdir()
-            if path.name.split(".")[0].isdigit()
-            and (path.name.isdigit() or _UNFINISHED in path.name)
-            and not (path / COMMITTED).exists()
-        ]
+    def _clear_unfinished(self) -> None:
+        """Removes the folders of steps that were never committed."""
+        for path in list(self.folder.iterdir()) if jax.process_index() == 0 else ():
+            is_step = path.name.isdigit() or (_UNFINISHED in path.name and path.name.split(".")[0].isdigit())
+            if is_step and not (path / COMMITTED).exists():
+                shutil.rmtree(path)
 
     def _base_of(self, state: TrainState) -> str | None:
         # The frozen tree is one object for a whole run, so it is read once.

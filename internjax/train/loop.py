@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from internjax import sharding
 from internjax.train.batch import Batch
@@ -236,7 +237,7 @@ def _device_batches(data: Data, position: int, step: Step) -> Iterator[tuple[Any
                 "Lower num_steps, or give data that goes on (more epochs)."
             )
         waited = time.perf_counter() - started
-        given = jax.tree.map(lambda x: (x.shape, str(x.dtype)), batch)
+        given = jax.tree.map(lambda x: (np.shape(x), str(getattr(x, "dtype", type(x).__name__))), batch)
         if shapes is not None and given != shapes:
             raise ValueError(
                 f"the batch at position {position} has the shapes {given}, the step was compiled for {shapes}. "

@@ -41,53 +41,38 @@ def signal_at(process: subprocess.Popen, folder: Path, num_rows: int, number: in
     process.send_signal(number)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Four runs of the same config side by side: one left alone, three that die, each at other places."""
-    folder = tmp_path_factory.mktemp("runs")
-    whole, first, second, third = (folder / name for name in ("whole", "first", "second", "third"))
-    exits = []
+@pytest.mark.slow
+def test_killed_runs_end_byte_for_byte_as_the_run_that_was_not(tmp_path):
+    """Four runs of one config side by side: one left alone, three that die, each at other places."""
+    whole, first, second, third = (tmp_path / name for name in ("whole", "first", "second", "third"))
+    kill, exits = -signal.SIGKILL, []
 
-    def round_of(*processes):
+    def round_of(*processes, wanted):
         exits.append([ended(process) for process in processes])
+        assert [code for code, _ in exits[-1]] == wanted, exits[-1]
 
-    round_of(start(whole), start(first, "step:7"))
-    round_of(start(first, "write:10"), start(second, "seal:20"))
+    round_of(start(whole), start(first, "step:7"), wanted=[0, kill])
+    round_of(start(first, "write:10"), start(second, "seal:20"), wanted=[kill, kill])
     process = start(third)
     signal_at(process, third, 22, signal.SIGTERM)
-    round_of(start(second, "remove:20"), process)
+    round_of(start(second, "remove:20"), process, wanted=[kill, EXIT_PREEMPTED])
+    said = exits[-1][1][1]
+    saved = int(said.split("SIGTERM: step ")[1].split()[0])
+    assert saved >= 22 and "is saved" in said and committed_steps(third / "checkpoints")[-1] == saved
     # The last one is killed from outside at a moment that nobody chose.
     process = start(third)
-    signal_at(process, third, random.randint(23, 38), signal.SIGKILL)
-    round_of(start(first), process)
-    round_of(start(second), start(third))
-    return folder, exits
+    signal_at(process, third, random.randint(saved + 1, 38) if saved < 38 else 38, signal.SIGKILL)
+    round_of(start(first), process, wanted=[0, kill])
+    round_of(start(second), start(third), wanted=[0, 0])
 
-
-def test_every_death_was_the_one_that_was_meant(runs):
-    _, exits = runs
-    codes = [[code for code, _ in round_] for round_ in exits]
-    kill = -signal.SIGKILL
-    assert codes == [[0, kill], [kill, kill], [kill, EXIT_PREEMPTED], [0, kill], [0, 0]], exits
-
-
-@pytest.mark.parametrize("name", ["first", "second", "third"])
-def test_a_killed_run_ends_byte_for_byte_as_the_run_that_was_not(runs, name):
-    folder, _ = runs
-    whole = json.loads((folder / "whole" / "end.json").read_text())
-    assert len(whole) > 30 and json.loads((folder / name / "end.json").read_text()) == whole
-    assert (folder / name / "metrics.jsonl").read_bytes() == (folder / "whole" / "metrics.jsonl").read_bytes()
-    assert len(read_rows(folder / name / "metrics.jsonl")) == 40
-    assert committed_steps(folder / name / "checkpoints") == [30, 40]
-    assert sorted(path.name for path in (folder / name / "checkpoints").iterdir()) == ["30", "40"]
-    assert completed(folder / name) == {}
-
-
-def test_sigterm_saves_where_it_was_and_says_so(runs):
-    _, exits = runs
-    said = exits[2][1][1]
-    step = int(said.split("step ")[1].split()[0])
-    assert step >= 22 and "is saved" in said and "run again" in said
+    digests = json.loads((whole / "end.json").read_text())
+    assert len(digests) > 30
+    for folder in (first, second, third):
+        assert json.loads((folder / "end.json").read_text()) == digests, folder.name
+        assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes(), folder.name
+        assert len(read_rows(folder / "metrics.jsonl")) == 40
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["30", "40"], folder.name
+        assert completed(folder) == {}
 
 
 def test_a_full_disk_ends_the_run_with_one_message_and_loses_nothing(tmp_path):
