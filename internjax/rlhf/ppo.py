@@ -1,239 +1,402 @@
-"""Proximal policy optimisation over token sequences, as functions of arrays: rewards, advantages, losses.
+"""Proximal policy optimisation of a language model: settings, losses over models, and one iteration.
 
-Recipe of COOL RLHF: InternLM2 technical report (arXiv:2403.17297), section 4.2.3. Nothing here knows a model; the
-tests run these same functions on tabular policies whose optimum is known in closed form.
+Recipe of COOL RLHF: InternLM2 technical report (arXiv:2403.17297), section 4.2.3: policy and reference from the
+fine-tuned model, critic from the reward model, the KL in the reward, no value clipping, no advantage normalisation, and
+the pre-training loss mixed in.
 
-Suffix _t: one entry per token along the last axis. What belongs to an action (a drawn token) stands at that token's
-index: its log-probability, the value of the state it was drawn in, its reward. `mask_t` is 1 on actions and 0 on
-prompts, tool outputs and padding. Leading axes are free; a per-sequence array has none of the last axis.
+    ppo = make_ppo(PPOConfig(), model_config, critic_config, stop_ids=stop_ids(tokenizer), actor_optimizer=...,
+                   critic_optimizer=..., seed=0)
+    state = init(ppo, params, critic_params)
+    for index in range(num_iterations):
+        state, drawn, scores_B, metrics = iteration(ppo, state, prompts, reward, place=(round_index, index), ...)
+
+B batch, T time.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
-from internjax.train.losses import LossOutput
+from internjax.model.config import ModelConfig
+from internjax.model.lora import LoraConfig
+from internjax.rlhf import objectives
+from internjax.rlhf.config import Bootstrap, End, KLInLoss, KLInReward, PPOConfig
+from internjax.rlhf.reward import check_scalar
+from internjax.rlhf.rollout import (
+    Evaluation,
+    Prompts,
+    Reward,
+    Rollout,
+    Weights,
+    evaluate,
+    response_mask,
+    rollout,
+    state_weights,
+    token_logprobs,
+    token_values,
+    weights,
+)
+from internjax.rlhf.rows import sample_seeds
+from internjax.train.batch import Batch
+from internjax.train.losses import Loss, LossOutput, next_token
+from internjax.train.step import Step, TrainState, init_state, make_step
 
 
-@dataclasses.dataclass(frozen=True)
-class KLInReward:
-    """-coefficient * (log pi_old - log pi_ref) is part of every action's reward (k1, not differentiated).
+class Experience(NamedTuple):
+    """What an update learns from; every `[B, T]` array is aligned to the tokens, 0 outside the responses."""
 
-    The optimum is pi_ref exp(R / coefficient), normalised.
+    tokens_BT: jax.Array
+    lengths_B: jax.Array
+    mask_BT: jax.Array
+    logprobs_BT: jax.Array
+    ref_logprobs_BT: jax.Array
+    adv_BT: jax.Array
+    returns_BT: jax.Array
+
+
+class ActorBatch(NamedTuple):
+    """One update of the policy: responses, and the pre-training text mixed in (None without)."""
+
+    experience: Experience
+    pretrain: Batch | None
+
+
+def _outcome(
+    scores_B: jax.Array, ended_B: jax.Array, after_B: jax.Array, truncation: Bootstrap | End
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (score on the last action, value of what follows it) of every response."""
+    match truncation:
+        case Bootstrap():
+            return jnp.where(ended_B, scores_B, 0.0), jnp.where(ended_B, 0.0, after_B)
+        case End(score=None):
+            return scores_B, jnp.zeros_like(after_B)
+        case End(score=fixed):
+            return jnp.where(ended_B, scores_B, fixed), jnp.zeros_like(after_B)
+    raise ValueError(f"truncation must be Bootstrap or End, given {truncation!r}")
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def experience(
+    drawn: Rollout, evaluation: Evaluation, scores_B: jax.Array, *, config: PPOConfig
+) -> tuple[Experience, dict[str, jax.Array]]:
+    """Returns what to learn from the rollout, and its figures.
+
+    score, length, ended: means over responses. kl: mean of sum_t log pi - log pi_ref (k1). token_kl: mean over tokens
+    of its k3 estimate. entropy: mean over tokens, from the distributions. value, return, advantage_deviation,
+    explained_variance: of the critic before the update. logprob_difference: largest |sampler - trainer|.
     """
+    mask_BT = response_mask(drawn)
+    inside_BT = mask_BT > 0
+    logprobs_BT = jnp.where(inside_BT, evaluation.logprobs_BT, 0.0)
+    ref_logprobs_BT = jnp.where(inside_BT, evaluation.ref_logprobs_BT, 0.0)
+    values_BT = jnp.where(inside_BT, evaluation.values_BT, 0.0)
 
-    coefficient: float = 0.01
+    score_B, bootstrap_B = _outcome(scores_B, drawn.ended_B, evaluation.after_B, config.truncation)
+    coefficient = config.kl.coefficient if isinstance(config.kl, KLInReward) else 0.0
+    rewards_BT = objectives.token_rewards(score_B, logprobs_BT, ref_logprobs_BT, mask_BT, kl_coefficient=coefficient)
+    found = objectives.gae(
+        rewards_BT, values_BT, mask_BT, bootstrap_B, discount=config.discount, gae_lambda=config.gae_lambda
+    )
 
-    def __post_init__(self):
-        _check_coefficient(self.coefficient)
+    num_tokens = jnp.maximum(mask_BT.sum(), 1.0)
 
+    def token_mean(x_BT):
+        return objectives.masked_sum(x_BT, mask_BT) / num_tokens
 
-@dataclasses.dataclass(frozen=True)
-class KLInLoss:
-    """coefficient * mean of an estimator of d = log pi - log pi_ref is part of the loss and differentiated.
-
-    k2 = d^2 / 2 has the gradient of KL(pi || pi_ref) on fresh samples, and so the optimum of KLInReward. k3 =
-    exp(-d) - 1 + d has the gradient of the forward KL(pi_ref || pi), which is another objective with another optimum.
-    """
-
-    coefficient: float = 0.01
-    estimator: Literal["k2", "k3"] = "k2"
-
-    def __post_init__(self):
-        _check_coefficient(self.coefficient)
-        if self.estimator == "k1":
-            raise ValueError(
-                "k1 in the loss does nothing: its gradient is E[grad log pi], which is zero, so the policy would drift "
-                "from its reference unchecked. Use KLInReward (k1 in the reward) or KLInLoss(estimator='k2')."
-            )
-        if self.estimator not in ("k2", "k3"):
-            raise ValueError(f"KL estimator in the loss must be k2 or k3, given {self.estimator!r}")
-
-
-def _check_coefficient(coefficient: float) -> None:
-    if coefficient < 0:
-        raise ValueError(f"the KL coefficient must not be negative, given {coefficient}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Bootstrap:
-    """A response cut off at the longest length is unfinished: it gets no score, and the value of its last state
-    stands for the rest."""
-
-
-@dataclasses.dataclass(frozen=True)
-class End:
-    """Reaching the longest length ends the response: it gets its score (or this one) and nothing follows."""
-
-    score: float | None = None
-    """Score of every response that did not end by itself; None takes the reward's."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PPOConfig:
-    """How responses are drawn, judged and learned from. "Report" marks arXiv:2403.17297; the rest it does not state."""
-
-    kl: KLInReward | KLInLoss = KLInReward()
-    """Pull towards the reference. Report: coefficient 0.01; where it sits is our choice."""
-    gae_lambda: float = 0.99
-    """Decay of the advantage estimate. Report."""
-    discount: float = 1.0
-    """Own choice: text is finite, and with 1 a token's return is the objective itself."""
-    clip: float = 0.2
-    """Probability ratios beyond 1 +- clip get no further push. Own choice (PPO's published default)."""
-    top_p: float = 0.9
-    """Nucleus of the draws. Report. Log-probabilities are those of the whole distribution, so with top_p < 1 the draws
-    are slightly off-policy: a token's weight would be the mass of its nucleus, in [top_p, 1], and is left out."""
-    temperature: float = 1.0
-    """Divides the logits in draws and in all log-probabilities, the reference's included. Own choice."""
-    max_new_tokens: int = 512
-    """Longest response. Own choice."""
-    num_epochs: int = 1
-    """Passes over the responses of an iteration. Own choice: fresh samples are cheap against four models' memory."""
-    minibatch_size: int = 64
-    """Responses per update. Own choice."""
-    accumulate: int = 1
-    """Micro-batches per update; log-probabilities are taken in blocks of minibatch_size / accumulate rows as well."""
-    pretrain_coefficient: float = 0.5
-    """Weight of the next-token loss on pre-training text in the policy's loss (PTX). Report; with about half as much
-    pre-training text as responses."""
-    truncation: Bootstrap | End = Bootstrap()
-    """What the length limit means. Own choice."""
-
-    def __post_init__(self):
-        ranges = {
-            "gae_lambda": 0 <= self.gae_lambda <= 1,
-            "discount": 0 < self.discount <= 1,
-            "clip": 0 < self.clip < 1,
-            "top_p": 0 < self.top_p <= 1,
-            "temperature": self.temperature > 0,
-            "max_new_tokens": self.max_new_tokens >= 1,
-            "num_epochs": self.num_epochs >= 1,
-            "minibatch_size": self.minibatch_size >= 1,
-            "accumulate": self.accumulate >= 1 and self.minibatch_size % self.accumulate == 0,
-            "pretrain_coefficient": self.pretrain_coefficient >= 0,
-        }
-        wrong = [f"{name}={getattr(self, name)}" for name, good in ranges.items() if not good]
-        if wrong:
-            raise ValueError(
-                f"PPOConfig is out of range: {', '.join(wrong)}. gae_lambda is in [0, 1], discount and top_p in "
-                "(0, 1], clip in (0, 1), temperature positive, counts at least 1, pretrain_coefficient not negative, "
-                "and accumulate divides minibatch_size"
-            )
-
-
-def last_action(mask_t: jax.Array) -> jax.Array:
-    """Returns 1 at the last action of every sequence and 0 elsewhere, float32; all 0 where there is no action."""
-    mask_t = mask_t > 0
-    later_t = jnp.flip(jnp.cumsum(jnp.flip(mask_t, axis=-1), axis=-1), axis=-1) - mask_t
-    return (mask_t & (later_t == 0)).astype(jnp.float32)
-
-
-def token_rewards(
-    score: jax.Array, logprobs_t: jax.Array, ref_logprobs_t: jax.Array, mask_t: jax.Array, *, kl_coefficient: float
-) -> jax.Array:
-    """Returns r_t = -beta (log pi_old(a_t) - log pi_ref(a_t)) on actions, plus the score on the last one.
-
-    The last action is the stop token itself, if the response has one. arXiv:2203.02155, equation 2, token by token.
-    """
-    kl_t = jnp.where(mask_t > 0, logprobs_t - ref_logprobs_t, 0.0)
-    return jax.lax.stop_gradient(last_action(mask_t) * score[..., None] - kl_coefficient * kl_t)
-
-
-class Advantages(NamedTuple):
-    """Of every action, 0 elsewhere."""
-
-    adv_t: jax.Array
-    returns_t: jax.Array
-    """adv + value: what the critic learns to predict."""
-
-
-def gae(
-    rewards_t: jax.Array,
-    values_t: jax.Array,
-    mask_t: jax.Array,
-    bootstrap: jax.Array,
-    *,
-    discount: float,
-    gae_lambda: float,
-) -> Advantages:
-    """Returns generalised advantage estimates (arXiv:1506.02438) and returns, not differentiated, float32.
-
-    A_t = sum_k (discount lambda)^k delta_{t+k},  delta_t = r_t + discount V_{t+1} - V_t over actions alone: what the
-    mask leaves out is no time step, so t + 1 is the next action. After the last action V is `bootstrap`: 0 at a true
-    end, the value of the state after it where the sequence was cut off.
-    """
-
-    def back(carry, now):
-        next_value, next_adv = carry
-        reward, value, mask = now
-        adv = reward + discount * next_value - value + discount * gae_lambda * next_adv
-        carry = jnp.where(mask, value, next_value), jnp.where(mask, adv, next_adv)
-        return carry, jnp.where(mask, adv, 0.0)
-
-    mask_t = mask_t > 0
-    rewards_t, values_t = rewards_t.astype(jnp.float32), values_t.astype(jnp.float32)
-    start = jnp.asarray(bootstrap, jnp.float32), jnp.zeros_like(bootstrap, jnp.float32)
-    steps = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (rewards_t, values_t, mask_t))
-    adv_t = jnp.moveaxis(jax.lax.scan(back, start, steps, reverse=True)[1], 0, -1)
-    return Advantages(*jax.lax.stop_gradient((adv_t, jnp.where(mask_t, adv_t + values_t, 0.0))))
-
-
-def masked_sum(x_t: jax.Array, mask_t: jax.Array) -> jax.Array:
-    """Returns the sum over actions; what stands elsewhere may be anything, infinities included."""
-    return jnp.sum(jnp.where(mask_t > 0, x_t, 0.0) * mask_t)
-
-
-def policy_loss(
-    logprobs_t: jax.Array, old_logprobs_t: jax.Array, adv_t: jax.Array, mask_t: jax.Array, *, clip: float
-) -> LossOutput:
-    """Returns the sum over actions of L_t = -min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t), weight their number.
-
-    rho_t = pi(a_t) / pi_old(a_t). arXiv:1707.06347, equation 7. Metrics: `ratio` (mean), `ratio_deviation` (mean of
-    |rho - 1|: exactly 0 on the first update after a rollout), `clipped` (share of actions whose push was cut off) and
-    `old_kl` (k3 estimate of KL(pi_old || pi)).
-    """
-    log_ratio_t = jnp.where(mask_t > 0, logprobs_t - old_logprobs_t, 0.0)
-    ratio_t = jnp.exp(log_ratio_t)
-    clipped_ratio_t = jnp.clip(ratio_t, 1.0 - clip, 1.0 + clip)
-    objective_t = jnp.minimum(ratio_t * adv_t, clipped_ratio_t * adv_t)
-    metrics_t = {
-        "ratio": ratio_t,
-        "ratio_deviation": jnp.abs(ratio_t - 1.0),
-        "clipped": (clipped_ratio_t * adv_t < ratio_t * adv_t).astype(jnp.float32),
-        "old_kl": ratio_t - 1.0 - log_ratio_t,
+    metrics = {
+        "score": scores_B.mean(),
+        "length": (drawn.lengths_B - drawn.prompt_lengths_B).mean(),
+        "ended": drawn.ended_B.mean(),
+        "kl": (logprobs_BT - ref_logprobs_BT).sum(axis=1).mean(),
+        "token_kl": objectives.kl_loss(logprobs_BT, ref_logprobs_BT, mask_BT, estimator="k3") / num_tokens,
+        "entropy": token_mean(evaluation.entropies_BT),
+        "value": token_mean(values_BT),
+        "return": token_mean(found.returns_t),
+        "advantage_deviation": jnp.sqrt(token_mean(jnp.square(found.adv_t - token_mean(found.adv_t)))),
+        "explained_variance": objectives.explained_variance(values_BT, found.returns_t, mask_BT),
+        "logprob_difference": jnp.max(jnp.abs(jnp.where(inside_BT, drawn.logprobs_BT - logprobs_BT, 0.0))),
     }
-    metrics = {name: masked_sum(x_t, mask_t) for name, x_t in metrics_t.items()}
-    return LossOutput(-masked_sum(objective_t, mask_t), jnp.sum(mask_t), metrics)
+    learned = Experience(
+        drawn.tokens_BT, drawn.lengths_B, mask_BT, logprobs_BT, ref_logprobs_BT, found.adv_t, found.returns_t
+    )
+    return learned, metrics
 
 
-def kl_loss(
-    logprobs_t: jax.Array, ref_logprobs_t: jax.Array, mask_t: jax.Array, *, estimator: Literal["k2", "k3"]
-) -> jax.Array:
-    """Returns the sum over actions of the k2 or k3 estimator of d = log pi - log pi_ref; see `KLInLoss`."""
-    log_ratio_t = jnp.where(mask_t > 0, logprobs_t - ref_logprobs_t, 0.0)
-    kl_t = jnp.square(log_ratio_t) / 2 if estimator == "k2" else jnp.expm1(-log_ratio_t) + log_ratio_t
-    return masked_sum(kl_t, mask_t)
+def policy(model_config: ModelConfig, config: PPOConfig, *, lora_config: LoraConfig | None = None) -> Loss:
+    """Returns the policy's loss on an `ActorBatch`: a mean over the responses' tokens of the global batch.
 
-
-def value_loss(values_t: jax.Array, returns_t: jax.Array, mask_t: jax.Array) -> LossOutput:
-    """Returns the sum over actions of (V_t - return_t)^2 / 2, weight their number. Not clipped (report).
-
-    Policy and critic have their own parameters and optimizers, so the critic's loss needs no coefficient.
+    The clipped objective, plus the KL's coefficient times its estimator if it sits in the loss, plus
+    pretrain_coefficient times the next-token loss. Metrics: those of `objectives.policy_loss`, and `pretrain_loss` in
+    nats per token.
     """
-    error_t = values_t.astype(jnp.float32) - returns_t
-    metrics = {"value_bias": masked_sum(error_t, mask_t)}
-    return LossOutput(masked_sum(jnp.square(error_t) / 2, mask_t), jnp.sum(mask_t), metrics)
+    pretrain_loss = next_token(model_config, lora_config=lora_config)
+
+    def loss(trainable, frozen, batch, rng) -> LossOutput:
+        learned = batch.experience
+        logprobs_BT = token_logprobs(
+            weights(trainable, frozen, lora_config),
+            learned.tokens_BT,
+            learned.lengths_B,
+            config=model_config,
+            temperature=config.temperature,
+        )
+        total, weight, metrics = objectives.policy_loss(
+            logprobs_BT, learned.logprobs_BT, learned.adv_BT, learned.mask_BT, clip=config.clip
+        )
+        if isinstance(config.kl, KLInLoss):
+            total += config.kl.coefficient * objectives.kl_loss(
+                logprobs_BT, learned.ref_logprobs_BT, learned.mask_BT, estimator=config.kl.estimator
+            )
+        if batch.pretrain is not None:
+            text = pretrain_loss(trainable, frozen, batch.pretrain, rng)
+            total += config.pretrain_coefficient * text.total
+            metrics = metrics | {"pretrain_loss": text.total}
+        return LossOutput(total, weight, metrics)
+
+    return loss
 
 
-def explained_variance(values_t: jax.Array, returns_t: jax.Array, mask_t: jax.Array) -> jax.Array:
-    """Returns 1 - Var(return - V) / Var(return) over all actions: 1 for a perfect critic, 0 for a constant one."""
-    weight = jnp.maximum(jnp.sum(mask_t), 1.0)
+def value(critic_config: ModelConfig, *, lora_config: LoraConfig | None = None) -> Loss:
+    """Returns the critic's loss on an `Experience`: (V - return)^2 / 2, a mean over the responses' tokens."""
+    check_scalar(critic_config)
 
-    def variance(x_t):
-        mean = masked_sum(x_t, mask_t) / weight
-        return masked_sum(jnp.square(x_t - mean), mask_t) / weight
+    def loss(trainable, frozen, batch, rng) -> LossOutput:
+        del rng
+        model = weights(trainable, frozen, lora_config)
+        values_BT = token_values(model, batch.tokens_BT, batch.lengths_B, config=critic_config).values_BT
+        return objectives.value_loss(values_BT, batch.returns_BT, batch.mask_BT)
 
-    return 1.0 - variance(returns_t - values_t) / jnp.maximum(variance(returns_t), 1e-12)
+    return loss
+
+
+class PPO(NamedTuple):
+    """What stays the same over a run: settings, and the two compiled training steps."""
+
+    config: PPOConfig
+    model_config: ModelConfig
+    critic_config: ModelConfig
+    stop_ids: tuple[int, ...]
+    actor_optimizer: optax.GradientTransformation
+    critic_optimizer: optax.GradientTransformation
+    actor_step: Step
+    critic_step: Step
+    actor_lora: LoraConfig | None
+    critic_lora: LoraConfig | None
+    seed: int
+
+
+class PPOState(NamedTuple):
+    """What changes: policy and critic, each with its optimizer. One pytree, one checkpoint."""
+
+    actor: TrainState
+    critic: TrainState
+
+
+def make_ppo(
+    config: PPOConfig,
+    model_config: ModelConfig,
+    critic_config: ModelConfig,
+    *,
+    stop_ids: tuple[int, ...],
+    actor_optimizer: optax.GradientTransformation,
+    critic_optimizer: optax.GradientTransformation,
+    actor_lora: LoraConfig | None = None,
+    critic_lora: LoraConfig | None = None,
+    seed: int,
+) -> PPO:
+    """Returns a run's fixed part. Make it once: each call makes new training steps, compiled anew.
+
+    With `actor_lora` the policy is the base with adapters, and its reference the base without them. Dropout of adapters
+    is off in all of reinforcement learning.
+    """
+    if not stop_ids:
+        raise ValueError("no stop ids are given: no response could end. Give the tokenizer's, text.chat.stop_ids")
+    actor_lora, critic_lora = (
+        None if lora is None else dataclasses.replace(lora, dropout=0.0) for lora in (actor_lora, critic_lora)
+    )
+    if critic_lora is not None and "head" not in critic_lora.targets:
+        raise ValueError(f"the critic's adapters on {critic_lora.targets} leave its new head untrained; add 'head'")
+    return PPO(
+        config,
+        model_config,
+        critic_config,
+        tuple(stop_ids),
+        actor_optimizer,
+        critic_optimizer,
+        make_step(policy(model_config, config, lora_config=actor_lora), actor_optimizer, accumulate=config.accumulate),
+        make_step(value(critic_config, lora_config=critic_lora), critic_optimizer, accumulate=config.accumulate),
+        actor_lora,
+        critic_lora,
+        seed,
+    )
+
+
+def init(
+    ppo: PPO, actor: dict, critic: dict, *, actor_base: dict | None = None, critic_base: dict | None = None
+) -> PPOState:
+    """Returns the state before the first iteration. The given arrays stay valid: what is trained is a copy.
+
+    `actor` and `critic` are parameters, or adapter collections over the given bases where the run uses adapters. The
+    critic is the reward model with a new head (`reward.from_lm` of its parameters), as in the report.
+    """
+    return PPOState(
+        _train_state(actor, actor_base, ppo.actor_lora, ppo.actor_optimizer, "actor"),
+        _train_state(critic, critic_base, ppo.critic_lora, ppo.critic_optimizer, "critic"),
+    )
+
+
+def _train_state(trainable, base, lora_config, optimizer, name: str) -> TrainState:
+    if (lora_config is None) != (base is None):
+        wanted = f"{name} without {name}_base" if lora_config is None else f"the adapters and {name}_base"
+        raise ValueError(f"the run was made with {name}_lora={lora_config}; give {wanted}")
+    return init_state(jax.tree.map(jnp.copy, trainable), optimizer, frozen=base)
+
+
+@jax.jit
+def _minibatch(learned: Experience, rows: jax.Array, pretrain: Batch | None) -> ActorBatch:
+    """Returns the given rows, with the pre-training text weighted so that its loss is a mean over its own tokens."""
+    learned = jax.tree.map(lambda x: x[rows], learned)
+    if pretrain is None:
+        return ActorBatch(learned, None)
+    # The step divides all sums by the number of response tokens; this puts the text's own number in its place.
+    loss_mask = pretrain.loss_mask.astype(jnp.float32)
+    scale = learned.mask_BT.sum() / jnp.maximum(loss_mask.sum(), 1.0)
+    return ActorBatch(learned, pretrain._replace(loss_mask=loss_mask * scale))
+
+
+def _check_rows(num_rows: int, config: PPOConfig) -> None:
+    if num_rows % config.minibatch_size:
+        raise ValueError(
+            f"{num_rows} responses cannot be cut into minibatches of {config.minibatch_size}. "
+            "Give as many prompts per iteration as a multiple of minibatch_size."
+        )
+
+
+class Update(NamedTuple):
+    """The state after an iteration's updates, and the means of their metrics."""
+
+    state: PPOState
+    metrics: dict[str, float]
+
+
+def update(
+    ppo: PPO,
+    state: PPOState,
+    learned: Experience,
+    *,
+    pretrain: Iterator[Batch] | None,
+    place: tuple[int, ...],
+    train_actor: bool = True,
+) -> Update:
+    """Returns the state after `num_epochs` passes over the experience in minibatches, shuffled by (seed, place, epoch).
+
+    Metrics of the policy carry its losses' names, those of the critic the prefix `critic_`. `first_ratio_deviation` is
+    mean |pi / pi_old - 1| at the first update, 0 unless the trainer's numbers differ from the scorer's.
+    """
+    config, num_rows = ppo.config, learned.tokens_BT.shape[0]
+    _check_rows(num_rows, config)
+    actor, critic = state
+    actor_metrics, critic_metrics = [], []
+    for epoch in range(config.num_epochs):
+        order = np.random.default_rng((ppo.seed, *place, epoch)).permutation(num_rows).astype(np.int32)
+        for rows in order.reshape(-1, config.minibatch_size):
+            text = next(pretrain) if pretrain is not None and train_actor else None
+            batch = _minibatch(learned, rows, text)
+            if train_actor:
+                actor, metrics = ppo.actor_step(actor, batch)
+                actor_metrics.append(metrics)
+            critic, metrics = ppo.critic_step(critic, batch.experience)
+            critic_metrics.append(metrics)
+    actor_metrics, critic_metrics = jax.device_get((actor_metrics, critic_metrics))
+    for name, rows in (("policy", actor_metrics), ("critic", critic_metrics)):
+        if not all(row["finite"] for row in rows):
+            raise FloatingPointError(
+                f"an update of the {name} at {place} is not finite and was left out. Lower its learning rate, or look "
+                "at the rewards of this iteration."
+            )
+    metrics = _means(actor_metrics) | {f"critic_{name}": mean for name, mean in _means(critic_metrics).items()}
+    if actor_metrics:
+        metrics["first_ratio_deviation"] = float(actor_metrics[0]["ratio_deviation"])
+    return Update(PPOState(actor, critic), metrics)
+
+
+def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    names = [name for name in rows[0] if name not in ("finite", "weight")] if rows else []
+    return {name: float(np.mean([row[name] for row in rows])) for name in names}
+
+
+class Iteration(NamedTuple):
+    """The state after one iteration, the responses it was learned from, their scores, and all figures."""
+
+    state: PPOState
+    drawn: Rollout
+    scores_B: np.ndarray
+    metrics: dict[str, float]
+
+
+def draw(ppo: PPO, state: PPOState, prompts: Prompts, *, place: tuple[int, ...]) -> Rollout:
+    """Returns one response of the present policy per prompt; the draws depend on (seed, place, row) alone."""
+    return rollout(
+        state_weights(state.actor, ppo.actor_lora),
+        prompts,
+        sample_seeds(ppo.seed, *place, num_samples=len(prompts.lengths_B)),
+        config=ppo.model_config,
+        max_new_tokens=ppo.config.max_new_tokens,
+        stop_ids=ppo.stop_ids,
+        temperature=ppo.config.temperature,
+        top_p=ppo.config.top_p,
+    )
+
+
+def iteration(
+    ppo: PPO,
+    state: PPOState,
+    prompts: Prompts,
+    reward: Reward,
+    *,
+    reference: Weights | None = None,
+    pretrain: Callable[[int], Iterator[Batch]] | None = None,
+    place: tuple[int, ...],
+    train_actor: bool = True,
+) -> Iteration:
+    """Returns the state after one iteration: draw, score, evaluate, update.
+
+    `place` says where in the run this is, e.g. (round, index); with the seed it decides every draw. `reference` may be
+    left out for a policy of adapters: it is their base. `pretrain(position)` gives pre-training batches; the position
+    is that of the policy's updates, so a resumed run mixes in what the unbroken one would. With `train_actor` False
+    only the critic learns (the report's 50 iterations of value pre-training). `state` is donated: use the new one.
+    """
+    config = ppo.config
+    _check_rows(len(prompts.lengths_B), config)
+    if reference is None:
+        if ppo.actor_lora is None:
+            raise ValueError("a policy without adapters needs its reference: Weights(params) of the fine-tuned model")
+        reference = Weights(state.actor.frozen)
+    if train_actor and (config.pretrain_coefficient > 0) != (pretrain is not None):
+        raise ValueError(
+            f"pretrain_coefficient is {config.pretrain_coefficient}, and pretrain data is "
+            f"{'missing' if pretrain is None else 'given'}. Give data, or set the coefficient to 0 and give none."
+        )
+    drawn = draw(ppo, state, prompts, place=place)
+    scores_B = np.asarray(reward(drawn), np.float32)
+    evaluation = evaluate(
+        state_weights(state.actor, ppo.actor_lora),
+        reference,
+        state_weights(state.critic, ppo.critic_lora),
+        drawn,
+        config=ppo.model_config,
+        critic_config=ppo.critic_config,
+        block_rows=config.minibatch_size // config.accumulate,
+        temperature=config.temperature,
+    )
+    learned, metrics = experience(drawn, evaluation, scores_B, config=config)
+    batches = None if pretrain is None or not train_actor else pretrain(int(state.actor.data_position))
+    state, update_metrics = update(ppo, state, learned, pretrain=batches, place=place, train_actor=train_actor)
+    figures = {name: float(figure) for name, figure in jax.device_get(metrics).items()}
+    return Iteration(state, drawn, scores_B, figures | update_metrics)

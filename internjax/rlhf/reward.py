@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internjax.model import decoder
+from internjax.model import decoder, rope
 from internjax.model.config import ModelConfig
 from internjax.model.lora import Lora, LoraConfig, apply_config
 from internjax.rlhf.pairs import Conditions, PreferenceBatch, with_condition
@@ -98,8 +98,15 @@ def score(
 ) -> jax.Array:
     """Returns the float32 score `[B]` at each row's last real token, which should be the reward token."""
     check_scalar(config)
-    segments_BT = segments(lengths_B, tokens_BT.shape[1])
-    hidden_BTD = decoder.forward(params, tokens_BT, config=config, segments_BT=segments_BT, lora=lora).hidden_BTD
+    T = tokens_BT.shape[1]
+    hidden_BTD = decoder.forward(
+        params,
+        tokens_BT,
+        config=config,
+        segments_BT=segments(lengths_B, T),
+        inv_freq_BF=rope.inv_freq(config, length=T)[None],
+        lora=lora,
+    ).hidden_BTD
     last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
     hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
     return decoder.unembed(params, hidden_B1D, config=config, lora=lora)[:, 0, 0]

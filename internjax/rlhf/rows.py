@@ -1,4 +1,4 @@
-"""Right-padded rows of token ids, put together inside a compiled program, and the keys of random draws.
+"""Right-padded rows of token ids, put together inside a compiled program, and the seeds of random draws.
 
 B rows, T time, X the width of one part.
 """
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Rows(NamedTuple):
@@ -48,19 +49,10 @@ def drop_first(rows: Rows, drop_B: jax.Array) -> Rows:
     return Rows(tokens_BT, rows.lengths_B - drop_B.astype(jnp.int32))
 
 
-def key(seed: int, *place: int) -> jax.Array:
-    """Returns the random key of one place in a run, e.g. `key(seed, round, step, epoch)`.
+def sample_seeds(seed: int, *place: int, num_samples: int) -> np.ndarray:
+    """Returns one uint32 seed per sample of one place in a run, e.g. `sample_seeds(seed, round, step, num_samples=B)`.
 
-    Keys depend on the place alone, so a resumed run draws what the unbroken run would have drawn.
+    Sample i's seed depends on (seed, place, i) alone, not on how many there are or what was drawn before: a resumed run
+    draws what the unbroken run would have drawn.
     """
-    result = jax.random.key(seed)
-    for index in place:
-        result = jax.random.fold_in(result, index)
-    return result
-
-
-def sample_seeds(seed: int, *place: int, num_samples: int) -> jax.Array:
-    """Returns one int32 seed per sample, `[num_samples]`; sample i's depends on (seed, place, i) alone."""
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key(seed, *place), jnp.arange(num_samples))
-    bits = jax.vmap(lambda each: jax.random.bits(each, dtype=jnp.uint32))(keys)
-    return (bits >> 1).astype(jnp.int32)
+    return np.random.SeedSequence((seed, *place)).generate_state(num_samples, np.uint32)

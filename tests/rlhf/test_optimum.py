@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from internjax.rlhf import ppo
+from internjax.rlhf import objectives, ppo
 
 BETA = 0.5
 
@@ -58,14 +58,14 @@ def train_bandit(reference, rewards, *, kl, num_steps=1000):
         actions = jax.random.categorical(key, logits, shape=(512, 1))
         old_t, ref_t = jax.nn.log_softmax(logits)[actions], ref_logprobs[actions]
         coefficient = kl.coefficient if isinstance(kl, ppo.KLInReward) else 0.0
-        rewards_t = ppo.token_rewards(rewards[actions[:, 0]], old_t, ref_t, mask_t, kl_coefficient=coefficient)
+        rewards_t = objectives.token_rewards(rewards[actions[:, 0]], old_t, ref_t, mask_t, kl_coefficient=coefficient)
         adv_t = rewards_t - rewards_t.mean()
 
         def loss(logits):
             logprobs_t = jax.nn.log_softmax(logits)[actions]
-            total = ppo.policy_loss(logprobs_t, old_t, adv_t, mask_t, clip=0.2).total
+            total = objectives.policy_loss(logprobs_t, old_t, adv_t, mask_t, clip=0.2).total
             if isinstance(kl, ppo.KLInLoss):
-                total += kl.coefficient * ppo.kl_loss(logprobs_t, ref_t, mask_t, estimator=kl.estimator)
+                total += kl.coefficient * objectives.kl_loss(logprobs_t, ref_t, mask_t, estimator=kl.estimator)
             return total / mask_t.sum()
 
         updates, opt_state = optimizer.update(jax.grad(loss)(logits), opt_state)
@@ -133,9 +133,9 @@ for index, sequence in enumerate(SEQUENCES):
 class Parts(NamedTuple):
     """What a planted bug may replace."""
 
-    token_rewards: callable = ppo.token_rewards
-    gae: callable = ppo.gae
-    policy_loss: callable = ppo.policy_loss
+    token_rewards: callable = objectives.token_rewards
+    gae: callable = objectives.gae
+    policy_loss: callable = objectives.policy_loss
     mask: callable = lambda mask_t, tokens_t: mask_t
     old_logprobs: callable = lambda old_t, ref_t: old_t
 
@@ -179,7 +179,7 @@ def train_table(problem: Problem, *, parts=Parts(), gae_lambda=0.99, num_iterati
         def loss(trained):
             logits, values = trained
             policy = parts.policy_loss(logprobs_of(logits, states_t, tokens_t), old_t, adv.adv_t, mask_t, clip=0.2)
-            value = ppo.value_loss(values[states_t], adv.returns_t, mask_t)
+            value = objectives.value_loss(values[states_t], adv.returns_t, mask_t)
             return policy.total / policy.weight + value.total / value.weight
 
         def epoch(carry, _):
@@ -231,45 +231,45 @@ def end_token_masked(mask_t, tokens_t):
 
 
 def kl_dropped_on_the_last_token(score, logprobs_t, ref_logprobs_t, mask_t, *, kl_coefficient):
-    last_t = ppo.last_action(mask_t)
+    last_t = objectives.last_action(mask_t)
     ref_logprobs_t = jnp.where(last_t > 0, logprobs_t, ref_logprobs_t)
-    return ppo.token_rewards(score, logprobs_t, ref_logprobs_t, mask_t, kl_coefficient=kl_coefficient)
+    return objectives.token_rewards(score, logprobs_t, ref_logprobs_t, mask_t, kl_coefficient=kl_coefficient)
 
 
 def score_one_token_early(score, logprobs_t, ref_logprobs_t, mask_t, *, kl_coefficient):
-    kl_t = ppo.token_rewards(0 * score, logprobs_t, ref_logprobs_t, mask_t, kl_coefficient=kl_coefficient)
-    return kl_t + jnp.roll(ppo.last_action(mask_t), -1, axis=-1) * mask_t * score[:, None]
+    kl_t = objectives.token_rewards(0 * score, logprobs_t, ref_logprobs_t, mask_t, kl_coefficient=kl_coefficient)
+    return kl_t + jnp.roll(objectives.last_action(mask_t), -1, axis=-1) * mask_t * score[:, None]
 
 
 def score_one_token_late(score, logprobs_t, ref_logprobs_t, mask_t, *, kl_coefficient):
-    kl_t = ppo.token_rewards(0 * score, logprobs_t, ref_logprobs_t, mask_t, kl_coefficient=kl_coefficient)
-    return kl_t + jnp.roll(ppo.last_action(mask_t), 1, axis=-1) * mask_t * score[:, None]
+    kl_t = objectives.token_rewards(0 * score, logprobs_t, ref_logprobs_t, mask_t, kl_coefficient=kl_coefficient)
+    return kl_t + jnp.roll(objectives.last_action(mask_t), 1, axis=-1) * mask_t * score[:, None]
 
 
 def kl_of_the_wrong_sign(score, logprobs_t, ref_logprobs_t, mask_t, *, kl_coefficient):
-    return ppo.token_rewards(score, logprobs_t, ref_logprobs_t, mask_t, kl_coefficient=-kl_coefficient)
+    return objectives.token_rewards(score, logprobs_t, ref_logprobs_t, mask_t, kl_coefficient=-kl_coefficient)
 
 
 def k3_in_the_reward(score, logprobs_t, ref_logprobs_t, mask_t, *, kl_coefficient):
     d_t = logprobs_t - ref_logprobs_t
-    return ppo.last_action(mask_t) * score[:, None] - kl_coefficient * mask_t * (jnp.expm1(-d_t) + d_t)
+    return objectives.last_action(mask_t) * score[:, None] - kl_coefficient * mask_t * (jnp.expm1(-d_t) + d_t)
 
 
 def lambda_and_discount_swapped(*arrays, discount, gae_lambda):
-    return ppo.gae(*arrays, discount=gae_lambda, gae_lambda=discount)
+    return objectives.gae(*arrays, discount=gae_lambda, gae_lambda=discount)
 
 
 def value_read_beyond_the_end(rewards_t, values_t, mask_t, bootstrap, *, discount, gae_lambda):
-    return ppo.gae(rewards_t, values_t, mask_t, bootstrap + 1.0, discount=discount, gae_lambda=gae_lambda)
+    return objectives.gae(rewards_t, values_t, mask_t, bootstrap + 1.0, discount=discount, gae_lambda=gae_lambda)
 
 
 def values_off_by_one(rewards_t, values_t, mask_t, bootstrap, *, discount, gae_lambda):
     shifted_t = jnp.roll(values_t, 1, axis=-1)
-    return ppo.gae(rewards_t, shifted_t, mask_t, bootstrap, discount=discount, gae_lambda=gae_lambda)
+    return objectives.gae(rewards_t, shifted_t, mask_t, bootstrap, discount=discount, gae_lambda=gae_lambda)
 
 
 def ratio_upside_down(logprobs_t, old_logprobs_t, adv_t, mask_t, *, clip):
-    return ppo.policy_loss(old_logprobs_t, logprobs_t, adv_t, mask_t, clip=clip)
+    return objectives.policy_loss(old_logprobs_t, logprobs_t, adv_t, mask_t, clip=clip)
 
 
 def old_logprobs_of_the_reference(old_t, ref_t):
