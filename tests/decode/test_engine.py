@@ -1,0 +1,459 @@
+"""The engine: its tokens are those of `generate`, whoever else is served; pages come back; nothing compiles twice."""
+
+import dataclasses
+import logging
+import random
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from internjax.decode.engine import Engine
+from internjax.decode.generate import generate
+from internjax.decode.request import Event, Handle, Request
+from internjax.decode.sample import SamplingParams, stack
+from internjax.decode.score import logprobs
+from internjax.model import decoder, rope
+from internjax.model.config import DynamicNTK, ModelConfig
+from internjax.model.lora import LoraConfig, apply_config, init_lora
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    d_model=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=48,
+    max_position_embeddings=64,
+    rope_theta=10_000.0,
+    initializer_range=0.2,
+    dtype="float32",
+)
+PARAMS = decoder.init(CONFIG, jax.random.key(0))
+GREEDY = SamplingParams(temperature=0.0)
+DRAWN = SamplingParams(temperature=0.9, top_k=30, top_p=0.95, repetition_penalty=1.1, seed=7)
+
+
+def build(params=PARAMS, config=CONFIG, **settings) -> Engine:
+    settings = {"max_context": 64, "num_slots": 3, "page_size": 4, "prefill_chunk": 16} | settings
+    return Engine(params, config, **settings)
+
+
+@pytest.fixture(scope="module")
+def shared_engine():
+    engine = build()
+    engine.warmup()
+    return engine
+
+
+@pytest.fixture
+def engine(shared_engine):
+    """The warm engine, at rest before and after: every slot free, every page back."""
+    yield shared_engine
+    drive(shared_engine)
+    stats = shared_engine.stats()
+    assert (stats.num_active, stats.num_waiting, stats.num_free_pages) == (0, 0, stats.num_pages)
+
+
+def drive(engine, rounds=10_000):
+    for _ in range(rounds):
+        if not engine.tick():
+            return
+    raise AssertionError("the engine never came to rest")
+
+
+def prompt(length, seed=0):
+    return tuple(np.random.default_rng((seed, length)).integers(0, 64, length).tolist())
+
+
+def answer(engine, *requests):
+    handles = [engine.submit(request) for request in requests]
+    drive(engine)
+    return [handle.result() for handle in handles]
+
+
+def generated(request, *, params=PARAMS, config=CONFIG, width=64, **inputs):
+    """Returns (ids, logprobs) of the request by `generate`, alone, on a dense cache."""
+    padded = np.zeros((1, width), np.int32)
+    padded[0, : len(request.tokens)] = request.tokens
+    total = len(request.tokens) + request.max_new_tokens
+    out = generate(
+        params,
+        padded,
+        np.array([len(request.tokens)], np.int32),
+        config=config,
+        sampling=stack([request.sampling]),
+        max_new_tokens=request.max_new_tokens,
+        stop_ids=np.array(request.stop_ids + (-1,) * (2 - len(request.stop_ids)), np.int32),
+        inv_freq_BF=rope.inv_freq(config, length=total)[None],
+        **inputs,
+    )
+    length = int(out.lengths_B[0])
+    return tuple(out.tokens_BN[0, :length].tolist()), np.asarray(out.logprobs_BN[0, :length])
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_tokens_are_those_of_generate(engine, sampling):
+    """Prompts of one token, within a chunk, exactly a chunk, and of several; more requests than slots."""
+    requests = [Request(prompt(n), 12, sampling, logprobs=True) for n in (1, 5, 16, 17, 18, 33, 50)]
+    for request, result in zip(requests, answer(engine, *requests)):
+        ids, values = generated(request)
+        assert result.ids == ids and result.finish == "length" and result.error is None
+        np.testing.assert_allclose(result.logprobs, values, atol=2e-5)
+
+
+def test_logprobs_are_those_of_the_trainers_forward(engine):
+    request = Request(prompt(20), 10, dataclasses.replace(DRAWN, temperature=0.5), logprobs=True)
+    (result,) = answer(engine, request)
+    scored = logprobs(PARAMS, jnp.array([request.tokens + result.ids]), config=CONFIG, temperature=0.5)
+    np.testing.assert_allclose(result.logprobs, scored[0, 20:], atol=2e-5)
+
+
+def test_a_request_gets_the_same_bits_alone_and_beside_others_in_any_slot(engine):
+    request = Request(prompt(21), 14, DRAWN, logprobs=True)
+    (alone,) = answer(engine, request)
+    others = [Request(prompt(n, seed=1), m, GREEDY) for n, m in ((3, 30), (40, 4), (9, 9), (2, 20))]
+    for place in range(5):
+        results = answer(engine, *others[:place], request, *others[place:])
+        assert results[place] == alone
+
+
+def test_stop_ids_end_a_request_and_are_kept(engine):
+    (free,) = answer(engine, Request(prompt(6), 20, GREEDY))
+    stop = free.ids[7]
+    end = free.ids.index(stop) + 1
+    stopped, other = answer(engine, Request(prompt(6), 20, GREEDY, (63, stop)), Request(prompt(6), 20, GREEDY))
+    assert stopped.ids == free.ids[:end] and stopped.finish == "stop"
+    assert other.ids == free.ids and other.finish == "length"
+
+
+def test_events_arrive_in_pieces_and_end_once(engine):
+    handle = engine.submit(Request(prompt(6), 10, GREEDY, logprobs=True))
+    drive(engine)
+    events = list(handle.events())
+    assert [len(event.ids) for event in events] == [4, 4, 2]
+    assert [event.finish for event in events] == [None, None, "length"]
+    assert all(len(event.logprobs) == len(event.ids) for event in events)
+    assert list(handle.events()) == []
+    with pytest.raises(RuntimeError, match="read already"):
+        handle.result()
+
+
+def test_logprobs_are_reported_only_on_request(engine):
+    (result,) = answer(engine, Request(prompt(6), 5, GREEDY))
+    assert result.logprobs is None and len(result.ids) == 5
+
+
+def test_more_requests_than_pages_wait_in_order():
+    """10 pages; the first and third request need 6 each, the second 3: one after another, none overtakes."""
+    engine = build(num_pages=10)
+    requests = [Request(prompt(10, seed=s), n, GREEDY) for s, n in ((0, 14), (1, 2), (2, 14), (3, 2))]
+    handles = [engine.submit(request) for request in requests]
+    order = []
+    lows = []
+    while engine.tick():
+        order += [i for i, handle in enumerate(handles) if i not in order and not handle._events.empty()]
+        lows.append(engine.stats().num_free_pages)
+    assert min(lows) == 1 and order.index(1) < order.index(2) and order.index(2) <= order.index(3)
+    for request, handle in zip(requests, handles):
+        assert handle.result().ids == generated(request)[0]
+    assert engine.stats().num_free_pages == 10
+
+
+def test_what_can_never_fit_is_refused_at_once():
+    engine = build(num_pages=10)
+    for request, message in (
+        (Request((), 4), "prompt is empty"),
+        (Request((1, 2), 0), "max_new_tokens must be at least 1, given 0"),
+        (Request(prompt(50), 15), r"50 tokens and 15 new ones make 65; this engine serves up to 64\. Shorten"),
+        (Request(prompt(40), 2), r"42 tokens need 11 pages of 4; the whole cache has 10\. Shorten"),
+        (Request((1, 64), 4), r"token ids must be in 0\.\.63.*given \[64\]"),
+        (Request((1, -1), 4), r"given \[-1\]"),
+        (Request((1,), 4, stop_ids=(99,)), r"given \[99\]"),
+        (Request((1,), 4, stop_ids=tuple(range(9))), "9 stop ids given; this engine takes up to 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.submit(request)
+    assert engine.stats().num_waiting == 0
+    engine.submit(Request(prompt(40), 1, GREEDY))  # the last token needs no place: exactly 10 pages
+    drive(engine)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_slots": 0}, {"page_size": 0}, {"context_buckets": (65,)}, {"prefill_chunk": 0}, {"max_stop_ids": -1}],
+)
+def test_silly_settings_are_refused(settings):
+    with pytest.raises(ValueError, match="engine sizes must be positive"):
+        build(**settings)
+    with pytest.raises(ValueError, match="scalar head"):
+        build(config=dataclasses.replace(CONFIG, head="scalar"))
+
+
+def test_abort_while_waiting_reading_and_drawing(engine):
+    long = Request(prompt(50), 12, GREEDY)
+    reading, drawing, stays = (engine.submit(r) for r in (long, Request(prompt(2), 60, GREEDY), long))
+    waiting = engine.submit(long)
+    for _ in range(3):
+        engine.tick()
+    assert engine.stats().num_active == 3 and engine.stats().num_waiting == 1
+    for handle in (reading, drawing, waiting):
+        handle.abort()
+    drive(engine)
+    assert reading.result() == ((), None, "aborted", None) == waiting.result()
+    aborted = drawing.result()
+    assert aborted.finish == "aborted" and 0 < len(aborted.ids) < 60
+    assert stays.result().ids == generated(long)[0]
+    stays.abort()  # done already
+    assert answer(engine, long)[0].ids == generated(long)[0]
+
+
+def test_a_failure_on_the_host_ends_one_request_only(engine, monkeypatch):
+    place = Engine._place
+
+    def failing(self, index, slot):
+        place(self, index, slot)
+        if slot.handle.request.max_new_tokens == 13:
+            raise RuntimeError("planted")
+
+    monkeypatch.setattr(Engine, "_place", failing)
+    good, bad = Request(prompt(9), 12, DRAWN, logprobs=True), Request(prompt(9), 13, GREEDY)
+    first, failed, second = answer(engine, good, bad, good)
+    assert failed == ((), None, "error", "RuntimeError: planted")
+    assert first == second and first.ids == generated(good)[0]
+
+
+def test_broken_logits_end_one_request_and_poison_no_page():
+    """Token 63 embeds to NaN. Its row's pages are used again at once by the next request in the queue."""
+    params = PARAMS | {"embed": {"embedding": PARAMS["embed"]["embedding"].at[63].set(jnp.nan)}}
+    engine = build(params, num_slots=2, num_pages=14)
+    clean = [Request(tuple(token % 63 for token in prompt(n)), 8, GREEDY, logprobs=True) for n in (18, 19, 17)]
+    wanted = [generated(request) for request in clean]
+    assert all(63 not in ids for ids, _ in wanted), "the model drew the broken token by itself"
+    poison = Request((63,) * 18, 8, GREEDY)
+    requests = [clean[0], poison, clean[1], poison, clean[2]]
+    handles = [engine.submit(request) for request in requests]
+    engine.tick()
+    handles.append(engine.submit(poison))
+    handles[-1].abort()  # aborted with NaN in its pages, before any logits were judged
+    drive(engine)
+    results = [handle.result() for handle in handles[:5]]
+    for result, (ids, values) in zip(results[::2], wanted):
+        assert result.ids == ids
+        np.testing.assert_allclose(result.logprobs, values, atol=2e-5)
+    for result in results[1::2]:
+        assert result == ((), None, "error", "the model's logits are not finite (NaN or infinite)")
+    assert engine.stats().num_free_pages == 14
+
+
+def test_an_aborted_prompt_leaves_no_nan_behind():
+    params = PARAMS | {"embed": {"embedding": PARAMS["embed"]["embedding"].at[63].set(jnp.nan)}}
+    engine = build(params, num_slots=1)
+    handle = engine.submit(Request((63,) * 40, 8, GREEDY))
+    engine.tick()
+    handle.abort()
+    request = Request(tuple(token % 63 for token in prompt(18)), 8, GREEDY)
+    assert answer(engine, request)[0].ids == generated(request)[0]
+
+
+def test_a_lost_device_state_ends_what_was_served_and_not_what_waits(engine, monkeypatch):
+    program = engine._decode_block
+    calls = []
+
+    def failing(params, state, *rest):
+        calls.append(1)
+        if len(calls) == 2:
+            jax.tree.map(lambda leaf: leaf.delete(), state)  # donated to a program that failed
+            raise RuntimeError("planted device error")
+        return program(params, state, *rest)
+
+    monkeypatch.setattr(engine, "_decode_block", failing)
+    monkeypatch.setattr(failing, "_cache_size", lambda: 0, raising=False)
+    request = Request(prompt(5), 12, GREEDY)
+    results = answer(engine, *[request] * 5)
+    assert [result.finish for result in results] == ["error"] * 3 + ["length"] * 2
+    assert all("planted device error" in result.error for result in results[:3])
+    assert all(result.ids == generated(request)[0] for result in results[3:])
+
+
+class CompileCounter(logging.Handler):
+    """Counts real compilations, from JAX's own log."""
+
+    def __init__(self):
+        super().__init__(logging.DEBUG)
+        self.names = []
+
+    def emit(self, record):
+        if "Compiling" in record.getMessage():
+            self.names.append(record.getMessage())
+
+    def __enter__(self):
+        self._log_compiles = jax.log_compiles(True)
+        self._log_compiles.__enter__()
+        logging.getLogger("jax").addHandler(self)
+        return self
+
+    def __exit__(self, *error):
+        logging.getLogger("jax").removeHandler(self)
+        self._log_compiles.__exit__(*error)
+
+
+def test_nothing_compiles_after_warm_up():
+    config = dataclasses.replace(CONFIG, max_position_embeddings=32, rope_scaling=DynamicNTK(2.0))
+    engine = build(config=config, num_slots=2, prefill_chunk=32, context_buckets=(16, 40), tokens_per_dispatch=3)
+    reported = []
+    with CompileCounter() as compiled:
+        engine.warmup(lambda name, seconds: reported.append(name))
+    assert compiled.names, "the counter sees nothing"
+    # Two chunk sizes and a block for each of three contexts; admission and clearing.
+    assert len(reported) == len(set(reported)) == 3 * 3 + 1
+    warm = engine.stats().num_compiled
+    rng = random.Random(0)
+    with CompileCounter() as compiled:
+        handles = []
+        for i in range(30):
+            length = rng.randint(1, 50)
+            sampling = SamplingParams(rng.choice([0.0, 0.7]), rng.choice([0, 5]), rng.choice([1.0, 0.9]), seed=i)
+            request = Request(prompt(length), rng.randint(1, 64 - length), sampling, (3,) * (i % 3), i % 2 == 0)
+            handles.append(engine.submit(request))
+            for _ in range(rng.randint(0, 3)):
+                engine.tick()
+            if i % 7 == 3:
+                rng.choice(handles).abort()
+        drive(engine)
+    assert compiled.names == [] and engine.stats().num_compiled == warm
+    assert {handle.result().finish for handle in handles} == {"length", "stop", "aborted"}
+
+
+def test_context_buckets_change_no_token():
+    engine = build(context_buckets=(16, 32))
+    requests = [Request(prompt(n), m, DRAWN) for n, m in ((3, 5), (10, 30), (25, 4), (40, 20))]
+    for request, result in zip(requests, answer(engine, *requests)):
+        assert result.ids == generated(request)[0]
+
+
+def test_cache_dtypes_and_adapters_reach_the_model():
+    lora_config = LoraConfig(rank=4)
+    weights = jax.tree.map(lambda x: x + 0.1, init_lora(lora_config, PARAMS, jax.random.key(1)))
+    lora = apply_config(weights, lora_config)
+    engine = build(cache_dtype="int8", lora=lora)
+    request = Request(prompt(20), 16, GREEDY, logprobs=True)
+    (result,) = answer(engine, request)
+    ids, values = generated(request, cache_dtype="int8", lora=lora)
+    assert result.ids == ids
+    np.testing.assert_allclose(result.logprobs, values, atol=1e-3)
+    assert np.abs(values - generated(request, lora=lora)[1]).max() > 1e-4, "the cache dtype changed nothing"
+    assert ids != generated(request, cache_dtype="int8")[0], "the adapter changed nothing"
+
+
+def test_dynamic_ntk_is_fixed_by_each_requests_own_length():
+    config = dataclasses.replace(CONFIG, max_position_embeddings=16, rope_scaling=DynamicNTK(2.0))
+    engine = build(config=config)
+    requests = [Request(prompt(n), m, GREEDY) for n, m in ((4, 8), (20, 10), (20, 40))]
+    results = answer(engine, *requests)
+    for request, result in zip(requests, results):
+        assert result.ids == generated(request, config=config)[0]
+    assert results[1].ids != results[2].ids[:10], "the declared length changed nothing"
+
+
+def test_pages_come_back_after_any_traffic(engine):
+    rng = random.Random(1)
+    handles = []
+    for i in range(150):
+        length = rng.randint(1, 40)
+        request = Request(prompt(length), rng.randint(1, 24), dataclasses.replace(DRAWN, seed=i), (rng.randrange(64),))
+        handles.append(engine.submit(request))
+        for _ in range(rng.randint(0, 2)):
+            engine.tick()
+        if rng.random() < 0.3:
+            rng.choice(handles).abort()
+    drive(engine)
+    finishes = [handle.result().finish for handle in handles]
+    assert set(finishes) == {"length", "stop", "aborted"} and len(finishes) == 150
+    assert sorted(engine._allocator.allocate(engine.num_pages)) == list(range(engine.num_pages))
+    engine._allocator.free(range(engine.num_pages))
+    assert (engine._page_table_BM == engine.num_pages).all()
+
+
+def test_threads_submit_to_a_running_engine():
+    requests = [Request(prompt(5 + i), 6 + i, dataclasses.replace(DRAWN, seed=i)) for i in range(8)]
+    results = {}
+    with build() as engine:
+
+        def client(i):
+            results[i] = engine.submit(requests[i]).result()
+
+        threads = [threading.Thread(target=client, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+            assert not thread.is_alive()
+        with pytest.raises(RuntimeError, match="runs already"):
+            engine.start()
+    for i, request in enumerate(requests):
+        assert results[i].ids == generated(request)[0]
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit(requests[0])
+
+
+def test_closing_ends_what_is_not_done():
+    engine = build().start()
+    handles = [engine.submit(Request(prompt(3), 60, GREEDY)) for _ in range(6)]
+    first = next(handles[0].events())
+    handles[1].abort()
+    assert isinstance(first, Event) and first.ids
+    engine.close()
+    finishes = [handle.result().finish for handle in handles]
+    assert finishes[-1] == "aborted" and set(finishes) <= {"aborted", "length"}
+    assert engine.stats().num_free_pages == engine.num_pages
+    engine.close()
+
+
+def test_a_state_that_cannot_be_made_anew_stops_the_engine(monkeypatch):
+    engine = build()
+    handles = [engine.submit(Request(prompt(3), 5, GREEDY)) for _ in range(5)]
+
+    def planted(*_):
+        raise MemoryError("planted")
+
+    monkeypatch.setattr(engine, "_decode_block", planted)
+    monkeypatch.setattr(engine, "_empty_state", planted)
+    engine.tick()
+    assert {handle.result().finish for handle in handles} == {"error"}
+    with pytest.raises(RuntimeError, match="could not be made anew: planted"):
+        engine.submit(Request(prompt(3), 5, GREEDY))
+
+
+def test_a_handle_wakes_the_engine_when_aborted():
+    woken = []
+    Handle(Request((1,), 1), lambda: woken.append(1)).abort()
+    assert woken == [1]
+
+
+def test_a_block_of_the_engine_keeps_the_cache_in_place():
+    """As for `step`: temporaries of one layer's slots, not of all 8 layers."""
+    from internjax.decode.programs import decode_block, empty_state
+
+    config = dataclasses.replace(CONFIG, num_layers=8, num_heads=2, head_dim=32, vocab_size=128)
+    B, S = 8, 2048
+    one_layer = 2 * B * S * 2 * 32 * 4
+    state = jax.eval_shape(
+        lambda: empty_state(
+            config=config,
+            num_slots=B,
+            max_context=S,
+            num_pages=B * S // 16,
+            page_size=16,
+            cache_dtype="float32",
+            max_stop_ids=4,
+        )
+    )
+    arguments = (jax.ShapeDtypeStruct((B, S // 16), jnp.int32), jax.ShapeDtypeStruct((B,), bool), None)
+    run = jax.jit(lambda p, s, *rest: decode_block(p, s, *rest, config=config, num_tokens=4), donate_argnums=1)
+    memory = run.lower(decoder.abstract_params(config), state, *arguments).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= 8 * one_layer
+    assert memory.temp_size_in_bytes < 1.5 * one_layer + (2 << 20), memory.temp_size_in_bytes / one_layer
