@@ -69,10 +69,7 @@ def load_params(
                 f"{where}: config.json ties the embeddings, but {family.head} differs from {table_name}; "
                 "set tie_word_embeddings to false, or remove the one that was not trained"
             )
-    axes = None
-    if mesh is not None:
-        with sharding.use(mesh):
-            axes = decoder.logical_axes(config)
+    axes = _axes(config, mesh)
     params: dict = {}
     for row in table:
         _load_row(params, row, tensors, config, mesh=mesh, axes=axes, quantize=quantize)
@@ -94,7 +91,7 @@ def _load_row(params: dict, row: Row, tensors, config: ModelConfig, *, mesh, axe
             for index, part in enumerate(row.split(read_tensor(tensors[name]), config)):
                 home = homes[index]
                 part = jnp.asarray(part) if home.raw is None else jax.device_put(part, home.raw)
-                part = _prepare(part, dtype=str(dtype), transpose=home.transpose, scheme=home.scheme)
+                part = _prepare(part, str(dtype), transpose=home.transpose, scheme=home.scheme, group=home.group)
                 leaves[index] = _placer(home.shardings)(leaves[index], part, layer)
     for path, leaf in zip(row.leaves, leaves, strict=True):
         set_leaf(params, path, leaf)
@@ -104,14 +101,36 @@ def _whole(layers: list[np.ndarray], home: "_Home", per_layer: bool, dtype):
     """Returns a leaf of all its layers at once."""
     array = np.stack(layers) if per_layer else layers[0]
     array = np.ascontiguousarray(array.swapaxes(-1, -2) if home.transpose else array, dtype)
-    leaf = jnp.asarray(array) if home.full is None else jax.device_put(array, home.full)
+    return _quantized(jnp.asarray(array) if home.full is None else jax.device_put(array, home.full), home)
+
+
+def _quantized(leaf: jax.Array, home: "_Home"):
+    """Returns a leaf that is in place, quantised if its home says so."""
     if home.scheme is None:
         return leaf
-    leaf = quantize_array(leaf, scheme=home.scheme, group=fitting_group(leaf.shape[-2], largest=GROUP))
+    leaf = quantize_array(leaf, scheme=home.scheme, group=home.group)
     if home.shardings is None:
         return leaf
     arrays, structure = jax.tree.flatten(leaf)
     return jax.tree.unflatten(structure, [jax.device_put(a, s) for a, s in zip(arrays, home.shardings, strict=True)])
+
+
+def quantize_in_place(params: dict, config: ModelConfig, *, scheme: Scheme, mesh: Mesh | None) -> dict:
+    """Returns parameters that are on their shardings with every kernel quantised, on its shardings again."""
+    axes = _axes(config, mesh)
+    result: dict = {}
+    for path in leaf_shapes(config):
+        leaf = get_leaf(params, path)
+        home = _home(path, config, leaf.dtype, path.startswith("layers."), mesh, axes, scheme)
+        set_leaf(result, path, _quantized(leaf, home))
+    return result
+
+
+def _axes(config: ModelConfig, mesh: Mesh | None) -> dict | None:
+    if mesh is None:
+        return None
+    with sharding.use(mesh):
+        return decoder.logical_axes(config)
 
 
 class _Home(NamedTuple):
@@ -127,17 +146,19 @@ class _Home(NamedTuple):
     """Of one layer's tensor as it is read, a kernel still transposed."""
     transpose: bool
     scheme: Scheme | None
+    group: int
+    """Input rows per scale."""
 
 
 def _home(leaf: str, config: ModelConfig, dtype, per_layer: bool, mesh: Mesh | None, axes, quantize) -> _Home:
     shape = leaf_shapes(config)[leaf]
     scheme = quantize if is_kernel(leaf) else None
+    group = fitting_group(shape[0], largest=GROUP)
     full = jax.ShapeDtypeStruct((config.num_layers, *shape) if per_layer else shape, dtype)
     if scheme is not None:
-        group = fitting_group(shape[0], largest=GROUP)
         full = jax.eval_shape(functools.partial(quantize_array, scheme=scheme, group=group), full)
     if mesh is None:
-        return _Home(full, None, None, None, is_kernel(leaf), scheme)
+        return _Home(full, None, None, None, is_kernel(leaf), scheme, group)
     leaf_axes = get_leaf(axes, leaf)
     # Every array of a QuantArray is split as its kernel is.
     arrays = {f"{leaf}[{i}]": array for i, array in enumerate(jax.tree.leaves(full))}
@@ -145,16 +166,14 @@ def _home(leaf: str, config: ModelConfig, dtype, per_layer: bool, mesh: Mesh | N
     spec = sharding.partition_spec(leaf_axes[1:] if per_layer else leaf_axes)
     raw = NamedSharding(mesh, PartitionSpec(*(reversed(spec) if is_kernel(leaf) else spec)))
     whole = NamedSharding(mesh, sharding.partition_spec(leaf_axes))
-    return _Home(full, tuple(placed[name] for name in arrays), whole, raw, is_kernel(leaf), scheme)
+    return _Home(full, tuple(placed[name] for name in arrays), whole, raw, is_kernel(leaf), scheme, group)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "transpose", "scheme"))
-def _prepare(tensor: jax.Array, *, dtype: str, transpose: bool, scheme: Scheme | None):
+@functools.partial(jax.jit, static_argnames=("dtype", "transpose", "scheme", "group"))
+def _prepare(tensor: jax.Array, dtype: str, *, transpose: bool, scheme: Scheme | None, group: int):
     tensor = tensor.astype(dtype)
     tensor = tensor.T if transpose else tensor
-    if scheme is None:
-        return tensor
-    return quantize_array(tensor, scheme=scheme, group=fitting_group(tensor.shape[0], largest=GROUP))
+    return tensor if scheme is None else quantize_array(tensor, scheme=scheme, group=group)
 
 
 def _zeros(home: _Home):

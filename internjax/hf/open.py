@@ -19,7 +19,7 @@ from internjax import sharding
 from internjax.hf import adapter
 from internjax.hf.families import family_of
 from internjax.hf.generation import GenerationConfig, read_generation
-from internjax.hf.loading import load_params
+from internjax.hf.loading import load_params, quantize_in_place
 from internjax.hf.mapping import get_leaf, leaf_shapes
 from internjax.hf.resolve import Source, read_config, resolve
 from internjax.hf.weights import list_tensors
@@ -27,7 +27,6 @@ from internjax.kernels.quant_matmul import Scheme
 from internjax.model import decoder, rope
 from internjax.model.config import DType, ModelConfig, num_params
 from internjax.model.lora import Lora
-from internjax.model.quantize import quantize_params
 from internjax.text.tokenizer import REWARD, Tokenizer, load_tokenizer
 from internjax.train import checkpoint
 
@@ -74,7 +73,9 @@ def open_model(
     trained, origin = None, str(source.folder)
     if source.checkpoints is not None and source.trained_adapter is None:
         restored = _restore(source, config, mesh)
-        params = restored.params if quantize is None else quantize_params(restored.params, scheme=quantize)
+        params = restored.params
+        if quantize is not None:
+            params = quantize_in_place(params, config, scheme=quantize, mesh=mesh)
         origin = f"{source.checkpoints}/{restored.step}"
     else:
         tensors = list_tensors(source.folder)
@@ -100,7 +101,7 @@ def logits(model: Model, tokens_BT) -> jax.Array:
     tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
     if tokens_BT.ndim != 2:
         raise ValueError(f"tokens have shape {tokens_BT.shape}; give rows of token ids [B, T]")
-    low, high = int(tokens_BT.min(initial=0)), int(tokens_BT.max(initial=0))
+    low, high = (int(tokens_BT.min()), int(tokens_BT.max())) if tokens_BT.size else (0, 0)
     if low < 0 or high >= model.config.vocab_size:
         raise ValueError(f"token ids lie in {low}..{high}; the model has ids 0..{model.config.vocab_size - 1}")
     inv_freq_BF = rope.inv_freq(model.config, length=tokens_BT.shape[1])[None]

@@ -115,7 +115,7 @@ def _from_adapter(folder: Path, *, seen: tuple[str, ...]) -> Source:
         if candidate.exists():
             source = _resolve_folder(candidate, seen=(*seen, str(folder)))
             return source._replace(adapters=(*source.adapters, folder))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", base):
         raise ValueError(f"{folder} is an adapter of {base!r}, which is not a folder here; write hf:{base}+{folder}")
     raise ValueError(f"{folder} is an adapter of {base!r}, which does not exist; write BASE+{folder}")
 
