@@ -69,12 +69,16 @@ class TokenFolder(NamedTuple):
 
 
 def text_documents(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[TokenDocument]:
-    """Yields (id, text) pairs as ids with the tokenizer's end-of-text id last; markers in a text are plain text."""
+    """Yields (id, text) pairs as ids between the tokenizer's first and last token of texts (BOS where it has one, EOS).
+
+    Markers that a text spells out are plain text.
+    """
     batch: list[tuple[str, str]] = []
+    first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
     def encoded():
         rows = tokenizer.encode_batch([text for _, text in batch])
-        return [TokenDocument(name, [*ids, tokenizer.eos_id]) for (name, _), ids in zip(batch, rows, strict=True)]
+        return [TokenDocument(name, [*first, *ids, tokenizer.eos_id]) for (name, _), ids in zip(batch, rows, strict=True)]
 
     for pair in texts:
         batch.append(pair)
@@ -179,9 +183,7 @@ def _file_entry(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def open_tokens(
-    folder: str | os.PathLike, *, tokenizer_sha256: str | None = None, verify: bool = True
-) -> TokenFolder:
+def open_tokens(folder: str | os.PathLike, *, tokenizer_sha256: str | None = None, verify: bool = True) -> TokenFolder:
     """Returns the folder, memory-mapped. Raises ValueError naming a file that is missing, short or altered.
 
     With `tokenizer_sha256` a folder that another tokenizer wrote is refused. verify=False checks sizes alone and does

@@ -1,4 +1,4 @@
-"""Pre-training of InternLM2-7B, first phase: 4k tokens, rotary base 50,000 (InternLM2 report, tables 3 and section 3.3).
+"""Pre-training of InternLM2-7B, first phase: 4k tokens, rotary base 50,000 (InternLM2 report, section 3.3).
 
     python -m experiments.internlm2_7b --data.folder tokens/ --data.tokenizer tokenizer/ --mesh.fsdp 64
     python -m experiments.internlm2_7b --data.folder tokens/ --data.tokenizer tokenizer/ --num-steps 100 --run trial

@@ -1,20 +1,18 @@
 """What the tiny chain asks about the standard library: conversations, preferences, and checks that a program can make.
 
 Everything is computed from `data_pipelines.sources.Fact` records (what the library says about its own functions) and
-from small calls whose results Python itself gives. Nothing here is written by a model.
+from calls of known value (`eval.tasks.library.problems`). Nothing here is written by a model.
 """
 
 import ast
 import hashlib
-import math
-import random
 import re
-import statistics
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from data_pipelines.sources import Fact
+from eval.tasks.library import Problem
 from internjax.text.chat import Message, ToolCall
 
 # --- instruction pairs -----------------------------------------------------------------------------------------------
@@ -73,75 +71,39 @@ def body_chats(tasks: Sequence[BodyTask]) -> list[list[Message]]:
 # --- interpreter protocol --------------------------------------------------------------------------------------------
 
 
-class Problem(NamedTuple):
-    """A call with a result that Python computes. code prints it; answer is what is printed."""
-
-    expression: str
-    code: str
-    answer: str
-
-
 INTERPRETER_SYSTEM = "Send Python code to the interpreter."
-
-_WORDS = ("list", "path", "line", "name", "file", "value", "string", "number", "object", "error")
-
-
-def _number(rng: random.Random) -> int:
-    return rng.randint(2, 99)
-
-
-_CALLS: tuple[tuple[str, Callable[[random.Random], tuple], Callable], ...] = (
-    ("math.gcd", lambda rng: (_number(rng), _number(rng)), math.gcd),
-    ("math.lcm", lambda rng: (rng.randint(2, 20), rng.randint(2, 20)), math.lcm),
-    ("math.isqrt", lambda rng: (rng.randint(10, 999),), math.isqrt),
-    ("statistics.median", lambda rng: ([_number(rng) for _ in range(3)],), statistics.median),
-    ("max", lambda rng: (_number(rng), _number(rng)), max),
-    ("abs", lambda rng: (-_number(rng),), abs),
-    ("pow", lambda rng: (rng.randint(2, 9), rng.randint(2, 4)), pow),
-    ("len", lambda rng: (rng.choice(_WORDS) * rng.randint(1, 3),), len),
-    ("divmod", lambda rng: (_number(rng), rng.randint(2, 9)), divmod),
-)
-
-
-def interpreter_problems(count: int, *, seed: int, held_out: bool) -> list[Problem]:
-    """Returns `count` different calls. The held-out ones and the others never share a call (split by its hash)."""
-    rng, problems = random.Random(seed), {}
-    while len(problems) < count:
-        name, draw, function = rng.choice(_CALLS)
-        arguments = draw(rng)
-        expression = f"{name}({', '.join(map(repr, arguments))})"
-        if (hashlib.sha256(expression.encode()).digest()[0] < 64) != held_out:
-            continue
-        module = name.rpartition(".")[0]
-        code = f"import {module}\nprint({expression})" if module else f"print({expression})"
-        problems[expression] = Problem(expression, code, str(function(*arguments)))
-    return list(problems.values())
 
 
 def interpreter_prompt(problem: Problem) -> list[Message]:
-    """Returns the conversation that asks for the result."""
+    """Returns the conversation that asks for the value of a call."""
     return [
         Message("system", INTERPRETER_SYSTEM, name="interpreter"),
-        Message("user", f"What is {problem.expression}?"),
+        Message("user", f"What is {problem.call}?"),
     ]
 
 
+def interpreter_code(problem: Problem) -> str:
+    """Returns the program that prints the value."""
+    module = problem.function.rpartition(".")[0]
+    return f"import {module}\nprint({problem.call})" if module else f"print({problem.call})"
+
+
 def interpreter_chats(problems: Sequence[Problem]) -> list[list[Message]]:
-    """Returns each problem with its call, the interpreter's output, and the answer read off it."""
+    """Returns each problem with its program, the interpreter's output, and the answer read off it."""
     return [
         [
             *interpreter_prompt(problem),
-            Message("assistant", "", call=ToolCall("interpreter", problem.code)),
-            Message("environment", problem.answer, name="interpreter"),
-            Message("assistant", f"{problem.expression} is {problem.answer}."),
+            Message("assistant", "", call=ToolCall("interpreter", interpreter_code(problem))),
+            Message("environment", problem.value, name="interpreter"),
+            Message("assistant", f"{problem.call} is {problem.value}."),
         ]
         for problem in problems
     ]
 
 
 def answers(text: str, problem: Problem) -> bool:
-    """Returns whether the final answer states the result after the last "is"."""
-    return text.rpartition(" is ")[2].strip().rstrip(".") == problem.answer
+    """Returns whether the final answer states the value after the last "is"."""
+    return text.rpartition(" is ")[2].strip().rstrip(".") == problem.value
 
 
 # --- programmatic gold and preferences -------------------------------------------------------------------------------

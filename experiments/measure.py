@@ -14,8 +14,9 @@ import numpy as np
 
 from eval import ngram
 from eval.metrics import Interval, bootstrap_mean, wilson
+from eval.tasks.library import Problem
 from experiments import library
-from experiments.library import BodyTask, Completion, Problem
+from experiments.library import BodyTask, Completion
 from internjax import sandbox
 from internjax.decode.generate import STOP, generate
 from internjax.decode.sample import make_sampling
@@ -122,11 +123,11 @@ def interpreter_score(model: Model, problems: Sequence[Problem], *, max_new_toke
     right = [good and library.answers(text, p) for good, text, p in zip(ran, finals, problems, strict=True)]
     samples = [
         {
-            "question": problems[i].expression,
+            "question": problems[i].call,
             "call": first[i].message.call.content if called[i] else first[i].message.content,
             "output": outcomes[i].stdout.strip() if ran[i] else "",
             "answer": finals[i] if ran[i] else "",
-            "wanted": problems[i].answer,
+            "wanted": problems[i].value,
         }
         for i in range(min(8, len(problems)))
     ]
@@ -177,12 +178,12 @@ def baselines(
 ) -> Baselines:
     """Returns n-gram models fitted on `seen` (exactly the tokens that the model was trained on), and compressors.
 
-    Each held-out document is predicted from its second token on after its first, as the model does it.
+    Each held-out document is BOS, its tokens, EOS; its own tokens are predicted, as those of a `TextTask` are.
     """
     num_bytes = sum(len(text.encode()) for text in texts)
     model = ngram.fit(seen, vocab_size=vocab_size)
-    previous = np.concatenate([row[:-1] for row in held_out])
-    following = np.concatenate([row[1:] for row in held_out])
+    previous = np.concatenate([row[:-2] for row in held_out])
+    following = np.concatenate([row[1:-1] for row in held_out])
     joined = "".join(texts).encode()
     return Baselines(
         ngram.bits_per_byte(ngram.unigram_logprobs(model, following), num_bytes),

@@ -374,11 +374,15 @@ def launch(run: Callable[[Config], Any], config: Config, args: Sequence[str] | N
     Alternatives (schedules, ...) are chosen by name: `schedule:linear --schedule.warmup-steps 10`. A boolean is set by
     --x, --no-x or --x=True. A mistake in the user's values ends with its message and exit code 1, without a traceback.
     """
+    return guarded(run, parse(config, args))
+
+
+def parse(config: Config, args: Sequence[str] | None = None) -> Config:
+    """Returns `config` as changed by the command line (`args`, or this process's)."""
     import tyro
 
     args = _plain_flags(list(sys.argv[1:] if args is None else args), type(config))
-    chosen = tyro.cli(type(config), default=config, args=args, config=(tyro.conf.CascadeSubcommandArgs,))
-    return guarded(run, chosen)
+    return tyro.cli(type(config), default=config, args=args, config=(tyro.conf.CascadeSubcommandArgs,))
 
 
 def guarded(run: Callable[[Config], Any], config: Config) -> Any:

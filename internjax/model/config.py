@@ -147,15 +147,16 @@ def from_json(values: dict[str, Any]) -> ModelConfig:
 # The tiny chain's model: InternLM2's architecture at a size that a laptop CPU trains in minutes. Its vocabulary is
 # replaced by the size of the tokenizer that the chain trains.
 TINY = ModelConfig(
-    vocab_size=2048,
-    d_model=192,
-    num_layers=4,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=32,
-    ffn_dim=512,
+    vocab_size=1024,
+    d_model=128,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=64,
+    ffn_dim=384,
     max_position_embeddings=1024,
     rope_theta=10_000.0,
+    initializer_range=0.06,
     dtype="float32",
 )
 

@@ -1,0 +1,216 @@
+"""The whole chain on a laptop: data, pre-training, fine-tuning, COOL RLHF, evaluation, export, serving, an agent.
+
+    python -m experiments.tiny                     # or: make quickstart
+    python -m experiments.tiny --data my.jsonl     # on your own text or conversations
+    python -m experiments.tiny --only rlhf         # one stage, anew (an unfinished one goes on where it stopped)
+    python -m experiments.tiny --from export       # that stage and all after it
+    python -m experiments.tiny --fresh             # everything anew
+
+Hardware: 2 CPU cores and 8 GB of memory; a GPU is used where there is one
+Time: see the README (measured)
+
+The corpus is the standard library of the Python that runs this. Every stage is a run folder under runs/tiny/ and can be
+run alone; runs/tiny/report.html shows what came out.
+"""
+
+import dataclasses
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.stages import guarded, parse, run_path
+from internjax.model.config import TINY, ModelConfig
+from internjax.model.lora import LoraConfig
+from internjax.train.optimizer import AdamW, Cosine
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """The numbers of the chain; chosen by the sweep in experiments/benchmarks/results/tiny_sweep.json."""
+
+    run: str = "tiny"
+    """Folder of the chain: a path, or a name under runs/."""
+    data: str | None = None
+    """Your own file (JSONL, text, parquet) or folder instead of the standard library."""
+    only: str | None = None
+    """Run this stage alone."""
+    from_stage: str | None = None
+    """Run this stage and all after it. On the command line also --from."""
+    fresh: bool = False
+    """Remove the chain's folder first."""
+    seed: int = 0
+    held_out: float = 0.03
+    """Share of files kept for evaluation."""
+    model: ModelConfig = TINY
+    """vocab_size is the size of the tokenizer that is trained."""
+    seq_len: int = 256
+    batch_size: int = 4
+    pretrain_steps: int = 1200
+    pretrain: AdamW = AdamW(peak_lr=5e-3, weight_decay=0.1)
+    schedule: Cosine = Cosine(warmup_steps=60, final_fraction=0.1)
+    sft_steps: int = 160
+    sft_batch_size: int = 8
+    sft: AdamW = AdamW(peak_lr=5e-3, weight_decay=0.0)
+    sft_lora: LoraConfig = LoraConfig(rank=32, alpha=64.0, targets=(*LoraConfig().targets, "head"))
+    max_new_tokens: int = 48
+    """Longest answer in RLHF and evaluation."""
+    reward_steps: int = 60
+    num_iterations: int = 12
+    """PPO iterations of each of the two RLHF rounds."""
+    num_prompts: int = 64
+    """Prompts of an iteration."""
+    num_evaluated: int = 200
+    """Held-out prompts of the gold score."""
+
+
+class Stage(NamedTuple):
+    """One link of the chain: run(config, root) works in root/NAME and returns what the report needs."""
+
+    name: str
+    title: str
+    run: Callable[[Tiny, Path], dict[str, Any]]
+
+
+class Skip(Exception):
+    """A stage that the given data cannot feed; the message is the reason."""
+
+
+def stages() -> tuple[Stage, ...]:
+    """Returns the chain in its order."""
+    from experiments import tiny_models, tiny_rlhf, tiny_use
+
+    return (
+        Stage("data", "documents, rules, duplicates, order, split", tiny_models.data),
+        Stage("tokenizer", "byte-level BPE and token folders", tiny_models.tokenizer),
+        Stage("pretrain", "next-token pre-training", tiny_models.pretrain),
+        Stage("sft", "supervised fine-tuning with adapters", tiny_models.sft),
+        Stage("reward", "conditional reward model", tiny_rlhf.reward),
+        Stage("rlhf", "two COOL RLHF rounds with PPO", tiny_rlhf.rlhf),
+        Stage("evaluate", "bits per byte, tasks, executed calls", tiny_use.evaluate),
+        Stage("export", "Hugging Face folders in both layouts, with proof", tiny_use.export),
+        Stage("quantize", "int8 and int4 weights", tiny_use.quantize),
+        Stage("serve", "OpenAI-compatible server, asked by the openai client", tiny_use.serve),
+        Stage("agent", "one ReAct turn with a sandboxed Python tool", tiny_use.agent),
+    )
+
+
+def chosen_stages(config: Tiny, names: Sequence[str]) -> list[str]:
+    """Returns the names to run; raises ValueError for an unknown one."""
+    for given in (config.only, config.from_stage):
+        if given is not None and given not in names:
+            raise ValueError(f"no stage {given!r}; the stages are {', '.join(names)}")
+    if config.only is not None and config.from_stage is not None:
+        raise ValueError("--only and --from exclude each other; give one")
+    if config.only is not None:
+        return [config.only]
+    return list(names)[list(names).index(config.from_stage) if config.from_stage else 0 :]
+
+
+def run(config: Tiny) -> Path:
+    """Runs the chain, or what is left of it, and returns the path of its report."""
+    from experiments import tiny_report
+
+    root = run_path(config.run)
+    if config.fresh and root.exists():
+        if not (root / "chain.json").is_file():
+            raise ValueError(f"--fresh would remove {root}, which is no folder of this chain (it has no chain.json)")
+        shutil.rmtree(root)
+    _remember(config, root)
+    chain = stages()
+    wanted = chosen_stages(config, [stage.name for stage in chain])
+    named = config.only is not None or config.from_stage is not None
+    if not named and all(result(root, stage.name) is not None for stage in chain):
+        print(f"The chain in {root} is complete. Report: {root / 'report.html'}")
+        print(
+            "Run it anew with: python -m experiments.tiny --fresh" + (f" --data {config.data}" if config.data else "")
+        )
+        _print_next(root)
+        return root / "report.html"
+    started = time.perf_counter()
+    ran = False
+    for number, stage in enumerate(chain, 1):
+        if stage.name not in wanted:
+            continue
+        done = result(root, stage.name)
+        # A finished stage is run anew when it was asked for by name, or when one that it stands on was.
+        if done is not None and (named or ran):
+            shutil.rmtree(root / stage.name)
+            done = None
+        if done is None:
+            ran = True
+            print(f"\n[{number}/{len(chain)}] {stage.name}: {stage.title}", flush=True)
+            _run_stage(stage, config, root)
+        else:
+            print(f"[{number}/{len(chain)}] {stage.name}: done")
+    tiny_report.write(root, [stage.name for stage in chain])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    print(f"\n{time.perf_counter() - started:.0f} s, peak memory {peak:.1f} GB. Report: {root / 'report.html'}")
+    _print_next(root)
+    return root / "report.html"
+
+
+def result(root: Path, stage: str) -> dict[str, Any] | None:
+    """Returns what a stage reported, or None where it has not ended."""
+    path = root / stage / "stage.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _run_stage(stage: Stage, config: Tiny, root: Path) -> None:
+    started = time.perf_counter()
+    try:
+        summary = stage.run(config, root)
+    except Skip as reason:
+        print(f"skipped: {reason}")
+        summary = {"skipped": str(reason)}
+    folder = root / stage.name
+    folder.mkdir(parents=True, exist_ok=True)
+    summary["seconds"] = round(time.perf_counter() - started, 1)
+    part = folder / ".stage.json.part"
+    part.write_text(json.dumps(summary, indent=1) + "\n")
+    part.rename(folder / "stage.json")
+    print(f"{stage.name}: {summary['seconds']} s", flush=True)
+
+
+def _remember(config: Tiny, root: Path) -> None:
+    """Keeps the chain's config in its folder, and refuses to go on with another one."""
+    from internjax.train.tracking import differing_fields, to_json
+
+    ways = ("run", "only", "from_stage", "fresh")
+    now = {name: value for name, value in to_json(config).items() if name not in ways}
+    path = root / "chain.json"
+    if path.is_file():
+        lines = differing_fields(now, json.loads(path.read_text()))
+        if lines:
+            raise ValueError(
+                f"{root} holds a chain with another config:\n  "
+                + "\n  ".join(lines)
+                + "\nGive the same config, another "
+                "--run NAME, or --fresh to start anew."
+            )
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now, indent=1) + "\n")
+
+
+def _print_next(root: Path) -> None:
+    final = next((name for name in ("rlhf", "sft", "pretrain") if (root / name / "model").is_dir()), "pretrain")
+    print("\nNext:")
+    print(f"  python -m serve.chat {root / final}")
+    print("  python -m experiments.finetune --model YOUR_CHECKPOINT --data YOUR_CHATS.jsonl --run my_run")
+
+
+CONFIG = Tiny()
+
+
+def main() -> None:
+    args = [arg.replace("--from", "--from-stage", 1) if arg.split("=")[0] == "--from" else arg for arg in sys.argv[1:]]
+    guarded(run, parse(CONFIG, args))
+
+
+if __name__ == "__main__":
+    main()

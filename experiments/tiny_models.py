@@ -1,0 +1,206 @@
+"""The first half of the tiny chain: from documents to a model that was pre-trained and fine-tuned."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipelines import formats, sources, tokens, wanjuan
+from data_pipelines.document import Document, fingerprint, split_by_file
+from data_pipelines.ledger import Ledger, dropped_by_reason, save, summary
+from data_pipelines.loading import open_rows
+from data_pipelines.sources import Fact
+from eval.tasks.library import problems
+from experiments import library, stages
+from experiments.tiny import Skip, Tiny
+from internjax.text.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from internjax.train.checkpoint import CheckpointConfig
+from internjax.train.optimizer import Cosine
+from internjax.train.tracking import TrackingConfig
+
+NUM_PROBLEMS = 500
+"""Interpreter turns to learn from."""
+NUM_HELD_OUT_PROBLEMS = 100
+
+
+def data(config: Tiny, root: Path) -> dict[str, Any]:
+    """Documents -> rules -> exact and near duplicates -> ordered code -> ledger -> train and held-out files."""
+    folder = root / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    bad: list[str] = []
+    documents = sources.stdlib_corpus() if config.data is None else _own_documents(config.data, bad)
+    for message in bad[:5]:
+        print(f"left out: {message}")
+    ledger = Ledger()
+    kept = wanjuan.run_chain(documents, wanjuan.CHAIN, ledger)
+    save(ledger, folder)
+    split = split_by_file(kept, fraction=config.held_out)
+    if not split.train or not split.held_out:
+        raise ValueError(
+            f"{len(kept)} documents are left of {len(documents)}, {len(split.held_out)} of them held out; both parts "
+            "need at least one. Give more files or documents, or another --held-out share"
+        )
+    _write_documents(folder / "train.jsonl", split.train)
+    _write_documents(folder / "held_out.jsonl", split.held_out)
+    facts = sources.library_facts(kept)
+    (folder / "facts.jsonl").write_text("".join(json.dumps(fact._asdict()) + "\n" for fact in facts))
+    print(f"{len(documents)} documents, {len(kept)} kept, {len(split.held_out)} of them held out, {len(facts)} facts")
+    return {
+        "source": config.data or "the standard library of this Python",
+        "fingerprint": fingerprint(documents),
+        "num_documents": len(documents),
+        "num_kept": len(kept),
+        "num_bad_rows": len(bad),
+        "num_train": len(split.train),
+        "num_held_out": len(split.held_out),
+        "train_bytes": sum(len(d.text.encode()) for d in split.train),
+        "held_out_bytes": sum(len(d.text.encode()) for d in split.held_out),
+        "num_facts": len(facts),
+        "dropped": dropped_by_reason(ledger),
+        "ledger": summary(ledger),
+        "by_source": sources.by_source(kept),
+    }
+
+
+def _own_documents(path: str, bad: list[str]) -> list[Document]:
+    """Documents of the user's file; conversations count as the text of their turns."""
+    if not _is_chat_file(path):
+        return sources.read([path], on_bad_row=bad.append)
+    found = []
+    for sample in formats.conversations(path, on_bad_row=bad.append):
+        text = "\n".join(message.content for message in sample.messages if message.content)
+        found.append(sources.make_document(text, source=Path(path).stem, path=sample.place))
+    if not found:
+        raise ValueError(f"{path} holds no conversation; the first reason: {bad[0] if bad else 'the file is empty'}")
+    return found
+
+
+def _is_chat_file(path: str) -> bool:
+    if Path(path).suffix.lower() not in (".json", ".jsonl"):
+        return False
+    return formats.detect_file(path) not in ("text", "preference")
+
+
+def _write_documents(path: Path, documents: Iterable[Document]) -> None:
+    path.write_text("".join(json.dumps({"id": d.id, "path": d.path, "text": d.text}) + "\n" for d in documents))
+
+
+def texts(root: Path, part: str) -> list[tuple[str, str]]:
+    """Returns (id, text) of the documents of "train" or "held_out"."""
+    rows = map(json.loads, (root / "data" / f"{part}.jsonl").read_text().splitlines())
+    return [(row["id"], row["text"]) for row in rows]
+
+
+def facts(root: Path, config: Tiny, *, held_out: bool) -> list[Fact]:
+    """Returns the library's facts from held-out files, or from the others."""
+    from data_pipelines.document import in_held_out
+
+    rows = [Fact(**json.loads(line)) for line in (root / "data" / "facts.jsonl").read_text().splitlines()]
+    return [fact for fact in rows if in_held_out(fact.path, fraction=config.held_out) == held_out]
+
+
+def tokenizer(config: Tiny, root: Path) -> dict[str, Any]:
+    """Trains the tokenizer on the training documents and writes both token folders."""
+    folder = root / "tokenizer"
+    train = texts(root, "train")
+    trained = train_tokenizer((text for _, text in train), vocab_size=config.model.vocab_size)
+    save_tokenizer(trained, folder / "hf")
+    trained = load_tokenizer(folder / "hf")
+    counts = {}
+    for part, rows in (("train", train), ("held_out", texts(root, "held_out"))):
+        manifest = tokens.write_tokens(folder / part, tokens.text_documents(rows, trained), tokenizer=trained)
+        counts[part] = manifest["num_tokens"]
+    num_bytes = sum(len(text.encode()) for _, text in train)
+    print(f"{counts['train']:,} training tokens, {num_bytes / counts['train']:.2f} bytes each")
+    return {
+        "vocab_size": trained.vocab_size,
+        "sha256": trained.fingerprint,
+        "train_tokens": counts["train"],
+        "held_out_tokens": counts["held_out"],
+        "bytes_per_token": num_bytes / counts["train"],
+    }
+
+
+def pretrain_config(config: Tiny, root: Path) -> stages.Pretrain:
+    """Returns the pre-training of the chain."""
+    return stages.Pretrain(
+        run=str(root / "pretrain"),
+        model=config.model,
+        data=stages.TokenData(
+            folder=str(root / "tokenizer" / "train"),
+            tokenizer=str(root / "tokenizer" / "hf"),
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+        ),
+        num_steps=config.pretrain_steps,
+        optimizer=config.pretrain,
+        schedule=config.schedule,
+        checkpoint=CheckpointConfig(every=max(200, config.pretrain_steps // 4), max_to_keep=1),
+        tracking=TrackingConfig(log_every=10),
+        seed=config.seed,
+    )
+
+
+def pretrain(config: Tiny, root: Path) -> dict[str, Any]:
+    """Pre-trains from scratch on packed rows."""
+    return dict(stages.pretrain(pretrain_config(config, root)).summary)
+
+
+def seen_tokens(config: Tiny, root: Path) -> list[np.ndarray]:
+    """Returns the token sequences that pre-training was given, piece by piece: what the n-gram baselines may count."""
+    settings = pretrain_config(config, root)
+    rows = open_rows(settings.data.folder, seq_len=config.seq_len, packing="concat", seed=config.seed)
+    pieces, left, epoch = [], config.pretrain_steps * config.batch_size, 0
+    while left > 0:
+        plan = rows.plan(epoch)
+        num_rows = min(left, plan.num_rows)
+        for piece in range(int(plan.first_R[num_rows])):
+            start, length = int(plan.start_P[piece]), int(plan.length_P[piece])
+            pieces.append(np.asarray(rows.folder.document(int(plan.document_P[piece]))[start : start + length + 1]))
+        left, epoch = left - num_rows, epoch + 1
+    return pieces
+
+
+def sft(config: Tiny, root: Path) -> dict[str, Any]:
+    """Fine-tunes the pre-trained model with adapters on conversations about the library, or on the user's own."""
+    if config.data is not None and not _is_chat_file(config.data):
+        raise Skip(f"{config.data} holds text, not conversations; a chat file (OpenAI, Alpaca, ...) feeds this stage")
+    files = (config.data,) if config.data is not None else (str(_write_chats(config, root)),)
+    trained = stages.finetune(
+        stages.Finetune(
+            run=str(root / "sft"),
+            model=str(root / "pretrain"),
+            data=files,
+            seq_len=config.seq_len,
+            batch_size=config.sft_batch_size,
+            num_steps=config.sft_steps,
+            lora=config.sft_lora,
+            optimizer=config.sft,
+            schedule=Cosine(warmup_steps=10),
+            checkpoint=CheckpointConfig(every=config.sft_steps, max_to_keep=1),
+            tracking=TrackingConfig(log_every=10),
+            token_cache=str(root / ".tokens"),
+            seed=config.seed,
+        )
+    )
+    return dict(trained.summary)
+
+
+def train_problems(config: Tiny):
+    """Returns the arithmetic problems to learn from, and those held out."""
+    held_out = problems(num_items=NUM_HELD_OUT_PROBLEMS, seed=config.seed + 1)
+    return problems(num_items=NUM_PROBLEMS, seed=config.seed, exclude=held_out), held_out
+
+
+def _write_chats(config: Tiny, root: Path) -> Path:
+    """Writes the conversations made of the library's training facts, as a file that `finetune` reads like any other."""
+    known = facts(root, config, held_out=False)
+    learn, _ = train_problems(config)
+    chats = library.interpreter_chats(learn)
+    chats += library.body_chats(library.body_tasks(known))
+    chats += library.description_chats(known)
+    path = root / "data" / "chats.jsonl"
+    path.write_text("".join(json.dumps(formats.to_row(chat)) + "\n" for chat in chats))
+    return path
