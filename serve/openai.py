@@ -1,0 +1,416 @@
+"""The OpenAI REST interface over a pipeline: `create_app(pipeline, model_name=...)` is an ASGI application.
+
+/v1/models, /v1/completions, /v1/chat/completions (streaming or not), /health. What a request may hold is in
+`serve.protocol`. A client that goes away frees its slot and its pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from internjax.text.chat import CallEnd
+from serve.pipeline import Answer, ContextTooLong, Delta, Event, Params, Pipeline, Result
+from serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Refusal,
+    chat_logprobs,
+    completion_logprobs,
+    envelope,
+    messages_of,
+    params_of,
+    refuse,
+    tool_calls,
+    tools_of,
+    usage,
+)
+
+MAX_BODY_BYTES = 16 << 20
+MAX_ANSWERS = 512  # of one request: each has a thread that waits for it
+
+log = logging.getLogger("serve")
+
+
+def create_app(pipeline: Pipeline, *, model_name: str, api_key: str | None = None) -> FastAPI:
+    """The application. With `api_key`, everything under /v1 needs it as bearer token."""
+    app = FastAPI(
+        title="InternJAX",
+        docs_url=None,  # these two pages would load scripts from elsewhere
+        redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    _add_error_envelopes(app)
+    app.add_middleware(_LimitBody)
+    if api_key is not None:
+        app.add_middleware(_RequireKey, key=api_key)
+    card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "internjax"}
+
+    @app.get("/health")
+    def health() -> Response:
+        fault = pipeline.fault()
+        state = {"status": "ok" if fault is None else "failed", "model": model_name, "fault": fault}
+        return JSONResponse(state, status_code=200 if fault is None else 503)
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    def model(name: str) -> dict[str, Any]:
+        _check_model(name, model_name)
+        return card
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        refuse(body)
+        _check_model(body.model, model_name)
+        params, n = _params(body), body.n or 1
+        if len(body.prompt) * n > MAX_ANSWERS:
+            asked = f"{len(body.prompt)} prompts with n = {n}"
+            raise Refusal(f"{asked} are more than {MAX_ANSWERS} answers; send several requests", param="n")
+        prompts = [prompt for prompt in body.prompt for _ in range(n)]
+        answers = await _submit(
+            [lambda p=p, i=i: pipeline.complete(p, _nth(params, i % n)) for i, p in enumerate(prompts)], param="prompt"
+        )
+        echoes = [_echo(prompt, pipeline) if body.echo else "" for prompt in prompts]
+        job = _Job("cmpl-", body, answers, n)
+        if body.stream:
+            return _stream(job, _completion_chunks(job, echoes))
+        return await _whole(request, job, lambda results: _completion(job, results, echoes))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        refuse(body)
+        _check_model(body.model, model_name)
+        params, n = _params(body), body.n or 1
+        try:
+            messages, tools = messages_of(body), tools_of(body)
+        except ValueError as error:
+            raise Refusal(str(error), param="messages") from error
+        if tools and not pipeline.calls_tools:
+            raise Refusal("this model's tokenizer has no markers for tool calls; leave tools out", param="tools")
+        answers = await _submit(
+            [lambda i=i: pipeline.chat(messages, _nth(params, i), tools=tools) for i in range(n)], param="messages"
+        )
+        job = _Job("chatcmpl-", body, answers, n)
+        if body.stream:
+            return _stream(job, _chat_chunks(job))
+        return await _whole(request, job, lambda results: _chat_completion(job, results))
+
+    return app
+
+
+class _Job:
+    """One request under way: its answers, and what every object sent for it repeats."""
+
+    def __init__(self, prefix: str, body: ChatRequest | CompletionRequest, answers: Sequence[Answer], n: int):
+        self.id = prefix + uuid.uuid4().hex
+        self.created = int(time.time())
+        self.started = time.monotonic()
+        self.body = body
+        self.answers = answers
+        self.n = n
+
+    def object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.body.model, "choices": choices}
+
+    def call_id(self, index: int) -> str:
+        return f"call_{self.id.partition('-')[2]}_{index}"
+
+    def log(self, outcome: str, results: Sequence[Result] = ()) -> None:
+        log.info(
+            "%s user=%r n=%d finish=%s prompt=%d completion=%d seconds=%.3f %s",
+            self.id,
+            self.body.user or getattr(self.body, "safety_identifier", None),
+            self.n,
+            ",".join(result.finish for result in results),
+            sum(result.num_prompt_tokens for result in results[:: self.n]),
+            sum(len(result.ids) for result in results),
+            time.monotonic() - self.started,
+            outcome,
+        )
+
+
+def _completion(job: _Job, results: Sequence[Result], echoes: Sequence[str]) -> dict[str, Any]:
+    choices = []
+    for index, (result, echo) in enumerate(zip(results, echoes, strict=True)):
+        logprobs = completion_logprobs(result.tokens) if job.body.logprobs is not None else None
+        choices.append(
+            {"index": index, "text": echo + result.text, "logprobs": logprobs, "finish_reason": _finish(result)}
+        )
+    return job.object("text_completion", choices) | {"usage": usage(results, n=job.n)}
+
+
+def _chat_completion(job: _Job, results: Sequence[Result]) -> dict[str, Any]:
+    choices = []
+    for index, result in enumerate(results):
+        calls = tool_calls(result, job.call_id(index))
+        message = {"role": "assistant", "content": result.text or (None if calls else ""), "refusal": None}
+        choices.append(
+            {
+                "index": index,
+                "message": message | ({"tool_calls": calls} if calls else {}),
+                "logprobs": chat_logprobs(result.tokens) if job.body.logprobs else None,
+                "finish_reason": _finish(result),
+            }
+        )
+    return job.object("chat.completion", choices) | {"usage": usage(results, n=job.n)}
+
+
+async def _completion_chunks(job: _Job, echoes: Sequence[str]) -> AsyncIterator[dict[str, Any]]:
+    def chunk(index: int, text: str, logprobs: dict | None = None, finish: str | None = None) -> dict[str, Any]:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        return job.object("text_completion", [choice])
+
+    for index, echo in enumerate(echoes):
+        if echo:
+            yield chunk(index, echo)
+    async for index, event in _events(job):
+        match event:
+            case Delta(text, tokens):
+                yield chunk(index, text, completion_logprobs(tokens) if job.body.logprobs is not None else None)
+            case Result():
+                yield chunk(index, "", finish=_finish(event))
+
+
+async def _chat_chunks(job: _Job) -> AsyncIterator[dict[str, Any]]:
+    def chunk(index: int, delta: dict, logprobs: dict | None = None, finish: str | None = None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return job.object("chat.completion.chunk", [choice])
+
+    for index in range(len(job.answers)):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    async for index, event in _events(job):
+        match event:
+            case Delta(text, tokens):
+                yield chunk(index, {"content": text}, chat_logprobs(tokens) if job.body.logprobs else None)
+            case Result():
+                calls = tool_calls(event, job.call_id(index))
+                if calls:  # a call is sent whole, once it is complete: nothing to lose at the border of two chunks
+                    yield chunk(index, {"tool_calls": [{"index": 0} | calls[0]]})
+                yield chunk(index, {}, finish=_finish(event))
+
+
+def _stream(job: _Job, chunks: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
+    """Server-sent events of the chunks; the usage comes last, if it was asked for."""
+    wants_usage = bool(job.body.stream_options and job.body.stream_options.include_usage)
+
+    async def lines() -> AsyncIterator[str]:
+        try:
+            async for chunk in chunks:
+                yield _event(chunk | {"usage": None} if wants_usage else chunk)
+            if wants_usage:
+                kind = "text_completion" if isinstance(job.body, CompletionRequest) else "chat.completion.chunk"
+                results = [answer.last for answer in job.answers]
+                yield _event(job.object(kind, []) | {"usage": usage(results, n=job.n)})
+            yield "data: [DONE]\n\n"
+        except Exception as error:  # the status line is gone; the client learns it from the stream
+            log.exception("%s failed", job.id)
+            yield _event(envelope(f"the answer broke off: {error}", status=500))
+        finally:
+            await chunks.aclose()
+            job.log("streamed", [answer.last for answer in job.answers if answer.last is not None])
+
+    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+async def _whole(request: Request, job: _Job, body_of: Callable[[Sequence[Result]], dict[str, Any]]) -> Response:
+    """The response with all answers, or an empty one when the client has gone."""
+    collecting = asyncio.create_task(_results(job))
+    watching = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({collecting, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not collecting.done():
+            job.log("client gone")
+            return Response(status_code=499)
+        try:
+            results = collecting.result()
+        except Exception as error:
+            log.exception("%s failed", job.id)
+            raise Refusal(f"the answer broke off: {error}", status=500) from error
+        job.log("answered", results)
+        return JSONResponse(body_of(results))
+    finally:
+        for task in (collecting, watching):
+            task.cancel()
+        await asyncio.gather(collecting, watching, return_exceptions=True)
+
+
+async def _results(job: _Job) -> list[Result]:
+    async for _ in _events(job):
+        pass
+    return [answer.last for answer in job.answers]
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(job: _Job) -> AsyncIterator[tuple[int, Event]]:
+    """Events of all answers as they come, with the answer's index. Leaving it in any way aborts what still runs."""
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
+
+    def pump(index: int, answer: Answer) -> None:
+        try:
+            for event in answer:
+                loop.call_soon_threadsafe(queue.put_nowait, (index, event))
+        except Exception as error:  # re-raised where the events are read
+            try:
+                loop.call_soon_threadsafe(queue.put_nowait, (index, error))
+            except RuntimeError:  # the loop is closed: nobody reads any more
+                log.warning("%s: %s", job.id, error)
+
+    for index, answer in enumerate(job.answers):
+        threading.Thread(target=pump, args=(index, answer), name=f"{job.id}-{index}", daemon=True).start()
+    open_answers = len(job.answers)
+    try:
+        while open_answers:
+            index, event = await queue.get()
+            if isinstance(event, Exception):
+                raise event
+            open_answers -= isinstance(event, Result)
+            if not isinstance(event, CallEnd):  # the Result holds the call
+                yield index, event
+    finally:
+        for answer in job.answers:
+            answer.abort()
+
+
+async def _submit(starts: Sequence[Callable[[], Answer]], *, param: str) -> list[Answer]:
+    """The answers, all of them or none."""
+    answers: list[Answer] = []
+    try:
+        for start in starts:
+            answers.append(await asyncio.to_thread(start))
+    except BaseException as error:
+        for answer in answers:
+            answer.abort()
+        if isinstance(error, ContextTooLong):
+            raise Refusal(str(error), param=param, code="context_length_exceeded") from error
+        if isinstance(error, ValueError):
+            raise Refusal(str(error), param=param) from error
+        raise
+    return answers
+
+
+def _params(body: ChatRequest | CompletionRequest) -> Params:
+    try:
+        return params_of(body)
+    except ValueError as error:
+        raise Refusal(str(error)) from error
+
+
+def _nth(params: Params, index: int) -> Params:
+    """Params of the answer `index` of n: seeds count up, so that the answers differ and can be had again."""
+    return params if params.seed is None else replace(params, seed=(params.seed + index) % 2**32)
+
+
+def _echo(prompt: str | list[int], pipeline: Pipeline) -> str:
+    return prompt if isinstance(prompt, str) else pipeline.tokenizer.decode(prompt)
+
+
+def _finish(result: Result) -> str:
+    return "stop" if result.finish == "aborted" else result.finish
+
+
+def _check_model(given: str, model_name: str) -> None:
+    if given != model_name:
+        raise Refusal(
+            f"the model {given!r} is not served here; {model_name!r} is",
+            param="model",
+            status=404,
+            code="model_not_found",
+        )
+
+
+def _event(chunk: dict[str, Any]) -> str:
+    return f"data: {json.dumps(chunk, ensure_ascii=True)}\n\n"
+
+
+class _LimitBody:
+    """Refuses to read more of a body than MAX_BODY_BYTES."""
+
+    def __init__(self, app):
+        self._app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        num_bytes = 0
+
+        async def limited():
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the body has more than {MAX_BODY_BYTES} bytes; send less")
+            return message
+
+        await self._app(scope, limited if scope["type"] == "http" else receive, send)
+
+
+class _RequireKey:
+    """Answers 401 to requests under /v1 that do not carry the key."""
+
+    def __init__(self, app, key: str):
+        self._app = app
+        self._wanted = b"Bearer " + key.encode()
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._wanted):
+                message = "the API key is missing or wrong; send the header Authorization: Bearer <key>"
+                error = envelope(message, status=401, code="invalid_api_key")
+                await JSONResponse(error, status_code=401)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _add_error_envelopes(app: FastAPI) -> None:
+    def respond(message: str, status: int, param: str | None = None, code: str | None = None) -> Response:
+        # In ASCII, because the message may quote what is no valid UTF-8.
+        body = json.dumps(envelope(message, status=status, param=param, code=code))
+        return Response(body, status_code=status, media_type="application/json")
+
+    @app.exception_handler(Refusal)
+    async def refused(_: Request, error: Refusal) -> Response:
+        return respond(error.message, error.status, error.param, error.code)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = first["loc"][1:]
+        param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or None
+        if first["type"] == "json_invalid":
+            return respond(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", 400)
+        if first["type"] == "extra_forbidden":
+            return respond(f"unknown field {param}; it is not part of this request", 400, param, "unknown_parameter")
+        given = "" if first["type"] == "missing" else f"; given {first['input']!r:.200}"
+        return respond(f"{param or 'the body'}: {first['msg']}{given}", 400, param)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        reason = {
+            404: f"there is no {request.url.path} here",
+            405: f"{request.url.path} does not take {request.method}",
+        }
+        return respond(reason.get(error.status_code, str(error.detail)), error.status_code)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        return respond(f"the server failed: {type(error).__name__}", 500)

@@ -1,0 +1,377 @@
+"""OpenAI's wire format: requests as checked values, answers as dicts, errors as envelopes.
+
+Every field that OpenAI documents stands here, and is either honoured or refused with its name and the reason; one that
+nobody documents is refused too. `null` and a field's default value always pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from internjax.text.message import Message, from_openai, to_openai
+from serve.pipeline import Params, Result, Token
+
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat answer may fill the context
+
+
+class Refusal(Exception):
+    """A request that is answered with an error. `param` is the field at fault."""
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.status = status
+        self.code = code
+
+
+def envelope(message: str, *, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error body."""
+    kind = {401: "authentication_error", 404: "not_found_error"}.get(
+        status, "invalid_request_error" if status < 500 else "server_error"
+    )
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_prompts(value: Any) -> list[str | list[int]]:
+    """One prompt or several, each a text or token ids."""
+
+    def is_ids(item: Any) -> bool:
+        return isinstance(item, list) and all(type(token_id) is int for token_id in item)
+
+    if isinstance(value, str) or (is_ids(value) and value):
+        return [value]
+    if isinstance(value, list) and value and (all(isinstance(p, str) for p in value) or all(is_ids(p) for p in value)):
+        return value
+    raise ValueError(
+        "give a string, a list of strings, a list of token ids, or a list of lists of token ids, not empty"
+    )
+
+
+def _as_text(value: Any) -> str | None:
+    """The text of a message's content: a string, null, or text parts."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        for part in value:
+            if not isinstance(part, Mapping) or part.get("type") != "text":
+                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+                raise ValueError(f"a content part of type {kind!r} cannot be read; only text parts can")
+            if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+                raise ValueError('a text part is {"type": "text", "text": "..."} and nothing else')
+        return "".join(part["text"] for part in value)
+    raise ValueError("give a string or a list of text parts")
+
+
+Stop = Annotated[
+    list[Annotated[str, Field(min_length=1)]] | None,
+    BeforeValidator(_as_list),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
+]
+Prompts = Annotated[
+    Any,
+    BeforeValidator(_as_prompts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                {"type": "array", "items": {"type": "integer"}},
+                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+            ]
+        }
+    ),
+]
+Content = Annotated[
+    Any,
+    BeforeValidator(_as_text),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}),
+]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class StreamOptions(_Fields):
+    include_usage: bool | None = None
+    include_obfuscation: Any = None
+
+
+class _Sampled(_Fields):
+    """What both kinds of request share. The last three are not OpenAI's; its clients send them as `extra_body`."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Count | None = None
+    temperature: Temperature | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: Stop = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    user: str | None = None
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    logit_bias: Any = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
+class CompletionRequest(_Sampled):
+    prompt: Prompts
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: Any = None
+
+
+class FunctionCall(_Fields):
+    name: str
+    arguments: str
+
+
+class CalledTool(_Fields):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(_Fields):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content = None
+    name: str | None = None
+    tool_calls: list[CalledTool] | None = None
+    tool_call_id: str | None = None
+    refusal: Any = None
+    audio: Any = None
+    function_call: Any = None
+    annotations: Any = None
+
+
+class Function(_Fields):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Any = None
+
+
+class DeclaredTool(_Fields):
+    type: Literal["function"]
+    function: Function
+
+
+class ChatRequest(_Sampled):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[DeclaredTool] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    safety_identifier: str | None = None
+    response_format: Any = None
+    modalities: Any = None
+    audio: Any = None
+    functions: Any = None
+    function_call: Any = None
+    metadata: Any = None
+    moderation: Any = None
+    prediction: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    reasoning_effort: Any = None
+    service_tier: Any = None
+    store: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+
+class Refused(NamedTuple):
+    """Why a documented field is refused, unless its value is one that asks for nothing."""
+
+    why: str
+    neutral: tuple = ()
+
+
+_CHOSEN_ONLY = Refused("log-probabilities are given for the chosen tokens, not for alternatives", (0,))
+REFUSED_OF_ALL = {
+    "frequency_penalty": Refused("use repetition_penalty, or leave it at 0", (0,)),
+    "presence_penalty": Refused("use repetition_penalty, or leave it at 0", (0,)),
+    "logit_bias": Refused("logits cannot be biased", ({},)),
+}
+REFUSED_OF_COMPLETIONS = REFUSED_OF_ALL | {
+    "logprobs": _CHOSEN_ONLY,
+    "suffix": Refused("text is continued, not filled in", ("",)),
+}
+REFUSED_OF_CHATS = REFUSED_OF_ALL | {
+    "top_logprobs": _CHOSEN_ONLY,
+    "response_format": Refused("answers are free text", ({"type": "text"},)),
+    "modalities": Refused("answers are text", (["text"],)),
+    "audio": Refused("answers are text"),
+    "functions": Refused("use tools", ([],)),
+    "function_call": Refused("use tools", ("none",)),
+    "metadata": Refused("nothing is stored", ({},)),
+    "moderation": Refused("there is no moderation model"),
+    "prediction": Refused("there is no speculation on given text"),
+    "prompt_cache_key": Refused("there is no prompt cache to steer"),
+    "prompt_cache_options": Refused("there is no prompt cache to steer", ({},)),
+    "prompt_cache_retention": Refused("there is no prompt cache to steer"),
+    "reasoning_effort": Refused("the model has one way to think", ("none",)),
+    "service_tier": Refused("there is one tier", ("auto", "default")),
+    "store": Refused("nothing is stored", (False,)),
+    "verbosity": Refused("ask for the length in the conversation", ("medium",)),
+    "web_search_options": Refused("the server has no network"),
+    "tool_choice": Refused("a call cannot be forced; the model decides, or is not told of the tools", ("auto", "none")),
+}
+REFUSED_OF_MESSAGES = {
+    "refusal": Refused("the model's protocol has no refusals; send them as content"),
+    "audio": Refused("messages are text"),
+    "function_call": Refused("use tool_calls"),
+    "annotations": Refused("messages are text", ([],)),
+}
+REFUSED_OF_FUNCTIONS = {"strict": Refused("arguments cannot be forced to follow the schema", (False,))}
+REFUSED_OF_STREAMS = {"include_obfuscation": Refused("chunks are sent as they are", (False,))}
+
+
+def refuse(request: CompletionRequest | ChatRequest) -> None:
+    """Raises Refusal for what is asked for and cannot be given."""
+    is_chat = isinstance(request, ChatRequest)
+    _refuse_fields(request, REFUSED_OF_CHATS if is_chat else REFUSED_OF_COMPLETIONS)
+    if request.stream_options is not None:
+        if not request.stream:
+            raise Refusal(
+                "stream_options are for streams; set stream to true, or leave them out", param="stream_options"
+            )
+        _refuse_fields(request.stream_options, REFUSED_OF_STREAMS, "stream_options.")
+    if is_chat:
+        _refuse_in_chat(request)
+        return
+    if request.best_of not in (None, request.n or 1):
+        raise Refusal(f"best_of is {request.best_of}; all n = {request.n or 1} answers are returned", param="best_of")
+    if request.echo and request.logprobs is not None:
+        raise Refusal("echo with logprobs is refused: a prompt's own log-probabilities are not given", param="logprobs")
+
+
+def _refuse_in_chat(request: ChatRequest) -> None:
+    if request.max_tokens is not None and request.max_completion_tokens is not None:
+        raise Refusal("max_tokens and max_completion_tokens are both given; give one", param="max_tokens")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise Refusal("top_logprobs needs logprobs to be true", param="top_logprobs")
+    if not request.tools:
+        for name in ("tool_choice", "parallel_tool_calls"):
+            if getattr(request, name) not in (None, "none"):
+                raise Refusal(f"{name} is given without tools; give tools, or leave it out", param=name)
+    for index, tool in enumerate(request.tools or ()):
+        _refuse_fields(tool.function, REFUSED_OF_FUNCTIONS, f"tools[{index}].function.")
+    for index, message in enumerate(request.messages):
+        place = f"messages[{index}]."
+        _refuse_fields(message, REFUSED_OF_MESSAGES, place)
+        if message.tool_calls and message.role != "assistant":
+            raise Refusal(
+                f"a {message.role} message has tool_calls; only the assistant's do", param=place + "tool_calls"
+            )
+        if message.tool_call_id is not None and message.role != "tool":
+            raise Refusal(
+                f"a {message.role} message has a tool_call_id; only tool messages do", param=place + "tool_call_id"
+            )
+        if message.content is None and not message.tool_calls:
+            raise Refusal(f"the {message.role} message has no content; give a string", param=place + "content")
+
+
+def _refuse_fields(values: BaseModel, refused: Mapping[str, Refused], place: str = "") -> None:
+    for name, (why, neutral) in refused.items():
+        value = getattr(values, name)
+        if value is not None and value not in neutral:
+            known = f"; only {', '.join(map(repr, neutral))} or null is taken" if neutral else ""
+            raise Refusal(f"{place}{name} is refused: {why}{known}", param=place + name)
+
+
+def params_of(request: CompletionRequest | ChatRequest) -> Params:
+    """How an answer to the request is generated. Seeds of any sign and 64 bits are folded into 32."""
+    if isinstance(request, ChatRequest):
+        max_tokens = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
+        logprobs = bool(request.logprobs)
+    else:
+        max_tokens = COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+        logprobs = request.logprobs is not None
+    given = {name: getattr(request, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    return Params(
+        max_tokens=max_tokens,
+        seed=None if request.seed is None else request.seed % 2**32,
+        stop=tuple(request.stop or ()),
+        logprobs=logprobs,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def messages_of(request: ChatRequest) -> list[Message]:
+    """The conversation in the model's terms: a tool's result is a turn of the environment, named after its tool."""
+    called: dict[str, str] = {}
+    turns = []
+    for index, message in enumerate(request.messages):
+        turn: dict[str, Any] = {"role": message.role, "content": message.content, "name": message.name}
+        if message.tool_calls:
+            turn["tool_calls"] = [{"function": c.function.model_dump()} for c in message.tool_calls]
+            called |= {c.id: c.function.name for c in message.tool_calls if c.id is not None}
+        if message.tool_call_id is not None:
+            if message.tool_call_id not in called:
+                raise Refusal(
+                    f"tool_call_id {message.tool_call_id!r} is no id of earlier tool_calls ({sorted(called)})",
+                    param=f"messages[{index}].tool_call_id",
+                )
+            turn["name"] = called[message.tool_call_id]
+        turns.append(turn)
+    return from_openai(turns)
+
+
+def tools_of(request: ChatRequest) -> list[dict[str, Any]]:
+    """The tools that the model is told of, each {name, description, parameters}."""
+    if request.tool_choice == "none":
+        return []
+    none = {"type": "object", "properties": {}}
+    functions = (tool.function for tool in request.tools or ())
+    return [{"name": f.name, "description": f.description or "", "parameters": f.parameters or none} for f in functions]
+
+
+def usage(results: Sequence[Result], *, n: int) -> dict[str, int]:
+    """Tokens of a request; `results` are prompt by prompt, n for each, and a prompt counts once."""
+    prompt = sum(result.num_prompt_tokens for result in results[::n])
+    answer = sum(len(result.ids) for result in results)
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def tool_calls(result: Result, call_id: str) -> list[dict[str, Any]] | None:
+    if result.call is None:
+        return None
+    (turn,) = to_openai([result.message])
+    return [{"id": call_id, "type": "function", "function": turn["tool_calls"][0]["function"]}]
+
+
+def chat_logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
+    """`token` and `bytes` are what the token added to the text: empty for one that only begins a character."""
+    content = [
+        {"token": t.text, "logprob": t.logprob, "bytes": list(t.text.encode()), "top_logprobs": []} for t in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(tokens: Sequence[Token], *, offset: int = 0) -> dict[str, Any]:
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": None,
+        "text_offset": [offset + token.offset for token in tokens],
+    }

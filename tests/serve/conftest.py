@@ -1,0 +1,145 @@
+"""A tokenizer, and an engine that answers from a script: what the model says is exact, everything around it is real."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import pytest
+
+from internjax.hf.generation import GenerationConfig
+from internjax.hf.open import Model
+from internjax.model import decoder
+from internjax.model.config import ModelConfig
+from internjax.text.chat import stop_ids
+from internjax.text.tokenizer import Tokenizer, train_tokenizer
+from serve.pipeline import Pipeline
+
+MAX_CONTEXT = 1024
+
+
+class ScriptedEvent(NamedTuple):
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None
+    finish: str | None
+    error: str | None = None
+
+
+class ScriptedHandle:
+    def __init__(self, engine, request):
+        self._engine, self._request = engine, request
+        self._aborted = threading.Event()
+
+    def events(self) -> Iterator[ScriptedEvent]:
+        ids = list(self._engine.script(self._request))[: self._request.max_new_tokens]
+        finish = "length" if len(ids) == self._request.max_new_tokens else None
+        for index, token_id in enumerate(ids):
+            if token_id in self._request.stop_ids:
+                ids, finish = ids[: index + 1], "stop"
+                break
+        sizes = itertools.cycle(self._engine.chunks)
+        try:
+            while True:
+                if self._engine.seconds_per_event:
+                    self._aborted.wait(self._engine.seconds_per_event)
+                if self._aborted.is_set():
+                    yield ScriptedEvent((), None, "aborted")
+                    return
+                size = next(sizes)
+                now, ids = tuple(ids[:size]), ids[size:]
+                logprobs = tuple(-token_id / 1000 for token_id in now) if self._request.logprobs else None
+                if not ids and finish is None:  # the script is at its end and says neither stop nor length
+                    yield ScriptedEvent(now, logprobs, "error", "the script ran out")
+                    return
+                yield ScriptedEvent(now, logprobs, None if ids else finish)
+                if not ids:
+                    return
+        finally:
+            self._engine.active.discard(self)
+
+    def abort(self) -> None:
+        self._aborted.set()
+        self._engine.active.discard(self)
+
+
+class ScriptedEngine:
+    """`script(request) -> ids`; `chunks` are the numbers of ids in successive events."""
+
+    max_context, num_pages, page_size = MAX_CONTEXT, 1000, 16
+
+    def __init__(self, script: Callable, *, chunks=(1,), seconds_per_event=0.0):
+        self.script, self.chunks, self.seconds_per_event = script, chunks, seconds_per_event
+        self.requests: list = []
+        self.active: set = set()
+        self.fault: str | None = None
+
+    def submit(self, request) -> ScriptedHandle:
+        if self.fault:
+            raise RuntimeError(self.fault)
+        handle = ScriptedHandle(self, request)
+        self.active.add(handle)
+        if request.max_new_tokens > 1:  # one token is what a health check asks for
+            self.requests.append(request)
+        return handle
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    corpus = [
+        "def gcd(a, b): return the greatest common divisor of two numbers.\nThe answer is 6, héllo wörld 你好.\n"
+    ] * 20
+    return train_tokenizer(corpus, vocab_size=340)
+
+
+@pytest.fixture
+def scripted(tokenizer):
+    """scripted(script, chunks=...) -> Pipeline over a ScriptedEngine. A text as script is said, then ended."""
+
+    def make(script, *, chunks=(1,), seconds_per_event=0.0) -> Pipeline:
+        if isinstance(script, str):
+            said = [*tokenizer.encode(script, allow_special=True), tokenizer.eos_id]
+            engine = ScriptedEngine(lambda request: said, chunks=chunks, seconds_per_event=seconds_per_event)
+        else:
+            engine = ScriptedEngine(script, chunks=chunks, seconds_per_event=seconds_per_event)
+        return Pipeline.over(engine, tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tokenizer) -> Model:
+    """A random model with InternLM2's architecture."""
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        d_model=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        ffn_dim=48,
+        max_position_embeddings=256,
+        rope_theta=10_000.0,
+        initializer_range=0.2,
+        dtype="float32",
+    )
+    params = decoder.init(config, jax.random.key(0))
+    generation = GenerationConfig(eos_ids=stop_ids(tokenizer))
+    return Model(config, params, tokenizer, generation, lora=None, source=None)
+
+
+@pytest.fixture
+def eventually():
+    """eventually(condition): waits for it for at most ten seconds, and fails if it does not come true."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen in 10 seconds"
+            time.sleep(0.01)
+
+    return wait

@@ -1,0 +1,160 @@
+"""The commands, as processes: what they print, how they end, and that they end."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import openai
+import pytest
+
+from internjax.hf.save import save_model
+from internjax.text.message import Message
+from serve import protocol
+from serve.__main__ import build_parser as serve_parser
+from serve.chat import _answer
+from serve.chat import build_parser as chat_parser
+from serve.pipeline import Params
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "my tiny"
+    save_model(path, config=tiny_model.config, params=tiny_model.params, tokenizer=tiny_model.tokenizer)
+    return path
+
+
+def command(module: str, *arguments) -> list[str]:
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def run(module: str, *arguments, said: str = "") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(module, *arguments), cwd=ROOT, input=said, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_a_server_from_start_to_sigterm(folder):
+    process = subprocess.Popen(
+        command("serve", folder, "--port", 0, "--num-slots", 2, "--max-context", 64, "--api-key", "secret"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("ready"):
+                break
+        assert lines and lines[-1].startswith("ready"), process.stderr.read()
+        printed = "".join(lines)
+        assert "float32" in printed and "8 pages of 16 tokens" in printed and "2 slots of up to 64 tokens" in printed
+        url = lines[-1].split()[1]
+        assert url.startswith("http://127.0.0.1:") and "model my tiny" in lines[-1]
+        with openai.OpenAI(base_url=url, api_key="secret", max_retries=0, timeout=30) as client:
+            (model,) = client.models.list()
+            answer = client.chat.completions.create(
+                model=model.id, messages=[{"role": "user", "content": "hi"}], max_tokens=4
+            )
+        assert answer.usage.completion_tokens <= 4
+        process.send_signal(signal.SIGTERM)
+        rest, log = process.communicate(timeout=30)
+        assert (process.returncode, rest) == (0, "stopping\n"), log
+        assert "Traceback" not in log and "finish=" in log
+    finally:
+        process.kill()
+        process.wait()
+
+
+def check_failed(result: subprocess.CompletedProcess, *said: str) -> None:
+    assert result.returncode not in (0, -9) and "Traceback" not in result.stderr, result.stderr
+    assert all(text in result.stderr for text in said), result.stderr
+    assert len(result.stderr.splitlines()) <= 12
+
+
+def test_a_port_in_use_is_said_before_the_model_is_read(folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = run("serve", folder, "--port", port)
+    check_failed(result, f"port {port} on 127.0.0.1 is in use", "--port")
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("module", ["serve", "serve.chat"])
+def test_an_unknown_model_is_said(module, tmp_path):
+    arguments = ["--port", "0"] if module == "serve" else []
+    check_failed(run(module, tmp_path / "nowhere", *arguments), f"{module}: ", "nowhere")
+
+
+def test_wrong_flags_are_said(folder):
+    check_failed(run("serve", folder, "--port", 99999), "port is 99999")
+    check_failed(run("serve", folder, "--port", 0, "--host", "no.such.host.invalid"), "no.such.host.invalid")
+    check_failed(run("serve", folder, "--quantize", "int3"), "int3")
+    check_failed(run("serve.chat", folder, "--temperature", "-1"), "temperature")
+
+
+def test_a_conversation_in_the_terminal(folder):
+    said = "hello\n\n" + "long " * 100 + "\n/reset\nhello\n/exit\nnever read\n"
+    flags = ("--temperature", 0, "--max-tokens", 5, "--max-context", 128, "--quantize", "int8", "--kv", "int8")
+    result = run("serve.chat", folder, *flags, said=said)
+    assert result.returncode == 0, result.stderr
+    _, first, empty, refused, forgotten, again, end = result.stdout.split("> ")
+    assert "the context holds 128 tokens" in refused and forgotten == "(forgotten)\n"
+    assert first == again and first.strip()  # greedy, and the same conversation: what was too long left no trace
+    assert (empty, end) == ("", "")
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(scripted, capsys):
+    pipeline = scripted(lambda request: [70] * 900, seconds_per_event=0.02)
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt():
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    reply = _answer(pipeline, [Message("user", "hi")], Params())
+    printed = capsys.readouterr().out
+    assert reply.content and printed == f"{reply.content} (stopped)\n"
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not pipeline.engine.active
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "serve" / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_commands_of_the_readme_are_ones_that_exist():
+    lines = [line for block in readme_blocks("sh") for line in block.splitlines()]
+    assert len(lines) >= 3
+    for line in lines:
+        _, _, module, *arguments = shlex.split(line)
+        parser = {"serve": serve_parser, "serve.chat": chat_parser}[module]()
+        assert parser.parse_args(arguments).model == "runs/tiny/sft"
+
+
+def test_the_readme_s_python_runs(folder, capsys):
+    (code,) = readme_blocks("python")
+    code = code.replace("runs/tiny/sft", str(folder)).replace("max_context=1024", "max_context=2048")
+    exec(compile(code, "serve/README.md", "exec"), {})
+    assert "max_turns" in capsys.readouterr().out
+
+
+def test_the_readme_names_every_field():
+    text = (ROOT / "serve" / "README.md").read_text()
+    refused = protocol.REFUSED_OF_CHATS | protocol.REFUSED_OF_COMPLETIONS | protocol.REFUSED_OF_MESSAGES
+    refused |= protocol.REFUSED_OF_FUNCTIONS | protocol.REFUSED_OF_STREAMS
+    known = {*protocol.ChatRequest.model_fields, *protocol.CompletionRequest.model_fields, *refused}
+    assert {name for name in known if f"`{name}`" not in text} == set()

@@ -1,0 +1,616 @@
+"""The REST interface, asked by the `openai` client over a real socket, with an engine that answers from a script."""
+
+import json
+import logging
+import socket
+import threading
+
+import httpx
+import openai
+import pytest
+from openai.types import completion_create_params as completion_fields
+from openai.types.chat import completion_create_params as chat_fields
+
+from internjax.text.chat import render
+from internjax.text.message import Message, ToolCall
+from serve.client import remote_chat
+from serve.pipeline import chat_callable
+from serve.protocol import ChatRequest, CompletionRequest
+from serve.server import start_server
+
+TEXT = "The answer is 6, héllo 你好."
+CODE_CALL = "Let me see.<|action_start|><|interpreter|>\n```python\n1 + 1\n```<|action_end|><|im_end|>"
+PLUGIN_CALL = '<|action_start|><|plugin|>\n{"name": "add", "parameters": {"a": 1, "b": 2}}<|action_end|><|im_end|>'
+USER = [{"role": "user", "content": "hi"}]
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}},
+    },
+}
+INTERPRETER = {"type": "function", "function": {"name": "interpreter"}}
+
+
+@pytest.fixture
+def serve(scripted):
+    """serve(script, ...) -> (openai client, pipeline), over a server that is closed after the test."""
+    servers = []
+
+    def start(script=TEXT, *, chunks=(1,), seconds_per_event=0.0, api_key=None):
+        pipeline = scripted(script, chunks=chunks, seconds_per_event=seconds_per_event)
+        server = start_server(pipeline, model_name="tiny", api_key=api_key, drain_seconds=1)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=api_key or "none", max_retries=0, timeout=20)
+        servers.append((server, client))
+        return client, pipeline
+
+    yield start
+    for server, client in servers:
+        client.close()
+        server.close()
+
+
+def raw(client, path: str, body) -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return httpx.post(f"{client.base_url}{path}", content=content, headers={"Content-Type": "application/json"})
+
+
+def test_models(serve):
+    client, _ = serve()
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "internjax"
+    with pytest.raises(openai.NotFoundError, match="'other' is not served here; 'tiny' is"):
+        client.models.retrieve("other")
+
+
+def test_completion(serve, tokenizer):
+    client, pipeline = serve()
+    answer = client.completions.create(model="tiny", prompt="say", max_tokens=200)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (TEXT, "stop")
+    num_prompt, num_said = 1 + len(tokenizer.encode("say")), len(tokenizer.encode(TEXT)) + 1
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (num_prompt, num_said)
+    assert answer.usage.total_tokens == num_prompt + num_said
+    client.completions.create(model="tiny", prompt="say")
+    assert pipeline.engine.requests[-1].max_new_tokens == 16  # the documented default
+
+
+@pytest.mark.parametrize("prompt", ["one", ["one", "two"], [5, 6, 7], [[5], [6, 7]]])
+def test_every_form_of_prompt_with_n(serve, tokenizer, prompt):
+    client, pipeline = serve()
+    answer = client.completions.create(model="tiny", prompt=prompt, n=2, seed=7, max_tokens=100)
+    prompts = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+    ids = [tuple([1, *tokenizer.encode(p)] if isinstance(p, str) else p) for p in prompts]
+    assert [request.tokens for request in pipeline.engine.requests] == [i for i in ids for _ in range(2)]
+    assert [request.sampling.seed for request in pipeline.engine.requests] == [7, 8] * len(ids)
+    assert [choice.index for choice in answer.choices] == list(range(2 * len(ids)))
+    assert answer.usage.prompt_tokens == sum(map(len, ids))
+
+
+def test_echo_puts_the_prompt_in_front(serve, tokenizer):
+    client, _ = serve()
+    assert (
+        client.completions.create(model="tiny", prompt="say: ", echo=True, max_tokens=99).choices[0].text
+        == "say: " + TEXT
+    )
+    chunks = client.completions.create(
+        model="tiny", prompt=tokenizer.encode("ids "), echo=True, stream=True, max_tokens=99
+    )
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "ids " + TEXT
+
+
+@pytest.mark.parametrize("chunks", [(1,), (3,), (100,)])
+def test_completion_stream_with_usage(serve, chunks):
+    client, _ = serve(chunks=chunks)
+    stream = client.completions.create(
+        model="tiny", prompt="x", stream=True, stream_options={"include_usage": True}, max_tokens=99, logprobs=0
+    )
+    *parts, last = stream
+    assert "".join(part.choices[0].text for part in parts) == TEXT
+    assert "".join(token for part in parts for token in (part.choices[0].logprobs or EMPTY).tokens) == TEXT
+    assert [part.choices[0].finish_reason for part in parts][-1] == "stop"
+    assert last.choices == [] and last.usage.completion_tokens > 1
+    assert {part.id for part in parts} == {last.id}
+
+
+class EMPTY:
+    tokens = ()
+
+
+def test_logprobs_of_both_kinds(serve, tokenizer):
+    client, _ = serve()
+    said = tokenizer.encode(TEXT)
+    logprobs = client.completions.create(model="tiny", prompt="x", logprobs=0, max_tokens=99).choices[0].logprobs
+    assert logprobs.token_logprobs == pytest.approx([-token_id / 1000 for token_id in said])
+    assert all(TEXT[o:].startswith(t) for o, t in zip(logprobs.text_offset, logprobs.tokens, strict=True))
+    content = client.chat.completions.create(model="tiny", messages=USER, logprobs=True).choices[0].logprobs.content
+    assert [entry.logprob for entry in content] == logprobs.token_logprobs
+    assert bytes(byte for entry in content for byte in entry.bytes).decode() == TEXT
+    assert client.chat.completions.create(model="tiny", messages=USER).choices[0].logprobs is None
+
+
+def test_chat(serve, tokenizer):
+    client, pipeline = serve()
+    messages = [
+        {"role": "developer", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    ]
+    answer = client.chat.completions.create(model="tiny", messages=messages, temperature=0.2, top_p=0.5, seed=-3)
+    assert answer.choices[0].message.content == TEXT
+    assert answer.choices[0].message.tool_calls is None
+    request = pipeline.engine.requests[0]
+    expected = [Message("system", "Be kind."), Message("user", "hi")]
+    assert list(request.tokens) == render(expected, tokenizer, add_generation_prompt=True).ids
+    assert (request.sampling.temperature, request.sampling.top_p) == (0.2, 0.5)
+    assert request.sampling.seed == 2**32 - 3
+    assert request.max_new_tokens == pipeline.max_context - len(request.tokens)
+
+
+def test_chat_stream(serve):
+    client, _ = serve(chunks=(2,))
+    chunks = list(client.chat.completions.create(model="tiny", messages=USER, stream=True, n=2))
+    assert [c.choices[0].delta.role for c in chunks].count("assistant") == 2
+    for index in range(2):
+        own = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
+        assert "".join(choice.delta.content or "" for choice in own) == TEXT
+        assert [choice.finish_reason for choice in own if choice.finish_reason] == ["stop"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stop", ["is", ["zzz", " is 6, h"], [TEXT[-5:]]])
+def test_stop(serve, stop, stream):
+    client, pipeline = serve(chunks=(3,))
+    cut = min(TEXT.index(s) for s in ([stop] if isinstance(stop, str) else stop) if s in TEXT)
+    answer = client.chat.completions.create(model="tiny", messages=USER, stop=stop, stream=stream)
+    if stream:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+    else:
+        text = answer.choices[0].message.content
+    assert text == TEXT[:cut]
+    assert not pipeline.engine.active
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_length(serve, name):
+    client, _ = serve()
+    answer = client.chat.completions.create(model="tiny", messages=USER, **{name: 4})
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 4)
+
+
+def test_more_sampling_options_come_as_extra_body(serve):
+    client, pipeline = serve()
+    extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1}
+    client.completions.create(model="tiny", prompt="x", extra_body=extra)
+    sampling = pipeline.engine.requests[0].sampling
+    assert {name: getattr(sampling, name) for name in extra} == extra
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("said", "name", "arguments", "text"),
+    [(CODE_CALL, "interpreter", {"code": "1 + 1"}, "Let me see."), (PLUGIN_CALL, "add", {"a": 1, "b": 2}, "")],
+)
+def test_tool_calls(serve, stream, said, name, arguments, text):
+    client, _ = serve(said, chunks=(2, 1))
+    answer = client.chat.completions.create(model="tiny", messages=USER, tools=[ADD, INTERPRETER], stream=stream)
+    if stream:
+        chunks = [chunk.choices[0] for chunk in answer]
+        assert "".join(chunk.delta.content or "" for chunk in chunks) == text
+        calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+        finish = chunks[-1].finish_reason
+    else:
+        assert (answer.choices[0].message.content or "") == text
+        calls, finish = answer.choices[0].message.tool_calls, answer.choices[0].finish_reason
+    (call,) = calls
+    assert (call.type, call.function.name, json.loads(call.function.arguments)) == ("function", name, arguments)
+    assert call.id and finish == "tool_calls"
+
+
+@pytest.mark.parametrize(("said", "role_name"), [(CODE_CALL, "interpreter"), (PLUGIN_CALL, "plugin")])
+def test_a_tool_result_comes_back_as_the_environment(serve, tokenizer, said, role_name):
+    client, pipeline = serve(said)
+    tools = [ADD, INTERPRETER]
+    message = client.chat.completions.create(model="tiny", messages=USER, tools=tools).choices[0].message
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "2"}
+    client.chat.completions.create(model="tiny", messages=[*USER, message, result], tools=tools)
+    before, after = (list(request.tokens) for request in pipeline.engine.requests)
+    said_ids = tokenizer.encode(said, allow_special=True)
+    assert after[: len(before) + len(said_ids)] == before + said_ids
+    assert pipeline.tokenizer.decode(after[len(before) + len(said_ids) :], skip_special=False) == (
+        f"\n<|im_start|>environment name=<|{role_name}|>\n2<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_tools_are_not_told_when_none_may_be_called(serve, tokenizer):
+    client, pipeline = serve(CODE_CALL)
+    answer = client.chat.completions.create(model="tiny", messages=USER, tools=[INTERPRETER], tool_choice="none")
+    assert answer.choices[0].message.tool_calls is None
+    expected = render([Message("user", "hi")], tokenizer, add_generation_prompt=True).ids
+    assert list(pipeline.engine.requests[0].tokens) == expected
+
+
+def test_every_documented_field_is_known():
+    for params, model in ((chat_fields, ChatRequest), (completion_fields, CompletionRequest)):
+        documented = set(params.CompletionCreateParamsNonStreaming.__annotations__)
+        documented |= set(params.CompletionCreateParamsBase.__annotations__)
+        assert documented and documented <= set(model.model_fields)
+
+
+BAD_CHATS = {
+    "frequency_penalty": 0.5,
+    "presence_penalty": -0.5,
+    "logit_bias": {"5": 1},
+    "top_logprobs": 3,
+    "response_format": {"type": "json_object"},
+    "modalities": ["audio"],
+    "audio": {"voice": "alloy", "format": "wav"},
+    "functions": [{"name": "f"}],
+    "function_call": "auto",
+    "metadata": {"a": "b"},
+    "moderation": {"model": "m"},
+    "prediction": {"type": "content", "content": "x"},
+    "prompt_cache_key": "k",
+    "prompt_cache_options": {"mode": "explicit"},
+    "prompt_cache_retention": "24h",
+    "reasoning_effort": "high",
+    "service_tier": "flex",
+    "store": True,
+    "verbosity": "high",
+    "web_search_options": {},
+    "tool_choice": "required",
+    "parallel_tool_calls": True,
+    "temperature": 2.5,
+    "top_p": 0,
+    "n": 0,
+    "seed": 1.5,
+    "max_tokens": 0,
+    "max_completion_tokens": "5",
+    "stop": [""],
+    "stream": "yes",
+    "stream_options": {"include_usage": True},
+    "messages": [],
+    "logprobs": 1,
+    "user": 5,
+    "safety_identifier": 5,
+    "tools": [{"type": "custom"}],
+    "top_k": -1,
+    "min_p": 1.5,
+    "repetition_penalty": 0,
+    "no_such_field": 1,
+}
+BAD_COMPLETIONS = {
+    "best_of": 4,
+    "suffix": "end",
+    "logprobs": 2,
+    "echo": "yes",
+    "prompt": [],
+    "logit_bias": {"5": 1},
+    "frequency_penalty": 1,
+    "presence_penalty": 1,
+    "max_tokens": -1,
+    "temperature": -0.1,
+    "stream_options": {},
+    "no_such_field": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def refusing(tokenizer):
+    """A client of one server for all requests that must not reach the engine."""
+    from serve.pipeline import Pipeline
+
+    class NoHandle:
+        def abort(self):
+            pass
+
+    class NoEngine:
+        max_context, num_pages, page_size = 1024, 64, 16
+
+        def submit(self, request):
+            assert request.max_new_tokens == 1, "a bad request reached the engine"
+            return NoHandle()  # for the health check
+
+    with start_server(Pipeline.over(NoEngine(), tokenizer), model_name="tiny") as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=20) as client:
+            yield client
+
+
+def check_refused(response: httpx.Response, param: str | None, status: int = 400) -> dict:
+    assert response.status_code == status, response.text
+    (error,) = response.json().values()
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert error["param"] == param, error
+    return error
+
+
+@pytest.mark.parametrize("field", BAD_CHATS)
+def test_what_a_chat_cannot_honour_is_refused_by_name(refusing, field):
+    body = {"model": "tiny", "messages": USER} | {field: BAD_CHATS[field]}
+    error = check_refused(raw(refusing, "chat/completions", body), PARAM_OF.get(field, field))
+    assert field.split("_")[0] in error["message"]
+
+
+PARAM_OF = {"stop": "stop[0]", "tools": "tools[0].type"}
+
+
+@pytest.mark.parametrize("field", BAD_COMPLETIONS)
+def test_what_a_completion_cannot_honour_is_refused_by_name(refusing, field):
+    body = {"model": "tiny", "prompt": "x"} | {field: BAD_COMPLETIONS[field]}
+    check_refused(raw(refusing, "completions", body), field)
+
+
+def test_no_field_is_ignored():
+    """Each field is either honoured (its effect is tested above) or in the table of what is refused."""
+    honoured = {
+        "model": test_models,
+        "messages": test_chat,
+        "max_tokens": test_length,
+        "max_completion_tokens": test_length,
+        "temperature": test_chat,
+        "top_p": test_chat,
+        "seed": test_chat,
+        "n": test_chat_stream,
+        "stop": test_stop,
+        "stream": test_chat_stream,
+        "stream_options": test_completion_stream_with_usage,
+        "logprobs": test_logprobs_of_both_kinds,
+        "tools": test_tool_calls,
+        "tool_choice": test_tools_are_not_told_when_none_may_be_called,
+        "parallel_tool_calls": test_tool_calls,  # a turn holds one call, whether or not more are allowed
+        "user": test_the_log_names_the_user,
+        "safety_identifier": test_the_log_names_the_user,
+        "prompt": test_every_form_of_prompt_with_n,
+        "echo": test_echo_puts_the_prompt_in_front,
+        "best_of": test_neutral_values_pass,
+        "top_k": test_more_sampling_options_come_as_extra_body,
+        "min_p": test_more_sampling_options_come_as_extra_body,
+        "repetition_penalty": test_more_sampling_options_come_as_extra_body,
+    }
+    assert set(ChatRequest.model_fields) - set(BAD_CHATS) - set(honoured) == set()
+    assert set(CompletionRequest.model_fields) - set(BAD_COMPLETIONS) - set(honoured) == set()
+
+
+def test_neutral_values_pass(serve):
+    client, _ = serve()
+    neutral = dict.fromkeys(BAD_CHATS) | {
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "response_format": {"type": "text"},
+        "modalities": ["text"],
+        "functions": [],
+        "function_call": "none",
+        "metadata": {},
+        "service_tier": "auto",
+        "store": False,
+        "verbosity": "medium",
+        "reasoning_effort": "none",
+        "tool_choice": "none",
+        "logprobs": True,
+        "top_logprobs": 0,
+    }
+    del neutral["no_such_field"]
+    response = raw(client, "chat/completions", neutral | {"model": "tiny", "messages": USER})
+    assert response.status_code == 200, response.text
+    body = {"model": "tiny", "prompt": "x", "suffix": "", "n": 2, "best_of": 2, "logprobs": None}
+    assert raw(client, "completions", body).status_code == 200
+
+
+BAD_MESSAGES = {
+    "unknown role": ([{"role": "robot", "content": "x"}], "messages[0].role"),
+    "no content": ([{"role": "user"}], "messages[0].content"),
+    "an image": ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content"),
+    "a number": ([{"role": "user", "content": 5}], "messages[0].content"),
+    "unknown key": ([{"role": "user", "content": "x", "colour": "red"}], "messages[0].colour"),
+    "a refusal": ([{"role": "assistant", "content": "x", "refusal": "no"}], "messages[0].refusal"),
+    "calls of a user": (
+        [{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}],
+        "messages[0].tool_calls",
+    ),
+    "two calls in a turn": (
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}] * 2}],
+        "messages",
+    ),
+    "broken arguments": (
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+        "messages",
+    ),
+    "result of no call": ([{"role": "tool", "tool_call_id": "call_9", "content": "2"}], "messages[0].tool_call_id"),
+    "name with a newline": ([{"role": "user", "content": "x", "name": "a\nb"}], "messages"),
+    "a lone surrogate": ([{"role": "user", "content": "\ud800"}], "messages"),
+    "not a list": ("hi", "messages"),
+    "strings": (["hi"], "messages[0]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MESSAGES)
+def test_bad_messages_are_refused(refusing, case):
+    messages, param = BAD_MESSAGES[case]
+    check_refused(raw(refusing, "chat/completions", {"model": "tiny", "messages": messages}), param)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"{", "not JSON"),
+        (b"", "body"),
+        (b"[]", "body"),
+        (b'"text"', "body"),
+        (b"null", "body"),
+        (b"\xff\xfe", "body"),
+        (b"[" * 100_000, "body"),
+        (b'{"model": "tiny", "prompt": "x", "temperature": NaN}', "temperature"),
+        (b'{"model": "tiny", "prompt": "x", "temperature": 1e999}', "temperature"),
+        (b'{"model": "tiny", "prompt": "x", "seed": 1' + b"0" * 30 + b"}", "seed"),
+    ],
+)
+def test_bad_bodies_are_refused(refusing, body, said):
+    response = raw(refusing, "completions", body)
+    assert response.status_code == 400, response.text
+    assert said in response.json()["error"]["message"]
+
+
+def test_a_body_that_is_too_large_is_refused(refusing):
+    response = raw(refusing, "completions", json.dumps({"model": "tiny", "prompt": "x" * (17 << 20)}).encode())
+    check_refused(response, None, 413)
+
+
+def test_strict_schemas_are_refused(refusing):
+    tool = {"type": "function", "function": {"name": "f", "strict": True}}
+    body = {"model": "tiny", "messages": USER, "tools": [tool]}
+    check_refused(raw(refusing, "chat/completions", body), "tools[0].function.strict")
+
+
+def test_other_models_other_paths_other_methods(refusing):
+    body = {"model": "gpt", "messages": USER}
+    assert check_refused(raw(refusing, "chat/completions", body), "model", 404)["code"] == "model_not_found"
+    check_refused(raw(refusing, "embeddings", {}), None, 404)
+    check_refused(httpx.get(f"{refusing.base_url}completions"), None, 405)
+    with pytest.raises(openai.BadRequestError, match="frequency_penalty is refused: use repetition_penalty"):
+        refusing.completions.create(model="tiny", prompt="x", frequency_penalty=1)
+
+
+def test_what_is_longer_than_the_context_is_refused_with_the_numbers(refusing):
+    body = {"model": "tiny", "prompt": [5] * 1020, "max_tokens": 5}
+    error = check_refused(raw(refusing, "completions", body), "prompt")
+    assert error["code"] == "context_length_exceeded"
+    assert "holds 1024 tokens; the prompt has 1020 and 5 are asked for, 1025 together" in error["message"]
+
+
+def test_too_many_answers_are_refused(refusing):
+    check_refused(raw(refusing, "completions", {"model": "tiny", "prompt": [[5]] * 5, "n": 128}), "n")
+
+
+def test_none_of_the_answers_runs_when_one_cannot(serve):
+    client, pipeline = serve(seconds_per_event=0.05)
+    check_refused(raw(client, "completions", {"model": "tiny", "prompt": [[5], [5] * 1025]}), "prompt")
+    assert len(pipeline.engine.requests) == 1 and not pipeline.engine.active
+
+
+def test_the_key(serve):
+    client, _ = serve(api_key="sésame")
+    base = str(client.base_url)
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sésame".encode()}):
+        for method, path in (("GET", "models"), ("POST", "completions"), ("GET", "nowhere")):
+            response = httpx.request(method, base + path, headers=headers)
+            assert check_refused(response, None, 401)["code"] == "invalid_api_key"
+    headers = {"Authorization": "Bearer sésame".encode()}
+    assert httpx.get(f"{base}models", headers=headers).status_code == 200
+    assert httpx.get(base.replace("/v1/", "/health")).status_code == 200
+
+
+def test_health_tells_of_a_failed_engine(serve):
+    client, pipeline = serve()
+    url = str(client.base_url).replace("/v1/", "/health")
+    assert httpx.get(url).json() == {"status": "ok", "model": "tiny", "fault": None}
+    pipeline.engine.fault = "out of memory"
+    response = httpx.get(url)
+    assert (response.status_code, response.json()["fault"]) == (503, "out of memory")
+
+
+def test_an_engine_failure_is_an_error_and_the_server_lives_on(serve):
+    client, pipeline = serve(lambda request: [70, 71])
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.completions.create(model="tiny", prompt="x", max_tokens=50)
+    assert caught.value.body["type"] == "server_error"
+    with pytest.raises(openai.APIError, match="the script ran out"):
+        list(client.completions.create(model="tiny", prompt="x", max_tokens=50, stream=True))
+    pipeline.engine.script = lambda request: [70, 2]
+    assert client.completions.create(model="tiny", prompt="x").choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_the_engine(serve, eventually, stream):
+    client, pipeline = serve(lambda request: [70] * 500, seconds_per_event=0.02)
+    body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 500, "n": 2, "stream": stream}).encode()
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        eventually(lambda: len(pipeline.engine.active) == 2)
+        if stream:
+            assert b"200 OK" in connection.recv(1000)
+    eventually(lambda: not pipeline.engine.active)
+
+
+def test_many_clients_at_once(serve):
+    client, pipeline = serve(chunks=(2,), seconds_per_event=0.005)
+    answers = [None] * 16
+
+    def ask(index):
+        answers[index] = (
+            client.chat.completions.create(model="tiny", messages=USER, seed=index).choices[0].message.content
+        )
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert answers == [TEXT] * 16
+    assert sorted(request.sampling.seed for request in pipeline.engine.requests) == list(range(16))
+
+
+def test_the_log_names_the_user(serve, caplog, eventually):
+    client, _ = serve()
+    with caplog.at_level(logging.INFO, logger="serve"):
+        client.completions.create(model="tiny", prompt="SECRET", user="ada")
+        client.chat.completions.create(model="tiny", messages=USER, safety_identifier="bob")
+        eventually(lambda: "user='bob'" in caplog.text)
+    assert "user='ada'" in caplog.text
+    assert "SECRET" not in caplog.text and TEXT not in caplog.text
+
+
+def test_a_port_in_use_is_refused_and_a_closed_one_is_free(scripted):
+    with start_server(scripted(TEXT), model_name="tiny") as server:
+        port = int(server.url.rpartition(":")[2])
+        with pytest.raises(ValueError, match=f"port {port} on 127.0.0.1 is in use"):
+            start_server(scripted(TEXT), model_name="tiny", port=port)
+    start_server(scripted(TEXT), model_name="tiny", port=port).close()
+
+
+@pytest.mark.parametrize("said", [TEXT, CODE_CALL, PLUGIN_CALL])
+def test_a_remote_chat_is_the_same_as_one_in_process(serve, said):
+    client, pipeline = serve(said)
+    tools = [
+        dict(ADD["function"]),
+        {"name": "interpreter", "description": "Runs code.", "parameters": {"type": "object"}},
+    ]
+    start = [Message("system", "Be kind."), Message("user", "hi")]
+    replies = []
+    for chat in (remote_chat(str(client.base_url), "tiny"), chat_callable(pipeline)):
+        sampling = {"seed": 3, "max_tokens": 200}
+        first = chat(start, tools=tools, stop=("zzz",), sampling=sampling)
+        result = [Message("environment", "2", name=first.call.name)] if first.call else [Message("user", "more")]
+        second = chat([*start, first, *result], tools=tools, stop=(), sampling=sampling)
+        replies.append((first, second))
+    assert replies[0] == replies[1]
+    remote, local = pipeline.engine.requests[:2], pipeline.engine.requests[2:]
+    assert remote == local
+
+
+def test_a_remote_call_that_is_no_json_stays_text(serve):
+    client, _ = serve("<|action_start|><|plugin|>\nnonsense<|action_end|><|im_end|>")
+    reply = remote_chat(str(client.base_url), "tiny")([Message("user", "hi")], tools=[dict(ADD["function"])])
+    assert reply.call is None and "nonsense" in reply.content
+
+
+def test_calls_round_trip_through_the_wire(serve):
+    """What a client sends back of an answer is the message that the model gave."""
+    from serve.protocol import messages_of
+
+    call = ToolCall("interpreter", "print('<|im_end|>')")
+    turn = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "id": "c",
+                "type": "function",
+                "function": {"name": "interpreter", "arguments": json.dumps({"code": call.content})},
+            }
+        ],
+    }
+    request = ChatRequest.model_validate({"model": "tiny", "messages": [*USER, turn]})
+    assert messages_of(request)[1] == Message("assistant", "", call=call)

@@ -1,0 +1,123 @@
+"""The whole way with the real engine and a random model: client, HTTP, pipeline, slots, pages, and back."""
+
+import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+
+from internjax.text.message import Message
+from serve.pipeline import ContextTooLong, Params, Pipeline, chat_callable
+from serve.server import start_server
+
+NUM_SLOTS = 4
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_model):
+    with Pipeline(tiny_model, num_slots=NUM_SLOTS, max_context=128, tokens_per_dispatch=2) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def client(pipeline):
+    with start_server(pipeline, model_name="tiny", drain_seconds=1) as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            yield client
+
+
+def is_idle(pipeline) -> bool:
+    stats = pipeline.engine.stats()
+    return stats.num_free_pages == stats.num_pages and stats.num_active == stats.num_waiting == 0
+
+
+def ask(client, index: int) -> str:
+    """One of four kinds of request, as text; greedy ones and sampled ones with a seed."""
+    kind = index % 4
+    sampling = {"temperature": 0.0 if index % 2 else 1.0, "seed": index, "max_tokens": 5 + index}
+    if kind == 0:
+        return client.completions.create(model="tiny", prompt=f"def f{index}", **sampling).choices[0].text
+    if kind == 1:
+        stream = client.completions.create(model="tiny", prompt=[7, index], stream=True, **sampling)
+        return "".join(chunk.choices[0].text for chunk in stream)
+    messages = [{"role": "user", "content": f"number {index}"}]
+    if kind == 2:
+        return client.chat.completions.create(model="tiny", messages=messages, **sampling).choices[0].message.content
+    stream = client.chat.completions.create(model="tiny", messages=messages, stream=True, **sampling)
+    return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+
+def test_concurrent_clients_get_what_each_would_get_alone(client, pipeline, eventually):
+    alone = [ask(client, index) for index in range(16)]
+    assert len(set(alone)) > 8
+    num_compiled = pipeline.engine.stats().num_compiled
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda index: ask(client, index), range(16)))
+    assert together == alone
+    assert pipeline.engine.stats().num_compiled == num_compiled
+    eventually(lambda: is_idle(pipeline))
+
+
+def test_a_stream_that_is_left_frees_its_pages(client, pipeline, eventually):
+    stream = client.completions.create(
+        model="tiny", prompt="x", stream=True, max_tokens=100, n=NUM_SLOTS, extra_body={"top_k": 0}
+    )
+    next(iter(stream))
+    stream.close()
+    eventually(lambda: is_idle(pipeline))
+
+
+def test_stop_strings_end_real_answers(pipeline, eventually):
+    params = Params(max_tokens=60, temperature=0.0, logprobs=True)
+    whole = pipeline.complete("The answer is", params).result()
+    assert len(whole.text) > 10 and whole.finish in ("length", "stop")
+    assert "".join(token.text for token in whole.tokens) == whole.text
+    assert all(token.logprob <= 0 for token in whole.tokens)
+    stop = whole.text[4:7]
+    cut = pipeline.complete("The answer is", dataclasses.replace(params, stop=(stop,))).result()
+    assert (cut.text, cut.stop, cut.finish) == (whole.text[: whole.text.index(stop)], stop, "stop")
+    eventually(lambda: is_idle(pipeline))
+
+
+def test_the_context_is_the_limit(pipeline):
+    result = pipeline.complete([5] * 120, Params(temperature=0.0)).result()
+    assert result.num_prompt_tokens + len(result.ids) <= 128
+    with pytest.raises(ContextTooLong, match="holds 128 tokens; the prompt has 120 and 9"):
+        pipeline.complete([5] * 120, Params(max_tokens=9))
+
+
+def test_a_small_cache_is_the_limit_too(tiny_model):
+    with Pipeline(tiny_model, num_slots=1, num_pages=2, page_size=16, max_context=128) as pipeline:
+        assert pipeline.max_context == 33
+        assert len(pipeline.complete([5] * 30, Params(max_tokens=3, temperature=0.0)).result().ids) <= 3
+        with pytest.raises(ContextTooLong, match="holds 33 tokens"):
+            pipeline.complete([5] * 30, Params(max_tokens=4))
+
+
+def test_an_agent_s_chat_over_the_real_engine(pipeline):
+    chat = chat_callable(pipeline, Params(max_tokens=8))
+    first = chat([Message("user", "hi")], sampling={"seed": 3})
+    assert first.role == "assistant"
+    assert chat([Message("user", "hi")], sampling={"seed": 3}) == first
+
+
+def test_closing_ends_answers_under_way_and_is_seen_by_the_health_check(tiny_model):
+    pipeline = Pipeline(tiny_model, num_slots=1, max_context=256)
+    assert pipeline.fault() is None
+    answer = pipeline.complete("x", Params(max_tokens=250, seed=1))
+    results = []
+    reader = threading.Thread(target=lambda: results.append(answer.result()))
+    reader.start()
+    pipeline.close()
+    reader.join(timeout=20)
+    assert results[0].finish in ("aborted", "stop")
+    assert "closed" in pipeline.fault()
+
+
+def test_a_model_that_cannot_talk_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="no tokenizer"):
+        Pipeline(dataclasses.replace(tiny_model, tokenizer=None))
+    scalar = dataclasses.replace(tiny_model.config, head="scalar")
+    with pytest.raises(ValueError, match="gives scores"):
+        Pipeline(dataclasses.replace(tiny_model, config=scalar))
