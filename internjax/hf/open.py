@@ -28,7 +28,6 @@ from internjax.model import decoder, rope
 from internjax.model.config import DType, ModelConfig, num_params
 from internjax.model.lora import Lora
 from internjax.text.tokenizer import REWARD, Tokenizer, load_tokenizer
-from internjax.train import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,22 +69,20 @@ def open_model(
     config = dataclasses.replace(config, dtype=dtype or _default_dtype())
     tokenizer = _read_tokenizer(source.folder, config, values)
     generation = read_generation(source.folder, values, tokenizer)
-    trained, origin = None, str(source.folder)
+    origin = str(source.folder)
     if source.checkpoints is not None and source.trained_adapter is None:
-        restored = _restore(source, config, mesh)
-        params = restored.params
+        params, step = _restore_params(source, config, mesh)
         if quantize is not None:
             params = quantize_in_place(params, config, scheme=quantize, mesh=mesh)
-        origin = f"{source.checkpoints}/{restored.step}"
+        origin = f"{source.checkpoints}/{step}"
     else:
         tensors = list_tensors(source.folder)
         params = load_params(tensors, family, config, where=source.folder, mesh=mesh, quantize=quantize)
     loaded = [adapter.load_adapter(folder, model_config=config) for folder in source.adapters]
     if source.trained_adapter is not None:
-        restored = checkpoint.restore_params(source.checkpoints, source.step)
-        trained = adapter.from_collection(source.trained_adapter, restored.params, model_config=config)
+        trained, step = _restore_adapter(source, config)
         loaded.append(trained)
-        origin += f" + {source.checkpoints}/{restored.step}"
+        origin += f" + {source.checkpoints}/{step}"
     config = dataclasses.replace(config, param_dtype=str(params["embed"]["embedding"].dtype))
     result = Model(config, params, tokenizer, generation, _place_lora(adapter.combine(loaded), mesh), source)
     origin = " + ".join([origin, *map(str, source.adapters)])
@@ -147,8 +144,18 @@ def _read_tokenizer(folder: Path, config: ModelConfig, values: dict) -> Tokenize
     return tokenizer
 
 
-def _restore(source: Source, config: ModelConfig, mesh: Mesh | None) -> checkpoint.RestoredParams:
-    """Reads the parameters of a checkpoint onto the mesh, and refuses a checkpoint of something else."""
+def _restore_adapter(source: Source, config: ModelConfig) -> tuple[adapter.Adapter, int]:
+    """Returns the adapter of a checkpoint and its step."""
+    from internjax.train import checkpoint  # Orbax takes as long to import as the rest of this file
+
+    restored = checkpoint.restore_params(source.checkpoints, source.step)
+    return adapter.from_collection(source.trained_adapter, restored.params, model_config=config), restored.step
+
+
+def _restore_params(source: Source, config: ModelConfig, mesh: Mesh | None) -> tuple[dict, int]:
+    """Returns the parameters of a checkpoint, on the mesh, and its step; refuses a checkpoint of something else."""
+    from internjax.train import checkpoint
+
     placed = None
     if mesh is not None:
         with sharding.use(mesh):
@@ -165,7 +172,7 @@ def _restore(source: Source, config: ModelConfig, mesh: Mesh | None) -> checkpoi
                 f"the checkpoint {source.checkpoints}/{restored.step} has {found or 'nothing'} as {leaf}, the model in "
                 f"{source.folder} wants {wanted}; its state is not this model's parameters. Open the run's model/"
             )
-    return restored
+    return restored.params, restored.step
 
 
 def _place_lora(lora: Lora | None, mesh: Mesh | None) -> Lora | None:

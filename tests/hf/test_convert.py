@@ -1,0 +1,143 @@
+"""python -m internjax.hf: conversions between layouts, dtypes and shard sizes, checks, and errors of one line."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from internjax.hf.__main__ import main
+from internjax.hf.adapter import save_adapter
+from internjax.hf.open import logits, open_model
+from internjax.hf.save import save_model
+from internjax.model.lora import LoraConfig, init_lora
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TOKENS = [[1, 5, 9, 200]]
+
+
+@pytest.fixture
+def base(tmp_path, config, params, tokenizer):
+    save_model(
+        tmp_path / "base", config=config, params=params, tokenizer=tokenizer, provenance={"data": "a small corpus"}
+    )
+    return tmp_path / "base"
+
+
+def run(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "internjax.hf", *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_command_line_converts_and_checks(base, tmp_path, params):
+    result = run("convert", "base", "a b/new", "--layout", "internlm2", "--shard-size", "40KB", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "written and read back, largest logit difference 0 (to the source: 0)" in result.stdout
+    new = tmp_path / "a b" / "new"
+    assert len(list(new.glob("model-*-of-*.safetensors"))) > 2 and (new / "model.safetensors.index.json").is_file()
+    about = json.loads((new / "internjax.json").read_text())
+    assert (
+        about["provenance"] == {"data": "a small corpus", "converted from": "base"} and about["layout"] == "internlm2"
+    )
+    result = run("check", "a b/new", cwd=tmp_path)
+    assert result.returncode == 0 and "files as written, largest logit difference 0" in result.stdout
+    shard = next(new.glob("model-00002*"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    result = run("check", "a b/new", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: a b/new is not as it was written: model-00002-of-")
+    assert "Traceback" not in result.stderr
+
+
+def test_an_adapter_is_merged(base, tmp_path, config, params, capsys):
+    lora = LoraConfig(rank=2, targets=("query", "down"))
+    fresh = init_lora(lora, params, jax.random.key(0))
+    weights = jax.tree.map(lambda leaf: leaf + 0.1, fresh)
+    save_adapter(tmp_path / "adapter", lora, weights, base, model_config=config)
+    assert main(["convert", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    assert "adapters are merged" in capsys.readouterr().out
+    merged, apart = open_model(tmp_path / "merged"), open_model(tmp_path / "adapter")
+    assert merged.lora is None
+    np.testing.assert_allclose(logits(merged, TOKENS), logits(apart, TOKENS), atol=2e-5)
+    assert np.abs(logits(merged, TOKENS) - logits(open_model(base), TOKENS)).max() > 0.1
+
+
+def test_the_dtype_is_a_choice(base, tmp_path, read_folder, params):
+    assert main(["convert", str(base), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    tensors, source = read_folder(tmp_path / "half"), read_folder(base)
+    assert all(tensor.dtype == ml_dtypes.bfloat16 for tensor in tensors.values())
+    for name, tensor in source.items():
+        np.testing.assert_array_equal(tensors[name], tensor.astype(ml_dtypes.bfloat16))
+
+
+def test_overwriting_is_a_choice(base, tmp_path, capsys):
+    arguments = ["convert", str(base), str(tmp_path / "new")]
+    assert main(arguments) == 0
+    assert main(arguments) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_unknown_fields_are_a_choice(base, tmp_path, capsys):
+    values = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(values | {"logit_scale": 0.5}))
+    assert main(["convert", str(base), str(tmp_path / "new")]) == 1
+    assert "allow_unknown=('logit_scale',)" in capsys.readouterr().err
+    assert main(["convert", str(base), str(tmp_path / "new"), "--allow-unknown", "logit_scale"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda f: (f / "model.safetensors").open("r+b").truncate(9000), "cut short"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "holds no JSON object"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'), "model_type 'gpt2'"),
+        (lambda f: change_config(f, num_hidden_layers=4), "missing: model.layers.3.input_layernorm.weight"),
+        (lambda f: change_config(f, num_hidden_layers=2), "unexpected: model.layers.2"),
+        (lambda f: change_config(f, vocab_size=299), r"wrong shape: model.embed_tokens.weight is \(300, 32\)"),
+        (lambda f: change_config(f, num_key_value_heads=3), "multiple of num_kv_heads 3"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "base"),
+    ],
+)
+def test_broken_folders_are_one_line_on_stderr_and_leave_nothing(base, tmp_path, capsys, break_it, message):
+    break_it(base)
+    assert main(["convert", str(base), str(tmp_path / "new")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert re.search(message, error), error
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def change_config(folder, **fields):
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | fields))
+
+
+def test_check_of_something_else(tmp_path, capsys):
+    assert main(["check", str(tmp_path / "nothing")]) == 1
+    assert main(["check", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "is no folder" in error and "is no model folder without internjax.json" in error
+
+
+def test_arguments_that_are_wrong_exit_with_2(capsys):
+    for arguments in ([], ["convert", "a"], ["convert", "a", "b", "--layout", "gguf"]):
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        assert error.value.code == 2
