@@ -20,9 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     try:
         return serve(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"serve: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # while the model is read
+        return 130
 
 
 def build_parser() -> argparse.ArgumentParser:

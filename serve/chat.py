@@ -17,9 +17,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         return converse(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"serve.chat: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # while the model is read
+        return 130
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,10 +1,12 @@
 """Text around the engine: stop strings and ids, incremental text, tokens with log-probabilities, calls, limits."""
 
+import dataclasses
+
 import pytest
 
 from internjax.text.chat import CallEnd, render
 from internjax.text.message import INTERPRETER_PROMPT, Message, ToolCall
-from serve.pipeline import ContextTooLong, Delta, Params, Result, chat_callable, with_sampling
+from serve.pipeline import ContextTooLong, Delta, Params, Pipeline, Result, chat_callable, with_sampling
 
 TEXT = "The answer is 6, héllo 你好."
 CALL = (
@@ -183,6 +185,20 @@ def test_tools_are_declared_behind_the_system_turns(scripted, tokenizer):
         *USER,
     ]
     assert list(pipeline.engine.requests[-1].tokens) == render(expected, tokenizer, add_generation_prompt=True).ids
+
+
+def test_a_model_with_another_chat_template_talks_but_calls_no_tools(scripted, tokenizer):
+    special = {text: token_id for text, token_id in tokenizer.special.items() if not text.startswith("<|")}
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    other = dataclasses.replace(tokenizer, special=special, chat_template=template)
+    pipeline = Pipeline.over(scripted(TEXT).engine, other)
+    assert pipeline.chat(USER).result().text == TEXT
+    assert other.decode(pipeline.engine.requests[-1].tokens) == "[user]hi[assistant]"
+    with pytest.raises(ValueError, match="lacks the markers"):
+        pipeline.chat(USER, tools=[PYTHON])
+    with pytest.raises(ValueError, match="no chat template"):
+        Pipeline.over(pipeline.engine, dataclasses.replace(other, chat_template=None)).chat(USER)
 
 
 def test_chat_callable_takes_sampling_and_stops(scripted):
