@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,8 +128,7 @@ class Checkpoints:
         self._damaged: set[int] = set()
         self._pending: concurrent.futures.Future | None = None
         self._base: tuple[Any, str | None] = (None, None)
-        # Orbax logs each failure several times with full tracebacks; the failure itself is raised here, once.
-        logging.getLogger("absl").addFilter(_not_from_orbax)
+        _mute_orbax()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clear_unfinished()
@@ -222,7 +222,6 @@ class Checkpoints:
         finally:
             self._executor.shutdown()
             self._manager.close()
-            logging.getLogger("absl").removeFilter(_not_from_orbax)
 
     def _seal(self, step: int, about: dict) -> None:
         """Waits for Orbax, then writes about, checksums and COMMITTED in this order, then removes what is too old."""
@@ -266,7 +265,7 @@ class Checkpoints:
         for path in list(self.folder.iterdir()) if jax.process_index() == 0 else ():
             is_step = path.name.isdigit() or (_UNFINISHED in path.name and path.name.split(".")[0].isdigit())
             if is_step and not (path / COMMITTED).exists():
-                shutil.rmtree(path)
+                _remove_while_written(path)
 
     def _base_of(self, state: TrainState) -> str | None:
         # The frozen tree is one object for a whole run, so it is read once.
@@ -356,8 +355,33 @@ def _open_manager(folder: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder, options=options)
 
 
+def _mute_orbax() -> None:
+    """Keeps Orbax from telling a failed write dozens of times with full tracebacks; it is raised here, once."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_from_orbax)  # the same filter is added once only
+    if getattr(sys.unraisablehook, "__name__", "") != "_unraisable_but_of_orbax":
+        shown = sys.unraisablehook
+
+        def _unraisable_but_of_orbax(unraisable):
+            # Writes that end after the first one failed find the event loop of the save gone.
+            if "Event loop is closed" not in str(unraisable.exc_value):
+                shown(unraisable)
+
+        sys.unraisablehook = _unraisable_but_of_orbax
+
+
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
+    return f"{os.sep}orbax{os.sep}" not in record.pathname + record.getMessage()
+
+
+def _remove_while_written(path: Path) -> None:
+    """Removes a folder into which threads of a failed save may still be writing."""
+    for _ in range(40):
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(0.05)
+    shutil.rmtree(path)
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def arrange(how: str, at: int) -> list[Every]:
         if step == at and how == "step":
             die()
         if step == at and how == "full":
+            while checkpoint.latest(os.path.join(sys.argv[1], "checkpoints")) is None:
+                time.sleep(0.01)  # the checkpoint before is to be whole
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
     return [Every(1, at_step)] if how in ("step", "full") else []
