@@ -13,7 +13,6 @@ The corpus is the standard library of the Python that runs this. Every stage is 
 run alone; runs/tiny/report.html shows what came out.
 """
 
-import dataclasses
 import json
 import resource
 import shutil
@@ -23,49 +22,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments import tiny_models, tiny_report, tiny_rlhf, tiny_use
 from experiments.stages import guarded, parse, run_path
-from internjax.model.config import TINY, ModelConfig
-from internjax.model.lora import LoraConfig
-from internjax.train.optimizer import AdamW, Cosine
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiny:
-    """The numbers of the chain; chosen by the sweep in experiments/benchmarks/results/tiny_sweep.json."""
-
-    run: str = "tiny"
-    """Folder of the chain: a path, or a name under runs/."""
-    data: str | None = None
-    """Your own file (JSONL, text, parquet) or folder instead of the standard library."""
-    only: str | None = None
-    """Run this stage alone."""
-    from_stage: str | None = None
-    """Run this stage and all after it. On the command line also --from."""
-    fresh: bool = False
-    """Remove the chain's folder first."""
-    seed: int = 0
-    held_out: float = 0.03
-    """Share of files kept for evaluation."""
-    model: ModelConfig = TINY
-    """vocab_size is the size of the tokenizer that is trained."""
-    seq_len: int = 256
-    batch_size: int = 4
-    pretrain_steps: int = 1200
-    pretrain: AdamW = AdamW(peak_lr=5e-3, weight_decay=0.1)
-    schedule: Cosine = Cosine(warmup_steps=60, final_fraction=0.1)
-    sft_steps: int = 160
-    sft_batch_size: int = 8
-    sft: AdamW = AdamW(peak_lr=5e-3, weight_decay=0.0)
-    sft_lora: LoraConfig = LoraConfig(rank=32, alpha=64.0, targets=(*LoraConfig().targets, "head"))
-    max_new_tokens: int = 48
-    """Longest answer in RLHF and evaluation."""
-    reward_steps: int = 60
-    num_iterations: int = 12
-    """PPO iterations of each of the two RLHF rounds."""
-    num_prompts: int = 64
-    """Prompts of an iteration."""
-    num_evaluated: int = 200
-    """Held-out prompts of the gold score."""
+from experiments.tiny_config import Skip, Tiny
+from internjax.train.tracking import differing_fields, to_json
 
 
 class Stage(NamedTuple):
@@ -76,14 +36,8 @@ class Stage(NamedTuple):
     run: Callable[[Tiny, Path], dict[str, Any]]
 
 
-class Skip(Exception):
-    """A stage that the given data cannot feed; the message is the reason."""
-
-
 def stages() -> tuple[Stage, ...]:
     """Returns the chain in its order."""
-    from experiments import tiny_models, tiny_rlhf, tiny_use
-
     return (
         Stage("data", "documents, rules, duplicates, order, split", tiny_models.data),
         Stage("tokenizer", "byte-level BPE and token folders", tiny_models.tokenizer),
@@ -113,8 +67,6 @@ def chosen_stages(config: Tiny, names: Sequence[str]) -> list[str]:
 
 def run(config: Tiny) -> Path:
     """Runs the chain, or what is left of it, and returns the path of its report."""
-    from experiments import tiny_report
-
     root = run_path(config.run)
     if config.fresh and root.exists():
         if not (root / "chain.json").is_file():
@@ -178,8 +130,6 @@ def _run_stage(stage: Stage, config: Tiny, root: Path) -> None:
 
 def _remember(config: Tiny, root: Path) -> None:
     """Keeps the chain's config in its folder, and refuses to go on with another one."""
-    from internjax.train.tracking import differing_fields, to_json
-
     ways = ("run", "only", "from_stage", "fresh")
     now = {name: value for name, value in to_json(config).items() if name not in ways}
     path = root / "chain.json"
@@ -187,10 +137,8 @@ def _remember(config: Tiny, root: Path) -> None:
         lines = differing_fields(now, json.loads(path.read_text()))
         if lines:
             raise ValueError(
-                f"{root} holds a chain with another config:\n  "
-                + "\n  ".join(lines)
-                + "\nGive the same config, another "
-                "--run NAME, or --fresh to start anew."
+                f"{root} holds a chain with another config:\n  " + "\n  ".join(lines) + "\nGive the same "
+                "config, another --run NAME, or --fresh to start anew."
             )
         return
     root.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from data_pipelines.loading import open_rows
 from data_pipelines.sources import Fact
 from eval.tasks.library import problems
 from experiments import library, stages
-from experiments.tiny import Skip, Tiny
+from experiments.tiny_config import Skip, Tiny
 from internjax.text.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from internjax.train.checkpoint import CheckpointConfig
 from internjax.train.optimizer import Cosine

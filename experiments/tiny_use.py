@@ -17,7 +17,7 @@ from eval.run import evaluate as run_tasks
 from eval.task import TextItem, TextTask
 from eval.tasks import library as tasks
 from experiments import library, measure, tiny_models
-from experiments.tiny import Skip, Tiny
+from experiments.tiny_config import Skip, Tiny
 from internjax.hf.convert import check
 from internjax.hf.open import Model, logits, open_model
 from internjax.hf.save import save_model

@@ -1,0 +1,50 @@
+"""The numbers of the tiny chain, and how a stage says that it cannot be run."""
+
+import dataclasses
+
+from internjax.model.config import TINY, ModelConfig
+from internjax.model.lora import LoraConfig
+from internjax.train.optimizer import AdamW, Cosine
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """The numbers of the chain; chosen by the sweep in experiments/benchmarks/results/tiny_sweep.json."""
+
+    run: str = "tiny"
+    """Folder of the chain: a path, or a name under runs/."""
+    data: str | None = None
+    """Your own file (JSONL, text, parquet) or folder instead of the standard library."""
+    only: str | None = None
+    """Run this stage alone."""
+    from_stage: str | None = None
+    """Run this stage and all after it. On the command line also --from."""
+    fresh: bool = False
+    """Remove the chain's folder first."""
+    seed: int = 0
+    held_out: float = 0.03
+    """Share of files kept for evaluation."""
+    model: ModelConfig = TINY
+    """vocab_size is the size of the tokenizer that is trained."""
+    seq_len: int = 256
+    batch_size: int = 4
+    pretrain_steps: int = 1200
+    pretrain: AdamW = AdamW(peak_lr=5e-3, weight_decay=0.1)
+    schedule: Cosine = Cosine(warmup_steps=60, final_fraction=0.1)
+    sft_steps: int = 160
+    sft_batch_size: int = 8
+    sft: AdamW = AdamW(peak_lr=5e-3, weight_decay=0.0)
+    sft_lora: LoraConfig = LoraConfig(rank=32, alpha=64.0, targets=(*LoraConfig().targets, "head"))
+    max_new_tokens: int = 48
+    """Longest answer in RLHF and evaluation."""
+    reward_steps: int = 60
+    num_iterations: int = 12
+    """PPO iterations of each of the two RLHF rounds."""
+    num_prompts: int = 64
+    """Prompts of an iteration."""
+    num_evaluated: int = 200
+    """Held-out prompts of the gold score."""
+
+
+class Skip(Exception):
+    """A stage that the given data cannot feed; the message is the reason."""
