@@ -9,6 +9,7 @@ D documents, R rows, B rows of a batch, T tokens of a row.
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
@@ -114,6 +115,7 @@ class Rows:
             lambda epoch: plan_rows(folder.lengths_D, seq_len=seq_len, packing=packing, seed=seed, epoch=epoch)
         )
         self._first_row = [0]  # of every epoch planned so far
+        self._lock = threading.Lock()  # Grain's threads come to a new epoch at the same time
 
     def plan(self, epoch: int) -> Plan:
         """Returns the packing plan of an epoch."""
@@ -123,10 +125,12 @@ class Rows:
         return _ENDLESS
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        while index >= self._first_row[-1]:
-            self._first_row.append(self._first_row[-1] + self.plan(len(self._first_row) - 1).num_rows)
-        epoch = int(np.searchsorted(self._first_row, index, side="right")) - 1
-        return self._row(self.plan(epoch), index - self._first_row[epoch])
+        with self._lock:
+            while index >= self._first_row[-1]:
+                self._first_row.append(self._first_row[-1] + self.plan(len(self._first_row) - 1).num_rows)
+            epoch = int(np.searchsorted(self._first_row, index, side="right")) - 1
+            plan = self.plan(epoch)
+        return self._row(plan, index - self._first_row[epoch])
 
     def _row(self, plan: Plan, row: int) -> dict[str, np.ndarray]:
         T = self.seq_len

@@ -12,14 +12,13 @@ A folder appears by an atomic rename: a reader never sees half of one.
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from internjax.hf.folder import new_folder
 from internjax.text.tokenizer import Tokenizer
 
 MANIFEST, DOCUMENTS = "manifest.json", "documents.parquet"
@@ -78,7 +77,9 @@ def text_documents(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> It
 
     def encoded():
         rows = tokenizer.encode_batch([text for _, text in batch])
-        return [TokenDocument(name, [*first, *ids, tokenizer.eos_id]) for (name, _), ids in zip(batch, rows, strict=True)]
+        return [
+            TokenDocument(name, [*first, *ids, tokenizer.eos_id]) for (name, _), ids in zip(batch, rows, strict=True)
+        ]
 
     for pair in texts:
         batch.append(pair)
@@ -100,19 +101,8 @@ def write_tokens(
 
     Raises ValueError where there is no document to write, or the folder exists and is no token folder.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} exists and is no token folder (it has no {MANIFEST}); give another path")
-    new = folder.with_name(f".{folder.name}.new-{uuid.uuid4().hex[:8]}")
-    new.mkdir(parents=True)
-    try:
-        manifest = _write(new, documents, tokenizer, shard_tokens, about or {})
-        if folder.exists():
-            shutil.rmtree(folder)
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    return manifest
+    with new_folder(folder, overwrite=True, marker=MANIFEST) as new:
+        return _write(new, documents, tokenizer, shard_tokens, about or {})
 
 
 def _write(new: Path, documents, tokenizer: Tokenizer, shard_tokens: int, about: dict[str, Any]) -> dict[str, Any]:
@@ -193,9 +183,13 @@ def open_tokens(folder: str | os.PathLike, *, tokenizer_sha256: str | None = Non
     if not (folder / MANIFEST).is_file():
         found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
         raise ValueError(f"{folder} is no token folder: it has no {MANIFEST} (found: {found})")
-    manifest = json.loads((folder / MANIFEST).read_text())
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{folder} has format {manifest.get('format')!r}, this version reads {FORMAT}; write it anew")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        found = manifest.get("format")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / MANIFEST} cannot be read ({error}); write the folder anew") from error
+    if found != FORMAT:
+        raise ValueError(f"{folder} has format {found!r}, this version reads {FORMAT}; write it anew")
     if tokenizer_sha256 is not None and manifest["tokenizer_sha256"] != tokenizer_sha256:
         raise ValueError(
             f"{folder} was written by the tokenizer {manifest['tokenizer_sha256'][:12]}, the one given is "
@@ -210,9 +204,16 @@ def open_tokens(folder: str | os.PathLike, *, tokenizer_sha256: str | None = Non
         if verify and _file_entry(path)["sha256"] != entry["sha256"]:
             raise ValueError(f"{path} was altered after it was written (its sha256 differs); write the folder anew")
     names = [shard["name"] for shard in manifest["shards"]]
-    tokens = tuple(np.memmap(folder / f"{name}.bin", manifest["dtype"], "r") for name in names)
-    masks = tuple(np.memmap(folder / f"{name}.mask", np.uint8, "r") for name in names) if manifest["has_mask"] else None
+    tokens = tuple(_mapped(folder / f"{name}.bin", np.dtype(manifest["dtype"]).newbyteorder("<")) for name in names)
+    masks = None
+    if manifest["has_mask"]:
+        masks = tuple(_mapped(folder / f"{name}.mask", np.dtype(np.uint8)) for name in names)
     offsets = tuple(np.fromfile(folder / f"{name}.idx", "<i8") for name in names)
     lengths = np.concatenate([np.diff(row) for row in offsets])
     first = np.cumsum([0, *(len(row) - 1 for row in offsets)])
     return TokenFolder(folder, manifest, tokens, masks, offsets, lengths, first)
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
