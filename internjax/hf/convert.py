@@ -9,8 +9,8 @@ import numpy as np
 
 from internjax.hf.families import Layout, family_of
 from internjax.hf.open import open_model
-from internjax.hf.resolve import CONFIG, read_config
-from internjax.hf.save import ABOUT, Proof, file_hashes, proof_logits, save_model
+from internjax.hf.resolve import ABOUT, CONFIG, read_json
+from internjax.hf.save import Proof, file_hashes, proof_logits, save_model
 from internjax.model.config import DType
 from internjax.model.lora import merge
 
@@ -84,7 +84,11 @@ def _about(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give one that save_model or convert has written")
     if not (folder / ABOUT).is_file():
-        kind = f"a {family_of(read_config(folder)).name} folder" if (folder / CONFIG).is_file() else "no model folder"
+        kind = (
+            f"a {family_of(read_json(folder / CONFIG)).name} folder"
+            if (folder / CONFIG).is_file()
+            else "no model folder"
+        )
         raise ValueError(
             f"{folder} is {kind} without {ABOUT}, so nothing is recorded to compare with; "
             f"`python -m internjax.hf convert {folder} NEW` writes one that has it"

@@ -21,11 +21,11 @@ from internjax.hf.families import family_of
 from internjax.hf.generation import GenerationConfig, read_generation
 from internjax.hf.loading import load_params, quantize_in_place
 from internjax.hf.mapping import get_leaf, leaf_shapes
-from internjax.hf.resolve import Source, read_config, resolve
+from internjax.hf.resolve import ABOUT, CONFIG, Source, read_json, resolve
 from internjax.hf.weights import list_tensors
 from internjax.kernels.quant_matmul import Scheme
 from internjax.model import decoder, rope
-from internjax.model.config import DType, ModelConfig, num_params
+from internjax.model.config import DType, ModelConfig, from_json, num_params
 from internjax.model.lora import Lora
 from internjax.text.tokenizer import REWARD, Tokenizer, load_tokenizer
 
@@ -63,9 +63,11 @@ def open_model(
     """
     start = time.perf_counter()
     source = resolve(model, adapters=adapters)
-    values = read_config(source.folder)
+    values = read_json(source.folder / CONFIG)
     family = family_of(values)
     config = family.config_from_hf(values, allow_unknown=allow_unknown)
+    if source.checkpoints is not None and source.trained_adapter is None:
+        config = from_json(read_json(source.folder / ABOUT)["model_config"])
     config = dataclasses.replace(config, dtype=dtype or _default_dtype())
     tokenizer = _read_tokenizer(source.folder, config, values)
     generation = read_generation(source.folder, values, tokenizer)

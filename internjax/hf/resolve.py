@@ -18,13 +18,8 @@ from internjax.hf.adapter import CONFIG as ADAPTER_CONFIG
 from internjax.hf.adapter import read_adapter_config
 
 RUNS = Path("runs")
-CONFIG, MODEL, ARCHITECTURE, CHECKPOINTS, EXPERIMENT = (
-    "config.json",
-    "model",
-    "architecture",
-    "checkpoints",
-    "experiment.json",
-)
+CONFIG, ABOUT, EXPERIMENT = "config.json", "internjax.json", "experiment.json"
+MODEL, ARCHITECTURE, CHECKPOINTS = "model", "architecture", "checkpoints"
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
 
 
@@ -184,9 +179,8 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "no reason given")
 
 
-def read_config(folder: Path) -> dict:
-    """Returns the parsed config.json of a folder."""
-    path = folder / CONFIG
+def read_json(path: Path) -> dict:
+    """Returns the object in a JSON file of a model folder."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

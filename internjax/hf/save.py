@@ -22,14 +22,13 @@ from internjax.hf.generation import FILE as GENERATION_FILE
 from internjax.hf.generation import GenerationConfig, default_generation, generation_to_hf
 from internjax.hf.loading import load_params, plan_tensors
 from internjax.hf.open import Model, logits, mesh_of
-from internjax.hf.resolve import ARCHITECTURE, CONFIG
+from internjax.hf.resolve import ABOUT, ARCHITECTURE, CONFIG
 from internjax.hf.weights import list_tensors, write_model, write_text
 from internjax.model.config import DType, ModelConfig, to_json
 from internjax.model.lora import LoraConfig
 from internjax.model.quantize import QuantArray
 from internjax.text.tokenizer import REWARD, Tokenizer, save_tokenizer
 
-ABOUT = "internjax.json"
 NUM_PROOF_TOKENS = 16
 NUM_PROOF_LOGITS = 8
 # Reading back is exact but for the order of sums in products of other shapes on other devices.
@@ -115,10 +114,12 @@ def save_architecture(
         with new_folder(folder, overwrite=True, marker=ADAPTER_CONFIG) as new:
             write_text(new / ADAPTER_CONFIG, adapter_json(lora_config, base, model_config=config))
         return
-    config = dataclasses.replace(config, norm_head=False)
-    values = layout_family("llama").config_to_hf(config) | token_ids(config, tokenizer, "llama")
+    plain = dataclasses.replace(config, norm_head=False)
+    values = layout_family("llama").config_to_hf(plain) | token_ids(config, tokenizer, "llama")
     with new_folder(folder, overwrite=True, marker=CONFIG) as new:
         _write_texts(new, values, tokenizer, None if tokenizer is None else default_generation(tokenizer))
+        # A checkpoint keeps the head as it is trained, and config.json has no field for norm_head.
+        write_text(new / ABOUT, json.dumps({"format": 1, "model_config": to_json(config)}, indent=1) + "\n")
 
 
 def prove(folder: Path, config: ModelConfig, params: dict, source: np.ndarray, *, dtype: np.dtype | None) -> Proof:

@@ -308,6 +308,19 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, config, params, tok
         open_model(other)
 
 
+def test_checkpoints_of_a_normalised_head_keep_it(tmp_path, config, params, tokenizer):
+    config = dataclasses.replace(config, norm_head=True)
+    save_architecture(tmp_path, config=config, tokenizer=tokenizer)
+    save_states(tmp_path, {1: params})
+    model = open_model(tmp_path)
+    assert model.config.norm_head
+    wanted = decoder.logits(params, jnp.asarray(TOKENS[:, :9]), config=config)
+    np.testing.assert_allclose(logits(model, TOKENS[:, :9]), wanted, atol=1e-5)
+    proof = save_model(tmp_path / "model", config=model.config, params=model.params, tokenizer=tokenizer)
+    assert proof.max_logit_difference_to_source < 1e-5
+    np.testing.assert_allclose(logits(open_model(tmp_path), TOKENS[:, :9]), wanted, atol=1e-5)
+
+
 def test_the_front_door_is_light_and_knows_its_names():
     assert internjax.open_model is open_model and internjax.logits is logits
     with pytest.raises(AttributeError, match="no attribute 'lgoits'; it offers"):
