@@ -142,8 +142,9 @@ class Engine:
             )
         )
         self._read_chunk = jax.jit(functools.partial(read_chunk, config=config), donate_argnums=1)
-        self._admit = jax.jit(admit, donate_argnums=0)
-        self._clear_pages = jax.jit(clear_pages, donate_argnums=0)
+        # Partials of nothing: jit shares the cache of one function, and this engine counts its own programs.
+        self._admit = jax.jit(functools.partial(admit), donate_argnums=0)
+        self._clear_pages = jax.jit(functools.partial(clear_pages), donate_argnums=0)
         self._decode_block = jax.jit(
             functools.partial(decode_block, config=config, num_tokens=tokens_per_dispatch), donate_argnums=1
         )
@@ -231,12 +232,12 @@ class Engine:
         pages_M = np.full(self._widths[-1], self.num_pages, np.int32)
         # Twice: the first round may still change how the state's buffers are bound to their device.
         for report in (on_program, None):
+            beginnings = [(size, self._width(size)) for size in self._chunks[:-1]]
+            for size, width in beginnings + [(self._chunks[-1], width) for width in self._widths]:
+                with _timed(f"read {size} prompt tokens, context {width * self.page_size}", report):
+                    self._read(np.zeros(size, np.int32), pages_M[None, :width], 0, 0, self._inv_freq_F)
             for width in self._widths:
-                context = f"context {width * self.page_size}"
-                for size in self._chunks:
-                    with _timed(f"read {size} prompt tokens, {context}", report):
-                        self._read(np.zeros(size, np.int32), pages_M[None, :width], 0, 0, self._inv_freq_F)
-                with _timed(f"draw {self._tokens_per_dispatch} tokens per slot, {context}", report):
+                with _timed(f"draw {self._tokens_per_dispatch} tokens, context {width * self.page_size}", report):
                     self._block(nobody_B, width)
             with _timed("admit and clear", report):
                 slot = _Slot(Handle(Request((0,), 1), self._notify), [], self._frequencies(self.max_context))
@@ -354,10 +355,12 @@ class Engine:
         tokens, start = slot.handle.request.tokens, slot.num_read
         end = min(start + self._chunks[-1], len(tokens) - 1)
         if end > start:
-            size = next(size for size in self._chunks if size >= end - start)
+            # Smaller chunks are for short prompts only, where they need one width: few programs to compile.
+            size = self._chunks[-1] if start else next(size for size in self._chunks if size >= end)
+            width = self._width(end if size == self._chunks[-1] else size)
             tokens_C = np.zeros(size, np.int32)
             tokens_C[: end - start] = tokens[start:end]
-            page_table_1M = self._page_table_BM[index : index + 1, : self._width(end)].copy()
+            page_table_1M = self._page_table_BM[index : index + 1, :width].copy()
             self._read(tokens_C, page_table_1M, start, end, slot.inv_freq_F)
             slot.num_read = end
         if end == len(tokens) - 1:

@@ -12,6 +12,7 @@ import pytest
 
 from internjax.decode.engine import Engine
 from internjax.decode.generate import generate
+from internjax.decode.programs import decode_block, empty_state
 from internjax.decode.request import Event, Handle, Request
 from internjax.decode.sample import SamplingParams, stack
 from internjax.decode.score import logprobs
@@ -75,9 +76,9 @@ def answer(engine, *requests):
     return [handle.result() for handle in handles]
 
 
-def generated(request, *, params=PARAMS, config=CONFIG, width=64, **inputs):
-    """Returns (ids, logprobs) of the request by `generate`, alone, on a dense cache."""
-    padded = np.zeros((1, width), np.int32)
+def generated(request, *, params=PARAMS, config=CONFIG, **inputs):
+    """Returns (ids, logprobs) of the request by `generate`, alone, on a dense cache; one shape for all requests."""
+    padded = np.zeros((1, 64), np.int32)
     padded[0, : len(request.tokens)] = request.tokens
     total = len(request.tokens) + request.max_new_tokens
     out = generate(
@@ -86,12 +87,12 @@ def generated(request, *, params=PARAMS, config=CONFIG, width=64, **inputs):
         np.array([len(request.tokens)], np.int32),
         config=config,
         sampling=stack([request.sampling]),
-        max_new_tokens=request.max_new_tokens,
+        max_new_tokens=60,
         stop_ids=np.array(request.stop_ids + (-1,) * (2 - len(request.stop_ids)), np.int32),
         inv_freq_BF=rope.inv_freq(config, length=total)[None],
         **inputs,
     )
-    length = int(out.lengths_B[0])
+    length = min(int(out.lengths_B[0]), request.max_new_tokens)
     return tuple(out.tokens_BN[0, :length].tolist()), np.asarray(out.logprobs_BN[0, :length])
 
 
@@ -108,7 +109,8 @@ def test_tokens_are_those_of_generate(engine, sampling):
 def test_logprobs_are_those_of_the_trainers_forward(engine):
     request = Request(prompt(20), 10, dataclasses.replace(DRAWN, temperature=0.5), logprobs=True)
     (result,) = answer(engine, request)
-    scored = logprobs(PARAMS, jnp.array([request.tokens + result.ids]), config=CONFIG, temperature=0.5)
+    score = jax.jit(lambda tokens_BT: logprobs(PARAMS, tokens_BT, config=CONFIG, temperature=0.5))
+    scored = score(jnp.array([request.tokens + result.ids]))
     np.testing.assert_allclose(result.logprobs, scored[0, 20:], atol=2e-5)
 
 
@@ -308,9 +310,10 @@ def test_nothing_compiles_after_warm_up():
     with CompileCounter() as compiled:
         engine.warmup(lambda name, seconds: reported.append(name))
     assert compiled.names, "the counter sees nothing"
-    # Two chunk sizes and a block for each of three contexts; admission and clearing.
-    assert len(reported) == len(set(reported)) == 3 * 3 + 1
+    # A small chunk; a full chunk and a block for each of three contexts; admission with clearing.
+    assert len(reported) == len(set(reported)) == 1 + 3 + 3 + 1
     warm = engine.stats().num_compiled
+    assert warm == 1 + 3 + 3 + 2
     rng = random.Random(0)
     with CompileCounter() as compiled:
         handles = []
@@ -436,8 +439,6 @@ def test_a_handle_wakes_the_engine_when_aborted():
 
 def test_a_block_of_the_engine_keeps_the_cache_in_place():
     """As for `step`: temporaries of one layer's slots, not of all 8 layers."""
-    from internjax.decode.programs import decode_block, empty_state
-
     config = dataclasses.replace(CONFIG, num_layers=8, num_heads=2, head_dim=32, vocab_size=128)
     B, S = 8, 2048
     one_layer = 2 * B * S * 2 * 32 * 4

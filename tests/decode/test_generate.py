@@ -423,3 +423,14 @@ def test_bad_arguments_are_refused(driver, change, message):
     arguments = {"lengths_B": LENGTHS, "config": CONFIG, "sampling": GREEDY, "max_new_tokens": 4} | change
     with pytest.raises(ValueError, match=message):
         driver(PARAMS, PROMPTS, arguments.pop("lengths_B"), **arguments)
+
+
+def test_draws_are_keyed_by_absolute_position():
+    """The rest of an answer is drawn alike when its beginning is part of the prompt, and no two places share a draw."""
+    flat = PARAMS | {"head": {"kernel": jnp.zeros_like(PARAMS["head"]["kernel"])}}
+    sampling = make_sampling(1, seed=[3])
+    whole = generate(flat, PROMPTS[:1], LENGTHS[:1], config=CONFIG, sampling=sampling, max_new_tokens=12)
+    assert len(set(whole.tokens_BN[0].tolist())) > 6
+    longer = np.concatenate([PROMPTS[0, :5], whole.tokens_BN[0, :4]])[None]
+    rest = generate(flat, longer, np.array([9]), config=CONFIG, sampling=sampling, max_new_tokens=8)
+    assert rest.tokens_BN[0].tolist() == whole.tokens_BN[0, 4:].tolist()
