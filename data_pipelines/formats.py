@@ -66,9 +66,10 @@ def detect(row: Mapping[str, Any]) -> Format | None:
 
 def detect_file(path: str | Path) -> Format:
     """Returns the format of a file by its first readable row. Raises ValueError for an empty or an unknown one."""
-    first = next(json_rows(path), None)
+    bad: list[str] = []
+    first = next(json_rows(path, on_bad_row=bad.append), None)
     if first is None:
-        raise ValueError(f"{path} is empty: it has no JSON row; give a file with at least one")
+        raise ValueError(bad[0] if bad else f"{path} is empty: it has no JSON row; give a file with at least one")
     found = detect(first.value)
     if found is None:
         raise ValueError(
@@ -110,13 +111,18 @@ def preferences(path: str | Path, *, on_bad_row: Callable[[str], None] | None = 
     for row in json_rows(path, on_bad_row=on_bad_row):
         try:
             prompt = row.value.get("conversations", row.value.get("messages", row.value.get("prompt")))
-            prompt = [Message("user", prompt)] if isinstance(prompt, str) else _any_turns(prompt)
-            yield Preference(prompt, *(_answer(row.value[name]) for name in ("chosen", "rejected")))
+            if not prompt:
+                raise ValueError("it has no prompt")
+            prompt = [Message("user", prompt)] if isinstance(prompt, str) else [_sharegpt_turn(turn) for turn in prompt]
+            answers = [_answer(row.value[name], name) for name in ("chosen", "rejected")]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            message = f"{row.place}: not a preference row: {error!r}; wanted a prompt, chosen and rejected"
+            reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+            message = f"{row.place}: not a preference row: {reason}; wanted a prompt, chosen and rejected"
             if on_bad_row is None:
                 raise ValueError(message) from error
             on_bad_row(message)
+            continue
+        yield Preference([*_opening(row.value), *prompt], *answers)
 
 
 def to_row(messages: Sequence[Message]) -> dict[str, Any]:
@@ -143,12 +149,23 @@ def _alpaca(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _openai(row: Mapping[str, Any]) -> list[Message]:
+    for index, turn in enumerate(row["messages"]):
+        unread = [name for name in ("function_call", "refusal", "audio") if isinstance(turn, dict) and turn.get(name)]
+        if unread:
+            raise ValueError(f"message {index} has {unread[0]}, which is not read; give content or tool_calls")
+        if isinstance(turn, dict) and turn.get("weight", 1) != 1:
+            raise ValueError(f"message {index} has the weight {turn['weight']}; every assistant turn is learned alike")
     return _tools(row.get("tools")) + from_openai(row["messages"])
 
 
 def _sharegpt(row: Mapping[str, Any]) -> list[Message]:
+    return _opening(row) + [_sharegpt_turn(turn) for turn in row["conversations"]]
+
+
+def _opening(row: Mapping[str, Any]) -> list[Message]:
+    """The system turns of a row that has them beside its conversation."""
     system = [Message("system", row["system"])] if row.get("system") else []
-    return system + _tools(row.get("tools")) + [_sharegpt_turn(turn) for turn in row["conversations"]]
+    return system + _tools(row.get("tools"))
 
 
 def _sharegpt_turn(turn: Mapping[str, Any]) -> Message:
@@ -168,7 +185,11 @@ def _sharegpt_turn(turn: Mapping[str, Any]) -> Message:
 
 
 def _oasst(row: Mapping[str, Any]) -> list[Message]:
-    pieces = _TURN.split(row["text"].strip())[1:]
+    before, *pieces = _TURN.split(_text(row["text"], "text").strip())
+    if before:
+        raise ValueError(
+            f"the text begins with {before[:40]!r}, not with '### Human:', '### Assistant:' or '### System:'"
+        )
     roles = {"Human": "user", "Assistant": "assistant", "System": "system"}
     return [Message(roles[who], text.strip()) for who, text in zip(pieces[::2], pieces[1::2], strict=True)]
 
@@ -183,20 +204,27 @@ def _moss(row: Mapping[str, Any]) -> list[Message]:
     messages = [Message("system", instruction)] if instruction else []
     turns = sorted(row["chat"].items(), key=lambda item: int(item[0].rpartition("_")[2]))
     for _, turn in turns:
-        messages.append(Message("user", _moss_text(turn["Human"])))
-        command, result = _moss_text(turn.get("Commands", "")), _moss_text(turn.get("Tool Responses", ""))
-        if command and command.lower() != "none":
+        messages.append(Message("user", _moss_text(turn, "Human")))
+        answer = _moss_text(turn, "MOSS")
+        thoughts, command, result = (
+            text if name in turn and (text := _moss_text(turn, name)).lower() != "none" else ""
+            for name in ("Inner Thoughts", "Commands", "Tool Responses")
+        )
+        if command:
             name, _, inside = command.partition("(")
-            body = json.dumps({"name": name.strip(), "parameters": {"arguments": inside.rstrip(") ")}})
-            messages.append(Message("assistant", "", call=ToolCall("plugin", body)))
+            parameters = {"arguments": inside.rstrip().removesuffix(")")}
+            body = json.dumps({"name": name.strip(), "parameters": parameters}, ensure_ascii=False)
+            messages.append(Message("assistant", thoughts, call=ToolCall("plugin", body)))
             messages.append(Message("environment", result, name="plugin"))
-        messages.append(Message("assistant", _moss_text(turn["MOSS"])))
+        elif thoughts:
+            answer = f"{thoughts}\n{answer}"
+        messages.append(Message("assistant", answer))
     return messages
 
 
-def _moss_text(text: str) -> str:
+def _moss_text(turn: Mapping[str, Any], name: str) -> str:
     """Returns a MOSS field without its speaker tag and end marker: "<|Human|>: Hi<eoh>" is "Hi"."""
-    return re.sub(r"^<\|[\w ]+\|>:\s*|<eo\w>\s*$", "", text.strip()).strip()
+    return re.sub(r"^<\|[\w ]+\|>:\s*|<eo\w>\s*$", "", _text(turn[name], name).strip()).strip()
 
 
 def _tools(tools: Any) -> list[Message]:
@@ -206,14 +234,15 @@ def _tools(tools: Any) -> list[Message]:
     return [tools_message([tool.get("function", tool) for tool in tools])]
 
 
-def _any_turns(turns: Sequence[Mapping[str, Any]]) -> list[Message]:
-    return [_sharegpt_turn(turn) for turn in turns]
-
-
-def _answer(value: Any) -> Message:
+def _answer(value: Any, name: str) -> Message:
     if isinstance(value, str):
         return Message("assistant", value)
-    return _sharegpt_turn(value if isinstance(value, Mapping) else value[-1])
+    if not value:
+        raise ValueError(f"{name} is empty")
+    answer = _sharegpt_turn(value if isinstance(value, Mapping) else value[-1])
+    if answer.role != "assistant":
+        raise ValueError(f"{name} ends with a turn of the {answer.role}, wanted the assistant's")
+    return answer
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], list[Message]]] = {
