@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from internjax import sharding
 from internjax.decode import generate as module
 from internjax.decode.generate import (
     ERROR,
@@ -434,3 +435,20 @@ def test_draws_are_keyed_by_absolute_position():
     longer = np.concatenate([PROMPTS[0, :5], whole.tokens_BN[0, :4]])[None]
     rest = generate(flat, longer, np.array([9]), config=CONFIG, sampling=sampling, max_new_tokens=8)
     assert rest.tokens_BN[0].tolist() == whole.tokens_BN[0, 4:].tolist()
+
+
+def test_generation_on_a_mesh_draws_the_same_tokens():
+    """Parameters over fsdp and tensor, prompts over the batch axes, on 8 devices."""
+    sampling = make_sampling(4, temperature=0.7, top_p=0.9, seed=2)
+    alone = generate(PARAMS, PROMPTS, LENGTHS, config=CONFIG, sampling=sampling, max_new_tokens=8)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    try:
+        places = sharding.shardings(decoder.logical_axes(CONFIG), decoder.abstract_params(CONFIG), mesh)
+        with sharding.use(mesh):
+            params = jax.device_put(PARAMS, places)
+            prompts = jax.device_put(PROMPTS, sharding.batch_sharding(mesh))
+            out = generate(params, prompts, LENGTHS, config=CONFIG, sampling=sampling, max_new_tokens=8)
+            np.testing.assert_array_equal(out.tokens_BN, alone.tokens_BN)
+            np.testing.assert_allclose(out.logprobs_BN, alone.logprobs_BN, atol=2e-5)
+    finally:
+        sharding.make_mesh(sharding.MeshConfig(), devices=jax.devices()[:1])
