@@ -47,14 +47,15 @@ def plan_rows(lengths_D: np.ndarray, *, seq_len: int, packing: Packing, seed: in
 
     concat: documents in random order end to end, cut at row ends; every row is full, a last incomplete one is left for
     the next epoch's order. whole: no document is cut; best fit, largest first, within blocks of the random order.
-    Raises ValueError when no row results.
+    The rows are shuffled after that, so that a batch does not hold neighbouring parts of one long document. Raises
+    ValueError when no row results.
     """
     positions_D = np.maximum(np.asarray(lengths_D, np.int64) - 1, 0)
     order = np.random.default_rng((seed, epoch)).permutation(len(positions_D))
     if packing == "concat":
         plan = _concat(positions_D, order, seq_len)
     elif packing == "whole":
-        plan = _whole(positions_D, order, seq_len, np.random.default_rng((seed, epoch, 1)))
+        plan = _whole(positions_D, order, seq_len)
     else:
         raise ValueError(f"unknown packing {packing!r}; known: concat, whole")
     if plan.num_rows == 0:
@@ -63,7 +64,15 @@ def plan_rows(lengths_D: np.ndarray, *, seq_len: int, packing: Packing, seed: in
             f"no row of {seq_len} tokens results from {len(lengths_D)} documents with {int(positions_D.sum())} "
             f"positions in all (longest {int(positions_D.max(initial=0))}); give {wanted}"
         )
-    return plan
+    return _with_rows(plan, np.random.default_rng((seed, epoch, 1)).permutation(plan.num_rows))
+
+
+def _with_rows(plan: Plan, rows_R: np.ndarray) -> Plan:
+    """Returns the plan with its rows in the given order."""
+    num_pieces_R = np.diff(plan.first_R)[rows_R]
+    first_R = np.concatenate([[0], np.cumsum(num_pieces_R)])
+    pieces = np.repeat(plan.first_R[:-1][rows_R] - first_R[:-1], num_pieces_R) + np.arange(first_R[-1])
+    return Plan(first_R, plan.document_P[pieces], plan.start_P[pieces], plan.length_P[pieces], plan.num_left_out)
 
 
 def _concat(positions_D: np.ndarray, order: np.ndarray, seq_len: int) -> Plan:
@@ -80,7 +89,7 @@ def _concat(positions_D: np.ndarray, order: np.ndarray, seq_len: int) -> Plan:
     return Plan(first, order[which], starts, cuts - begins, len(positions_D) - len(order))
 
 
-def _whole(positions_D: np.ndarray, order: np.ndarray, seq_len: int, rng: np.random.Generator) -> Plan:
+def _whole(positions_D: np.ndarray, order: np.ndarray, seq_len: int) -> Plan:
     import bisect
 
     fitting = order[(positions_D[order] > 0) & (positions_D[order] <= seq_len)]
@@ -98,7 +107,6 @@ def _whole(positions_D: np.ndarray, order: np.ndarray, seq_len: int, rng: np.ran
                 rows.append([])
             rows[row].append(int(document))
             bisect.insort(open_rows, (space - size, row))
-    rows = [rows[i] for i in rng.permutation(len(rows))]
     documents = np.array([document for row in rows for document in row], np.int64)
     first = np.cumsum([0, *(len(row) for row in rows)])
     lengths = positions_D[documents] if len(documents) else np.zeros(0, np.int64)

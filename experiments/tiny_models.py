@@ -180,7 +180,7 @@ def sft(config: Tiny, root: Path) -> dict[str, Any]:
             optimizer=config.sft,
             schedule=Cosine(warmup_steps=10),
             checkpoint=CheckpointConfig(every=config.sft_steps, max_to_keep=1),
-            tracking=TrackingConfig(log_every=10),
+            tracking=TrackingConfig(log_every=10, wandb="disabled"),
             token_cache=str(root / ".tokens"),
             seed=config.seed,
         )

@@ -127,7 +127,8 @@ def _data(results: dict[str, dict]) -> list[Section]:
     rows = [[stage, reason, count] for stage, reasons in _nested(found["dropped"]) for reason, count in reasons]
     text = (
         f"{found['num_documents']:,} documents read, {found['num_kept']:,} kept, {found['num_held_out']:,} of them "
-        f"held out by file ({found['held_out_bytes'] / 1e6:.2f} MB beside {found['train_bytes'] / 1e6:.1f} MB for training)."
+        f"held out by file ({found['held_out_bytes'] / 1e6:.2f} MB beside "
+        f"{found['train_bytes'] / 1e6:.1f} MB for training)."
     )
     tokenizer = results.get("tokenizer", {})
     if "vocab_size" in tokenizer:
@@ -251,15 +252,16 @@ def _rounds(found: dict[str, Any]) -> list[Any]:
 
     return [
         Text(
-            f"{found['num_rounds']} rounds of {found['num_iterations']} iterations, {found['num_prompts']} prompts each. "
+            f"{found['num_rounds']} rounds of {found['num_iterations']} iterations, "
+            f"{found['num_prompts']} prompts each. "
             f"Largest difference between rollout and trainer log-probabilities: {found['logprob_difference']:.2g}. "
             f"{found['fast_path']}"
         ),
         Table(
             ["policy", "gold", "reward", "length (tokens)", "ended", "distinct", "KL to the fine-tuned model"],
             rows,
-            caption=f"{found['num_evaluated']} held-out prompts, one drawn completion each; 95 % intervals. The gold is "
-            "a program that nothing was trained on; the reward is what the policy was trained for.",
+            caption=f"{found['num_evaluated']} held-out prompts, one drawn completion each; 95 % intervals. The "
+            "gold is a program that nothing was trained on; the reward is what the policy was trained for.",
         ),
         Lines("Reward of the rollouts", {"reward": line("score")}, x_label="iteration", y_label="score"),
         Lines("KL to the reference", {"KL": line("kl")}, x_label="iteration", y_label="nats per response"),

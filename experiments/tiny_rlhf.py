@@ -179,7 +179,7 @@ def fit_reward(
         seed=config.seed,
     )
     about = {"stage": folder.name, "steps": steps, "num_pairs": len(pairs), "seed": config.seed}
-    with open_run(folder, about, tracking=TrackingConfig(log_every=5)) as run:
+    with open_run(folder, about, tracking=TrackingConfig(log_every=5, wandb="disabled")) as run:
         with open_checkpoints(run.checkpoints, CheckpointConfig(every=steps, max_to_keep=1)) as checkpoints:
             state = train(state, data, step, num_steps=steps, checkpoints=checkpoints, tracker=run)
     return state.trainable, read_rows(folder / "metrics.jsonl")

@@ -38,8 +38,14 @@ def pieces_of(plan):
     return list(zip(rows.tolist(), plan.document_P.tolist(), plan.start_P.tolist(), plan.length_P.tolist()))
 
 
-def seed_of_order(order):
-    return next(s for s in range(1000) if list(np.random.default_rng((s, 0)).permutation(len(order))) == list(order))
+def seed_of_order(order, *, num_rows):
+    """A seed whose first epoch takes the documents in this order and leaves the rows in theirs."""
+
+    def drawn(seed, size):
+        return list(np.random.default_rng(seed).permutation(size))
+
+    wanted = (list(order), list(range(num_rows)))
+    return next(s for s in range(1000) if (drawn((s, 0), len(order)), drawn((s, 0, 1), num_rows)) == wanted)
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
@@ -105,6 +111,13 @@ def test_a_plan_depends_on_seed_and_epoch_alone(packing):
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
 
+def test_rows_of_a_long_document_are_not_neighbours():
+    plan = plan_rows(np.array([4001]), seq_len=10, packing="concat", seed=0, epoch=0)
+    assert sorted(plan.start_P.tolist()) == list(range(0, 4000, 10))
+    followers = sum(b - a == 10 for a, b in itertools.pairwise(plan.start_P.tolist()))
+    assert followers < 20, "in a random order about one row in 400 stands behind the one before it"
+
+
 def test_unknown_packing_is_refused():
     with pytest.raises(ValueError, match="unknown packing 'best'; known: concat, whole"):
         plan_rows(np.array([9]), seq_len=4, packing="best", seed=0, epoch=0)
@@ -123,7 +136,7 @@ def row_by_hand(rows, index, *, tokens, targets, loss_mask, positions, segments)
 
 def test_concat_rows_by_hand(tmp_path):
     folder = token_folder(tmp_path / "a", [4, 6], masks=[[1, 0, 1, 1], [0, 1, 1, 0, 0, 1]])
-    rows = open_rows(folder, seq_len=4, packing="concat", seed=seed_of_order([0, 1]))
+    rows = open_rows(folder, seq_len=4, packing="concat", seed=seed_of_order([0, 1], num_rows=2))
     # Document 0 has three positions; the first of document 1 comes behind them, its other four are the next row.
     row_by_hand(
         rows, 0,
