@@ -4,24 +4,27 @@ For scripts and notebooks (everything else is imported from its room, `from inte
 
     model = internjax.open_model("runs/tiny/sft")
     logits_BTV = internjax.logits(model, tokens_BT)
+    text = internjax.generate(model, "def add(a, b):", max_new_tokens=32)
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from internjax.hf.generate import generate
     from internjax.hf.open import Model, logits, open_model
     from internjax.hf.save import save_model
 
 # Loaded when first asked for, so that `import internjax` costs nothing.
 _HOMES = {
     "Model": "internjax.hf.open",
+    "generate": "internjax.hf.generate",
     "logits": "internjax.hf.open",
     "open_model": "internjax.hf.open",
     "save_model": "internjax.hf.save",
 }
 
-__all__ = ["Model", "logits", "open_model", "save_model"]
+__all__ = ["Model", "generate", "logits", "open_model", "save_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,16 @@ from internjax.hf.folder import new_folder
 from internjax.hf.internlm2 import INTERNLM2
 from internjax.hf.llama import LLAMA
 from internjax.hf.mapping import Row, get_leaf, leaf_shapes, set_leaf, tensor_names
-from internjax.hf.weights import Plan, read_header, read_tensor, write_file, write_text
+from internjax.hf.weights import (
+    DTYPES,
+    Plan,
+    TensorInfo,
+    list_tensors,
+    read_header,
+    read_tensor,
+    write_file,
+    write_text,
+)
 from internjax.model.config import ModelConfig
 from internjax.model.lora import Lora, LoraConfig, apply_config, target_path
 
@@ -40,11 +49,14 @@ _HONOURED = {"r", "lora_alpha", "use_rslora"}
 
 
 class Adapter(NamedTuple):
-    """An adapter that was read: its config, its collection, and the base model that it names (None: it names none)."""
+    """An adapter that was read."""
 
     config: LoraConfig
     weights: dict
     base: str | None
+    """The base model that it names."""
+    copies: dict[str, TensorInfo]
+    """Tensors of the base that PEFT saved along (embedding and head, where they are adapted), by the base's names."""
 
 
 def save_adapter(
@@ -85,8 +97,11 @@ def save_adapter(
 
 def adapter_json(lora_config: LoraConfig, base: str | os.PathLike, *, model_config: ModelConfig) -> str:
     """Returns the text of adapter_config.json for an adapter of `base` in Llama's layout."""
+    if Path(base).is_dir():
+        list_tensors(Path(base))  # refuses a folder without weights now, not when the adapter is opened
+        base = Path(base).resolve()
     values = {
-        "base_model_name_or_path": str(Path(base).resolve()) if Path(base).is_dir() else str(base),
+        "base_model_name_or_path": str(base),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -158,7 +173,8 @@ def load_adapter(folder: str | os.PathLike, *, model_config: ModelConfig) -> Ada
         factors = [(read_tensor(tensors[a]), read_tensor(tensors[b])) for a, b in keys]
         _take(weights, row, factors, model_config, rank=values["r"], where=folder)
         targets += [_target(leaf) for leaf in row.leaves]
-    unmatched = sorted(set(tensors) - used)
+    copies = _base_copies(family.rows(model_config), tensors)
+    unmatched = sorted(set(tensors) - used - {key for key, _ in copies})
     if unmatched or not targets:
         raise ValueError(
             f"{folder / WEIGHTS} has {len(unmatched)} tensors that match nothing in the {family.name} layout"
@@ -168,7 +184,8 @@ def load_adapter(folder: str | os.PathLike, *, model_config: ModelConfig) -> Ada
     rank, alpha = values["r"], values["lora_alpha"]
     alpha = alpha * rank**0.5 if values.get("use_rslora") else alpha
     config = LoraConfig(rank=rank, alpha=alpha, targets=tuple(targets), dropout=values.get("lora_dropout") or 0.0)
-    return Adapter(config, weights, values.get("base_model_name_or_path") or None)
+    named = {name: tensors[key] for key, name in copies}
+    return Adapter(config, weights, values.get("base_model_name_or_path") or None, named)
 
 
 def from_collection(folder: Path, weights: dict, *, model_config: ModelConfig) -> Adapter:
@@ -190,7 +207,7 @@ def from_collection(folder: Path, weights: dict, *, model_config: ModelConfig) -
     if not targets:
         raise ValueError(f"{folder}: the checkpoint beside it holds no adapter but {sorted(weights)}")
     config = LoraConfig(rank=values["r"], alpha=values["lora_alpha"], targets=tuple(targets))
-    return Adapter(config, weights, values.get("base_model_name_or_path"))
+    return Adapter(config, weights, values.get("base_model_name_or_path"), {})
 
 
 def combine(adapters: list[Adapter]) -> Lora | None:
@@ -206,6 +223,25 @@ def combine(adapters: list[Adapter]) -> Lora | None:
         b = jnp.concatenate([node["b"] * (config.alpha / config.rank) for node, config in parts], axis=-2)
         set_leaf(weights, ".".join(target_path(target)), {"a": a, "b": b})
     return Lora(weights, 1.0)
+
+
+def _base_copies(rows: tuple[Row, ...], tensors: Mapping[str, TensorInfo]) -> list[tuple[str, str]]:
+    """Returns (key, the base's name) of tensors that are whole weights of the base."""
+    names = {row.name for row in rows if not row.per_layer}
+    found = [(key, key.removeprefix(_PREFIX).replace(".base_layer.weight", ".weight")) for key in tensors]
+    return [(key, name) for key, name in found if key.startswith(_PREFIX) and name in names]
+
+
+def check_copies(adapter: Adapter, base: Mapping[str, TensorInfo], *, where: Path) -> None:
+    """Raises ValueError where an adapter folder carries a weight that is not the base's: it was trained as a whole."""
+    for name, info in adapter.copies.items():
+        if name not in base or not np.array_equal(
+            read_tensor(info), read_tensor(base[name]).astype(DTYPES[info.dtype])
+        ):
+            raise ValueError(
+                f"{where} carries a {name} of its own, which differs from the base's; that is not an adapter. Merge it "
+                "with the library that made it, or take its own base"
+            )
 
 
 def _take(weights: dict, row: Row, factors: list, config: ModelConfig, *, rank: int, where: Path) -> None:

@@ -71,7 +71,7 @@ def open_model(
     config = dataclasses.replace(config, dtype=dtype or _default_dtype())
     tokenizer = _read_tokenizer(source.folder, config, values)
     generation = read_generation(source.folder, values, tokenizer)
-    origin = str(source.folder)
+    origin, tensors = str(source.folder), {}
     if source.checkpoints is not None and source.trained_adapter is None:
         params, step = _restore_params(source, config, mesh)
         if quantize is not None:
@@ -81,6 +81,8 @@ def open_model(
         tensors = list_tensors(source.folder)
         params = load_params(tensors, family, config, where=source.folder, mesh=mesh, quantize=quantize)
     loaded = [adapter.load_adapter(folder, model_config=config) for folder in source.adapters]
+    for folder, each in zip(source.adapters, loaded, strict=True):
+        adapter.check_copies(each, tensors, where=folder)
     if source.trained_adapter is not None:
         trained, step = _restore_adapter(source, config)
         loaded.append(trained)

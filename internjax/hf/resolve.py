@@ -44,6 +44,20 @@ def resolve(model: str | os.PathLike, *, adapters: Iterable[str | os.PathLike] =
     return source._replace(adapters=(*source.adapters, *(_adapter_folder(os.fspath(each)) for each in adapters)))
 
 
+def adapter_base(source: Source) -> Path:
+    """Returns the folder that an adapter trained on `source` names as its base.
+
+    Raises ValueError where no folder holds those weights: a checkpoint, or a model with adapters on it.
+    """
+    if source.checkpoints is None and not source.adapters:
+        return source.folder
+    what = "a checkpoint" if source.checkpoints is not None else "a model with adapters on it"
+    raise ValueError(
+        f"an adapter needs a folder as its base, and this base is {what}; write one first with "
+        "`python -m internjax.hf convert MODEL FOLDER` and train on FOLDER"
+    )
+
+
 def _resolve(text: str, *, seen: tuple[str, ...]) -> Source:
     path = _existing(text)
     if path is not None:

@@ -10,6 +10,8 @@ import pytest
 
 from internjax.hf.adapter import CONFIG, WEIGHTS, combine, load_adapter, save_adapter
 from internjax.hf.internlm2 import INTERNLM2
+from internjax.hf.open import open_model
+from internjax.hf.save import save_model
 from internjax.hf.weights import Plan, read_header, read_tensor, write_file
 from internjax.model import decoder
 from internjax.model.lora import LoraConfig, apply_config, init_lora, merge
@@ -182,6 +184,26 @@ def test_unmatched_missing_and_foreign_keys_are_refused(tmp_path, config, params
     deeper = dataclasses.replace(config, num_layers=4)
     with pytest.raises(ValueError, match=r"lacks base_model.model.model.layers.3"):
         load_adapter(tmp_path / "good", model_config=deeper)
+
+
+def test_weights_of_the_base_that_peft_saves_along_must_be_the_base_s(tmp_path, config, params):
+    save_model(tmp_path / "base", config=config, params=params, tokenizer=None)
+    save_adapter(tmp_path / "good", ALL, trained(ALL, params), tmp_path / "base", model_config=config)
+    tensors = {name: read_tensor(info) for name, info in read_header(tmp_path / "good" / WEIGHTS).items()}
+    head = np.asarray(params["head"]["kernel"]).T
+    key = "base_model.model.lm_head.base_layer.weight"
+    same = write_peft(tmp_path / "same", tensors | {key: head}, base_model_name_or_path=str(tmp_path / "base"))
+    assert open_model(same).lora is not None
+    other = write_peft(tmp_path / "other", tensors | {key: head + 1}, base_model_name_or_path=str(tmp_path / "base"))
+    with pytest.raises(ValueError, match=r"carries a lm_head.weight of its own, which differs from the base's"):
+        open_model(other)
+
+
+def test_a_base_folder_without_weights_is_refused_when_saving(tmp_path, config, params):
+    (tmp_path / "base").mkdir()
+    with pytest.raises(ValueError, match="has no model.safetensors"):
+        save_adapter(tmp_path / "a", ALL, trained(ALL, params), tmp_path / "base", model_config=config)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_folders_that_are_not_whole(tmp_path, config):

@@ -17,7 +17,7 @@ from internjax import sharding
 from internjax.hf import resolve as resolving
 from internjax.hf.adapter import save_adapter
 from internjax.hf.open import logits, mesh_of, open_model
-from internjax.hf.resolve import resolve
+from internjax.hf.resolve import adapter_base, resolve
 from internjax.hf.save import save_architecture, save_model
 from internjax.model import decoder
 from internjax.model.lora import LoraConfig, apply_config, init_lora, merge
@@ -129,6 +129,13 @@ def logits_of(params):
 
     inv_freq = decoder.rope.inv_freq(SMALL, length=TOKENS.shape[1])[None]
     return np.asarray(decoder.logits(params, jnp.asarray(TOKENS), config=SMALL, inv_freq_BF=inv_freq))
+
+
+def test_an_adapter_s_base_must_be_one_folder():
+    assert adapter_base(resolve("done")).name == "model"
+    for name, what in (("base+adapter", "a model with adapters on it"), ("running", "a checkpoint")):
+        with pytest.raises(ValueError, match=f"this base is {what}; write one first with `python -m internjax.hf"):
+            adapter_base(resolve(name))
 
 
 def test_two_adapters_add_up(params):
