@@ -7,16 +7,15 @@ import concurrent.futures
 import lzma
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from eval import ngram
-from eval.metrics import Interval, bootstrap_mean, wilson
+from eval.metrics import Interval, wilson
 from eval.tasks.library import Problem
 from experiments import library
-from experiments.library import BodyTask, Completion
 from internjax import sandbox
 from internjax.decode.generate import STOP, generate
 from internjax.decode.sample import make_sampling
@@ -132,36 +131,6 @@ def interpreter_score(model: Model, problems: Sequence[Problem], *, max_new_toke
         for i in range(min(8, len(problems)))
     ]
     return InterpreterScore(wilson(sum(ran), len(ran)), wilson(sum(right), len(right)), len(problems), samples)
-
-
-class GoldScore(NamedTuple):
-    """Of what a model wrote for held-out functions."""
-
-    gold: Interval
-    length: Interval
-    """Tokens."""
-    ended: float
-    distinct: float
-    """Share of different texts."""
-    count: int
-    samples: list[dict[str, Any]]
-
-
-def gold_score(model: Model, tasks: Sequence[BodyTask], *, max_new_tokens: int, seed: int) -> GoldScore:
-    """Returns the programmatic gold of one drawn completion (temperature 1) per task."""
-    drawn = replies(
-        model, [library.body_prompt(task) for task in tasks], max_new_tokens=max_new_tokens, temperature=1.0, seed=seed
-    )
-    texts = [reply.message.content for reply in drawn]
-    good = [library.gold(Completion(text, r.ended), task) for text, r, task in zip(texts, drawn, tasks, strict=True)]
-    return GoldScore(
-        wilson(sum(good), len(good)),
-        bootstrap_mean([float(len(reply.ids)) for reply in drawn]),
-        sum(reply.ended for reply in drawn) / len(drawn),
-        len(set(texts)) / len(texts),
-        len(tasks),
-        [{"prompt": t.prompt, "completion": x, "gold": g} for t, x, g in list(zip(tasks, texts, good))[:8]],
-    )
 
 
 class Baselines(NamedTuple):

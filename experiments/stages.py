@@ -84,6 +84,8 @@ class Finetune:
     """MODEL: a Hugging Face folder, an adapter folder, BASE+ADAPTER, a run folder, RUN@STEP, hf:ORG/NAME."""
     data: tuple[str, ...] = ()
     """Files of conversations; the format is detected (Alpaca, OpenAI messages, ShareGPT, MOSS, prompt/completion)."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """A row that is no conversation ends the run before it begins, or is left out and counted."""
     seq_len: int = 2048
     """Tokens of a packed row; a conversation that is longer is left out and counted."""
     batch_size: int = 8
@@ -144,7 +146,7 @@ def chat_tokens(config: Finetune, tokenizer: Tokenizer) -> Path:
 
     if not config.data:
         raise ValueError("no data given; name at least one file of conversations: --data my.jsonl")
-    digest = hashlib.sha256(f"{tokenizer.fingerprint} {tokenizer.chat_template}".encode())
+    digest = hashlib.sha256(f"{tokenizer.fingerprint} {tokenizer.chat_template} {config.bad_rows}".encode())
     for name in config.data:
         digest.update(hashlib.sha256(existing(name).read_bytes()).digest())
     folder = Path(config.token_cache) / digest.hexdigest()[:16]
@@ -157,6 +159,9 @@ def chat_tokens(config: Finetune, tokenizer: Tokenizer) -> Path:
         for sample in formats.conversations(name, format=found[name], on_bad_row=bad.append):
             rendered = chat.render(sample.messages, tokenizer)
             documents.append(TokenDocument(sample.place, list(rendered.ids), list(rendered.mask)))
+    if bad and config.bad_rows == "refuse":
+        others = f" (and {len(bad) - 1} more rows)" if bad[1:] else ""
+        raise ValueError(f"{bad[0]}{others}. Mend the file, or leave such rows out with --bad-rows skip")
     for message in bad[:5]:
         print(f"left out: {message}", file=sys.stderr)
     if not documents:
@@ -172,6 +177,18 @@ def chat_tokens(config: Finetune, tokenizer: Tokenizer) -> Path:
     return folder
 
 
+def _finished(config: Pretrain | Finetune, folder: Path) -> Trained | None:
+    """Returns the run in `folder` if it has ended; raises ValueError where the folder holds something else."""
+    if config.fresh or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    open_run(folder, config, tracking=config.tracking).close()
+    done = completed(folder)
+    if done is None:
+        return None
+    print(f"{folder} is complete (--fresh runs it anew)")
+    return Trained(folder, done)
+
+
 def _summary(folder: Path, **values: Any) -> dict[str, Any]:
     """Returns the last logged loss and the median speed of a run, with `values`."""
     metrics = read_rows(folder / "metrics.jsonl")
@@ -183,32 +200,27 @@ def _summary(folder: Path, **values: Any) -> dict[str, Any]:
 def pretrain(config: Pretrain, *, callbacks: Sequence[Every] = ()) -> Trained:
     """Returns the run folder of a pre-training: checkpoints, metrics, and model/ in Hugging Face form."""
     folder = run_path(config.run)
-    done = None if config.fresh else completed(folder)
+    if (finished := _finished(config, folder)) is not None:
+        return finished
+    # All that can be wrong is read before the folder is made, or an earlier one removed.
+    tokenizer = _fitting_tokenizer(config)
+    rows = open_rows(
+        config.data.folder,
+        seq_len=config.data.seq_len,
+        packing="concat",
+        seed=config.seed,
+        tokenizer_sha256=tokenizer.fingerprint,
+    )
+    rows.plan(0)
+    data = batches(rows, batch_size=config.data.batch_size)
+    mesh = mesh_of(config.mesh)
+    optimizer = make_optimizer(config.optimizer, config.schedule, config.num_steps)
+    step = make_step(next_token(config.model), optimizer, accumulate=config.accumulate, mesh=mesh)
+    params, axes = initial_params(config, mesh)
+    state = init_state(params, optimizer, seed=config.seed, mesh=mesh, axes=axes)
+    print(f"attention back end {config.model.attention}, {num_params(config.model):,} parameters, mesh {mesh}")
     with open_run(folder, config, fresh=config.fresh, tracking=config.tracking) as run:
-        if done is not None:
-            print(f"{folder} is complete (--fresh runs it anew)")
-            return Trained(folder, done)
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        if tokenizer.vocab_size > config.model.vocab_size:
-            raise ValueError(
-                f"the tokenizer in {config.data.tokenizer} has {tokenizer.vocab_size} tokens, the model's embedding "
-                f"{config.model.vocab_size} rows; set model.vocab_size to at least {tokenizer.vocab_size}"
-            )
-        rows = open_rows(
-            config.data.folder,
-            seq_len=config.data.seq_len,
-            packing="concat",
-            seed=config.seed,
-            tokenizer_sha256=tokenizer.fingerprint,
-        )
-        data = batches(rows, batch_size=config.data.batch_size)
-        mesh = mesh_of(config.mesh)
-        params, axes = initial_params(config, mesh)
-        optimizer = make_optimizer(config.optimizer, config.schedule, config.num_steps)
-        state = init_state(params, optimizer, seed=config.seed, mesh=mesh, axes=axes)
         save_architecture(folder, config=config.model, tokenizer=tokenizer)
-        step = make_step(next_token(config.model), optimizer, accumulate=config.accumulate, mesh=mesh)
-        print(f"attention back end {config.model.attention}, {num_params(config.model):,} parameters, mesh {mesh}")
         with open_checkpoints(run.checkpoints, config.checkpoint) as checkpoints:
             state = train(
                 state, data, step, num_steps=config.num_steps, checkpoints=checkpoints, tracker=run, callbacks=callbacks
@@ -224,6 +236,19 @@ def pretrain(config: Pretrain, *, callbacks: Sequence[Every] = ()) -> Trained:
         summary = _summary(folder, num_params=num_params(config.model), num_traces=step.num_traces)
         run.complete(summary)
     return Trained(folder, summary)
+
+
+def _fitting_tokenizer(config: Pretrain) -> Tokenizer:
+    for name, value in (("folder", config.data.folder), ("tokenizer", config.data.tokenizer)):
+        if not value:
+            raise ValueError(f"no data.{name} given; name a folder: --data.{name} FOLDER")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {config.data.tokenizer} has {tokenizer.vocab_size} tokens, the model's embedding "
+            f"{config.model.vocab_size} rows; set model.vocab_size to at least {tokenizer.vocab_size}"
+        )
+    return tokenizer
 
 
 def initial_params(config: Pretrain, mesh) -> tuple[dict, dict]:
@@ -254,31 +279,23 @@ def finetune(config: Finetune, *, callbacks: Sequence[Every] = ()) -> Trained:
     if not config.model:
         raise ValueError("no model given; name one: --model FOLDER (a Hugging Face folder or a run)")
     folder = run_path(config.run)
-    done = None if config.fresh else completed(folder)
+    if (finished := _finished(config, folder)) is not None:
+        return finished
+    # All that can be wrong is read before the folder is made, or an earlier one removed.
+    mesh = mesh_of(config.mesh)
+    model = _whole_model(config.model, mesh)
+    rows = _conversation_rows(config, model)
+    num_steps = config.num_steps or max(1, round(config.num_epochs * rows.plan(0).num_rows / config.batch_size))
+    warmup = min(config.schedule.warmup_steps, max(1, num_steps // 10))
+    optimizer = make_optimizer(config.optimizer, dataclasses.replace(config.schedule, warmup_steps=warmup), num_steps)
+    data = batches(rows, batch_size=config.batch_size)
+    state, loss = _finetune_state(config, model, optimizer, mesh)
+    step = make_step(loss, optimizer, accumulate=config.accumulate, mesh=mesh)
     with open_run(folder, config, fresh=config.fresh, tracking=config.tracking) as run:
-        if done is not None:
-            print(f"{folder} is complete (--fresh runs it anew)")
-            return Trained(folder, done)
-        mesh = mesh_of(config.mesh)
-        model = _whole_model(config.model, mesh)
-        rows = _conversation_rows(config, model)
-        num_steps = config.num_steps or max(1, round(config.num_epochs * rows.plan(0).num_rows / config.batch_size))
-        warmup = min(config.schedule.warmup_steps, max(1, num_steps // 10))
-        optimizer = make_optimizer(
-            config.optimizer, dataclasses.replace(config.schedule, warmup_steps=warmup), num_steps
-        )
-        state, loss = _finetune_state(config, model, optimizer, mesh)
         _save_architecture(config, model, folder)
-        step = make_step(loss, optimizer, accumulate=config.accumulate, mesh=mesh)
         with open_checkpoints(run.checkpoints, config.checkpoint) as checkpoints:
             state = train(
-                state,
-                batches(rows, batch_size=config.batch_size),
-                step,
-                num_steps=num_steps,
-                checkpoints=checkpoints,
-                tracker=run,
-                callbacks=callbacks,
+                state, data, step, num_steps=num_steps, checkpoints=checkpoints, tracker=run, callbacks=callbacks
             )
         _export_finetuned(folder, config, model, state.trainable)
         plan = rows.plan(0)

@@ -38,12 +38,21 @@ class Tiny:
     max_new_tokens: int = 48
     """Longest answer in RLHF and evaluation."""
     reward_steps: int = 60
-    num_iterations: int = 12
+    num_iterations: int = 8
     """PPO iterations of each of the two RLHF rounds."""
     num_prompts: int = 64
     """Prompts of an iteration."""
-    num_evaluated: int = 200
-    """Held-out prompts of the gold score."""
+    actor_rate: float = 5e-4
+    """Learning rate of the policy in RLHF."""
+    critic_rate: float = 1e-3
+    num_evaluated: int = 256
+    """Held-out prompts of the gold score; a multiple of num_prompts."""
+
+    def __post_init__(self):
+        if self.num_evaluated % self.num_prompts or self.num_prompts % 2:
+            raise ValueError(
+                f"num_prompts must be even and divide num_evaluated; given {self.num_prompts} and {self.num_evaluated}"
+            )
 
 
 class Skip(Exception):

@@ -1,6 +1,7 @@
 """The first half of the tiny chain: from documents to a model that was pre-trained and fine-tuned."""
 
 import json
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from internjax.train.checkpoint import CheckpointConfig
 from internjax.train.optimizer import Cosine
 from internjax.train.tracking import TrackingConfig
 
-NUM_PROBLEMS = 500
-"""Interpreter turns to learn from."""
+NUM_PROBLEMS, NUM_BODIES, NUM_DESCRIPTIONS = 800, 800, 400
+"""Conversations to learn from, of each kind."""
 NUM_HELD_OUT_PROBLEMS = 100
 
 
@@ -173,6 +174,7 @@ def sft(config: Tiny, root: Path) -> dict[str, Any]:
             run=str(root / "sft"),
             model=str(root / "pretrain"),
             data=files,
+            bad_rows="skip",  # named and counted by the first stage
             seq_len=config.seq_len,
             batch_size=config.sft_batch_size,
             num_steps=config.sft_steps,
@@ -197,10 +199,13 @@ def train_problems(config: Tiny):
 def _write_chats(config: Tiny, root: Path) -> Path:
     """Writes the conversations made of the library's training facts, as a file that `finetune` reads like any other."""
     known = facts(root, config, held_out=False)
-    learn, _ = train_problems(config)
-    chats = library.interpreter_chats(learn)
-    chats += library.body_chats(library.body_tasks(known))
-    chats += library.description_chats(known)
+    rng = random.Random(config.seed)
+    bodies = library.body_tasks(known)
+    rng.shuffle(bodies)
+    rng.shuffle(known)
+    chats = library.interpreter_chats(train_problems(config)[0])
+    chats += library.body_chats(bodies[:NUM_BODIES])
+    chats += library.description_chats(known[: NUM_DESCRIPTIONS // 2])
     path = root / "data" / "chats.jsonl"
     path.write_text("".join(json.dumps(formats.to_row(chat)) + "\n" for chat in chats))
     return path

@@ -5,6 +5,7 @@ Preferences are made by a program (`library.preference`), so the reward model ca
 """
 
 import dataclasses
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +15,18 @@ import jax
 import numpy as np
 
 from data_pipelines.loading import batches, open_rows
+from eval.metrics import bootstrap_mean, wilson
 from experiments import library, measure, tiny_models
 from experiments.library import CONDITIONS, BodyTask, Completion, condition_of
 from experiments.tiny_config import Skip, Tiny
 from internjax.hf.open import Model, open_model
 from internjax.hf.save import save_model
-from internjax.rlhf import ppo as ppo_module
+from internjax.model.config import ModelConfig
+from internjax.rlhf import cool, monitor, ppo
 from internjax.rlhf.config import End, PPOConfig
 from internjax.rlhf.pairs import Conditions, Pair, make_conditions, preference_batch, preference_batches
 from internjax.rlhf.reward import from_lm, ranking, score_pairs
-from internjax.rlhf.rollout import Prompts, Weights, model_reward
+from internjax.rlhf.rollout import Prompts, Reward, Weights, evaluate, model_reward, response_mask
 from internjax.text import chat
 from internjax.text.chat import Message
 from internjax.text.tokenizer import IM_END, REWARD, Tokenizer
@@ -138,32 +141,39 @@ def reward(config: Tiny, root: Path) -> dict[str, Any]:
         )
     ]
     params, reward_config = from_lm(model.params, model.config, jax.random.key(config.seed))
-    params, rows = fit_reward(
-        config, root / "reward", params, reward_config, pairs, tokenizer, steps=config.reward_steps
-    )
-    accuracy = pair_accuracy(params, reward_config, unseen, tokenizer)
+    fitted = fit_reward(config, root / "reward", params, reward_config, pairs, tokenizer, steps=config.reward_steps)
+    accuracy = pair_accuracy(fitted.params, reward_config, unseen, tokenizer)
     save_model(
         root / "reward" / "model",
         config=reward_config,
-        params=params,
+        params=fitted.params,
         tokenizer=tokenizer,
         layout="internlm2",
         provenance={"pairs": len(pairs), "conditions": list(CONDITIONS)},
         overwrite=True,
     )
+    lines = [json.dumps(pair._asdict()) + "\n" for pair in pairs]
+    (root / "reward" / "pairs.jsonl").write_text("".join(lines))
     print(f"{len(pairs)} pairs; held-out accuracy by condition: {accuracy}")
     return {
         "num_pairs": len(pairs),
         "num_held_out_pairs": len(unseen),
         "held_out_accuracy": accuracy,
-        "curve": [{"step": row["step"], "loss": row["loss"], "accuracy": row["accuracy"]} for row in rows],
+        "curve": [{"step": row["step"], "loss": row["loss"], "accuracy": row["accuracy"]} for row in fitted.rows],
     }
+
+
+class FittedReward(NamedTuple):
+    """A reward model's parameters, and the logged metrics of its training."""
+
+    params: dict
+    rows: list[dict[str, Any]]
 
 
 def fit_reward(
     config: Tiny, folder: Path, params: dict, reward_config, pairs: Sequence[Pair], tokenizer: Tokenizer, *, steps: int
-) -> tuple[dict, list[dict[str, Any]]]:
-    """Returns the reward model's parameters after `steps` batches of pairs, and its logged metrics."""
+) -> FittedReward:
+    """Returns the reward model after `steps` batches of pairs, from `params` on."""
     conditions = conditions_of(tokenizer)
     optimizer = make_optimizer(
         AdamW(peak_lr=1e-3, weight_decay=0.01), Cosine(warmup_steps=5, final_fraction=0.5), steps
@@ -182,7 +192,7 @@ def fit_reward(
     with open_run(folder, about, tracking=TrackingConfig(log_every=5, wandb="disabled")) as run:
         with open_checkpoints(run.checkpoints, CheckpointConfig(every=steps, max_to_keep=1)) as checkpoints:
             state = train(state, data, step, num_steps=steps, checkpoints=checkpoints, tracker=run)
-    return state.trainable, read_rows(folder / "metrics.jsonl")
+    return FittedReward(state.trainable, read_rows(folder / "metrics.jsonl"))
 
 
 def pair_accuracy(params: dict, reward_config, pairs: Sequence[Pair], tokenizer: Tokenizer) -> dict[str, float]:
@@ -202,93 +212,242 @@ def pair_accuracy(params: dict, reward_config, pairs: Sequence[Pair], tokenizer:
 
 # --- rounds ----------------------------------------------------------------------------------------------------------
 
+NUM_ROUNDS = 2
+WARM_UP_ITERATIONS = 2
+REFRESH_SHARE = 3
+"""Original pairs per targeted pair when the reward model is refreshed between rounds."""
+
+
+class Setting(NamedTuple):
+    """What stays the same over the rounds."""
+
+    config: Tiny
+    run: ppo.PPO
+    reference: Weights
+    tokenizer: Tokenizer
+    reward_config: ModelConfig
+    train_tasks: list[BodyTask]
+    held_out: list[BodyTask]
+    prompts: dict[BodyTask, list[int]]
+
 
 def ppo_config(config: Tiny) -> PPOConfig:
-    """Returns the report's settings, but for what a tiny model in a minute needs otherwise."""
+    """Returns the report's settings; lengths and batch are a tiny model's, and an answer cut off is judged as it is."""
     return PPOConfig(
-        max_new_tokens=config.max_new_tokens,
-        minibatch_size=config.num_prompts // 2,
-        num_epochs=1,
-        truncation=End(),
-        pretrain_coefficient=0.5,
+        max_new_tokens=config.max_new_tokens, minibatch_size=config.num_prompts // 2, truncation=End(), num_epochs=1
     )
 
 
 def rlhf(config: Tiny, root: Path) -> dict[str, Any]:
-    """Runs the rounds: critic warm-up, PPO, targeted pairs, a refreshed reward model, PPO again."""
+    """Runs the rounds: PPO, targeted pairs from early and late answers, a refreshed reward model, PPO again.
+
+    A round that has ended is kept: an interrupted stage goes on with the next one.
+    """
     model, scorer = open_model(root / "sft"), open_model(root / "reward")
+    setting = _setting(config, root, model, scorer.config)
+    critic, _ = from_lm(scorer.params, scorer.config)
+    state, reward_params = ppo.init(setting.run, model.params, critic), scorer.params
+    pairs = _read_pairs(root / "reward" / "pairs.jsonl")
+    rows = open_rows(root / "tokenizer" / "train", seq_len=128, packing="concat", seed=config.seed + 1)
+    text = batches(rows, batch_size=8)
+    report = {"evaluations": [], "curve": [], "alarms": [], "num_pairs": []}
+    for index in range(NUM_ROUNDS):
+        folder = root / "rlhf" / f"round_{index}"
+        done = _restored(folder, state)
+        if done is None:
+            reward_fn = _reward_fn(setting, reward_params)
+            if index == 0:
+                report["evaluations"].append(_evaluate("fine-tuned", setting, state, reward_fn))
+            result = cool.run_round(
+                setting.run,
+                state,
+                lambda number, at: _prompts(setting, setting.train_tasks, number * 1000 + at),
+                _prompts(setting, setting.train_tasks, 777),
+                reward_fn,
+                round_index=index,
+                num_iterations=config.num_iterations,
+                warm_up_iterations=WARM_UP_ITERATIONS if index == 0 else 0,
+                reference=setting.reference,
+                pretrain=text,
+                log=_show,
+            )
+            state = result.state
+            report["curve"] += [row for row in result.metrics if not row["warm_up"]]
+            report["evaluations"].append(_evaluate(f"round {index + 1}", setting, state, reward_fn))
+            found = monitor.drift(result.early, result.late, _gold_of(setting))
+            report["alarms"].append(found.alarms)
+            new = monitor.fast_path(result.early, result.late, _gold_of(setting), list(CONDITIONS))
+            report["num_pairs"].append(len(new))
+            print(f"round {index + 1}: alarms {found.alarms or 'none'}, {len(new)} targeted pairs")
+            if new and index + 1 < NUM_ROUNDS:
+                mixed = new + random.Random(config.seed).sample(pairs, min(len(pairs), REFRESH_SHARE * len(new)))
+                reward_params = fit_reward(
+                    config, folder / "reward", reward_params, scorer.config, mixed, setting.tokenizer, steps=20
+                ).params
+            _keep(folder, state, report, setting, reward_params)
+        else:
+            state, report, reward_params = done
+    final = dataclasses.replace(model, params=state.actor.trainable)
+    save_model(
+        root / "rlhf" / "model",
+        config=final.config,
+        params=final.params,
+        tokenizer=setting.tokenizer,
+        generation=model.generation,
+        provenance={"rounds": NUM_ROUNDS, "iterations": config.num_iterations},
+        overwrite=True,
+    )
+    return report | {
+        "num_rounds": NUM_ROUNDS,
+        "num_iterations": config.num_iterations,
+        "num_prompts": config.num_prompts,
+        "num_evaluated": config.num_evaluated,
+        "logprob_difference": max(row["logprob_difference"] for row in report["curve"]),
+        "fast_path": f"Targeted pairs after each round: {report['num_pairs']}; alarms: {report['alarms']}.",
+        "samples": report["evaluations"][-1]["samples"],
+    }
+
+
+def _setting(config: Tiny, root: Path, model: Model, reward_config: ModelConfig) -> Setting:
     tokenizer = model.tokenizer
     train_tasks = tasks_of(config, root, tokenizer, held_out=False)
     held_out = tasks_of(config, root, tokenizer, held_out=True)
-    held_out = (held_out * (1 + config.num_evaluated // max(1, len(held_out))))[: config.num_evaluated]
-    settings = ppo_config(config)
-    num_updates = 2 * config.num_iterations * 2
-    run = ppo_module.make_ppo(
-        settings,
+    # Where there are fewer held-out functions than evaluated prompts, each is drawn for more than once.
+    held_out = [held_out[i % len(held_out)] for i in range(config.num_evaluated)]
+    num_updates = 2 * (NUM_ROUNDS * config.num_iterations + WARM_UP_ITERATIONS)
+    optimizers = [
+        make_optimizer(AdamW(peak_lr=rate, weight_decay=0.0, b2=0.99, eps=1e-5), Constant(2), num_updates)
+        for rate in (config.actor_rate, config.critic_rate)
+    ]
+    run = ppo.make_ppo(
+        ppo_config(config),
         model.config,
-        scorer.config,
+        reward_config,
         stop_ids=chat.stop_ids(tokenizer),
-        actor_optimizer=make_optimizer(AdamW(peak_lr=3e-4, weight_decay=0.0, eps=1e-5), Constant(2), num_updates),
-        critic_optimizer=make_optimizer(AdamW(peak_lr=1e-3, weight_decay=0.0, eps=1e-5), Constant(2), 2 * num_updates),
+        actor_optimizer=optimizers[0],
+        critic_optimizer=optimizers[1],
         seed=config.seed,
     )
-    critic, _ = from_lm(scorer.params, scorer.config)
-    state = ppo_module.init(run, model.params, critic)
-    reward_fn = model_reward(
-        Weights(scorer.params),
-        conditions_of(tokenizer),
-        config=scorer.config,
-        reward_token_id=tokenizer.special[REWARD],
-    )
-    rows = open_rows(root / "tokenizer" / "train", seq_len=128, packing="concat", seed=config.seed + 1)
-    text = batches(rows, batch_size=8)
-    curve = []
-    for index in range(config.num_iterations):
-        prompts = make_prompts(train_tasks, tokenizer, count=config.num_prompts, offset=index * config.num_prompts)
-        out = ppo_module.iteration(
-            run,
-            state,
-            prompts,
-            reward_fn,
-            reference=Weights(model.params),
-            pretrain=text,
-            place=(0, index),
-            train_actor=index >= 2,
-        )
-        state = out.state
-        curve.append(out.metrics)
-        print(
-            index,
-            {
-                k: round(v, 3)
-                for k, v in out.metrics.items()
-                if k
-                in (
-                    "score",
-                    "kl",
-                    "length",
-                    "ended",
-                    "logprob_difference",
-                    "explained_variance",
-                    "entropy",
-                    "first_ratio_deviation",
-                )
-            },
-            flush=True,
-        )
-    after = dataclasses.replace(model, params=state.actor.trainable)
-    for name, m in (("before", model), ("after", after)):
-        print(name, measure.gold_score(m, held_out, max_new_tokens=config.max_new_tokens, seed=1))
-    return {"curve": curve}
+    prompts = {task: prompt_ids(task, tokenizer) for task in {*train_tasks, *held_out}}
+    return Setting(config, run, Weights(model.params), tokenizer, reward_config, train_tasks, held_out, prompts)
 
 
-def make_prompts(tasks: Sequence[BodyTask], tokenizer: Tokenizer, *, count: int, offset: int) -> Prompts:
-    """Returns `count` prompts from `offset` on, round and round."""
-    names = list(CONDITIONS)
-    chosen = [tasks[(offset + i) % len(tasks)] for i in range(count)]
-    tokens = np.zeros((count, MAX_PROMPT_TOKENS), np.int32)
-    lengths = np.zeros(count, np.int32)
+def _prompts(setting: Setting, tasks: Sequence[BodyTask], block: int) -> Prompts:
+    """Returns the prompts of a block of tasks, round and round."""
+    count, names = setting.config.num_prompts, list(CONDITIONS)
+    chosen = [tasks[(block * count + i) % len(tasks)] for i in range(count)]
+    tokens, lengths = np.zeros((count, MAX_PROMPT_TOKENS), np.int32), np.zeros(count, np.int32)
     for row, task in enumerate(chosen):
-        ids = prompt_ids(task, tokenizer)
+        ids = setting.prompts[task]
         tokens[row, : len(ids)], lengths[row] = ids, len(ids)
     return Prompts(tokens, lengths, np.array([names.index(condition_of(task)) for task in chosen], np.int32))
+
+
+def _reward_fn(setting: Setting, params: dict) -> Reward:
+    return model_reward(
+        Weights(params),
+        conditions_of(setting.tokenizer),
+        config=setting.reward_config,
+        reward_token_id=setting.tokenizer.special[REWARD],
+    )
+
+
+def _completion(setting: Setting, ids: Sequence[int], ended: bool) -> Completion:
+    return Completion(chat.parse(ids[: len(ids) - ended], setting.tokenizer).content, ended)
+
+
+def _gold_of(setting: Setting) -> monitor.Gold:
+    task_of = {tuple(ids): task for task, ids in setting.prompts.items()}
+
+    def gold(samples: monitor.Samples) -> np.ndarray:
+        rows = zip(samples.prompts, samples.responses, samples.ended, strict=True)
+        return np.array([library.gold(_completion(setting, r, bool(e)), task_of[tuple(p)]) for p, r, e in rows], float)
+
+    return gold
+
+
+def _evaluate(name: str, setting: Setting, state: ppo.PPOState, reward_fn: Reward) -> dict[str, Any]:
+    """Returns gold, reward, length, distinct share and KL of the policy on the held-out prompts, one draw each."""
+    gold, rewards, lengths, kls, texts, samples, ended = [], [], [], [], [], [], []
+    settings, count = setting.run.config, setting.config.num_prompts
+    for block in range(len(setting.held_out) // count):
+        # The same draws (seeds) for every policy, so that they differ by the policy alone.
+        drawn = ppo.draw(setting.run, state, _prompts(setting, setting.held_out, block), place=(2, block))
+        found = evaluate(
+            Weights(state.actor.trainable),
+            setting.reference,
+            Weights(state.critic.trainable),
+            drawn,
+            config=setting.run.model_config,
+            critic_config=setting.run.critic_config,
+            block_rows=settings.minibatch_size,
+            temperature=settings.temperature,
+        )
+        mask = np.asarray(response_mask(drawn)) > 0
+        kls += list(np.where(mask, np.asarray(found.logprobs_BT - found.ref_logprobs_BT), 0.0).sum(axis=1))
+        answers = monitor.make_samples(drawn, np.asarray(reward_fn(drawn), np.float32))
+        rewards += list(answers.rewards)
+        gold += list(_gold_of(setting)(answers))
+        lengths += [len(response) for response in answers.responses]
+        ended += list(answers.ended)
+        for task, response, end in zip(
+            setting.held_out[block * count : (block + 1) * count], answers.responses, answers.ended, strict=True
+        ):
+            text = _completion(setting, response, bool(end)).text
+            texts.append(text)
+            samples.append({"prompt": task.prompt, "completion": text, "gold": bool(gold[len(samples)])})
+    row = {
+        "name": name,
+        "gold": wilson(int(sum(gold)), len(gold))._asdict(),
+        "reward": bootstrap_mean([float(r) for r in rewards])._asdict(),
+        "length": bootstrap_mean([float(n) for n in lengths])._asdict(),
+        "ended": float(np.mean(ended)),
+        "distinct": len(set(texts)) / len(texts),
+        "kl": float(np.mean(kls)),
+        "samples": samples[:8],
+    }
+    print(f"{name}: gold {row['gold']['value']:.0%}, reward {row['reward']['value']:.2f}, KL {row['kl']:.2f}")
+    return row
+
+
+def _show(row: dict[str, float]) -> None:
+    print(
+        f"  round {int(row['round']) + 1} iteration {int(row['iteration']) + 1}: reward {row['score']:.2f}, "
+        f"ended {row['ended']:.0%}, length {row['length']:.0f}, KL {row['kl']:.2f}",
+        flush=True,
+    )
+
+
+def _keep(folder: Path, state: ppo.PPOState, report: dict[str, Any], setting: Setting, reward_params: dict) -> None:
+    """Writes the state of policy and critic and all that the next round stands on; report.json is last."""
+    for name, part in (("actor", state.actor), ("critic", state.critic)):
+        with open_checkpoints(folder / name, CheckpointConfig(max_to_keep=1)) as checkpoints:
+            checkpoints.save(part)
+            checkpoints.wait()
+    save_model(
+        folder / "reward_model",
+        config=setting.reward_config,
+        params=reward_params,
+        tokenizer=setting.tokenizer,
+        layout="internlm2",
+        overwrite=True,
+    )
+    part = folder / ".report.part"
+    part.write_text(json.dumps(report) + "\n")
+    part.rename(folder / "report.json")
+
+
+def _restored(folder: Path, state: ppo.PPOState) -> tuple[ppo.PPOState, dict[str, Any], dict] | None:
+    """Returns what a round that has ended left, or None."""
+    if not (folder / "report.json").is_file():
+        return None
+    parts = []
+    for name, part in (("actor", state.actor), ("critic", state.critic)):
+        with open_checkpoints(folder / name, CheckpointConfig(max_to_keep=1)) as checkpoints:
+            parts.append(checkpoints.restore(part))
+    report = json.loads((folder / "report.json").read_text())
+    return ppo.PPOState(*parts), report, open_model(folder / "reward_model").params
+
+
+def _read_pairs(path: Path) -> list[Pair]:
+    return [Pair(**json.loads(line)) for line in path.read_text().splitlines()]
