@@ -82,17 +82,20 @@ def _load_row(params: dict, row: Row, tensors, config: ModelConfig, *, mesh, axe
     dtype = functools.reduce(jnp.promote_types, (DTYPES[tensors[name].dtype] for name in names))
     homes = [_home(leaf, config, dtype, row.per_layer, mesh, axes, quantize) for leaf in row.leaves]
     # A leaf that is small is put together on the host: nothing has to be compiled for it.
-    if not row.per_layer or sum(tensors[name].nbytes for name in names) <= HOST_STACK_BYTES:
+    if sum(tensors[name].nbytes for name in names) <= HOST_STACK_BYTES:
         layers = [row.split(read_tensor(tensors[name]), config) for name in names]
         leaves = [_whole([parts[i] for parts in layers], home, row.per_layer, dtype) for i, home in enumerate(homes)]
     else:
-        leaves = [_zeros(home) for home in homes]
+        leaves = [_zeros(home) if row.per_layer else None for home in homes]
         for layer, name in enumerate(names):
             for index, part in enumerate(row.split(read_tensor(tensors[name]), config)):
                 home = homes[index]
                 part = jnp.asarray(part) if home.raw is None else jax.device_put(part, home.raw)
                 part = _prepare(part, str(dtype), transpose=home.transpose, scheme=home.scheme, group=home.group)
-                leaves[index] = _placer(home.shardings)(leaves[index], part, layer)
+                leaves[index] = (
+                    _placer(home.shardings)(leaves[index], part, layer) if row.per_layer else _put(part, home)
+                )
+            jax.block_until_ready(leaves)  # else reading runs ahead, and the host holds many tensors
     for path, leaf in zip(row.leaves, leaves, strict=True):
         set_leaf(params, path, leaf)
 
@@ -108,7 +111,11 @@ def _quantized(leaf: jax.Array, home: "_Home"):
     """Returns a leaf that is in place, quantised if its home says so."""
     if home.scheme is None:
         return leaf
-    leaf = quantize_array(leaf, scheme=home.scheme, group=home.group)
+    return _put(quantize_array(leaf, scheme=home.scheme, group=home.group), home)
+
+
+def _put(leaf, home: "_Home"):
+    """Returns the arrays of a leaf on their shardings."""
     if home.shardings is None:
         return leaf
     arrays, structure = jax.tree.flatten(leaf)
@@ -244,6 +251,7 @@ def _exportable(params: dict, path: str, shape: tuple[int, ...], config: ModelCo
 def _fetch(row: Row, leaves: list, layer: int | None, config: ModelConfig) -> np.ndarray:
     parts = []
     for path, leaf in zip(row.leaves, leaves, strict=True):
-        part = np.asarray(leaf if layer is None else leaf[layer])
-        parts.append(part.T if is_kernel(path) else part)
+        part = leaf if layer is None else leaf[layer]
+        # Turned around on the device, which is much faster at it than NumPy.
+        parts.append(np.asarray(part.T if is_kernel(path) else part))
     return row.fuse(parts, config)
