@@ -251,6 +251,11 @@ def init(
     )
 
 
+def replace_critic(ppo: PPO, state: PPOState, critic: dict, *, critic_base: dict | None = None) -> PPOState:
+    """Returns the state with a fresh critic, made from the reward model of a new round, and a fresh optimizer of it."""
+    return state._replace(critic=_train_state(critic, critic_base, ppo.critic_lora, ppo.critic_optimizer, "critic"))
+
+
 def _train_state(trainable, base, lora_config, optimizer, name: str) -> TrainState:
     if (lora_config is None) != (base is None):
         wanted = f"{name} without {name}_base" if lora_config is None else f"the adapters and {name}_base"
