@@ -217,3 +217,42 @@ def open_tokens(folder: str | os.PathLike, *, tokenizer_sha256: str | None = Non
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     # An empty file cannot be mapped.
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line: `python -m data_pipelines.tokens --input FILE... --tokenizer MODEL --output DIR`."""
+    import argparse
+    import sys
+
+    from data_pipelines import sources
+    from internjax.hf.resolve import resolve
+    from internjax.text.tokenizer import load_tokenizer, save_tokenizer
+
+    parser = argparse.ArgumentParser(prog="python -m data_pipelines.tokens", description="Documents -> a token folder.")
+    parser.add_argument("--input", nargs="+", required=True, help="JSONL, parquet or text files, or folders of them")
+    parser.add_argument("--tokenizer", required=True, help="a folder with tokenizer.json, or a model (MODEL grammar)")
+    parser.add_argument("--output", required=True, help="token folder to write; the tokenizer is kept in it as well")
+    args = parser.parse_args(arguments)
+    try:
+        own = Path(args.tokenizer)
+        tokenizer = load_tokenizer(own if (own / "tokenizer.json").is_file() else resolve(args.tokenizer).folder)
+        bad: list[str] = []
+        documents = sources.read(args.input, on_bad_row=bad.append)
+        manifest = write_tokens(
+            args.output, text_documents(((d.id, d.text) for d in documents), tokenizer), tokenizer=tokenizer
+        )
+        save_tokenizer(tokenizer, Path(args.output) / "tokenizer")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for message in bad[:10]:
+        print(f"left out: {message}", file=sys.stderr)
+    print(
+        f"{args.output}: {manifest['num_documents']:,} documents, {manifest['num_tokens']:,} tokens, "
+        f"{len(bad)} rows left out"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
