@@ -29,7 +29,7 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool, marker: str) -> Iter
             path.rename(old)
         try:
             new.rename(path)
-        except OSError:
+        except BaseException:
             if old.exists():
                 old.rename(path)
             raise

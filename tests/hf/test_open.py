@@ -147,11 +147,13 @@ def test_two_adapters_add_up(params):
 
 
 def test_a_plus_may_be_part_of_a_name(params, tmp_path, monkeypatch):
+    shutil.copytree("base", tmp_path / "a")
     shutil.copytree("base", tmp_path / "a+b")
     shutil.copytree("adapter", tmp_path / "c+d")
     monkeypatch.chdir(tmp_path)
     assert resolve("a+b").adapters == ()
-    assert [path.name for path in resolve("a+b+c+d").adapters] == ["c+d"]
+    source = resolve("a+b+c+d")
+    assert source.folder.name == "a+b" and [path.name for path in source.adapters] == ["c+d"]
 
 
 def test_adapter_bases_are_found_from_here_and_from_the_adapter(tmp_path, params, config, monkeypatch):

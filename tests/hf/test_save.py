@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 
 from internjax.hf import save as saving
 from internjax.hf.convert import check
+from internjax.hf.folder import new_folder
 from internjax.hf.generation import GenerationConfig, default_generation, generation_to_hf, read_generation
 from internjax.hf.open import logits, open_model
 from internjax.hf.save import proof_logits, proof_token_ids, save_model
@@ -193,6 +195,25 @@ def test_a_failure_while_overwriting_keeps_the_old_folder(tmp_path, config, para
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     check(tmp_path / "model")
+
+
+@pytest.mark.parametrize("error", [OSError(5, "I/O error"), KeyboardInterrupt()])
+def test_an_interruption_between_the_two_renames_brings_the_old_folder_back(tmp_path, monkeypatch, error):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("old")
+    rename = Path.rename
+
+    def interrupted(path, target):
+        if ".new-" in path.name:
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(type(error)):
+        with new_folder(tmp_path / "model", overwrite=True, marker="config.json") as new:
+            (new / "config.json").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "config.json").read_text() == "old"
 
 
 @pytest.mark.parametrize(

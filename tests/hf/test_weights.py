@@ -80,6 +80,13 @@ def test_bfloat16_keeps_every_bit(tmp_path):
     np.testing.assert_array_equal(read_tensor(info).view(np.uint16), bits)
 
 
+def test_every_tensor_starts_at_a_multiple_of_its_item_size(tmp_path):
+    tensors = {"a": np.ones(3, np.float16), "b": np.ones(5, np.float32), "c": np.ones(1, np.int8), "d": np.ones(2)}
+    write_file(tmp_path / "x.safetensors", plans_of(tensors))
+    for name, info in read_header(tmp_path / "x.safetensors").items():
+        assert info.start % tensors[name].itemsize == 0, name
+
+
 def test_a_plan_casts_to_its_dtype_when_fetched(tmp_path):
     values = np.array([1.0, 1.00390625, 3.14159265], np.float32)
     write_file(tmp_path / "x.safetensors", {"x": Plan((3,), np.dtype(ml_dtypes.bfloat16), lambda: values)})
