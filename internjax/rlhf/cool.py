@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from internjax.rlhf.monitor import Samples, make_samples
-from internjax.rlhf.ppo import PPO, PPOState, draw, iteration
+from internjax.rlhf.ppo import PPO, PPOState, draw, iteration, on
 from internjax.rlhf.rollout import Prompts, Reward, Weights
 from internjax.train.batch import Batch
 
@@ -36,7 +36,8 @@ class Round(NamedTuple):
 def probe_policy(ppo: PPO, state: PPOState, probe: Prompts, reward: Reward, *, round_index: int, stage: int) -> Samples:
     """Returns the present policy's responses to the probe prompts, scored. Nothing is learned from them."""
     drawn = draw(ppo, state, probe, place=(PROBE, round_index, stage))
-    return make_samples(drawn, np.asarray(reward(drawn), np.float32))
+    with on(ppo.mesh):
+        return make_samples(drawn, np.asarray(reward(drawn), np.float32))
 
 
 def run_round(

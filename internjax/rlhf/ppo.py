@@ -13,6 +13,7 @@ the pre-training loss mixed in.
 B batch, T time.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -22,9 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from internjax import sharding
+from internjax.model import decoder
 from internjax.model.config import ModelConfig
 from internjax.model.lora import LoraConfig
+from internjax.model.lora import logical_axes as lora_axes
 from internjax.rlhf import objectives
 from internjax.rlhf.config import Bootstrap, End, KLInLoss, KLInReward, PPOConfig
 from internjax.rlhf.reward import check_scalar
@@ -45,7 +50,7 @@ from internjax.rlhf.rollout import (
 from internjax.rlhf.rows import sample_seeds
 from internjax.train.batch import Batch
 from internjax.train.losses import Loss, LossOutput, next_token
-from internjax.train.step import Step, TrainState, init_state, make_step
+from internjax.train.step import Step, TrainState, init_state, make_step, put_batch
 
 
 class Experience(NamedTuple):
@@ -189,6 +194,7 @@ class PPO(NamedTuple):
     actor_lora: LoraConfig | None
     critic_lora: LoraConfig | None
     seed: int
+    mesh: Mesh | None
 
 
 class PPOState(NamedTuple):
@@ -209,11 +215,13 @@ def make_ppo(
     actor_lora: LoraConfig | None = None,
     critic_lora: LoraConfig | None = None,
     seed: int,
+    mesh: Mesh | None = None,
 ) -> PPO:
     """Returns a run's fixed part. Make it once: each call makes new training steps, compiled anew.
 
     With `actor_lora` the policy is the base with adapters, and its reference the base without them. Dropout of adapters
-    is off in all of reinforcement learning.
+    is off in all of reinforcement learning. With a mesh every stage runs on it, rows split over data and fsdp; put the
+    weights of reference and reward model there too (`put_params`).
     """
     if not stop_ids:
         raise ValueError("no stop ids are given: no response could end. Give the tokenizer's, text.chat.stop_ids")
@@ -222,6 +230,13 @@ def make_ppo(
     )
     if critic_lora is not None and "head" not in critic_lora.targets:
         raise ValueError(f"the critic's adapters on {critic_lora.targets} leave its new head untrained; add 'head'")
+    steps = [
+        make_step(loss, optimizer, accumulate=config.accumulate, mesh=mesh)
+        for loss, optimizer in (
+            (policy(model_config, config, lora_config=actor_lora), actor_optimizer),
+            (value(critic_config, lora_config=critic_lora), critic_optimizer),
+        )
+    ]
     return PPO(
         config,
         model_config,
@@ -229,11 +244,11 @@ def make_ppo(
         tuple(stop_ids),
         actor_optimizer,
         critic_optimizer,
-        make_step(policy(model_config, config, lora_config=actor_lora), actor_optimizer, accumulate=config.accumulate),
-        make_step(value(critic_config, lora_config=critic_lora), critic_optimizer, accumulate=config.accumulate),
+        *steps,
         actor_lora,
         critic_lora,
         seed,
+        mesh,
     )
 
 
@@ -245,22 +260,46 @@ def init(
     `actor` and `critic` are parameters, or adapter collections over the given bases where the run uses adapters. The
     critic is the reward model with a new head (`reward.from_lm` of its parameters), as in the report.
     """
-    return PPOState(
-        _train_state(actor, actor_base, ppo.actor_lora, ppo.actor_optimizer, "actor"),
-        _train_state(critic, critic_base, ppo.critic_lora, ppo.critic_optimizer, "critic"),
-    )
+    return PPOState(_actor_state(ppo, actor, actor_base), _critic_state(ppo, critic, critic_base))
 
 
 def replace_critic(ppo: PPO, state: PPOState, critic: dict, *, critic_base: dict | None = None) -> PPOState:
     """Returns the state with a fresh critic, made from the reward model of a new round, and a fresh optimizer of it."""
-    return state._replace(critic=_train_state(critic, critic_base, ppo.critic_lora, ppo.critic_optimizer, "critic"))
+    return state._replace(critic=_critic_state(ppo, critic, critic_base))
 
 
-def _train_state(trainable, base, lora_config, optimizer, name: str) -> TrainState:
+def put_params(params: dict, config: ModelConfig, mesh: Mesh | None) -> dict:
+    """Returns the parameters on the mesh, each leaf split as its logical axes say."""
+    if mesh is None:
+        return params
+    return jax.device_put(params, sharding.shardings(decoder.logical_axes(config), params, mesh))
+
+
+def _actor_state(ppo: PPO, actor: dict, base: dict | None) -> TrainState:
+    return _train_state(actor, base, ppo.actor_lora, ppo.actor_optimizer, ppo.model_config, ppo.mesh, "actor")
+
+
+def _critic_state(ppo: PPO, critic: dict, base: dict | None) -> TrainState:
+    return _train_state(critic, base, ppo.critic_lora, ppo.critic_optimizer, ppo.critic_config, ppo.mesh, "critic")
+
+
+def _train_state(trainable, base, lora_config, optimizer, config: ModelConfig, mesh, name: str) -> TrainState:
     if (lora_config is None) != (base is None):
         wanted = f"{name} without {name}_base" if lora_config is None else f"the adapters and {name}_base"
         raise ValueError(f"the run was made with {name}_lora={lora_config}; give {wanted}")
-    return init_state(jax.tree.map(jnp.copy, trainable), optimizer, frozen=base)
+    trainable = jax.tree.map(jnp.copy, trainable)
+    if mesh is None:
+        return init_state(trainable, optimizer, frozen=base)
+    axes = decoder.logical_axes(config)
+    if base is None:
+        return init_state(trainable, optimizer, mesh=mesh, axes=axes)
+    own_axes = lora_axes(trainable, axes)
+    return init_state(trainable, optimizer, frozen=base, mesh=mesh, axes=own_axes, frozen_axes=axes)
+
+
+def on(mesh: Mesh | None):
+    """Returns the context in which a stage runs on the mesh; one that does nothing without."""
+    return contextlib.nullcontext() if mesh is None else sharding.use(mesh)
 
 
 @jax.jit
@@ -312,7 +351,7 @@ def update(
         order = np.random.default_rng((ppo.seed, *place, epoch)).permutation(num_rows).astype(np.int32)
         for rows in order.reshape(-1, config.minibatch_size):
             text = next(pretrain) if pretrain is not None and train_actor else None
-            batch = _minibatch(learned, rows, text)
+            batch = put_batch(_minibatch(learned, rows, text), ppo.mesh)
             if train_actor:
                 actor, metrics = ppo.actor_step(actor, batch)
                 actor_metrics.append(metrics)
@@ -347,16 +386,17 @@ class Iteration(NamedTuple):
 
 def draw(ppo: PPO, state: PPOState, prompts: Prompts, *, place: tuple[int, ...]) -> Rollout:
     """Returns one response of the present policy per prompt; the draws depend on (seed, place, row) alone."""
-    return rollout(
-        state_weights(state.actor, ppo.actor_lora),
-        prompts,
-        sample_seeds(ppo.seed, *place, num_samples=len(prompts.lengths_B)),
-        config=ppo.model_config,
-        max_new_tokens=ppo.config.max_new_tokens,
-        stop_ids=ppo.stop_ids,
-        temperature=ppo.config.temperature,
-        top_p=ppo.config.top_p,
-    )
+    with on(ppo.mesh):
+        return rollout(
+            state_weights(state.actor, ppo.actor_lora),
+            put_batch(prompts, ppo.mesh),
+            sample_seeds(ppo.seed, *place, num_samples=len(prompts.lengths_B)),
+            config=ppo.model_config,
+            max_new_tokens=ppo.config.max_new_tokens,
+            stop_ids=ppo.stop_ids,
+            temperature=ppo.config.temperature,
+            top_p=ppo.config.top_p,
+        )
 
 
 def iteration(
@@ -389,18 +429,19 @@ def iteration(
             f"{'missing' if pretrain is None else 'given'}. Give data, or set the coefficient to 0 and give none."
         )
     drawn = draw(ppo, state, prompts, place=place)
-    scores_B = np.asarray(reward(drawn), np.float32)
-    evaluation = evaluate(
-        state_weights(state.actor, ppo.actor_lora),
-        reference,
-        state_weights(state.critic, ppo.critic_lora),
-        drawn,
-        config=ppo.model_config,
-        critic_config=ppo.critic_config,
-        block_rows=config.minibatch_size // config.accumulate,
-        temperature=config.temperature,
-    )
-    learned, metrics = experience(drawn, evaluation, scores_B, config=config)
+    with on(ppo.mesh):
+        scores_B = np.asarray(reward(drawn), np.float32)
+        evaluation = evaluate(
+            state_weights(state.actor, ppo.actor_lora),
+            reference,
+            state_weights(state.critic, ppo.critic_lora),
+            drawn,
+            config=ppo.model_config,
+            critic_config=ppo.critic_config,
+            block_rows=config.minibatch_size // config.accumulate,
+            temperature=config.temperature,
+        )
+        learned, metrics = experience(drawn, evaluation, scores_B, config=config)
     batches = None if pretrain is None or not train_actor else pretrain(int(state.actor.data_position))
     state, update_metrics = update(ppo, state, learned, pretrain=batches, place=place, train_actor=train_actor)
     figures = {name: float(figure) for name, figure in jax.device_get(metrics).items()}

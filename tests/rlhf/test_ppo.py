@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from internjax import sharding
 from internjax.model import decoder
 from internjax.model.config import ModelConfig
 from internjax.model.lora import LoraConfig, init_lora
 from internjax.rlhf import reward
 from internjax.rlhf.config import ACTOR_OPTIMIZER, CRITIC_OPTIMIZER, Bootstrap, End, KLInLoss, KLInReward, PPOConfig
 from internjax.rlhf.pairs import make_conditions
-from internjax.rlhf.ppo import draw, experience, init, iteration, make_ppo
+from internjax.rlhf.ppo import draw, experience, init, iteration, make_ppo, put_params
 from internjax.rlhf.rollout import (
     Prompts,
     Rollout,
@@ -45,6 +46,10 @@ SETTINGS = PPOConfig(
 )
 
 
+LORA = LoraConfig(rank=4, alpha=16.0, targets=("query", "value", "up", "down"), dropout=0.1)
+CRITIC_LORA = LoraConfig(rank=4, alpha=16.0, targets=("query", "value", "up", "down", "head"))
+
+
 def prompts(batch: int, seed: int = 0) -> Prompts:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 5, size=batch)
@@ -59,7 +64,7 @@ def base_params():
 
 
 @functools.cache
-def program(settings=SETTINGS, actor_lora=None, actor_lr=3e-3, critic_lr=3e-3):
+def program(settings=SETTINGS, actor_lora=None, critic_lora=None, actor_lr=3e-3, critic_lr=3e-3, mesh=None):
     """Shared between tests, as its training steps compile once per program."""
     return make_ppo(
         settings,
@@ -69,17 +74,25 @@ def program(settings=SETTINGS, actor_lora=None, actor_lr=3e-3, critic_lr=3e-3):
         actor_optimizer=make_optimizer(dataclasses.replace(ACTOR_OPTIMIZER, peak_lr=actor_lr), Constant(), 1000),
         critic_optimizer=make_optimizer(dataclasses.replace(CRITIC_OPTIMIZER, peak_lr=critic_lr), Constant(), 1000),
         actor_lora=actor_lora,
+        critic_lora=critic_lora,
         seed=0,
+        mesh=mesh,
     )
 
 
-def make(settings=SETTINGS, actor_lora=None, **rates):
-    """Returns (program, fresh state, reference)."""
-    ppo, params = program(settings, actor_lora, **rates), base_params()
+def make(settings=SETTINGS, *, mesh=None, **rates):
+    """Returns (program, fresh state, reference) of full parameters."""
+    ppo, params = program(settings, mesh=mesh, **rates), base_params()
     critic, _ = reward.from_lm(params, CONFIG)
-    if actor_lora is None:
-        return ppo, init(ppo, params, critic), Weights(params)
-    return ppo, init(ppo, init_lora(actor_lora, params, jax.random.key(7)), critic, actor_base=params), None
+    return ppo, init(ppo, params, critic), Weights(put_params(params, CONFIG, mesh))
+
+
+def make_with_adapters(settings, **rates):
+    """Returns the same with policy and critic as adapters over one base; the reference is that base."""
+    ppo, params = program(settings, LORA, CRITIC_LORA, **rates), base_params()
+    critic, _ = reward.from_lm(params, CONFIG)
+    adapters = [init_lora(config, base, jax.random.key(7)) for config, base in ((LORA, params), (CRITIC_LORA, critic))]
+    return ppo, init(ppo, *adapters, actor_base=params, critic_base=critic), None
 
 
 def share_of_five(drawn: Rollout) -> jax.Array:
@@ -241,6 +254,33 @@ def test_one_update_is_the_same_however_it_is_cut():
     )
 
 
+def judged_iteration(mesh=None):
+    """An iteration against a reward model, with pre-training text mixed in."""
+    settings = dataclasses.replace(SETTINGS, pretrain_coefficient=0.5, minibatch_size=32)
+    ppo, state, _ = make(settings, mesh=mesh)
+    reference = Weights(put_params(decoder.init(CONFIG, jax.random.key(5)), CONFIG, mesh))
+    scorer, config = reward.from_lm(decoder.init(CONFIG, jax.random.key(6)), CONFIG, jax.random.key(1))
+    conditions = make_conditions({"first": [BOS, 7, 7], "second": [BOS, 9]}, bos_id=BOS)
+    score = model_reward(Weights(put_params(scorer, config, mesh)), conditions, config=config, reward_token_id=REWARD)
+    return iteration(ppo, state, prompts(32), score, reference=reference, pretrain=text_batches, place=(0, 0))
+
+
+@pytest.mark.slow
+def test_an_iteration_on_a_mesh_is_the_same():
+    alone = judged_iteration()
+    try:
+        together = judged_iteration(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2)))
+    finally:
+        sharding.make_mesh(devices=jax.devices()[:1])
+    np.testing.assert_array_equal(alone.drawn.tokens_BT, together.drawn.tokens_BT)
+    np.testing.assert_allclose(alone.scores_B, together.scores_B, atol=1e-4)
+    assert np.std(alone.scores_B) > 0.01
+    for name in ("loss", "grad_norm", "pretrain_loss", "critic_loss", "critic_grad_norm", "kl", "entropy"):
+        np.testing.assert_allclose(alone.metrics[name], together.metrics[name], rtol=1e-3, err_msg=name)
+    kernel = together.state.actor.trainable["layers"]["ffn"]["gate"]["kernel"]
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+
+
 def test_value_warm_up_leaves_the_policy_alone():
     ppo, state, reference = make()
     before = jax.tree.map(np.asarray, state.actor.trainable)
@@ -282,14 +322,11 @@ def test_the_reward_model_reads_what_its_condition_says():
     np.testing.assert_allclose(scores, wanted, atol=1e-5)
 
 
-LORA = LoraConfig(rank=4, alpha=16.0, targets=("query", "value", "up", "down"))
-
-
-@pytest.mark.parametrize("actor_lora, actor_lr", [(None, 3e-3), (LORA, 2e-2)])
-def test_the_reward_rises(actor_lora, actor_lr):
+@pytest.mark.parametrize("start, actor_lr", [(make, 3e-3), (make_with_adapters, 2e-2)])
+def test_the_reward_rises(start, actor_lr):
     settings = dataclasses.replace(SETTINGS, minibatch_size=64, num_epochs=2)
-    ppo, state, reference = make(settings, actor_lora=actor_lora, actor_lr=actor_lr, critic_lr=1e-2)
-    base = None if actor_lora is None else jax.tree.map(np.asarray, state.actor.frozen)
+    ppo, state, reference = start(settings, actor_lr=actor_lr, critic_lr=1e-2)
+    base = jax.tree.map(np.asarray, (state.actor.frozen, state.critic.frozen))
     scores, metrics = [], []
     for index in range(30):
         state, _, scores_B, figures = iteration(
@@ -309,8 +346,7 @@ def test_the_reward_rises(actor_lora, actor_lr):
     assert metrics[-1]["ended"] > metrics[0]["ended"]
     assert abs(metrics[0]["kl"]) < 1e-4 and metrics[-1]["kl"] > 0.5
     assert metrics[-1]["entropy"] < metrics[0]["entropy"]
-    if base is not None:
-        jax.tree.map(np.testing.assert_array_equal, base, state.actor.frozen)
+    jax.tree.map(np.testing.assert_array_equal, base, (state.actor.frozen, state.critic.frozen))
 
 
 def test_missing_parts_are_named():
