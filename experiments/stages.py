@@ -157,7 +157,11 @@ def chat_tokens(config: Finetune, tokenizer: Tokenizer) -> Path:
     for name in config.data:
         found[name] = formats.detect_file(name)
         for sample in formats.conversations(name, format=found[name], on_bad_row=bad.append):
-            rendered = chat.render(sample.messages, tokenizer)
+            try:
+                rendered = chat.render(sample.messages, tokenizer)
+            except ValueError as error:
+                bad.append(f"{sample.place}: {error}")
+                continue
             documents.append(TokenDocument(sample.place, list(rendered.ids), list(rendered.mask)))
     if bad and config.bad_rows == "refuse":
         others = f" (and {len(bad) - 1} more rows)" if bad[1:] else ""
@@ -292,12 +296,13 @@ def finetune(config: Finetune, *, callbacks: Sequence[Every] = ()) -> Trained:
     state, loss = _finetune_state(config, model, optimizer, mesh)
     step = make_step(loss, optimizer, accumulate=config.accumulate, mesh=mesh)
     with open_run(folder, config, fresh=config.fresh, tracking=config.tracking) as run:
-        _save_architecture(config, model, folder)
+        base = _base(config, model, folder)
+        _save_architecture(config, model, folder, base)
         with open_checkpoints(run.checkpoints, config.checkpoint) as checkpoints:
             state = train(
                 state, data, step, num_steps=num_steps, checkpoints=checkpoints, tracker=run, callbacks=callbacks
             )
-        _export_finetuned(folder, config, model, state.trainable)
+        _export_finetuned(folder, config, model, state.trainable, base)
         plan = rows.plan(0)
         summary = _summary(
             folder, method=config.method, base=config.model, num_left_out=plan.num_left_out, num_rows=plan.num_rows
@@ -349,17 +354,33 @@ def _finetune_state(config: Finetune, model: Model, optimizer, mesh):
     return state, next_token(model.config, lora_config=config.lora)
 
 
-def _save_architecture(config: Finetune, model: Model, folder: Path) -> None:
+def _base(config: Finetune, model: Model, folder: Path) -> Path:
+    """Returns the folder that the new adapter stands on: the model's own, or RUN/base where that is not the model."""
+    source = model.source
+    if config.method == "full" or (source.checkpoints is None and not source.adapters):
+        return source.folder
+    if not (folder / "base").is_dir():
+        print(f"{config.model} is written to {folder / 'base'}: the new adapter stands on it")
+        save_model(
+            folder / "base",
+            config=model.config,
+            params=model.params,
+            tokenizer=model.tokenizer,
+            generation=model.generation,
+            provenance={"from": config.model},
+        )
+    return folder / "base"
+
+
+def _save_architecture(config: Finetune, model: Model, folder: Path, base: Path) -> None:
     """Writes what `open_model(RUN@STEP)` reads the run's checkpoints by."""
     if config.method == "full":
         save_architecture(folder, config=model.config, tokenizer=model.tokenizer)
     else:
-        save_architecture(
-            folder, config=model.config, tokenizer=model.tokenizer, lora_config=config.lora, base=model.source.folder
-        )
+        save_architecture(folder, config=model.config, tokenizer=model.tokenizer, lora_config=config.lora, base=base)
 
 
-def _export_finetuned(folder: Path, config: Finetune, model: Model, trained: dict) -> None:
+def _export_finetuned(folder: Path, config: Finetune, model: Model, trained: dict, base: Path) -> None:
     """Writes the adapter (method=lora) and, unless merge is off, the whole model."""
     params = trained
     if config.method == "lora":
@@ -367,7 +388,7 @@ def _export_finetuned(folder: Path, config: Finetune, model: Model, trained: dic
             folder / "adapter",
             config.lora,
             trained,
-            base=model.source.folder,
+            base=base,
             model_config=model.config,
             overwrite=True,
         )
