@@ -29,6 +29,8 @@ from internjax.train.batch import Batch
 from internjax.train.optimizer import AdamW, Constant, make_optimizer
 
 BOS, EOS, REWARD = 1, 2, 15
+logits_of = jax.jit(decoder.logits, static_argnames="config")
+logprobs_of = jax.jit(token_logprobs, static_argnames=("config", "temperature"))
 CONFIG = ModelConfig(
     vocab_size=16,
     d_model=32,
@@ -136,14 +138,14 @@ def test_everything_stands_at_its_token():
         assert EOS not in tokens[b, start : lengths[b] - 1]
         assert ended[b] or lengths[b] == start + 8
     for model, got in ((Weights(state.actor.trainable), found.logprobs_BT), (reference, found.ref_logprobs_BT)):
-        logits = decoder.logits(model.params, drawn.tokens_BT, config=CONFIG) / 0.7
+        logits = logits_of(model.params, drawn.tokens_BT, config=CONFIG) / 0.7
         every = np.asarray(jax.nn.log_softmax(logits))
         wanted = np.take_along_axis(every[:, :-1], tokens[:, 1:, None], axis=2)[..., 0]
         np.testing.assert_allclose(np.asarray(got)[:, 1:] * mask[:, 1:], wanted * mask[:, 1:], atol=2e-5)
         if model is not reference:
             entropies = -(np.exp(every) * every).sum(axis=-1)[:, :-1]
             np.testing.assert_allclose(found.entropies_BT[:, 1:] * mask[:, 1:], entropies * mask[:, 1:], atol=2e-5)
-    states = np.asarray(decoder.logits(critic, drawn.tokens_BT, config=ppo.critic_config))[..., 0]
+    states = np.asarray(logits_of(critic, drawn.tokens_BT, config=ppo.critic_config))[..., 0]
     np.testing.assert_allclose(found.values_BT[:, 1:] * mask[:, 1:], states[:, :-1] * mask[:, 1:], atol=2e-5)
     np.testing.assert_allclose(found.after_B, states[np.arange(32), lengths - 1], atol=2e-5)
 
@@ -172,9 +174,9 @@ def test_padding_changes_nothing():
     ppo, state, _ = make()
     drawn = draw(ppo, state, prompts(8), place=(0, 0))
     model = Weights(state.actor.trainable)
-    narrow = token_logprobs(model, drawn.tokens_BT, drawn.lengths_B, config=CONFIG, temperature=1.0)
+    narrow = logprobs_of(model, drawn.tokens_BT, drawn.lengths_B, config=CONFIG, temperature=1.0)
     padded = jnp.pad(drawn.tokens_BT, ((0, 0), (0, 5)), constant_values=9)
-    wide = token_logprobs(model, padded, drawn.lengths_B, config=CONFIG, temperature=1.0)
+    wide = logprobs_of(model, padded, drawn.lengths_B, config=CONFIG, temperature=1.0)
     mask = np.asarray(response_mask(drawn))
     np.testing.assert_allclose(np.asarray(wide)[:, :12] * mask, np.asarray(narrow) * mask, atol=1e-6)
 

@@ -17,6 +17,9 @@ from internjax.train.optimizer import AdamW, Constant, make_optimizer
 from internjax.train.step import init_state, make_step
 
 BOS, EOS, REWARD = 1, 2, 15
+score_pairs = jax.jit(reward.score_pairs, static_argnames="config")
+score = jax.jit(reward.score, static_argnames="config")
+logits = jax.jit(decoder.logits, static_argnames="config")
 CONFIG = ModelConfig(
     vocab_size=16,
     d_model=32,
@@ -109,9 +112,9 @@ def test_from_lm_replaces_the_head_by_one_number():
     assert model["head"]["kernel"].shape == (32, 1) and set(model["head"]) == {"kernel"}
     assert model["embed"]["embedding"] is params["embed"]["embedding"]
     rows = jnp.ones((2, 5), jnp.int32)
-    assert np.all(reward.score(model, rows, jnp.asarray([3, 5]), config=config) == 0)
+    assert np.all(score(model, rows, jnp.asarray([3, 5]), config=config) == 0)
     with pytest.raises(ValueError, match="head='scalar' is wanted"):
-        reward.score(params, rows, jnp.asarray([3, 5]), config=tied)
+        score(params, rows, jnp.asarray([3, 5]), config=tied)
     with pytest.raises(ValueError, match="head='scalar' is wanted"):
         reward.ranking(tied)
 
@@ -121,12 +124,12 @@ def test_the_score_is_read_at_the_last_real_token():
     row = jax.random.randint(jax.random.key(5), (1, 9), 0, 16)
     lengths = jnp.arange(1, 10)
     rows = jnp.broadcast_to(row, (9, 9))
-    every = decoder.logits(params, row, config=config)[0, :, 0]
-    np.testing.assert_allclose(reward.score(params, rows, lengths, config=config), every, atol=1e-5)
+    every = logits(params, row, config=config)[0, :, 0]
+    np.testing.assert_allclose(score(params, rows, lengths, config=config), every, atol=1e-5)
     # What stands in the padding changes nothing.
     garbage = jnp.where(jnp.arange(9) < lengths[:, None], rows, 7)
     np.testing.assert_array_equal(
-        reward.score(params, garbage, lengths, config=config), reward.score(params, rows, lengths, config=config)
+        score(params, garbage, lengths, config=config), score(params, rows, lengths, config=config)
     )
 
 
@@ -255,7 +258,7 @@ def train_reward_model(conditions, names, *, num_steps=60, lora_config=None):
         batch = preference_batch(
             [pair for pair in held_out if pair.condition == name], conditions, length=14, reward_token_id=REWARD
         )
-        chosen, rejected = reward.score_pairs(trained, batch, config=config, lora=adapters)
+        chosen, rejected = score_pairs(trained, batch, config=config, lora=adapters)
         assert np.max(np.abs(np.stack([chosen, rejected]))) < 5.5
         right[name] = np.asarray(chosen > rejected)
     return right, metrics
@@ -290,7 +293,7 @@ def test_the_loss_is_the_same_however_the_batch_is_cut():
         results.append(step(init_state(jax.tree.map(jnp.copy, params), optimizer), batch)[1])
     for name in ("loss", "ranking", "accuracy", "margin", "score", "grad_norm"):
         np.testing.assert_allclose(results[0][name], results[1][name], rtol=2e-5, atol=1e-6)
-    chosen, rejected = reward.score_pairs(params, batch, config=config)
+    chosen, rejected = score_pairs(params, batch, config=config)
     by_hand = [
         reward.focal_ranking_loss(c - r, gamma=2.0)
         + 0.02 * 0.5 * (reward.log_barrier(c, bound=5.0, limit=4.9) + reward.log_barrier(r, bound=5.0, limit=4.9))
