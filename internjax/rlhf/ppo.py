@@ -1,8 +1,8 @@
 """Proximal policy optimisation of a language model: settings, losses over models, and one iteration.
 
 Recipe of COOL RLHF: InternLM2 technical report (arXiv:2403.17297), section 4.2.3: policy and reference from the
-fine-tuned model, critic from the reward model, the KL in the reward, no value clipping, no advantage normalisation, and
-the pre-training loss mixed in.
+fine-tuned model, critic from the reward model, no value clipping, no advantage normalisation, and the pre-training loss
+mixed in. What the report leaves open (where the KL sits, the clip, epochs, ...) is marked as our choice in `PPOConfig`.
 
     ppo = make_ppo(PPOConfig(), model_config, critic_config, stop_ids=stop_ids(tokenizer), actor_optimizer=...,
                    critic_optimizer=..., seed=0)
