@@ -20,6 +20,7 @@ from data_pipelines.sources import existing
 from internjax import sharding
 from internjax.hf.adapter import save_adapter
 from internjax.hf.open import Model, open_model
+from internjax.hf.resolve import adapter_base
 from internjax.hf.save import save_architecture, save_model
 from internjax.model import decoder, lora
 from internjax.model.config import ModelConfig, num_params

@@ -162,9 +162,7 @@ def shardings(axes_tree: Any, abstract_tree: Any, mesh: Mesh) -> Any:
                 )
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(
-        sharding, abstract_tree, axes_tree, is_leaf=lambda node: hasattr(node, "shape")
-    )
+    return jax.tree_util.tree_map_with_path(sharding, abstract_tree, axes_tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from internjax import sharding
-from internjax.model import decoder
+from internjax.model import decoder, quantize
 from internjax.model.config import INTERNLM2_20B, ModelConfig
+from internjax.model.quantize import quantize_params
 from internjax.sharding import MeshConfig
 
 SMALL = ModelConfig(
@@ -73,6 +74,22 @@ def test_a_mesh_that_does_not_divide_a_parameter_names_it():
     with pytest.raises(ValueError, match=r"key.*kernel.*size 8 does not divide.*kv_heads, 20"):
         config = dataclasses.replace(SMALL, num_kv_heads=2, head_dim=10)
         sharding.shardings(decoder.logical_axes(config), decoder.abstract_params(config), mesh)
+
+
+def test_the_fields_of_a_quantised_kernel_are_sharded_like_the_kernel():
+    mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
+    params = quantize_params(decoder.init(SMALL, jax.random.key(0)), scheme="int4", group=8)
+    places = sharding.shardings(quantize.logical_axes(params, decoder.logical_axes(SMALL)), params, mesh)
+    placed = jax.device_put(params, places)
+    kernel = placed["layers"]["attention"]["query"]["kernel"]
+    assert kernel.values.addressable_shards[0].data.shape == (2, 4, 16)
+    assert kernel.scales.addressable_shards[0].data.shape == (2, 1, 16)
+    sharding._configured_mesh = None
+    inputs = jnp.arange(32).reshape(4, 8)
+    want = decoder.logits(params, inputs, config=SMALL)
+    with sharding.use(mesh):
+        got = jax.jit(lambda p, t: decoder.logits(p, t, config=SMALL))(placed, inputs)
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_collisions_and_unknown_names_are_refused():

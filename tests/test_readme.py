@@ -1,0 +1,67 @@
+"""The README holds true: its Python runs, its commands exist, its map shows the house."""
+
+import argparse
+import importlib
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = re.findall(r"(?:^|`)((?:\.venv/bin/)?python -m [^`|#\n]+|make [^`|#\n]+)", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
+def test_python_blocks_run_unless_they_say_what_they_need(code):
+    if code.startswith("# needs"):
+        compile(code, "README.md", "exec")
+        return
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_every_block_has_a_language_or_is_a_drawing():
+    assert {language for language, _ in BLOCKS} <= {"sh", "python", ""}
+    assert sum(language == "" for language, _ in BLOCKS) == 1, "the map alone"
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+def test_commands_exist(command):
+    words = shlex.split(command.replace("...", ""))
+    if words[0] == "make":
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        assert words[1] in targets or words[1] in ("sure",), command
+        return
+    if words[2] in ("MaxText.train",):
+        return
+    assert importlib.util.find_spec(words[2]) is not None, command
+    flags = [word.split("=")[0] for word in words[3:] if word.startswith("--")]
+    if flags:
+        shown = subprocess.run([sys.executable, "-m", words[2], "--help"], capture_output=True, text=True, cwd=ROOT)
+        known = shown.stdout.replace("_", "-")
+        assert all(flag.replace("_", "-") in known or flag == "--from" for flag in flags), (command, shown.stdout)
+
+
+def test_the_map_names_what_is_there():
+    drawing = next(code for language, code in BLOCKS if language == "")
+    folder = None
+    for line in drawing.splitlines():
+        for name in re.findall(r"(?:^|\s)([a-z_]+(?:/|\.py))(?=\s)", line):
+            if not line.startswith(" ") and name.endswith("/"):
+                folder = ROOT / name
+                assert folder.is_dir(), name
+            else:
+                assert (folder / name).exists(), name
+
+
+def test_argparse_is_what_help_is_made_by():
+    """The other commands of the house answer --help without a model."""
+    for module in ("serve.__main__", "internjax.hf.__main__"):
+        found = importlib.import_module(module)
+        makers = [getattr(found, name) for name in ("build_parser", "_parser") if hasattr(found, name)]
+        assert makers and isinstance(makers[0](), argparse.ArgumentParser)
