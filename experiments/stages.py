@@ -4,23 +4,24 @@ A stage reads token folders and models from disk and leaves a run folder whose `
 same function serves the tiny chain on a laptop and the recipes for large models: only the values differ.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import statistics
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
+from jax.sharding import Mesh
 
 from data_pipelines.loading import Rows, batches, open_rows
 from data_pipelines.sources import existing
 from internjax import sharding
 from internjax.hf.adapter import save_adapter
 from internjax.hf.open import Model, open_model
-from internjax.hf.resolve import adapter_base
 from internjax.hf.save import save_architecture, save_model
 from internjax.model import decoder, lora
 from internjax.model.config import ModelConfig, num_params
@@ -132,9 +133,16 @@ def run_path(run: str) -> Path:
     return Path(run) if "/" in run or run.startswith(".") else Path("runs") / run
 
 
-def mesh_of(config: MeshConfig):
-    """Returns the mesh over all devices, or None on a single one."""
-    return sharding.make_mesh(config) if jax.device_count() > 1 else None
+@contextlib.contextmanager
+def mesh_of(config: MeshConfig) -> Iterator[Mesh | None]:
+    """Gives the mesh over all devices, or None on a single one. What runs after it is on one device again."""
+    if jax.device_count() == 1:
+        yield None
+        return
+    try:
+        yield sharding.make_mesh(config)
+    finally:
+        sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
 
 
 def chat_tokens(config: Finetune, tokenizer: Tokenizer) -> Path:
@@ -207,6 +215,11 @@ def pretrain(config: Pretrain, *, callbacks: Sequence[Every] = ()) -> Trained:
     folder = run_path(config.run)
     if (finished := _finished(config, folder)) is not None:
         return finished
+    with mesh_of(config.mesh) as mesh:
+        return _pretrain(config, folder, mesh, callbacks)
+
+
+def _pretrain(config: Pretrain, folder: Path, mesh: Mesh | None, callbacks: Sequence[Every]) -> Trained:
     # All that can be wrong is read before the folder is made, or an earlier one removed.
     tokenizer = _fitting_tokenizer(config)
     rows = open_rows(
@@ -218,7 +231,6 @@ def pretrain(config: Pretrain, *, callbacks: Sequence[Every] = ()) -> Trained:
     )
     rows.plan(0)
     data = batches(rows, batch_size=config.data.batch_size)
-    mesh = mesh_of(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.schedule, config.num_steps)
     step = make_step(next_token(config.model), optimizer, accumulate=config.accumulate, mesh=mesh)
     params, axes = initial_params(config, mesh)
@@ -256,7 +268,7 @@ def _fitting_tokenizer(config: Pretrain) -> Tokenizer:
     return tokenizer
 
 
-def initial_params(config: Pretrain, mesh) -> tuple[dict, dict]:
+def initial_params(config: Pretrain, mesh: Mesh | None) -> tuple[dict, dict]:
     """Returns the parameters that a pre-training starts from, on their shardings, and their logical axes."""
     axes = decoder.logical_axes(config.model)
     if config.init is not None:
@@ -286,8 +298,12 @@ def finetune(config: Finetune, *, callbacks: Sequence[Every] = ()) -> Trained:
     folder = run_path(config.run)
     if (finished := _finished(config, folder)) is not None:
         return finished
+    with mesh_of(config.mesh) as mesh:
+        return _finetune(config, folder, mesh, callbacks)
+
+
+def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequence[Every]) -> Trained:
     # All that can be wrong is read before the folder is made, or an earlier one removed.
-    mesh = mesh_of(config.mesh)
     model = _whole_model(config.model, mesh)
     rows = _conversation_rows(config, model)
     num_steps = config.num_steps or max(1, round(config.num_epochs * rows.plan(0).num_rows / config.batch_size))
@@ -312,7 +328,7 @@ def finetune(config: Finetune, *, callbacks: Sequence[Every] = ()) -> Trained:
     return Trained(folder, summary)
 
 
-def _whole_model(name: str, mesh) -> Model:
+def _whole_model(name: str, mesh: Mesh | None) -> Model:
     """Returns the model with its adapters, if any, merged: what is trained next stands on them."""
     model = open_model(name, mesh=mesh)
     if model.tokenizer is None:
@@ -337,7 +353,7 @@ def _conversation_rows(config: Finetune, model: Model) -> Rows:
     return rows
 
 
-def _finetune_state(config: Finetune, model: Model, optimizer, mesh):
+def _finetune_state(config: Finetune, model: Model, optimizer, mesh: Mesh | None):
     axes = decoder.logical_axes(model.config)
     if config.method == "full":
         state = init_state(model.params, optimizer, seed=config.seed, mesh=mesh, axes=axes)
