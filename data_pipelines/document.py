@@ -1,0 +1,173 @@
+"""One document, one Arrow schema, one kind of stage.
+
+A stage is a pure function on an Arrow record batch: the same rows come back, with changed text where the stage edits,
+and with a reason for every row that must go. `ledger.py` removes those rows and counts them.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("text", pa.large_string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("domain", pa.string(), nullable=False),
+        pa.field("language", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("licence", pa.string()),
+        pa.field("meta", pa.string(), nullable=False),
+    ]
+)
+
+EMPTY_META: Mapping[str, Any] = MappingProxyType({})
+
+
+class Document(NamedTuple):
+    """id: hash of where it came from and what it says. path: the file (or file:line) that a split keeps together.
+    domain: the kind of text, which picks a chain ("code", "reference", "web"). meta: JSON-like facts, e.g. repository."""
+
+    id: str
+    text: str
+    source: str
+    path: str
+    domain: str = "web"
+    language: str = "und"
+    licence: str | None = None
+    meta: Mapping[str, Any] = EMPTY_META
+
+
+class Outcome(NamedTuple):
+    """What a stage says: the rows it was given (text perhaps edited), a reason or None per row, a detail or None."""
+
+    batch: pa.RecordBatch
+    reasons: Sequence[str | None]
+    details: Sequence[str | None]
+
+
+class Stage(NamedTuple):
+    """scope "batch": rows are judged one by one, in batches of any size; "corpus": the stage must see all rows at once."""
+
+    name: str
+    scope: Literal["batch", "corpus"]
+    apply: Callable[[pa.RecordBatch], Outcome]
+
+
+def document_id(text: str, *, source: str, path: str) -> str:
+    """32 hex digits, the first 128 bits of a SHA-256 over source, path and raw text: equal on every machine."""
+    digest = hashlib.sha256()
+    for part in (source, path, text):
+        raw = part.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return digest.hexdigest()[:32]
+
+
+def make_document(
+    text: str,
+    *,
+    source: str,
+    path: str,
+    domain: str = "web",
+    language: str = "und",
+    licence: str | None = None,
+    meta: Mapping[str, Any] = EMPTY_META,
+) -> Document:
+    """A document with its content-addressed id. Lone surrogates, which no UTF-8 file can hold, become U+FFFD."""
+    text = text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+    return Document(document_id(text, source=source, path=path), text, source, path, domain, language, licence, meta)
+
+
+def to_batch(documents: Iterable[Document]) -> pa.RecordBatch:
+    """A record batch of `SCHEMA`, one row per document, in order; 0 documents give 0 rows."""
+    rows = list(documents)
+    columns = {
+        "id": [row.id for row in rows],
+        "text": [row.text for row in rows],
+        "source": [row.source for row in rows],
+        "domain": [row.domain for row in rows],
+        "language": [row.language for row in rows],
+        "path": [row.path for row in rows],
+        "licence": [row.licence for row in rows],
+        "meta": [json.dumps(dict(row.meta), sort_keys=True, ensure_ascii=False) for row in rows],
+    }
+    return pa.record_batch([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
+
+
+def to_documents(batch: pa.RecordBatch) -> list[Document]:
+    """The documents of a record batch, in order."""
+    columns = {name: batch.column(name).to_pylist() for name in SCHEMA.names}
+    columns["meta"] = [json.loads(meta) for meta in columns["meta"]]
+    return [Document(*row) for row in zip(*(columns[name] for name in Document._fields), strict=True)]
+
+
+def with_text(batch: pa.RecordBatch, texts: Sequence[str]) -> pa.RecordBatch:
+    """The batch with another text column; ids stay those of the raw documents."""
+    return batch.set_column(SCHEMA.get_field_index("text"), SCHEMA.field("text"), pa.array(texts, pa.large_string()))
+
+
+class TextBuffer(NamedTuple):
+    """UTF-8 bytes of all rows end to end, and where each row starts: row i is data[offsets[i]:offsets[i + 1]]."""
+
+    data: np.ndarray
+    offsets: np.ndarray
+
+
+def text_buffer(batch: pa.RecordBatch) -> TextBuffer:
+    """The raw bytes behind the text column without a copy; sliced batches and 0 rows included."""
+    column = batch.column("text")
+    assert column.type == pa.large_string(), f"text must be large_string, got {column.type}"
+    if len(column) == 0:
+        return TextBuffer(np.frombuffer(b"\0", np.uint8)[:0], np.zeros(1, np.int64))
+    _, offsets, data = column.buffers()
+    starts = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
+    raw = data if data is not None and data.size else b"\0"
+    return TextBuffer(np.frombuffer(raw, np.uint8), starts.astype(np.int64))
+
+
+def num_text_bytes(batch: pa.RecordBatch) -> int:
+    """UTF-8 bytes of the text column."""
+    offsets = text_buffer(batch).offsets
+    return int(offsets[-1] - offsets[0])
+
+
+def concat_batches(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    """All rows in one record batch; no batches give 0 rows."""
+    table = pa.Table.from_batches(list(batches), schema=SCHEMA).combine_chunks()
+    return table.to_batches()[0] if table.num_rows else to_batch([])
+
+
+def fingerprint(documents: Iterable[Document] | pa.RecordBatch) -> str:
+    """SHA-256 over the document ids in order: two corpora are equal exactly when this is."""
+    ids = documents.column("id").to_pylist() if isinstance(documents, pa.RecordBatch) else [d.id for d in documents]
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
+
+
+def in_held_out(path: str, *, fraction: float) -> bool:
+    """True where the file belongs to the held-out part: a function of the path alone, so all parts of one file agree.
+
+    A path of the form file.jsonl:12 is its own file, so rows of one JSONL are split by row.
+    """
+    bucket = int.from_bytes(hashlib.sha256(path.encode("utf-8", "surrogatepass")).digest()[:8], "little")
+    return bucket < fraction * 2.0**64
+
+
+class Split(NamedTuple):
+    train: list[Document]
+    held_out: list[Document]
+
+
+def split_by_file(documents: Iterable[Document], *, fraction: float = 0.05) -> Split:
+    """Train and held-out documents in their given order, split by a stable hash of the path."""
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"held-out fraction is {fraction}; wanted a number from 0 to 1")
+    parts = Split([], [])
+    for document in documents:
+        (parts.held_out if in_held_out(document.path, fraction=fraction) else parts.train).append(document)
+    return parts

@@ -1,0 +1,398 @@
+"""Compiled loops over raw UTF-8: words, text measures, repetition, MinHash signatures, verified near-duplicate groups.
+
+Every kernel takes the bytes of all documents end to end (`data`, uint8) and where each starts (`offsets`, int64, one
+more than there are documents), accepts 0 documents and documents of 0 bytes, and releases the interpreter lock.
+
+Words: a run of ASCII letters, digits and underscores; each Han or kana character by itself; a run of other non-ASCII
+characters. Everything else separates. So Chinese needs no segmenter and code needs no parser: spaces, tabs and depth of
+indentation leave no trace in the words. Hashes are 64 bits; for one text they are equal on every machine.
+"""
+
+import numba
+import numpy as np
+
+NUM_MEASURES = 22
+(
+    CHARACTERS, HAN, HASHES, ELLIPSES, LETTERS, DIGITS, PUNCTUATION, CONTROLS, REPLACEMENTS, BRACES, SENTENCES, NEWLINES,
+    LINES, BLANK_LINES, BULLET_LINES, ELLIPSIS_LINES, TERMINAL_LINES, SHORT_LINES, LONGEST_LINE,
+    DUPLICATE_LINES, DUPLICATE_LINE_BYTES, DUPLICATE_PARAGRAPHS,
+) = range(NUM_MEASURES)  # fmt: skip
+
+TOP_NGRAMS = (2, 3, 4)
+DUPLICATE_NGRAMS = (5, 6, 7, 8, 9, 10)
+
+WORD_HAS_LETTER = np.uint8(1)
+WORD_IS_HAN = np.uint8(2)
+
+FNV_OFFSET = 0xCBF29CE484222325
+FNV_PRIME = 0x100000001B3
+MIX = 0x9E3779B97F4A7C15
+
+compiled = numba.njit(cache=True, nogil=True)
+
+
+def fnv(text: str) -> int:
+    """The 64-bit FNV-1a hash that the kernels give a word (in lower case)."""
+    value = FNV_OFFSET
+    for byte in text.encode():
+        value = ((value ^ byte) * FNV_PRIME) & 0xFFFFFFFFFFFFFFFF
+    return value
+
+
+@compiled
+def _is_word_byte(byte):
+    return 48 <= byte <= 57 or 65 <= byte <= 90 or 97 <= byte <= 122 or byte == 95
+
+
+@compiled
+def _width(byte):
+    """Bytes of the character that starts with this one; 1 for a stray continuation byte."""
+    if byte < 0xC0:
+        return 1
+    if byte < 0xE0:
+        return 2
+    return 3 if byte < 0xF0 else 4
+
+
+@compiled
+def _kind(data, at, end):
+    """Of the character at `at`: 0 separator, 1 ASCII word, 2 Han or kana (a word by itself), 3 other letters."""
+    byte = data[at]
+    if byte < 0x80:
+        return 1 if _is_word_byte(byte) else 0
+    second = data[at + 1] if at + 1 < end else np.uint8(0)
+    if byte == 0xC2:  # U+0080-00BF: controls, signs
+        return 0
+    if byte == 0xE2 and (second == 0x80 or second == 0x81):  # U+2000-207F: general punctuation
+        return 0
+    if byte == 0xE3 and second == 0x80:  # U+3000-303F: CJK punctuation
+        return 0
+    if byte == 0xEF and second >= 0xBC:  # U+FF00-FFFF: full-width forms, U+FFFD
+        return 0
+    if 0xE3 <= byte <= 0xE9:
+        return 2
+    return 3
+
+
+@compiled
+def words(data, offsets, hashes, lengths, flags, starts):
+    """Number of words found; hash, bytes and flags of each; those of document d lie at starts[d]:starts[d + 1].
+
+    The hash is FNV-1a over the bytes, ASCII letters in lower case. The three arrays must hold a value per byte of text.
+    """
+    filled = 0
+    for document in range(offsets.shape[0] - 1):
+        starts[document] = filled
+        at, end = offsets[document], offsets[document + 1]
+        while at < end:
+            kind = _kind(data, at, end)
+            if kind == 0:
+                at += _width(data[at])
+                continue
+            value, flag, begin = np.uint64(FNV_OFFSET), np.uint8(kind != 1), at
+            while True:
+                stop = min(at + _width(data[at]), end)
+                while at < stop:
+                    byte = data[at]
+                    if 65 <= byte <= 90:
+                        byte += np.uint8(32)
+                    if 97 <= byte <= 122:
+                        flag |= np.uint8(1)
+                    value = (value ^ np.uint64(byte)) * np.uint64(FNV_PRIME)
+                    at += 1
+                if kind == 2 or at >= end or _kind(data, at, end) != kind:
+                    break
+            hashes[filled] = value
+            lengths[filled] = at - begin
+            flags[filled] = np.uint8(3) if kind == 2 else flag
+            filled += 1
+    starts[offsets.shape[0] - 1] = filled
+    return filled
+
+
+@compiled
+def _combine(left, right):
+    left = (left ^ (left >> np.uint64(31))) * np.uint64(MIX)
+    return left + right
+
+
+@compiled
+def _enter(table, value):
+    """Whether the value was in the open-addressed table (its size a power of two); it is in it afterwards."""
+    mask = np.uint64(table.shape[0] - 1)
+    value = value | np.uint64(1)  # 0 marks a free slot
+    slot = (value ^ (value >> np.uint64(32))) & mask
+    while table[slot] != 0 and table[slot] != value:
+        slot = (slot + np.uint64(1)) & mask
+    known = table[slot] == value
+    table[slot] = value
+    return known
+
+
+@compiled
+def signatures(hashes, starts, multipliers, constants, out):
+    """Fills out[d, p] with the least value of permutation p over the shingles of document d; all ones where none."""
+    num_permutations = multipliers.shape[0]
+    for document in range(starts.shape[0] - 1):
+        row = out[document]
+        row[:] = np.uint32(0xFFFFFFFF)
+        for i in range(starts[document], starts[document + 1]):
+            low = np.uint32(hashes[i] & np.uint64(0xFFFFFFFF))
+            high = np.uint32(hashes[i] >> np.uint64(32))
+            for p in range(num_permutations):
+                value = np.uint32(low * multipliers[p]) ^ np.uint32(high + constants[p])
+                value = np.uint32((value ^ (value >> np.uint32(15))) * np.uint32(0x2C1B3C6D))
+                value = np.uint32((value ^ (value >> np.uint32(12))) * np.uint32(0x297A2D39))
+                value ^= value >> np.uint32(15)
+                row[p] = min(row[p], value)
+
+
+@compiled
+def jaccard(values, start_a, stop_a, start_b, stop_b):
+    """|A and B| / |A or B| of two sorted runs of distinct values; 0 where both are empty."""
+    common = 0
+    a, b = start_a, start_b
+    while a < stop_a and b < stop_b:
+        if values[a] == values[b]:
+            common += 1
+            a += 1
+            b += 1
+        elif values[a] < values[b]:
+            a += 1
+        else:
+            b += 1
+    union = (stop_a - start_a) + (stop_b - start_b) - common
+    return common / union if union > 0 else 0.0
+
+
+@compiled
+def _root(parents, node):
+    while parents[node] != node:
+        parents[node] = parents[parents[node]]
+        node = parents[node]
+    return node
+
+
+@compiled
+def unite(keys, members, values, starts, rank, signature, threshold, slack, neighbours, parents, partner, similarity):
+    """Number of verified pairs. Walks candidates (`members` sorted by band key), unites those whose true Jaccard holds.
+
+    Each member is compared with at most `neighbours` members before it in its bucket, so giant buckets stay linear.
+    A pair is looked at only if not yet in one group, if its sizes allow the threshold, and if its signatures agree to
+    within `slack`. The root of a group is its member of least `rank`. partner/similarity: the pair that tied a document.
+    """
+    pairs = 0
+    for i in range(keys.shape[0]):
+        j = i - 1
+        while j >= 0 and keys[j] == keys[i] and i - j <= neighbours:
+            a, b = members[i], members[j]
+            j -= 1
+            root_a, root_b = _root(parents, a), _root(parents, b)
+            if root_a == root_b:
+                continue
+            size_a, size_b = starts[a + 1] - starts[a], starts[b + 1] - starts[b]
+            if min(size_a, size_b) < threshold * max(size_a, size_b):
+                continue
+            agree = 0
+            for p in range(signature.shape[1]):
+                if signature[a, p] == signature[b, p]:
+                    agree += 1
+            if agree < (threshold - slack) * signature.shape[1]:
+                continue
+            value = jaccard(values, starts[a], starts[a + 1], starts[b], starts[b + 1])
+            if value < threshold:
+                continue
+            pairs += 1
+            if rank[root_a] > rank[root_b]:
+                root_a, root_b = root_b, root_a
+            parents[root_b] = root_a
+            for one, other in ((a, b), (b, a)):
+                if value > similarity[one]:
+                    similarity[one] = value
+                    partner[one] = other
+    return pairs
+
+
+@compiled
+def _is_terminal(data, at, end):
+    """Whether the character ends a sentence: . ! ? " ' or the ellipsis, and their Chinese counterparts."""
+    byte = data[at]
+    if byte == 46 or byte == 33 or byte == 63 or byte == 34 or byte == 39:
+        return True
+    if byte < 0x80 or at + 2 >= end:
+        return False
+    second, third = data[at + 1], data[at + 2]
+    if byte == 0xE2 and second == 0x80:  # U+2026 ellipsis, U+201D right quote
+        return third == 0xA6 or third == 0x9D
+    if byte == 0xE3 and second == 0x80:  # U+3002 full stop, U+300D corner bracket
+        return third == 0x82 or third == 0x8D
+    return byte == 0xEF and second == 0xBC and (third == 0x81 or third == 0x9F)  # full-width ! and ?
+
+
+@compiled
+def measures(data, offsets, table, out):
+    """Fills out[d] (float64) with the counts named at the top of this file.
+
+    `table` (uint64) is scratch space: a power of two above twice the number of lines of any document.
+    DUPLICATE_LINES and _PARAGRAPHS are shares of their number, DUPLICATE_LINE_BYTES of their bytes.
+    """
+    for document in range(offsets.shape[0] - 1):
+        row = out[document]
+        row[:] = 0.0
+        _count_characters(data, offsets[document], offsets[document + 1], row)
+        _count_lines(data, offsets[document], offsets[document + 1], table, row)
+
+
+@compiled
+def _count_characters(data, at, end, row):
+    was_terminal = False
+    while at < end:
+        byte = data[at]
+        terminal = False
+        row[CHARACTERS] += 1
+        if byte < 0x80:
+            if 65 <= byte <= 90 or 97 <= byte <= 122:
+                row[LETTERS] += 1
+            elif 48 <= byte <= 57:
+                row[DIGITS] += 1
+            elif byte == 10:
+                row[NEWLINES] += 1
+            elif byte < 32 or byte == 127:
+                row[CONTROLS] += byte != 9 and byte != 13
+            elif byte > 32:
+                row[PUNCTUATION] += 1
+                row[HASHES] += byte == 35
+                row[BRACES] += byte == 123
+                terminal = byte == 46 or byte == 33 or byte == 63
+                if byte == 46 and at + 2 < end and data[at + 1] == 46 and data[at + 2] == 46:
+                    row[ELLIPSES] += at == 0 or data[at - 1] != 46
+        else:
+            kind = _kind(data, at, end)
+            row[HAN] += kind == 2
+            row[LETTERS] += kind >= 2
+            if kind == 0:
+                second = data[at + 1] if at + 1 < end else np.uint8(0)
+                third = data[at + 2] if at + 2 < end else np.uint8(0)
+                if byte == 0xEF and second == 0xBF and third == 0xBD:
+                    row[REPLACEMENTS] += 1
+                elif byte == 0xC2 and second < 0xA0:
+                    row[CONTROLS] += 1
+                else:
+                    row[PUNCTUATION] += 1
+                    row[ELLIPSES] += byte == 0xE2 and second == 0x80 and third == 0xA6
+                    row[SENTENCES] += byte != 0xE2 and _is_terminal(data, at, end)
+        if was_terminal and (byte == 32 or byte == 10 or byte == 9 or byte == 34 or byte == 39):
+            row[SENTENCES] += 1
+        was_terminal = terminal
+        at += _width(byte)
+    row[SENTENCES] += was_terminal
+
+
+@compiled
+def _count_lines(data, at, end, table, row):
+    size = 16
+    while size < 2 * (row[NEWLINES] + 2):
+        size *= 2
+    table[: 2 * size] = 0  # lines in the lower half, paragraphs in the upper
+    paragraphs, repeated_paragraphs, repeated_lines, repeated_bytes, line_bytes = 0, 0, 0, 0, 0
+    paragraph = np.uint64(0)
+    while at < end:
+        start, characters, value = at, 0, np.uint64(FNV_OFFSET)
+        while at < end and data[at] != 10:
+            characters += (data[at] & 0xC0) != 0x80
+            at += 1
+        stop = at
+        at += 1
+        row[LONGEST_LINE] = max(row[LONGEST_LINE], characters)
+        while start < stop and data[start] <= 32:
+            start += 1
+        while stop > start and data[stop - 1] <= 32:
+            stop -= 1
+        if start < stop:
+            last = stop - 1
+            while last > start and (data[last] & 0xC0) == 0x80:
+                last -= 1
+            for i in range(start, stop):
+                value = (value ^ np.uint64(data[i])) * np.uint64(FNV_PRIME)
+            seen = _enter(table[:size], value)
+            repeated_lines += seen
+            repeated_bytes += seen * (stop - start)
+            line_bytes += stop - start
+            paragraph = _combine(paragraph, value)
+            row[LINES] += 1
+            row[SHORT_LINES] += characters <= 30
+            first = data[start]
+            dot = first == 0xE2 and stop - start >= 3 and data[start + 1] == 0x80 and data[start + 2] == 0xA2
+            row[BULLET_LINES] += first == 45 or dot
+            row[TERMINAL_LINES] += _is_terminal(data, last, stop)
+            dots = stop - start >= 3 and data[stop - 1] == 46 and data[stop - 2] == 46 and data[stop - 3] == 46
+            mark = stop - last == 3 and data[last] == 0xE2 and data[last + 1] == 0x80 and data[last + 2] == 0xA6
+            row[ELLIPSIS_LINES] += dots or mark
+        else:
+            row[BLANK_LINES] += 1
+        if paragraph != 0 and (start >= stop or at >= end):
+            paragraphs += 1
+            repeated_paragraphs += _enter(table[size : 2 * size], paragraph)
+            paragraph = np.uint64(0)
+    if row[LINES] > 0:
+        row[DUPLICATE_LINES] = repeated_lines / row[LINES]
+        row[DUPLICATE_LINE_BYTES] = repeated_bytes / line_bytes
+        row[DUPLICATE_PARAGRAPHS] = repeated_paragraphs / paragraphs
+
+
+@compiled
+def top_ngrams(hashes, lengths, starts, n, table, counts, out):
+    """Fills out[d]: bytes of the most costly n-gram's occurrences over bytes of all words (arXiv:2112.11446, A1.1).
+
+    `table` and `counts` are scratch space: a power of two, at least twice the words of any document.
+    """
+    for document in range(starts.shape[0] - 1):
+        start, end = starts[document], starts[document + 1]
+        size = 16
+        while size < 2 * (end - start):
+            size *= 2
+        table[:size] = 0
+        counts[:size] = 0
+        mask, total, most = np.uint64(size - 1), 0, 0
+        for i in range(start, end):
+            total += lengths[i]
+            if i + n > end:
+                continue
+            value, gram_bytes = np.uint64(n), 0
+            for k in range(n):
+                value = _combine(value, hashes[i + k])
+                gram_bytes += lengths[i + k]
+            value |= np.uint64(1)
+            slot = (value ^ (value >> np.uint64(32))) & mask
+            while table[slot] != 0 and table[slot] != value:
+                slot = (slot + np.uint64(1)) & mask
+            table[slot] = value
+            counts[slot] += 1
+            if counts[slot] > 1:
+                most = max(most, counts[slot] * gram_bytes)
+        out[document] = min(most / total, 1.0) if total > 0 else 0.0
+
+
+@compiled
+def duplicate_ngrams(hashes, lengths, starts, n, table, out):
+    """Fills out[d]: bytes of words inside n-grams met before over bytes of all words; the scan jumps n after a hit."""
+    for document in range(starts.shape[0] - 1):
+        start, end = starts[document], starts[document + 1]
+        size = 16
+        while size < 2 * (end - start):
+            size *= 2
+        table[:size] = 0
+        total, inside, i = 0, 0, start
+        for word in range(start, end):
+            total += lengths[word]
+        while i + n <= end:
+            value, gram_bytes = np.uint64(n), 0
+            for k in range(n):
+                value = _combine(value, hashes[i + k])
+                gram_bytes += lengths[i + k]
+            if _enter(table[:size], value):
+                inside += gram_bytes
+                i += n
+            else:
+                i += 1
+        out[document] = inside / total if total > 0 else 0.0

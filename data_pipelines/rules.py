@@ -1,0 +1,325 @@
+"""Rules that drop a document by measured values, each with a named reason and a visible threshold.
+
+Text: the kinds of Gopher (arXiv:2112.11446, A1.1), C4 (arXiv:1910.10683, 2.2) and RefinedWeb (arXiv:2306.01116), and
+the three groups that InternLM2's report names: line breaks and separators, abnormal characters, punctuation. The report
+prints no thresholds: the numbers here are defaults of this project. Each Han or kana character is a word by itself, so
+the same bounds hold for Chinese; the two that do not (stop words, length of words) are asked of other scripts only.
+
+Code: generated, minified, data without program, Python that does not parse.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from data_pipelines.document import Outcome, text_buffer, with_text
+from data_pipelines.outline import outline
+
+STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
+MARKS_OF_GENERATED_CODE = re.compile(
+    r"auto-?\s?generated|@generated|do not (edit|modify)( this file)?|generated (by|from|with|using) \S*"
+    r"(gen|script|sphinx|swig|yacc|bison|protoc|protocol buffer|cython|openapi|tool|codec|mapping)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """A document goes when a measure lies below its min_ or above its max_. Shares are from 0 to 1."""
+
+    min_words: int = 50
+    max_words: int = 100_000
+    min_mean_word_length: float = 2.5
+    max_mean_word_length: float = 10.0
+    min_alphabetic_words: float = 0.7
+    min_stop_words: int = 2
+    """How many different ones of `STOP_WORDS`."""
+    max_hashes_per_word: float = 0.1
+    max_ellipses_per_word: float = 0.1
+    max_bullet_lines: float = 0.9
+    max_ellipsis_lines: float = 0.3
+    max_duplicate_lines: float = 0.3
+    max_duplicate_paragraphs: float = 0.3
+    max_duplicate_line_bytes: float = 0.2
+    max_top_ngram_bytes: tuple[float, float, float] = (0.20, 0.18, 0.16)
+    """Of 2-, 3- and 4-grams."""
+    max_duplicate_ngram_bytes: tuple[float, float, float, float, float, float] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10)
+    """Of 5- to 10-grams."""
+    min_sentences: int = 3
+    min_terminal_lines: float = 0.12
+    """Lines that end in a mark that ends a sentence."""
+    max_short_lines: float = 0.67
+    """Lines of at most 30 characters."""
+    max_newlines_per_word: float = 0.3
+    max_line_characters: int = 20_000
+    max_blank_lines: float = 0.8
+    max_replacement_characters: float = 0.001
+    max_control_characters: float = 0.001
+    min_letters: float = 0.5
+    """Share of letters in the characters that are no white space."""
+    max_punctuation: float = 0.3
+    allow_braces: bool = False
+    """C4 takes a { for a sign of code."""
+
+
+WEB = TextRules()
+"""Pages of the web."""
+
+REFERENCE = TextRules(
+    min_words=12, min_mean_word_length=2.0, min_stop_words=0, min_sentences=1, min_terminal_lines=0.02,
+    max_short_lines=1.0, max_newlines_per_word=1.5, max_bullet_lines=1.0, max_ellipsis_lines=0.5,
+    max_duplicate_lines=0.4, max_duplicate_line_bytes=0.3, max_duplicate_paragraphs=0.4, min_alphabetic_words=0.5,
+    max_top_ngram_bytes=(0.4, 0.35, 0.35), max_duplicate_ngram_bytes=(0.5, 0.45, 0.45, 0.4, 0.4, 0.4),
+    min_letters=0.3, max_punctuation=0.5, max_hashes_per_word=0.3, allow_braces=True,
+)  # fmt: skip
+"""Documentation: short entries, signatures, tables and code between the sentences are what it is made of."""
+
+
+class Check(NamedTuple):
+    """Rows fail where values_D is below (or above) the bound."""
+
+    reason: str
+    values_D: np.ndarray
+    side: str
+    bound: float
+
+
+class Words(NamedTuple):
+    """Hash, bytes and flags of every word of a batch; those of row d lie at starts[d]:starts[d + 1]."""
+
+    hashes: np.ndarray
+    lengths: np.ndarray
+    flags: np.ndarray
+    starts: np.ndarray
+
+
+def find_words(batch: pa.RecordBatch) -> Words:
+    """Returns the words of every row, as `kernels.words` defines a word."""
+    from data_pipelines import kernels
+
+    data, offsets = text_buffer(batch)
+    size = int(offsets[-1] - offsets[0]) + 1
+    hashes, lengths, flags = np.empty(size, np.uint64), np.empty(size, np.int32), np.empty(size, np.uint8)
+    starts = np.zeros(len(offsets), np.int64)
+    found = kernels.words(data, offsets, hashes, lengths, flags, starts)
+    return Words(hashes[:found], lengths[:found], flags[:found], starts)
+
+
+def judge(batch: pa.RecordBatch, checks: Iterable[Check]) -> Outcome:
+    """Returns the batch with, per row, its first failing check as the reason and all of them with values as detail."""
+    failed: list[list[str]] = [[] for _ in range(batch.num_rows)]
+    reasons: list[str | None] = [None] * batch.num_rows
+    for check in checks:
+        fails_D = check.values_D < check.bound if check.side == "below" else check.values_D > check.bound
+        for row in np.flatnonzero(fails_D).tolist():
+            reasons[row] = reasons[row] or check.reason
+            failed[row].append(f"{check.reason}: {check.values_D[row]:.4g} is {check.side} {check.bound:g}")
+    return Outcome(batch, reasons, ["; ".join(texts) or None for texts in failed])
+
+
+def text_rules(rules: TextRules) -> Callable[[pa.RecordBatch], Outcome]:
+    """Returns the stage that drops what breaks the rules."""
+    return lambda batch: judge(batch, text_checks(batch, rules))
+
+
+def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
+    """Returns every measure of the batch beside its bound; the order decides which reason is recorded first."""
+    from data_pipelines import kernels as k
+
+    data, offsets = text_buffer(batch)
+    counts_DM = np.zeros((batch.num_rows, k.NUM_MEASURES))
+    k.measures(data, offsets, _table(counts_DM, data, offsets), counts_DM)
+    count = counts_DM.T
+    words = find_words(batch)
+    num_D = np.diff(words.starts).astype(np.float64)
+    some_D, lines_D, characters_D = np.maximum(num_D, 1), np.maximum(count[k.LINES], 1), count[k.CHARACTERS]
+    all_D = np.maximum(characters_D, 1)
+    blank_D = count[k.BLANK_LINES] / np.maximum(count[k.LINES] + count[k.BLANK_LINES], 1)
+    visible_D = np.maximum(count[k.LETTERS] + count[k.DIGITS] + count[k.PUNCTUATION], 1)
+    spaced_D = count[k.HAN] < 0.3 * np.maximum(count[k.LETTERS], 1)  # scripts that put spaces between words
+    mean_D = _sum(words, words.lengths) / some_D
+    alphabetic_D = _sum(words, words.flags & k.WORD_HAS_LETTER) / some_D
+    ngrams = zip(k.TOP_NGRAMS, rules.max_top_ngram_bytes, strict=True)
+    repeats = zip(k.DUPLICATE_NGRAMS, rules.max_duplicate_ngram_bytes, strict=True)
+    return [
+        Check("few_words", num_D, "below", rules.min_words),
+        Check("many_words", num_D, "above", rules.max_words),
+        Check("replacement_characters", count[k.REPLACEMENTS] / all_D, "above", rules.max_replacement_characters),
+        Check("control_characters", count[k.CONTROLS] / all_D, "above", rules.max_control_characters),
+        Check("few_letters", count[k.LETTERS] / visible_D, "below", rules.min_letters),
+        Check("much_punctuation", count[k.PUNCTUATION] / visible_D, "above", rules.max_punctuation),
+        Check("short_words", np.where(spaced_D, mean_D, np.inf), "below", rules.min_mean_word_length),
+        Check("long_words", np.where(spaced_D, mean_D, 0), "above", rules.max_mean_word_length),
+        Check("few_alphabetic_words", alphabetic_D, "below", rules.min_alphabetic_words),
+        Check("few_stop_words", np.where(spaced_D, _stop_words(words), np.inf), "below", rules.min_stop_words),
+        Check("hash_signs", count[k.HASHES] / some_D, "above", rules.max_hashes_per_word),
+        Check("ellipses", count[k.ELLIPSES] / some_D, "above", rules.max_ellipses_per_word),
+        Check("bullet_lines", count[k.BULLET_LINES] / lines_D, "above", rules.max_bullet_lines),
+        Check("ellipsis_lines", count[k.ELLIPSIS_LINES] / lines_D, "above", rules.max_ellipsis_lines),
+        Check("few_sentences", count[k.SENTENCES], "below", rules.min_sentences),
+        Check("lines_without_end_mark", count[k.TERMINAL_LINES] / lines_D, "below", rules.min_terminal_lines),
+        Check("short_lines", count[k.SHORT_LINES] / lines_D, "above", rules.max_short_lines),
+        Check("line_breaks", count[k.NEWLINES] / some_D, "above", rules.max_newlines_per_word),
+        Check("long_line", count[k.LONGEST_LINE], "above", rules.max_line_characters),
+        Check("blank_lines", blank_D, "above", rules.max_blank_lines),
+        Check("braces", count[k.BRACES], "above", np.inf if rules.allow_braces else 0),
+        Check("lorem_ipsum", _contains(batch, "lorem ipsum"), "above", 0),
+        Check("duplicate_lines", count[k.DUPLICATE_LINES], "above", rules.max_duplicate_lines),
+        Check("duplicate_line_bytes", count[k.DUPLICATE_LINE_BYTES], "above", rules.max_duplicate_line_bytes),
+        Check("duplicate_paragraphs", count[k.DUPLICATE_PARAGRAPHS], "above", rules.max_duplicate_paragraphs),
+        *(Check(f"top_{n}gram", top_ngram_share(words, n), "above", bound) for n, bound in ngrams),
+        *(Check(f"duplicate_{n}grams", duplicate_ngram_share(words, n), "above", bound) for n, bound in repeats),
+    ]
+
+
+def _table(counts_DM: np.ndarray, data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Scratch space for lines and paragraphs: four times the most newlines of a row, and one power of two to spare."""
+    newlines_D = [int((data[start:stop] == 10).sum()) for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+    return np.zeros(_power_of_two(8 * (max(newlines_D, default=0) + 4)), np.uint64)
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << max(least - 1, 15).bit_length()
+
+
+def _sum(words: Words, values: np.ndarray) -> np.ndarray:
+    sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    return sums[words.starts[1:]] - sums[words.starts[:-1]]
+
+
+def _stop_words(words: Words) -> np.ndarray:
+    from data_pipelines import kernels
+
+    hashes = (np.uint64(kernels.fnv(word)) for word in STOP_WORDS)
+    return sum((_sum(words, words.hashes == value) > 0).astype(np.float64) for value in hashes)
+
+
+def _contains(batch: pa.RecordBatch, text: str) -> np.ndarray:
+    import pyarrow.compute as pc
+
+    return pc.match_substring(batch.column("text"), text, ignore_case=True).to_numpy(zero_copy_only=False).astype(float)
+
+
+def top_ngram_share(words: Words, n: int) -> np.ndarray:
+    """Returns per row the bytes of its most costly repeated n-gram over the bytes of its words."""
+    from data_pipelines import kernels
+
+    size = _power_of_two(2 * int(np.diff(words.starts).max(initial=0)))
+    out_D = np.zeros(len(words.starts) - 1)
+    tables = np.zeros(size, np.uint64), np.zeros(size, np.int32)
+    kernels.top_ngrams(words.hashes, words.lengths, words.starts, n, *tables, out_D)
+    return out_D
+
+
+def duplicate_ngram_share(words: Words, n: int) -> np.ndarray:
+    """Returns per row the bytes of words inside n-grams met before over the bytes of its words."""
+    from data_pipelines import kernels
+
+    size = _power_of_two(2 * int(np.diff(words.starts).max(initial=0)))
+    out_D = np.zeros(len(words.starts) - 1)
+    kernels.duplicate_ngrams(words.hashes, words.lengths, words.starts, n, np.zeros(size, np.uint64), out_D)
+    return out_D
+
+
+# --- edits -----------------------------------------------------------------------------------------------------------
+
+INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\u00ad]")
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
+TRAILING = re.compile(r"[ \t\u3000\xa0]+$", re.MULTILINE)
+BLANK_RUN = re.compile(r"\n{4,}")
+POLICY = re.compile(
+    r"javascript|terms of use|privacy policy|cookie policy|uses cookies|use of cookies|use cookies", re.IGNORECASE
+)
+CITATION = re.compile(r"\[(\d+|edit|citation needed)\]")
+
+
+def normalise_text(text: str) -> str:
+    """Returns the text in NFC with \\n line ends, without invisible and control characters and runs of blank lines."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if not text.isascii():
+        text = INVISIBLE.sub("", unicodedata.normalize("NFC", text))
+    text = TRAILING.sub("", CONTROL.sub("", text))
+    return BLANK_RUN.sub("\n\n\n", text).strip("\n") + "\n"
+
+
+def normalise_code(text: str) -> str:
+    """Returns the text with \\n line ends and without a byte order mark; white space stays as it is."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def clean_lines(text: str) -> str:
+    """Returns the text without C4's policy and JavaScript lines and without citation marks."""
+    return "\n".join(CITATION.sub("", line) for line in text.split("\n") if not POLICY.search(line))
+
+
+def edit(change: Callable[[str], str]) -> Callable[[pa.RecordBatch], Outcome]:
+    """Returns the stage that changes every text and drops those of which nothing is left ("empty")."""
+
+    def apply(batch: pa.RecordBatch) -> Outcome:
+        texts = [change(text) for text in batch.column("text").to_pylist()]
+        reasons = [None if text.strip() else "empty" for text in texts]
+        return Outcome(with_text(batch, texts), reasons, [reason and "no character is left" for reason in reasons])
+
+    return apply
+
+
+# --- code ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CodeRules:
+    """Bounds for files of programs."""
+
+    max_bytes: int = 1_000_000
+    max_mean_line: int = 100
+    max_line: int = 1000
+    min_alphanumeric: float = 0.25
+    max_data_share: float = 0.6
+    """Share of a Python file that lies in module-level tables."""
+    header_characters: int = 400
+    """Where a mark of generated code is looked for."""
+
+
+def code_rules(rules: CodeRules) -> Callable[[pa.RecordBatch], Outcome]:
+    """Returns the stage that drops generated, minified, data-only and (Python) unparsable files."""
+
+    def apply(batch: pa.RecordBatch) -> Outcome:
+        columns = (batch.column(name).to_pylist() for name in ("text", "language"))
+        verdicts = [_code_reason(text, language, rules) for text, language in zip(*columns, strict=True)]
+        return Outcome(batch, [reason for reason, _ in verdicts], [detail for _, detail in verdicts])
+
+    return apply
+
+
+def _code_reason(text: str, language: str, rules: CodeRules) -> tuple[str | None, str | None]:
+    if not text.strip():
+        return "empty", "no character"
+    if len(text) > rules.max_bytes:
+        return "huge_file", f"{len(text)} characters are above {rules.max_bytes}"
+    mark = MARKS_OF_GENERATED_CODE.search(text, 0, rules.header_characters)
+    if mark:
+        return "generated", f"its head says {mark.group()!r}"
+    lines = text.splitlines()
+    longest, mean = max(map(len, lines)), len(text) / len(lines)
+    if longest > rules.max_line or mean > rules.max_mean_line:
+        bounds = f"{rules.max_line} and {rules.max_mean_line}"
+        return "minified", f"longest line {longest}, mean {mean:.0f}: one of them above {bounds}"
+    alphanumeric = len(NOT_ALPHANUMERIC.sub("", text)) / len(text)
+    if alphanumeric < rules.min_alphanumeric:
+        return "few_letters_and_digits", f"{alphanumeric:.2f} is below {rules.min_alphanumeric}"
+    if language != "python":
+        return None, None
+    found = outline(text)
+    if found.error:
+        return "does_not_parse", found.error
+    if found.data_share > rules.max_data_share:
+        return "data_only", f"{found.data_share:.2f} of it is tables, above {rules.max_data_share}"
+    return None, None
+
+
+NOT_ALPHANUMERIC = re.compile(r"[^\w]+")
