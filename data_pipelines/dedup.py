@@ -79,7 +79,9 @@ def _key(text: str) -> bytes:
 
 def preference(batch: pa.RecordBatch) -> np.ndarray:
     """Returns the rank of every row among copies: the newest first, then the least id; rank 0 is the best."""
-    dates = [str(json.loads(meta).get("date", "")) if '"date"' in meta else "" for meta in batch.column("meta").to_pylist()]
+    dates = [
+        str(json.loads(meta).get("date", "")) if '"date"' in meta else "" for meta in batch.column("meta").to_pylist()
+    ]
     newest = {date: -number for number, date in enumerate(sorted(set(dates)))}
     ids = batch.column("id").to_pylist()
     order = sorted(range(batch.num_rows), key=lambda row: (newest[dates[row]], ids[row], row))
@@ -164,9 +166,7 @@ def _random_words(seed: int, count: int) -> np.ndarray:
     return ((state ^ (state >> np.uint64(31))) >> np.uint64(32)).astype(np.uint32)
 
 
-def candidates(
-    signatures: np.ndarray, shingles: Shingles, settings: NearDuplicates
-) -> tuple[np.ndarray, np.ndarray]:
+def candidates(signatures: np.ndarray, shingles: Shingles, settings: NearDuplicates) -> tuple[np.ndarray, np.ndarray]:
     """Returns (band keys sorted, row of each): rows that share a key are candidates. Rows without words have none."""
     rows = np.flatnonzero(np.diff(shingles.starts) > 0)
     keys = []

@@ -28,7 +28,7 @@ class Definition(NamedTuple):
 
 
 class Outline(NamedTuple):
-    """data_share: the part of the text's characters that lies in module-level literals (tables, not program)."""
+    """data_share: the part of the text's characters that lies in module-level literals (tables, not program; `__all__` aside)."""
 
     docstring: str
     imports: tuple[Import, ...]
@@ -105,8 +105,10 @@ def _data_share(tree: ast.Module, text: str) -> float:
     inside = 0
     for node in tree.body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, LITERALS):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            exports = any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets)
             end = node.end_lineno or node.lineno
-            if end > node.lineno:
+            if end > node.lineno and not exports:
                 inside += sum(map(len, lines[node.lineno - 1 : end]))
     return inside / max(len(text), 1)
 
@@ -114,6 +116,8 @@ def _data_share(tree: ast.Module, text: str) -> float:
 def string_table(text: str, name: str) -> Iterator[tuple[str, str]]:
     """(key, value) pairs of a module-level dictionary of strings such as `pydoc_data.topics.topics`."""
     for node in ast.parse(text).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             yield from sorted(ast.literal_eval(node.value).items())  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from data_pipelines.outline import outline
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 MARKS_OF_GENERATED_CODE = re.compile(
     r"auto-?\s?generated|@generated|do not (edit|modify)( this file)?|generated (by|from|with|using) \S*"
-    r"(gen|script|sphinx|swig|yacc|bison|protoc|protocol buffer|cython|openapi|tool|codec|mapping)",
+    r"(script|sphinx|swig|yacc|bison|protoc|protocol buffer|cython|openapi|tool|codec|mapping)",
     re.IGNORECASE,
 )
 
@@ -280,7 +280,9 @@ class CodeRules:
     max_line: int = 1000
     min_alphanumeric: float = 0.25
     max_data_share: float = 0.6
-    """Share of a Python file that lies in module-level tables."""
+    """Share of a Python file that lies in module-level tables (`__all__` aside)."""
+    min_data_characters: int = 2000
+    """Smaller tables are no reason."""
     header_characters: int = 400
     """Where a mark of generated code is looked for."""
 
@@ -317,7 +319,7 @@ def _code_reason(text: str, language: str, rules: CodeRules) -> tuple[str | None
     found = outline(text)
     if found.error:
         return "does_not_parse", found.error
-    if found.data_share > rules.max_data_share:
+    if found.data_share > rules.max_data_share and found.data_share * len(text) >= rules.min_data_characters:
         return "data_only", f"{found.data_share:.2f} of it is tables, above {rules.max_data_share}"
     return None, None
 

@@ -263,7 +263,9 @@ def jsonl(
             on_bad_row(message)
             continue
         line = row.place.rpartition(":")[2]
-        yield _from_fields(text, row.value, text_field, path=f"{name or Path(path).name}:{line}", source=Path(path).stem)
+        yield _from_fields(
+            text, row.value, text_field, path=f"{name or Path(path).name}:{line}", source=Path(path).stem
+        )
 
 
 def json_rows(path: str | Path, *, on_bad_row: Callable[[str], None] | None = None) -> Iterator[Row]:
