@@ -125,8 +125,10 @@ def _statements(text: str) -> list[ast.stmt] | None:
 
 
 def _does_something(statement: ast.stmt) -> bool:
-    constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-    return not constant and not isinstance(statement, ast.Pass)
+    if isinstance(statement, ast.Expr):  # an expression that names, calls and yields nothing is a constant
+        kinds = ast.Name | ast.Call | ast.Yield | ast.YieldFrom | ast.Await
+        return any(isinstance(node, kinds) for node in ast.walk(statement))
+    return not isinstance(statement, ast.Pass)
 
 
 def copies_prompt(text: str, prompt: str) -> bool:
