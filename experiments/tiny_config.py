@@ -28,7 +28,7 @@ class Tiny:
     """vocab_size is the size of the tokenizer that is trained."""
     seq_len: int = 256
     batch_size: int = 4
-    pretrain_steps: int = 1200
+    pretrain_steps: int = 1500
     pretrain: AdamW = AdamW(peak_lr=5e-3, weight_decay=0.1)
     schedule: Cosine = Cosine(warmup_steps=60, final_fraction=0.1)
     sft_steps: int = 160
@@ -42,7 +42,7 @@ class Tiny:
     """PPO iterations of each of the two RLHF rounds."""
     num_prompts: int = 64
     """Prompts of an iteration."""
-    actor_rate: float = 5e-4
+    actor_rate: float = 3e-4
     """Learning rate of the policy in RLHF."""
     critic_rate: float = 1e-3
     num_evaluated: int = 256

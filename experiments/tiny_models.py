@@ -10,7 +10,7 @@ import numpy as np
 
 from data_pipelines import formats, sources, tokens, wanjuan
 from data_pipelines.document import Document, fingerprint, split_by_file
-from data_pipelines.ledger import Ledger, dropped_by_reason, save, summary
+from data_pipelines.ledger import Ledger, save, summary
 from data_pipelines.loading import open_rows
 from data_pipelines.sources import Fact
 from eval.tasks.library import problems
@@ -59,7 +59,6 @@ def data(config: Tiny, root: Path) -> dict[str, Any]:
         "train_bytes": sum(len(d.text.encode()) for d in split.train),
         "held_out_bytes": sum(len(d.text.encode()) for d in split.held_out),
         "num_facts": len(facts),
-        "dropped": dropped_by_reason(ledger),
         "ledger": summary(ledger),
         "by_source": sources.by_source(kept),
     }

@@ -124,7 +124,11 @@ def _data(results: dict[str, dict]) -> list[Section]:
     found = results.get("data")
     if found is None or "skipped" in found:
         return []
-    rows = [[stage, reason, count] for stage, reasons in _nested(found["dropped"]) for reason, count in reasons]
+    rows = [
+        [stage, reason, count]
+        for stage, reasons in found["ledger"]["dropped"].items()
+        for reason, count in reasons.items()
+    ]
     text = (
         f"{found['num_documents']:,} documents read, {found['num_kept']:,} kept, {found['num_held_out']:,} of them "
         f"held out by file ({found['held_out_bytes'] / 1e6:.2f} MB beside "
@@ -139,15 +143,6 @@ def _data(results: dict[str, dict]) -> list[Section]:
     sources = Table(["source", "documents kept"], sorted(found["by_source"].items()))
     dropped = Table(["stage", "reason", "documents"], rows, caption="Ledger: every removed document has a reason.")
     return [Section("Data", [Text(text), sources, dropped])]
-
-
-def _nested(dropped: dict[str, Any]) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Returns (stage, [(reason, count)]) of {"stage: reason" or reason: count}."""
-    rows: dict[str, list[tuple[str, int]]] = {}
-    for name, count in dropped.items():
-        stage, _, reason = name.rpartition(": ")
-        rows.setdefault(stage or "–", []).append((reason, count))
-    return list(rows.items())
 
 
 def _training(root: Path, results: dict[str, dict]) -> list[Section]:
