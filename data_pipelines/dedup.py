@@ -52,7 +52,7 @@ class Shingles(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """root_D: the row that stays for each row (itself where it stays); partner_D, similarity_D: the pair that tied it."""
+    """root_D: the row that stays for each row (itself where it stays); partner_D, similarity_D: its closest pair."""
 
     root_D: np.ndarray
     partner_D: np.ndarray

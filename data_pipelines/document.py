@@ -31,7 +31,8 @@ EMPTY_META: Mapping[str, Any] = MappingProxyType({})
 
 class Document(NamedTuple):
     """id: hash of where it came from and what it says. path: the file (or file:line) that a split keeps together.
-    domain: the kind of text, which picks a chain ("code", "reference", "web"). meta: JSON-like facts, e.g. repository."""
+    domain: the kind of text, which picks a chain ("code", "reference", "web"). meta: JSON values, such as repository.
+    """
 
     id: str
     text: str
@@ -52,7 +53,7 @@ class Outcome(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """scope "batch": rows are judged one by one, in batches of any size; "corpus": the stage must see all rows at once."""
+    """scope "batch": rows are judged one by one, in batches of any size; "corpus": the stage sees all rows at once."""
 
     name: str
     scope: Literal["batch", "corpus"]

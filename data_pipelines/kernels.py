@@ -13,8 +13,8 @@ import numpy as np
 
 NUM_MEASURES = 22
 (
-    CHARACTERS, HAN, HASHES, ELLIPSES, LETTERS, DIGITS, PUNCTUATION, CONTROLS, REPLACEMENTS, BRACES, SENTENCES, NEWLINES,
-    LINES, BLANK_LINES, BULLET_LINES, ELLIPSIS_LINES, TERMINAL_LINES, SHORT_LINES, LONGEST_LINE,
+    CHARACTERS, HAN, HASHES, ELLIPSES, LETTERS, DIGITS, PUNCTUATION, CONTROLS, REPLACEMENTS, BRACES, SENTENCES,
+    NEWLINES, LINES, BLANK_LINES, BULLET_LINES, ELLIPSIS_LINES, TERMINAL_LINES, SHORT_LINES, LONGEST_LINE,
     DUPLICATE_LINES, DUPLICATE_LINE_BYTES, DUPLICATE_PARAGRAPHS,
 ) = range(NUM_MEASURES)  # fmt: skip
 
@@ -179,7 +179,7 @@ def unite(keys, members, values, starts, rank, signature, threshold, slack, neig
 
     Each member is compared with at most `neighbours` members before it in its bucket, so giant buckets stay linear.
     A pair is looked at only if not yet in one group, if its sizes allow the threshold, and if its signatures agree to
-    within `slack`. The root of a group is its member of least `rank`. partner/similarity: the pair that tied a document.
+    within `slack`. The root of a group is its member of least `rank`. partner, similarity: a document's closest pair.
     """
     pairs = 0
     for i in range(keys.shape[0]):
@@ -244,8 +244,9 @@ def measures(data, offsets, table, out):
 
 
 @compiled
-def _count_characters(data, at, end, row):
+def _count_characters(data, begin, end, row):
     was_terminal = False
+    at = begin
     while at < end:
         byte = data[at]
         terminal = False
@@ -265,7 +266,7 @@ def _count_characters(data, at, end, row):
                 row[BRACES] += byte == 123
                 terminal = byte == 46 or byte == 33 or byte == 63
                 if byte == 46 and at + 2 < end and data[at + 1] == 46 and data[at + 2] == 46:
-                    row[ELLIPSES] += at == 0 or data[at - 1] != 46
+                    row[ELLIPSES] += at == begin or data[at - 1] != 46
         else:
             kind = _kind(data, at, end)
             row[HAN] += kind == 2

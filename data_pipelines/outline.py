@@ -28,7 +28,7 @@ class Definition(NamedTuple):
 
 
 class Outline(NamedTuple):
-    """data_share: the part of the text's characters that lies in module-level literals (tables, not program; `__all__` aside)."""
+    """data_share: the part of the text that lies in module-level literals (tables, not program; `__all__` aside)."""
 
     docstring: str
     imports: tuple[Import, ...]

@@ -95,7 +95,7 @@ CHAIN = (
     *(Stage(f"code_{stage.name}", stage.scope, only(CODE, stage.apply)) for stage in CODE_FILES),
     *(Stage(f"text_{stage.name}", stage.scope, only(CODE, stage.apply, others=True)) for stage in REFERENCE_TEXT),
 )
-"""Code by the rules of code and everything else by those of documentation: what a mixed folder or a user's file gets."""
+"""Code by the rules of code, everything else by those of documentation: what a mixed folder or a user's file gets."""
 CHAINS = {"mixed": CHAIN, "web": WEB_TEXT, "reference": REFERENCE_TEXT, "code": CODE_FILES}
 
 

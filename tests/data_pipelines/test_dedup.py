@@ -1,0 +1,126 @@
+import random
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from data_pipelines import dedup
+from data_pipelines.document import make_document, to_batch, to_documents
+from data_pipelines.rules import find_words
+from tests.data_pipelines.test_rules import plain_words
+
+
+def batch_of(texts, **fields):
+    return to_batch([make_document(t, **({"source": "s", "path": f"f:{i}"} | fields)) for i, t in enumerate(texts)])
+
+
+def plain_shingles(text):
+    words = [word.lower() for word in plain_words(text)]
+    return {tuple(words[i : i + 5]) for i in range(max(len(words) - 4, min(len(words), 1)))}
+
+
+def plain_jaccard(a, b):
+    a, b = plain_shingles(a), plain_shingles(b)
+    return len(a & b) / len(a | b) if a | b else 0.0
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """200 texts: 60 random ones and edits of them, from light to heavy, so that many pairs lie around 0.7."""
+    rng = random.Random(3)
+    vocabulary = [f"word{i}" for i in range(400)] + list("的一是了我不人在他有这上们来到时大地为子中你说生国年着就那和")
+    texts = [[rng.choice(vocabulary) for _ in range(rng.randint(60, 200))] for _ in range(60)]
+    for _ in range(140):
+        copy = list(rng.choice(texts[:60]))
+        for _ in range(rng.randint(0, 8)):
+            copy[rng.randrange(len(copy))] = rng.choice(vocabulary)
+        texts.append(copy)
+    return [" ".join(words) for words in texts]
+
+
+def test_shingles_are_five_words_running_and_chinese_needs_no_spaces():
+    shingles = dedup.shingle(
+        find_words(batch_of(["a b c d e f", "a b", "", "我是中国人民", "A\tb\n  c, d. e f!", "b a"]))
+    )
+    sizes = np.diff(shingles.starts).tolist()
+    assert sizes == [2, 1, 0, 2, 2, 1]
+    rows = [shingles.values[a:b].tolist() for a, b in zip(shingles.starts[:-1], shingles.starts[1:], strict=True)]
+    assert rows[0] == rows[4] == sorted(rows[0]) and rows[1] != rows[5]
+    assert len(dedup.shingle(find_words(batch_of([]))).values) == 0
+
+
+def test_indentation_leaves_code_the_same():
+    code = "def f(x):\n    if x:\n        return 1\n    return 2\n"
+    shingles = dedup.shingle(find_words(batch_of([code, code.replace("    ", "\t"), code.replace("    ", "  ")])))
+    a, b, c = (shingles.values[i:j].tolist() for i, j in zip(shingles.starts[:-1], shingles.starts[1:], strict=True))
+    assert a == b == c
+
+
+def test_signatures_estimate_the_true_jaccard(corpus):
+    signatures = dedup.sign(dedup.shingle(find_words(batch_of(corpus))))
+    errors = []
+    for a, b in combinations(range(len(corpus)), 2):
+        true = plain_jaccard(corpus[a], corpus[b])
+        if true > 0:
+            errors.append(float((signatures[a] == signatures[b]).mean()) - true)
+    assert len(errors) > 200
+    assert abs(np.mean(errors)) < 0.01
+    assert np.sqrt(np.mean(np.square(errors))) < 0.05  # sqrt(J (1 - J) / 128) is at most 0.044
+    assert np.abs(errors).max() < 0.21
+
+
+def test_groups_against_brute_force(corpus):
+    groups = dedup.group(batch_of(corpus), dedup.NearDuplicates())
+    pairs = {(a, b): plain_jaccard(corpus[a], corpus[b]) for a, b in combinations(range(len(corpus)), 2)}
+    duplicates = [pair for pair, value in pairs.items() if value >= 0.7]
+    together = [groups.root_D[a] == groups.root_D[b] for a, b in duplicates]
+    assert len(duplicates) > 100
+    assert np.mean(together) >= 0.99  # recall
+    for row in np.flatnonzero(groups.root_D != np.arange(len(corpus))):  # precision is exact: every edge is verified
+        pair = tuple(sorted((int(row), int(groups.partner_D[row]))))
+        assert pairs[pair] >= 0.7
+        assert groups.similarity_D[row] == pytest.approx(pairs[pair])
+
+
+def test_what_stays_does_not_depend_on_the_order_of_the_input(corpus):
+    documents = to_documents(batch_of(corpus))
+    stage = dedup.near_duplicates(dedup.NearDuplicates(neighbours=10_000))
+
+    def kept(given):
+        outcome = stage(to_batch(given))
+        return {d.id for d, reason in zip(given, outcome.reasons, strict=True) if reason is None}
+
+    shuffled = random.Random(1).sample(documents, len(documents))
+    assert kept(documents) == kept(shuffled) and len(kept(documents)) < len(documents)
+
+
+def test_exactly_one_of_a_group_stays_and_it_is_the_newest_then_the_least_id():
+    text = " ".join(f"w{i}" for i in range(50))
+    copies = [make_document(text + f" tail{i}", source="s", path=str(i)) for i in range(5)]
+    outcome = dedup.near_duplicates(dedup.NearDuplicates())(to_batch(copies))
+    stays = [d for d, reason in zip(copies, outcome.reasons, strict=True) if reason is None]
+    assert [d.id for d in stays] == [min(d.id for d in copies)]
+    assert {reason for reason in outcome.reasons if reason} == {"near_duplicate"}
+    assert all(stays[0].id in detail for detail in outcome.details if detail)
+    newest = copies[3]._replace(meta={"date": "2024-05"})
+    outcome = dedup.near_duplicates(dedup.NearDuplicates())(to_batch([*copies[:3], newest, copies[4]]))
+    assert [reason is None for reason in outcome.reasons] == [False, False, False, True, False]
+
+
+def test_exact_duplicates_ignore_case_and_white_space_only():
+    outcome = dedup.exact_duplicates(batch_of(["Hello  World\n", "hello world", "hello, world", "x"]))
+    assert sorted(map(str, outcome.reasons)) == ["None", "None", "None", "exact_duplicate"]
+    assert outcome.reasons[2] is None and outcome.reasons[3] is None
+    assert dedup.exact_duplicates(batch_of([])).reasons == []
+
+
+def test_texts_without_words_and_empty_batches_are_no_duplicates():
+    assert dedup.near_duplicates(dedup.NearDuplicates())(batch_of(["", "...", "!!!", ""])).reasons == [None] * 4
+    assert dedup.near_duplicates(dedup.NearDuplicates())(batch_of([])).reasons == []
+
+
+def test_settings_that_cannot_be_honoured_are_refused():
+    with pytest.raises(ValueError, match="25 bands of 6 rows want more than the 128 hashes"):
+        dedup.NearDuplicates(bands=25)
+    with pytest.raises(ValueError, match="threshold is 70"):
+        dedup.NearDuplicates(threshold=70)

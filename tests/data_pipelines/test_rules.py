@@ -1,0 +1,170 @@
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipelines import kernels, rules
+from data_pipelines.document import make_document, to_batch
+
+GOOD = """The river that runs through the town was once the only road to the sea. Boats came up with the tide and
+went back with the ebb, and the people of the town lived by what they carried. When the railway came, the boats
+stayed away, but the river did not mind. It has its own business with the sea, and it keeps to it.
+
+Today you can walk along the bank from the mill to the old harbour. Few do so in winter. Those who have tried it
+say that the light on the water is worth the cold, and that they would be glad to go again.
+"""
+CHINESE = (
+    "这条河流过小镇，曾经是通往大海的唯一道路。船只随着潮水而来，又随着潮水而去，镇上的人们靠船运为生。"
+    "后来铁路修通了，船就不来了，但是河水并不在意。它与大海之间有自己的事情，一直守着。今天你可以沿着河岸从磨坊走到旧港口。"
+)
+
+
+def batch_of(*texts, language="und"):
+    return to_batch([make_document(t, source="s", path=f"f:{i}", language=language) for i, t in enumerate(texts)])
+
+
+def reason(text, settings=rules.WEB):
+    return rules.text_rules(settings)(batch_of(text)).reasons[0]
+
+
+def test_good_text_stays_in_both_languages():
+    assert rules.text_rules(rules.WEB)(batch_of(GOOD, CHINESE)).details == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("expected", "text"),
+    [
+        ("few_words", "Too short."),
+        ("replacement_characters", GOOD + "\ufffd" * 5),
+        ("control_characters", GOOD + "\x01" * 5),
+        ("few_letters", GOOD + " 1234567890" * 100),
+        ("much_punctuation", GOOD + " ;-)" * 120),
+        ("few_alphabetic_words", GOOD + " 2024" * 70),
+        ("few_stop_words", "Green ideas sleep furiously; colourless dreams never wake. " * 8),
+        ("hash_signs", GOOD.replace("the", "#the")),
+        ("ellipses", GOOD.replace(" the", "... the")),
+        ("bullet_lines", "\n".join(f"- {line}" for line in GOOD.replace(", ", ".\n").splitlines() if line)),
+        ("few_sentences", re.sub("[.]", ",", GOOD)),
+        ("lines_without_end_mark", "\n".join(re.sub(r"\.$", "", line) for line in GOOD.splitlines()) + "\n"),
+        ("short_lines", re.sub(r"(\S+) (\S+) (\S+) ", r"\1 \2 \3\n", GOOD)),
+        ("braces", GOOD + "{"),
+        ("lorem_ipsum", GOOD + "Lorem Ipsum dolor."),
+        ("duplicate_lines", GOOD + "The end of the story is here.\n" * 8),
+    ],
+)
+def test_each_rule_drops_its_document_with_its_reason(expected, text):
+    details = rules.text_rules(rules.WEB)(batch_of(text)).details[0]
+    assert expected in {part.partition(":")[0] for part in details.split("; ")}, details
+
+
+def test_first_failing_rule_is_the_reason_and_all_are_in_the_detail():
+    outcome = rules.text_rules(rules.WEB)(batch_of("Too short {"))
+    assert outcome.reasons == ["few_words"]
+    assert outcome.details[0].startswith("few_words: 2 is below 50; ") and "braces: 1 is above 0" in outcome.details[0]
+
+
+def test_verdicts_do_not_depend_on_the_batch():
+    texts = [GOOD, "...", "", CHINESE, "a.", "... b " * 40, GOOD * 3, "\n\n"]
+    together = rules.text_rules(rules.WEB)(batch_of(*texts))
+    alone = [rules.text_rules(rules.WEB)(batch_of(text)).details[0] for text in texts]
+    assert list(together.details) == alone
+    assert rules.text_rules(rules.WEB)(batch_of()).reasons == []
+
+
+# --- the kernels against plain Python --------------------------------------------------------------------------------
+
+TEXTS = st.text(alphabet=st.sampled_from(list("aA9_ .,\n\t-\"'") + list("的いé。！\u2026\ufffd\u3000😀ß")), max_size=60)
+
+
+def plain_words(text):
+    han = "[\u3040-\u9fff]"
+    other = "[^\x00-\xbf\u2000-\u207f\u3000-\u9fff\uff00-\uffff]"
+    return re.findall(f"[A-Za-z0-9_]+|{han}|{other}+", text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(TEXTS, max_size=4))
+def test_words_equal_a_regular_expression(texts):
+    words = rules.find_words(batch_of(*texts))
+    found = [plain_words(text) for text in texts]
+    assert np.diff(words.starts).tolist() == [len(row) for row in found]
+    lowered = [re.sub("[A-Z]", lambda m: m.group().lower(), word) for row in found for word in row]
+    assert words.hashes.tolist() == [kernels.fnv(word) for word in lowered]
+    assert words.lengths.tolist() == [len(word.encode()) for word in lowered]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(TEXTS, min_size=1, max_size=4))
+def test_line_measures_equal_plain_python(texts):
+    batch = batch_of(*texts)
+    checks = {check.reason: check.values_D for check in rules.text_checks(batch, rules.WEB)}
+    for row, text in enumerate(texts):
+        lines = [line for line in (line.strip("".join(map(chr, range(33)))) for line in text.split("\n")) if line]
+        again = sum(count - 1 for count in Counter(lines).values())
+        assert checks["duplicate_lines"][row] == pytest.approx(again / max(len(lines), 1))
+        ends = sum(line.endswith(tuple(".!?\"'\u2026\u201d。」！？")) for line in lines)
+        assert checks["lines_without_end_mark"][row] == pytest.approx(ends / max(len(lines), 1))
+        assert checks["long_line"][row] == max(map(len, text.split("\n")))
+        assert checks["replacement_characters"][row] * max(len(text), 1) == pytest.approx(text.count("\ufffd"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(["a", "b", "cc"]), max_size=40), st.sampled_from([2, 3, 5, 6]))
+def test_ngram_shares_equal_plain_python(words, n):
+    found = rules.find_words(batch_of(" ".join(words)))
+    total = sum(map(len, words))
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    top = max((count * len("".join(gram)) for gram, count in Counter(grams).items() if count > 1), default=0)
+    assert rules.top_ngram_share(found, n)[0] == pytest.approx(min(top / total, 1) if total else 0)
+    seen, inside, i = set(), 0, 0
+    while i < len(grams):
+        known = grams[i] in seen
+        seen.add(grams[i])
+        inside += len("".join(grams[i])) * known
+        i += n if known else 1
+    assert rules.duplicate_ngram_share(found, n)[0] == pytest.approx(inside / total if total else 0)
+
+
+# --- edits and code --------------------------------------------------------------------------------------------------
+
+
+def test_normalise():
+    assert rules.normalise_text("\ufeffe\u0301\r\na\u200b \x07\t\n\n\n\n\n\nb") == "é\na\n\n\nb\n"
+    assert rules.normalise_code("\ufeffif x:\r\n\ty  \n") == "if x:\n\ty  \n"
+    assert rules.clean_lines("Enable JavaScript now.\nWater is wet [12].\nOur Privacy Policy") == "Water is wet ."
+    outcome = rules.edit(rules.normalise_text)(batch_of("\u200b\n", "x"))
+    assert list(outcome.reasons) == ["empty", None]
+
+
+FUNCTION = "def area(width, height):\n    return width * height\n"
+
+
+@pytest.mark.parametrize(
+    ("expected", "text"),
+    [
+        (None, FUNCTION),
+        ("empty", " \n"),
+        ("generated", "# Auto-generated by a script\n" + FUNCTION),
+        ("generated", '"""Codec generated from \'MAPPINGS/X.TXT\' with gencodec.py."""\n' + FUNCTION),
+        (None, '"""Drives a parser with tables generated by hand."""\n' + FUNCTION),
+        (None, FUNCTION * 20 + "# do not edit\n"),
+        ("minified", "x = 1; " * 200 + "\n"),
+        ("few_letters_and_digits", "(((((((((((((((1)))))))))))))))\n"),
+        ("does_not_parse", "print 'two'\n"),
+        ("data_only", "TABLE = [\n" + "    1000001,\n" * 300 + "]\n" + FUNCTION),
+        (None, "TABLE = [\n" + "    1,\n" * 30 + "]\n" + FUNCTION),
+        (None, "__all__ = [\n" + "    'some_long_name',\n" * 300 + "]\n" + FUNCTION),
+        ("huge_file", "# abc def\n" * 200_000),
+    ],
+)
+def test_code_rules(expected, text):
+    outcome = rules.code_rules(rules.CodeRules())(batch_of(text, language="python"))
+    assert outcome.reasons == [expected]
+    assert (outcome.details[0] is None) == (expected is None)
+
+
+def test_other_languages_are_not_parsed_as_python():
+    assert rules.code_rules(rules.CodeRules())(batch_of("int main() { return 0; }\n", language="c")).reasons == [None]

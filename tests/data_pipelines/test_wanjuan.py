@@ -1,0 +1,151 @@
+import json
+import random
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipelines import code, sources, wanjuan
+from data_pipelines.document import make_document, to_batch
+from data_pipelines.ledger import Ledger, explain, summary
+from tests.data_pipelines.test_rules import CHINESE, FUNCTION, GOOD
+
+
+def code_file(path, text):
+    meta = {"repository": "r"}
+    return make_document(text, source="s", path=f"r/{path}", domain="code", language="python", meta=meta)
+
+
+@pytest.fixture
+def documents():
+    body = "".join(f"def function_{i}(value):\n    return value + {i}\n\n\n" for i in range(30))
+    return [
+        code_file("a.py", "import b\n\n\n" + body),
+        code_file("b.py", FUNCTION),
+        code_file("c.py", ("import b\n\n\n" + body).replace("    ", "\t").replace("+ 7\n", "+ 77\n")),
+        code_file("broken.py", "def f(:\n"),
+        make_document(GOOD, source="s", path="good.txt"),
+        make_document(GOOD.upper(), source="s", path="same.txt"),
+        make_document(GOOD.replace("winter", "summer"), source="s", path="near.txt"),
+        make_document(CHINESE, source="s", path="zh.txt"),
+        make_document("Too short.", source="s", path="short.txt"),
+    ]
+
+
+def test_mixed_chain_gives_every_drop_its_reason(documents):
+    ledger = Ledger()
+    kept = wanjuan.run_chain(documents, wanjuan.CHAIN, ledger)
+    counts = summary(ledger)
+    assert counts["documents_in"] == 9 == counts["documents_kept"] + counts["documents_dropped"]
+    dropped = {stage: reasons for stage, reasons in counts["dropped"].items() if reasons}
+    assert dropped == {
+        "code_rules": {"does_not_parse": 1},
+        "code_near_duplicates": {"near_duplicate": 1},
+        "text_rules": {"few_words": 1},
+        "text_exact_duplicates": {"exact_duplicate": 1},
+        "text_near_duplicates": {"near_duplicate": 1},
+    }
+    paths = [document.path for document in kept]
+    assert "zh.txt" in paths and len(paths) == 4
+    importer = next(path for path in paths if path in ("r/a.py", "r/c.py"))
+    assert paths.index("r/b.py") < paths.index(importer)
+    assert "few_words: 2 is below 12" in explain(ledger, documents[-1].id)
+    assert kept[paths.index("zh.txt")].id == documents[7].id  # ids stay those of the raw documents
+
+
+def test_kept_set_does_not_depend_on_order_batches_or_copies(documents, monkeypatch):
+    def ids(given):
+        return sorted({d.id for d in wanjuan.run_chain(given, wanjuan.CHAIN, Ledger())})
+
+    expected = ids(documents)
+    assert ids(random.Random(0).sample(documents, len(documents))) == expected
+    assert ids(documents + documents) == expected
+    monkeypatch.setattr(wanjuan, "BATCH_ROWS", 2)
+    assert ids(documents) == expected
+
+
+def test_only_leaves_other_rows_alone(documents):
+    batch = to_batch(documents)
+
+    def shout(part):
+        texts = [text.upper() for text in part.column("text").to_pylist()]
+        return wanjuan.Outcome(wanjuan.edit(str.upper)(part).batch, ["loud"] * len(texts), ["!"] * len(texts))
+
+    outcome = wanjuan.only(("code",), shout)(batch)
+    before, after = batch.column("text").to_pylist(), outcome.batch.column("text").to_pylist()
+    assert after[:4] == [text.upper() for text in before[:4]] and after[4:] == before[4:]
+    assert list(outcome.reasons) == ["loud"] * 4 + [None] * 5
+    assert outcome.batch.column("id").to_pylist() == batch.column("id").to_pylist()
+    assert wanjuan.only(("none",), shout)(batch).batch is batch
+    assert wanjuan.only(("code",), shout)(batch.slice(0, 0)).reasons == []
+
+
+@pytest.mark.parametrize("chain", sorted(wanjuan.CHAINS))
+def test_every_stage_accepts_no_rows(chain):
+    for stage in wanjuan.CHAINS[chain]:
+        outcome = stage.apply(to_batch([]))
+        assert outcome.batch.num_rows == 0 and len(outcome.reasons) == 0
+
+
+@pytest.mark.slow
+def test_embedded_corpus_through_the_chain():
+    ledger = Ledger()
+    given = sources.stdlib_corpus()
+    kept = wanjuan.run_chain(given, wanjuan.CHAIN, ledger)
+    counts = summary(ledger)
+    assert counts["documents_in"] == len(given) == len(kept) + counts["documents_dropped"]
+    assert 0.6 < len(kept) / len(given) < 0.95
+    reasons = counts["dropped"]["code_rules"]
+    assert reasons["generated"] > 30 and reasons["data_only"] > 10
+    fates = {fate.path: fate.reason for fates in ledger.fates.values() for fate in fates if fate.stage == "code_rules"}
+    assert fates["stdlib/pydoc_data/topics.py"] == "generated"
+    files = {d.path.removeprefix("stdlib/"): d.text for d in kept if d.source == "stdlib"}
+    assert "argparse.py" in files and "struct.py" in files
+    graph = code.import_graph(files)
+    part = {path: number for number, paths in enumerate(code.components(graph)) for path in paths}
+    place = {d.path.removeprefix("stdlib/"): i for i, d in enumerate(kept) if d.source == "stdlib"}
+    outside = [(a, b) for a in graph for b in graph[a] if part[a] != part[b]]
+    assert len(outside) > 1000
+    assert all(place[needed] < place[path] for path, needed in outside)
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "data_pipelines.wanjuan", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_command_writes_the_folder_and_replaces_only_its_own(tmp_path, documents):
+    lines = [
+        json.dumps({"text": d.text, "path": d.path, "domain": d.domain, "language": d.language}) for d in documents
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join([*lines, "{broken"]) + "\n")
+    out = tmp_path / "a folder"
+    done = command("--input", tmp_path / "in.jsonl", "--output", out)
+    assert done.returncode == 0, done.stderr
+    assert "9 documents in, 4 kept, 1 rows could not be read" in done.stdout
+    assert "in.jsonl:10: not valid JSON" in done.stderr
+    assert pq.read_table(out / "documents.parquet").num_rows == 4
+    assert json.loads((out / "ledger.json").read_text())["documents_kept"] == 4
+    strict = command("--input", tmp_path / "in.jsonl", "--output", out, "--strict")
+    assert strict.returncode == 1 and "in.jsonl:10" in strict.stderr and "Traceback" not in strict.stderr
+    assert pq.read_table(out / "documents.parquet").num_rows == 4
+    foreign = command("--input", tmp_path / "in.jsonl", "--output", tmp_path)
+    assert foreign.returncode == 1 and "was not written by this command" in foreign.stderr
+    assert (tmp_path / "in.jsonl").exists()
+
+
+def test_a_repository_folder_becomes_one_markdown_text(tmp_path):
+    root = tmp_path / "repo"
+    root.mkdir()
+    (root / "a.py").write_text("import b\n")
+    (root / "b.py").write_text(FUNCTION)
+    (root / "README.md").write_text(GOOD)
+    kept = wanjuan.run_chain(sources.read([root]), wanjuan.CHAIN, Ledger())
+    assert [d.path for d in kept] == ["repo/README.md", "repo/b.py", "repo/a.py"]
+    (text,) = wanjuan.repositories(kept)
+    assert text.text.index("## README.md") < text.text.index("## b.py") < text.text.index("## a.py")
