@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipelines.sources import existing
 from experiments import tiny_models, tiny_report, tiny_rlhf, tiny_use
 from experiments.stages import guarded, parse, run_path
 from experiments.tiny_config import Skip, Tiny
@@ -68,13 +69,19 @@ def chosen_stages(config: Tiny, names: Sequence[str]) -> list[str]:
 def run(config: Tiny) -> Path:
     """Runs the chain, or what is left of it, and returns the path of its report."""
     root = run_path(config.run)
+    chain = stages()
+    names = [stage.name for stage in chain]
+    wanted = chosen_stages(config, names)
+    if config.data is not None:
+        existing(config.data)
     if config.fresh and root.exists():
         if not (root / "chain.json").is_file():
             raise ValueError(f"--fresh would remove {root}, which is no folder of this chain (it has no chain.json)")
         shutil.rmtree(root)
-    _remember(config, root)
-    chain = stages()
-    wanted = chosen_stages(config, [stage.name for stage in chain])
+    missing = [name for name in names[: names.index(wanted[0])] if result(root, name) is None]
+    if missing:
+        raise ValueError(f"{wanted[0]} stands on {missing[0]}, which has not run in {root}; give --from {missing[0]}")
+    _remember(config, root, names)
     named = config.only is not None or config.from_stage is not None
     if not named and all(result(root, stage.name) is not None for stage in chain):
         print(f"The chain in {root} is complete. Report: {root / 'report.html'}")
@@ -99,7 +106,7 @@ def run(config: Tiny) -> Path:
             _run_stage(stage, config, root)
         else:
             print(f"[{number}/{len(chain)}] {stage.name}: done")
-    tiny_report.write(root, [stage.name for stage in chain])
+    tiny_report.write(root, names)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
     print(f"\n{time.perf_counter() - started:.0f} s, peak memory {peak:.1f} GB. Report: {root / 'report.html'}")
     _print_next(root)
@@ -128,12 +135,12 @@ def _run_stage(stage: Stage, config: Tiny, root: Path) -> None:
     print(f"{stage.name}: {summary['seconds']} s", flush=True)
 
 
-def _remember(config: Tiny, root: Path) -> None:
-    """Keeps the chain's config in its folder, and refuses to go on with another one."""
+def _remember(config: Tiny, root: Path, names: Sequence[str]) -> None:
+    """Keeps the chain's config in its folder, and refuses to go on with another one once a stage has ended."""
     ways = ("run", "only", "from_stage", "fresh")
     now = {name: value for name, value in to_json(config).items() if name not in ways}
     path = root / "chain.json"
-    if path.is_file():
+    if path.is_file() and any(result(root, name) is not None for name in names):
         lines = differing_fields(now, json.loads(path.read_text()))
         if lines:
             raise ValueError(

@@ -4,7 +4,6 @@ Preferences are made by a program (`library.preference`), so the reward model ca
 (`library.gold`) is another program that neither the reward model nor the policy is trained on.
 """
 
-import dataclasses
 import json
 import random
 from collections.abc import Sequence
@@ -60,10 +59,13 @@ def prompt_ids(task: BodyTask, tokenizer: Tokenizer) -> list[int]:
     return list(chat.render(library.body_prompt(task), tokenizer, add_generation_prompt=True).ids)
 
 
-def tasks_of(config: Tiny, root: Path, tokenizer: Tokenizer, *, held_out: bool) -> list[BodyTask]:
-    """Returns the tasks whose prompt fits, in an order that the seed shuffles; held-out ones are of held-out files."""
+def _check_feeds(config: Tiny) -> None:
     if config.data is not None:
         raise Skip(f"preferences are made for functions of the standard library; {config.data} has none")
+
+
+def tasks_of(config: Tiny, root: Path, tokenizer: Tokenizer, *, held_out: bool) -> list[BodyTask]:
+    """Returns the tasks whose prompt fits, in an order that the seed shuffles; held-out ones are of held-out files."""
     tasks = library.body_tasks(tiny_models.facts(root, config, held_out=held_out))
     tasks = [task for task in tasks if len(prompt_ids(task, tokenizer)) <= MAX_PROMPT_TOKENS]
     random.Random(config.seed).shuffle(tasks)
@@ -119,6 +121,7 @@ def preference_pairs(
 
 def reward(config: Tiny, root: Path) -> dict[str, Any]:
     """Trains the conditional reward model on pairs of written and sampled answers."""
+    _check_feeds(config)
     model = open_model(root / "sft")
     tokenizer = model.tokenizer
     tasks = tasks_of(config, root, tokenizer, held_out=False)
@@ -214,8 +217,10 @@ def pair_accuracy(params: dict, reward_config, pairs: Sequence[Pair], tokenizer:
 
 NUM_ROUNDS = 2
 WARM_UP_ITERATIONS = 2
-REFRESH_SHARE = 3
-"""Original pairs per targeted pair when the reward model is refreshed between rounds."""
+REFRESH_SHARE, REFRESH_STEPS = 3, 20
+"""Original pairs per targeted pair, and steps, when the reward model is refreshed between rounds."""
+PROBE_BLOCK = 777
+"""Prompts that are answered before and after a round."""
 
 
 class Setting(NamedTuple):
@@ -250,55 +255,19 @@ def rlhf(config: Tiny, root: Path) -> dict[str, Any]:
 
     A round that has ended is kept: an interrupted stage goes on with the next one.
     """
+    _check_feeds(config)
     model, scorer = open_model(root / "sft"), open_model(root / "reward")
     setting = _setting(config, root, model, scorer.config)
-    critic, _ = from_lm(scorer.params, scorer.config)
-    state, reward_params = ppo.init(setting.run, model.params, critic), scorer.params
-    pairs = _read_pairs(root / "reward" / "pairs.jsonl")
-    rows = open_rows(root / "tokenizer" / "train", seq_len=128, packing="concat", seed=config.seed + 1)
-    text = batches(rows, batch_size=8)
-    report = {"evaluations": [], "curve": [], "alarms": [], "num_pairs": []}
-    for index in range(NUM_ROUNDS):
-        folder = root / "rlhf" / f"round_{index}"
-        done = _restored(folder, state)
-        if done is None:
-            reward_fn = _reward_fn(setting, reward_params)
-            if index == 0:
-                report["evaluations"].append(_evaluate("fine-tuned", setting, state, reward_fn))
-            result = cool.run_round(
-                setting.run,
-                state,
-                lambda number, at: _prompts(setting, setting.train_tasks, number * 1000 + at),
-                _prompts(setting, setting.train_tasks, 777),
-                reward_fn,
-                round_index=index,
-                num_iterations=config.num_iterations,
-                warm_up_iterations=WARM_UP_ITERATIONS if index == 0 else 0,
-                reference=setting.reference,
-                pretrain=text,
-                log=_show,
-            )
-            state = result.state
-            report["curve"] += [row for row in result.metrics if not row["warm_up"]]
-            report["evaluations"].append(_evaluate(f"round {index + 1}", setting, state, reward_fn))
-            found = monitor.drift(result.early, result.late, _gold_of(setting))
-            report["alarms"].append(found.alarms)
-            new = monitor.fast_path(result.early, result.late, _gold_of(setting), list(CONDITIONS))
-            report["num_pairs"].append(len(new))
-            print(f"round {index + 1}: alarms {found.alarms or 'none'}, {len(new)} targeted pairs")
-            if new and index + 1 < NUM_ROUNDS:
-                mixed = new + random.Random(config.seed).sample(pairs, min(len(pairs), REFRESH_SHARE * len(new)))
-                reward_params = fit_reward(
-                    config, folder / "reward", reward_params, scorer.config, mixed, setting.tokenizer, steps=20
-                ).params
-            _keep(folder, state, report, setting, reward_params)
-        else:
-            state, report, reward_params = done
-    final = dataclasses.replace(model, params=state.actor.trainable)
+    about = {"stage": "rlhf", "ppo": ppo_config(config), "seed": config.seed, "rounds": NUM_ROUNDS}
+    with open_run(root / "rlhf", about, tracking=TrackingConfig(wandb="disabled")) as run:
+        state, report = _rounds(setting, root, scorer)
+        run.cut(0)
+        for step, row in enumerate(report["curve"], 1):
+            run.log(step, row)
     save_model(
         root / "rlhf" / "model",
-        config=final.config,
-        params=final.params,
+        config=model.config,
+        params=state.actor.trainable,
         tokenizer=setting.tokenizer,
         generation=model.generation,
         provenance={"rounds": NUM_ROUNDS, "iterations": config.num_iterations},
@@ -313,6 +282,60 @@ def rlhf(config: Tiny, root: Path) -> dict[str, Any]:
         "fast_path": f"Targeted pairs after each round: {report['num_pairs']}; alarms: {report['alarms']}.",
         "samples": report["evaluations"][-1]["samples"],
     }
+
+
+def _rounds(setting: Setting, root: Path, scorer: Model) -> tuple[ppo.PPOState, dict[str, Any]]:
+    """Returns the state after the last round and what the report shows of all of them."""
+    config = setting.config
+    critic, _ = from_lm(scorer.params, scorer.config)
+    state, reward_params = ppo.init(setting.run, setting.reference.params, critic), scorer.params
+    pairs = _read_pairs(root / "reward" / "pairs.jsonl")
+    rows = open_rows(root / "tokenizer" / "train", seq_len=128, packing="concat", seed=config.seed + 1)
+    report: dict[str, Any] = {"evaluations": [], "curve": [], "alarms": [], "num_pairs": []}
+    for index in range(NUM_ROUNDS):
+        folder = root / "rlhf" / f"round_{index}"
+        done = _restored(folder, state)
+        if done is not None:
+            state, report, reward_params = done
+            continue
+        reward_fn = _reward_fn(setting, reward_params)
+        if index == 0:
+            report["evaluations"].append(_evaluate("fine-tuned", setting, state, reward_fn))
+        result = cool.run_round(
+            setting.run,
+            state,
+            lambda number, at: _prompts(setting, setting.train_tasks, number * 1000 + at),
+            _prompts(setting, setting.train_tasks, PROBE_BLOCK),
+            reward_fn,
+            round_index=index,
+            num_iterations=config.num_iterations,
+            warm_up_iterations=WARM_UP_ITERATIONS if index == 0 else 0,
+            reference=setting.reference,
+            pretrain=batches(rows, batch_size=8),
+            log=_show,
+        )
+        state = result.state
+        report["curve"] += [row for row in result.metrics if not row["warm_up"]]
+        report["evaluations"].append(_evaluate(f"round {index + 1}", setting, state, reward_fn))
+        new = _targeted_pairs(setting, result, report)
+        if new and index + 1 < NUM_ROUNDS:
+            mixed = new + random.Random(config.seed).sample(pairs, min(len(pairs), REFRESH_SHARE * len(new)))
+            reward_params = fit_reward(
+                config, folder / "reward", reward_params, scorer.config, mixed, setting.tokenizer, steps=REFRESH_STEPS
+            ).params
+        _keep(folder, state, report, setting, reward_params)
+    return state, report
+
+
+def _targeted_pairs(setting: Setting, result: cool.Round, report: dict[str, Any]) -> list[Pair]:
+    """Returns the fast path's pairs of a round; enters alarms and counts into the report."""
+    gold = _gold_of(setting)
+    alarms = monitor.drift(result.early, result.late, gold).alarms
+    new = monitor.fast_path(result.early, result.late, gold, list(CONDITIONS))
+    report["alarms"].append(alarms)
+    report["num_pairs"].append(len(new))
+    print(f"round {len(report['alarms'])}: alarms {alarms or 'none'}, {len(new)} targeted pairs")
+    return new
 
 
 def _setting(config: Tiny, root: Path, model: Model, reward_config: ModelConfig) -> Setting:

@@ -3,6 +3,7 @@
 import shutil
 import statistics
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from experiments.tiny_config import Skip, Tiny
 from internjax.hf.convert import check
 from internjax.hf.open import Model, logits, open_model
 from internjax.hf.save import save_model
+from internjax.text.tokenizer import load_tokenizer
 
 MODELS = ("pretrain", "sft", "rlhf")
 EVALUATED_BYTES = 120_000
@@ -40,7 +42,7 @@ def final_model(root: Path) -> Path:
 def evaluate(config: Tiny, root: Path) -> dict[str, Any]:
     """Bits per byte beside baselines, tasks made of held-out facts, and the interpreter protocol before and after."""
     folder = root / "evaluate"
-    held_out = _held_out_texts(root)
+    held_out = held_out_texts(root)
     text_task = TextTask("held_out_text", 1, tuple(TextItem(name, text) for name, text in held_out))
     facts = [
         tasks.Fact(fact.module, fact.name.removeprefix(f"{fact.module}."), _arguments(fact.signature), fact.summary)
@@ -56,7 +58,7 @@ def evaluate(config: Tiny, root: Path) -> dict[str, Any]:
         results[name] = {score.task: _row(score) for score in scores}
         for score in scores:
             print(f"{name:9} {score.task:20} {score.interval.value:.3f} ({score.num_items} items)")
-    summary = {"tasks": results, "baselines": _baselines(config, root, held_out)._asdict()}
+    summary = {"tasks": results, "baselines": baselines(config, root, held_out)._asdict()}
     bits = results["pretrain"]["held_out_text"]["value"]
     print(f"bits per byte {bits:.3f}, baselines {summary['baselines']}")
     if config.data is None:
@@ -65,7 +67,7 @@ def evaluate(config: Tiny, root: Path) -> dict[str, Any]:
     return summary
 
 
-def _held_out_texts(root: Path) -> list[tuple[str, str]]:
+def held_out_texts(root: Path) -> list[tuple[str, str]]:
     chosen, size = [], 0
     for name, text in tiny_models.texts(root, "held_out"):
         if size < EVALUATED_BYTES and len(text) < EVALUATED_BYTES // 4:
@@ -101,13 +103,21 @@ def _row(score: Result) -> dict[str, Any]:
     }
 
 
-def _baselines(config: Tiny, root: Path, held_out: list[tuple[str, str]]) -> measure.Baselines:
-    tokenizer = tiny_models.load_tokenizer(root / "tokenizer" / "hf")
+def baselines(config: Tiny, root: Path, held_out: list[tuple[str, str]]) -> measure.Baselines:
+    tokenizer = load_tokenizer(root / "tokenizer" / "hf")
     rows = [
         np.array([tokenizer.bos_id, *ids, tokenizer.eos_id]) for ids in tokenizer.encode_batch([t for _, t in held_out])
     ]
     seen = tiny_models.seen_tokens(config, root)
     return measure.baselines(seen, rows, [text for _, text in held_out], vocab_size=config.model.vocab_size)
+
+
+def bits_per_byte(config: Tiny, params: dict, root: Path, held_out: list[tuple[str, str]]) -> float:
+    """Returns the held-out bits per byte of parameters of the chain's model."""
+    tokenizer = load_tokenizer(root / "tokenizer" / "hf")
+    model = types.SimpleNamespace(config=config.model, params=params, tokenizer=tokenizer, lora=None)
+    task = TextTask("held_out_text", 1, tuple(TextItem(name, text) for name, text in held_out))
+    return run_tasks(local(model, max_length=config.seq_len, batch_size=8), [task])[0].interval.value
 
 
 def _interpreter(config: Tiny, root: Path) -> dict[str, Any]:
@@ -167,7 +177,7 @@ def export(config: Tiny, root: Path) -> dict[str, Any]:
 def quantize(config: Tiny, root: Path) -> dict[str, Any]:
     """Opens the export with int8 and int4 weights and measures what that costs."""
     folder = root / "export" / "llama"
-    held_out = _held_out_texts(root)[:20]
+    held_out = held_out_texts(root)[:20]
     task = TextTask("held_out_text", 1, tuple(TextItem(name, text) for name, text in held_out))
     found = {}
     for scheme in (None, "int8", "int4"):
