@@ -16,6 +16,9 @@ PY := .venv/bin/python
 # Settings of the caller's shell that would send packages or imports elsewhere than .venv.
 unexport PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_ROOT
 export PIP_USER := 0
+# Certificates of the system, as pip uses them: a company's proxy signs with its own.
+export UV_SYSTEM_CERTS := 1
+export UV_NATIVE_TLS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # An environment is current while its stamp exists: the name is a checksum of the lock, pyproject.toml, the folder
