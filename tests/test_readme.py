@@ -13,8 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-COMMANDS = re.findall(r"(?:^|`)((?:\.venv/bin/)?python -m [^`|#\n]+|make [^`|#\n]+)", README, re.MULTILINE)
+# serve/ and eval/ have tests of their own READMEs.
+TEXTS = [README, *((ROOT / name / "README.md").read_text("utf-8") for name in ("internjax", "experiments"))]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", "\n".join(TEXTS), re.MULTILINE | re.DOTALL)
+COMMANDS = re.findall(r"(?:^|`)((?:\.venv/bin/)?python -m [^`|#\n]+|make [^`|#\n]+)", "\n".join(TEXTS), re.MULTILINE)
 
 
 @pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
