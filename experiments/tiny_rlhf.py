@@ -36,9 +36,9 @@ from internjax.train.step import init_state, make_step
 from internjax.train.tracking import TrackingConfig, open_run, read_rows
 
 MAX_PROMPT_TOKENS = 80
-PAIR_LENGTH = 192
-NUM_SAMPLED = 128
-"""Tasks whose answers the fine-tuned model writes for the preference pairs."""
+PAIR_LENGTH = 176
+NUM_TASKS, NUM_DRAWS, PAIRS_PER_TASK = 192, 2, 4
+"""Tasks that pairs are made for, answers that the fine-tuned model draws for each, and pairs of each."""
 
 
 class Answer(NamedTuple):
@@ -104,47 +104,51 @@ def sampled_answers(model: Model, tasks: Sequence[BodyTask], config: Tiny, *, se
 
 
 def preference_pairs(
-    task: BodyTask, answers: Sequence[Answer], tokenizer: Tokenizer, *, rng: random.Random, count: int
+    task: BodyTask, drawn: Sequence[Answer], written: Sequence[Answer], tokenizer: Tokenizer, *, rng: random.Random
 ) -> list[Pair]:
-    """Returns up to `count` pairs of answers that the task's condition does not like equally well."""
+    """Returns pairs of answers that the task's condition does not like equally well, a drawn one in each."""
     condition = condition_of(task)
-    liked = [(library.preference(condition, answer.completion, task), answer) for answer in answers]
-    pairs = [(a, b) for i, a in enumerate(liked) for b in liked[:i] if a[0] != b[0]]
+    liked = [(library.preference(condition, answer.completion, task), answer) for answer in (*drawn, *written)]
+    pairs = [(a, b) for i, a in enumerate(liked[: len(drawn)]) for b in liked[i + 1 :] if a[0] != b[0]]
     rng.shuffle(pairs)
     prompt = prompt_ids(task, tokenizer)
     made = []
-    for first, second in pairs[:count]:
+    for first, second in pairs[:PAIRS_PER_TASK]:
         chosen, rejected = (first, second) if first[0] > second[0] else (second, first)
         made.append(Pair(prompt, list(chosen[1].ids), list(rejected[1].ids), condition))
     return made
 
 
+def made_pairs(model: Model, tasks: Sequence[BodyTask], config: Tiny, *, seed: int, rng: random.Random) -> list[Pair]:
+    """Returns the pairs of some tasks: what the model draws for each, against itself and against written answers."""
+    draws = [sampled_answers(model, tasks, config, seed=seed + draw) for draw in range(NUM_DRAWS)]
+    return [
+        pair
+        for task, *drawn in zip(tasks, *draws, strict=True)
+        for pair in preference_pairs(
+            task,
+            drawn,
+            written_answers(task, model.tokenizer, max_new_tokens=config.max_new_tokens),
+            model.tokenizer,
+            rng=rng,
+        )
+    ]
+
+
 def reward(config: Tiny, root: Path) -> dict[str, Any]:
-    """Trains the conditional reward model on pairs of written and sampled answers."""
+    """Trains the conditional reward model on pairs of drawn and written answers."""
     _check_feeds(config)
     model = open_model(root / "sft")
     tokenizer = model.tokenizer
-    tasks = tasks_of(config, root, tokenizer, held_out=False)
-    held_out = tasks_of(config, root, tokenizer, held_out=True)
+    tasks = tasks_of(config, root, tokenizer, held_out=False)[:NUM_TASKS]
+    held_out = tasks_of(config, root, tokenizer, held_out=True)[: NUM_TASKS // 3]
     rng = random.Random(config.seed)
-    answers = {task: written_answers(task, tokenizer, max_new_tokens=config.max_new_tokens) for task in tasks}
-    sampled = tasks[:NUM_SAMPLED]
-    for task, answer in zip(sampled, sampled_answers(model, sampled, config, seed=config.seed), strict=True):
-        answers[task].append(answer)
-    pairs = [p for task in tasks for p in preference_pairs(task, answers[task], tokenizer, rng=rng, count=4)]
-    unseen = [
-        pair
-        for task in held_out
-        for pair in preference_pairs(
-            task,
-            written_answers(task, tokenizer, max_new_tokens=config.max_new_tokens),
-            tokenizer,
-            rng=rng,
-            count=2,
-        )
-    ]
+    pairs = made_pairs(model, tasks, config, seed=1000 * config.seed, rng=rng)
+    unseen = made_pairs(model, held_out, config, seed=1000 * config.seed + 500, rng=rng)
     params, reward_config = from_lm(model.params, model.config, jax.random.key(config.seed))
-    fitted = fit_reward(config, root / "reward", params, reward_config, pairs, tokenizer, steps=config.reward_steps)
+    fitted = fit_reward(
+        config, root / "reward", params, reward_config, pairs, tokenizer, steps=config.reward_steps, peak_lr=1e-3
+    )
     accuracy = pair_accuracy(fitted.params, reward_config, unseen, tokenizer)
     save_model(
         root / "reward" / "model",
@@ -174,12 +178,20 @@ class FittedReward(NamedTuple):
 
 
 def fit_reward(
-    config: Tiny, folder: Path, params: dict, reward_config, pairs: Sequence[Pair], tokenizer: Tokenizer, *, steps: int
+    config: Tiny,
+    folder: Path,
+    params: dict,
+    reward_config: ModelConfig,
+    pairs: Sequence[Pair],
+    tokenizer: Tokenizer,
+    *,
+    steps: int,
+    peak_lr: float,
 ) -> FittedReward:
     """Returns the reward model after `steps` batches of pairs, from `params` on."""
     conditions = conditions_of(tokenizer)
     optimizer = make_optimizer(
-        AdamW(peak_lr=1e-3, weight_decay=0.01), Cosine(warmup_steps=5, final_fraction=0.5), steps
+        AdamW(peak_lr=peak_lr, weight_decay=0.01), Cosine(warmup_steps=5, final_fraction=0.5), steps
     )
     state = init_state(jax.tree.map(lambda leaf: leaf.copy(), params), optimizer, seed=config.seed)
     step = make_step(ranking(reward_config), optimizer)
@@ -217,8 +229,8 @@ def pair_accuracy(params: dict, reward_config, pairs: Sequence[Pair], tokenizer:
 
 NUM_ROUNDS = 2
 WARM_UP_ITERATIONS = 2
-REFRESH_SHARE, REFRESH_STEPS = 3, 20
-"""Original pairs per targeted pair, and steps, when the reward model is refreshed between rounds."""
+REFRESH_WEIGHT, REFRESH_PAIRS, REFRESH_STEPS = 3, 120, 15
+"""Between rounds: how often each targeted pair counts, how many original pairs beside them, and steps."""
 PROBE_BLOCK = 777
 """Prompts that are answered before and after a round."""
 
@@ -319,9 +331,16 @@ def _rounds(setting: Setting, root: Path, scorer: Model) -> tuple[ppo.PPOState, 
         report["evaluations"].append(_evaluate(f"round {index + 1}", setting, state, reward_fn))
         new = _targeted_pairs(setting, result, report)
         if new and index + 1 < NUM_ROUNDS:
-            mixed = new + random.Random(config.seed).sample(pairs, min(len(pairs), REFRESH_SHARE * len(new)))
+            mixed = REFRESH_WEIGHT * new + random.Random(config.seed).sample(pairs, min(len(pairs), REFRESH_PAIRS))
             reward_params = fit_reward(
-                config, folder / "reward", reward_params, scorer.config, mixed, setting.tokenizer, steps=REFRESH_STEPS
+                config,
+                folder / "reward",
+                reward_params,
+                scorer.config,
+                mixed,
+                setting.tokenizer,
+                steps=REFRESH_STEPS,
+                peak_lr=3e-4,
             ).params
         _keep(folder, state, report, setting, reward_params)
     return state, report
