@@ -315,7 +315,7 @@ def test_works_for_an_unprivileged_user(tmp_path_factory):
         (folder / "internjax" / name).chmod(0o644)
     program = (
         "from internjax import sandbox;"
-        "done = sandbox.run('import os; print(os.getuid()); open(\"a\", \"w\").write(\"x\")');"
+        'done = sandbox.run(\'import os; print(os.getuid()); open("a", "w").write("x")\');'
         "every = sorted(done.layers) == sorted(sandbox.LAYERS);"
         "print(done.status, done.stdout.strip(), done.files, every, done.reason);"
         "lame = sandbox.launch('print(1)', files={}, limits=sandbox.Limits(), packages=(), without=['namespaces']);"
