@@ -71,7 +71,8 @@ WEB = TextRules()
 """Pages of the web."""
 
 REFERENCE = TextRules(
-    min_words=12, max_words=10_000_000, max_line_characters=1_000_000, min_mean_word_length=2.0, min_stop_words=0, min_sentences=1, min_terminal_lines=0.0,
+    min_words=12, max_words=10_000_000, max_line_characters=1_000_000, min_mean_word_length=2.0, min_stop_words=0,
+    min_sentences=1, min_terminal_lines=0.0,
     max_short_lines=1.0, max_newlines_per_word=1.5, max_bullet_lines=1.0, max_ellipsis_lines=0.5,
     max_duplicate_lines=0.4, max_duplicate_line_bytes=0.3, max_duplicate_paragraphs=0.4, min_alphabetic_words=0.5,
     max_top_ngram_bytes=(0.4, 0.35, 0.35), max_duplicate_ngram_bytes=(0.5, 0.45, 0.45, 0.4, 0.4, 0.4),

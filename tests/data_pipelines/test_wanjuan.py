@@ -1,7 +1,9 @@
 import json
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -149,3 +151,20 @@ def test_a_repository_folder_becomes_one_markdown_text(tmp_path):
     assert [d.path for d in kept] == ["repo/README.md", "repo/b.py", "repo/a.py"]
     (text,) = wanjuan.repositories(kept)
     assert text.text.index("## README.md") < text.text.index("## b.py") < text.text.index("## a.py")
+
+
+def test_the_readme_holds(tmp_path, monkeypatch, capsys):
+    readme = (Path(wanjuan.__file__).parent / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"```sh\npython -m data_pipelines\.wanjuan (.*)\n```", readme)
+    (program,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "notes.jsonl").write_text(json.dumps({"text": GOOD}) + "\n")
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "area.py").write_text(FUNCTION)
+    monkeypatch.chdir(tmp_path)
+    assert wanjuan.main(line.split()) == 0
+    assert json.loads((tmp_path / "clean" / "ledger.json").read_text())["documents_kept"] == 2
+    for name in ("documents.parquet", "repositories.jsonl", "dropped.parquet"):
+        assert (tmp_path / "clean" / name).is_file()
+    monkeypatch.setattr(sources, "package_documents", list)  # its time, not its truth
+    exec(compile(program, "README.md", "exec"), {})
+    assert capsys.readouterr().out.endswith(": kept\n")
