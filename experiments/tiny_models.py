@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines import formats, sources, tokens, wanjuan
-from data_pipelines.document import Document, fingerprint, split_by_file
+from data_pipelines.document import Document, fingerprint, make_document, split_by_file
 from data_pipelines.ledger import Ledger, save, summary
 from data_pipelines.loading import open_rows
 from data_pipelines.sources import Fact
@@ -24,6 +24,7 @@ from internjax.train.tracking import TrackingConfig
 NUM_PROBLEMS, NUM_BODIES, NUM_DESCRIPTIONS = 800, 800, 400
 """Conversations to learn from, of each kind."""
 NUM_HELD_OUT_PROBLEMS = 100
+PIECE_CHARS = 4000
 
 
 def data(config: Tiny, root: Path) -> dict[str, Any]:
@@ -67,14 +68,31 @@ def data(config: Tiny, root: Path) -> dict[str, Any]:
 def _own_documents(path: str, bad: list[str]) -> list[Document]:
     """Documents of the user's file; conversations count as the text of their turns."""
     if not _is_chat_file(path):
-        return sources.read([path], on_bad_row=bad.append)
+        return [piece for document in sources.read([path], on_bad_row=bad.append) for piece in _pieces(document)]
     found = []
     for sample in formats.conversations(path, on_bad_row=bad.append):
         text = "\n".join(message.content for message in sample.messages if message.content)
-        found.append(sources.make_document(text, source=Path(path).stem, path=sample.place))
+        found.append(make_document(text, source=Path(path).stem, path=sample.place))
     if not found:
         raise ValueError(f"{path} holds no conversation; the first reason: {bad[0] if bad else 'the file is empty'}")
     return found
+
+
+def _pieces(document: Document) -> list[Document]:
+    """Returns a long text (one big file) as several documents cut at empty lines, so that some can be held out."""
+    if document.domain == "code" or len(document.text) <= 2 * PIECE_CHARS:
+        return [document]
+    pieces, size = [[]], 0
+    for paragraph in document.text.split("\n\n"):
+        if size > PIECE_CHARS:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(paragraph)
+        size += len(paragraph)
+    return [
+        make_document("\n\n".join(parts), source=document.source, path=f"{document.path}#{number}")
+        for number, parts in enumerate(pieces)
+    ]
 
 
 def _is_chat_file(path: str) -> bool:
