@@ -118,6 +118,7 @@ def fine_tune_and_ask(model, data, run):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_an_answer(place, tmp_path):
     said = fine_tune_and_ask(place / "model", place / "chats.jsonl", tmp_path / "mine")
     assert "8 conversations from" in said and "'openai'" in said
