@@ -3,8 +3,12 @@
 A variable that is already set wins, so `JAX_PLATFORMS=cuda,cpu pytest -m gpu` reaches the GPU.
 """
 
+import gc
 import os
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,3 +29,12 @@ for name, value in {
     "MPLBACKEND": "agg",
 }.items():
     os.environ.setdefault(name, value)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_programs():
+    """Drops compiled programs after each file: each holds memory maps, and a process may have some 65,000 of them."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
