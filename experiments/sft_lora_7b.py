@@ -20,6 +20,8 @@ CONFIG = replace(
     seq_len=4096,
     batch_size=4,
     accumulate=4,
+    remat="full",
+    attention="chunked",
     lora=LoraConfig(rank=16, alpha=32.0),
 )
 

@@ -105,6 +105,10 @@ class Finetune:
     """A warm-up longer than a tenth of the run is shortened to it."""
     accumulate: int = 1
     """Micro-batches per update."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes per layer: nothing, all but matrix products, everything."""
+    attention: Literal["xla", "chunked", "cudnn"] = "xla"
+    """Attention back end; see internjax.kernels.attention."""
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -304,7 +308,7 @@ def finetune(config: Finetune, *, callbacks: Sequence[Every] = ()) -> Trained:
 
 def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequence[Every]) -> Trained:
     # All that can be wrong is read before the folder is made, or an earlier one removed.
-    model = _whole_model(config.model, mesh)
+    model = _whole_model(config, mesh)
     rows = _conversation_rows(config, model)
     num_steps = config.num_steps or max(1, round(config.num_epochs * rows.plan(0).num_rows / config.batch_size))
     warmup = min(config.schedule.warmup_steps, max(1, num_steps // 10))
@@ -328,12 +332,14 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
     return Trained(folder, summary)
 
 
-def _whole_model(name: str, mesh: Mesh | None) -> Model:
+def _whole_model(config: Finetune, mesh: Mesh | None) -> Model:
     """Returns the model with its adapters, if any, merged: what is trained next stands on them."""
-    model = open_model(name, mesh=mesh)
+    model = open_model(config.model, mesh=mesh)
+    how = dataclasses.replace(model.config, remat=config.remat, attention=config.attention)
+    model = dataclasses.replace(model, config=how)
     if model.tokenizer is None:
         raise ValueError(
-            f"{name} has no tokenizer.json, so conversations cannot be tokenised; add the tokenizer's files"
+            f"{config.model} has no tokenizer.json, so conversations cannot be tokenised; add the tokenizer's files"
         )
     if model.lora is None:
         return model
