@@ -1,6 +1,7 @@
 """The numbers of the tiny chain, and how a stage says that it cannot be run."""
 
 import dataclasses
+from typing import Literal
 
 from internjax.model.config import TINY, ModelConfig
 from internjax.model.lora import LoraConfig
@@ -15,6 +16,8 @@ class Tiny:
     """Folder of the chain: a path, or a name under runs/."""
     data: str | None = None
     """Your own file (JSONL, text, parquet) or folder instead of the standard library."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """A row of your file that cannot be read ends the run with its place and reason, or is named, counted, left out."""
     only: str | None = None
     """Run this stage alone."""
     from_stage: str | None = None

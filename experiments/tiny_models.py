@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ def data(config: Tiny, root: Path) -> dict[str, Any]:
     folder = root / "data"
     folder.mkdir(parents=True, exist_ok=True)
     bad: list[str] = []
-    documents = sources.stdlib_corpus() if config.data is None else _own_documents(config.data, bad)
+    on_bad_row = bad.append if config.bad_rows == "skip" else None
+    documents = sources.stdlib_corpus() if config.data is None else _own_documents(config.data, on_bad_row)
     for message in bad[:5]:
         print(f"left out: {message}")
     ledger = Ledger()
@@ -65,16 +66,16 @@ def data(config: Tiny, root: Path) -> dict[str, Any]:
     }
 
 
-def _own_documents(path: str, bad: list[str]) -> list[Document]:
+def _own_documents(path: str, on_bad_row: Callable[[str], None] | None) -> list[Document]:
     """Documents of the user's file; conversations count as the text of their turns."""
     if not _is_chat_file(path):
-        return [piece for document in sources.read([path], on_bad_row=bad.append) for piece in _pieces(document)]
+        return [piece for document in sources.read([path], on_bad_row=on_bad_row) for piece in _pieces(document)]
     found = []
-    for sample in formats.conversations(path, on_bad_row=bad.append):
+    for sample in formats.conversations(path, on_bad_row=on_bad_row):
         text = "\n".join(message.content for message in sample.messages if message.content)
         found.append(make_document(text, source=Path(path).stem, path=sample.place))
     if not found:
-        raise ValueError(f"{path} holds no conversation; the first reason: {bad[0] if bad else 'the file is empty'}")
+        raise ValueError(f"{path} holds no conversation that can be read; run without --bad-rows skip to see why")
     return found
 
 

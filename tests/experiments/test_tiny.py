@@ -297,6 +297,9 @@ def test_conversations_feed_fine_tuning(tmp_path):
     with file.open("a") as rows:
         rows.write('{"messages": \n')
     config = changed(CONFIG, run=str(tmp_path / "tiny"), data=str(file))
+    with pytest.raises(ValueError, match=rf"chats.jsonl:{len(tasks) + 1}: not valid JSON"):
+        tiny.run(config)
+    config = changed(config, bad_rows="skip")
     for stage in ("data", "tokenizer", "pretrain", "sft", "reward"):
         printed = run(changed(config, only=stage))
         if stage == "data":
