@@ -10,7 +10,7 @@ from internjax.train.optimizer import AdamW, Cosine
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
-    """The numbers of the chain; chosen by the sweep in experiments/benchmarks/results/tiny_sweep.json."""
+    """The numbers of the chain; `python -m experiments.benchmarks.tiny_sweep` compares them with others."""
 
     run: str = "tiny"
     """Folder of the chain: a path, or a name under runs/."""
