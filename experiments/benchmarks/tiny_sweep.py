@@ -1,4 +1,4 @@
-"""The sweep that chose the tiny chain's width, vocabulary, sequence length and rate: bits per byte at equal time.
+"""A sweep over the tiny chain's width, vocabulary, sequence length and rate: bits per byte at equal time.
 
     python -m experiments.benchmarks.tiny_sweep --seconds 60
 
