@@ -114,18 +114,21 @@ MAX_PROBLEMS = 100_000
 
 
 def problems(*, num_items: int, seed: int, exclude: Sequence[Problem] = ()) -> tuple[Problem, ...]:
-    """Returns different arithmetic problems, none of them in `exclude` (so that a held-out set stays held out)."""
+    """Returns different arithmetic problems, none of them in `exclude` (so that a held-out set stays held out).
+
+    Two problems are the same also where they differ only in an order of arguments that does not matter.
+    """
     if num_items + len(exclude) > MAX_PROBLEMS:
         raise ValueError(f"given {num_items} problems beside {len(exclude)}; wanted at most {MAX_PROBLEMS} in all")
     rng = random.Random(f"{seed} problems")
-    seen = {problem.call for problem in exclude}
+    seen = {_identity(problem.call) for problem in exclude}
     found: list[Problem] = []
     while len(found) < num_items:
         question, function, compute, ranges = rng.choice(ARITHMETIC)
         arguments = tuple(rng.choice(span) for span in ranges)
         problem = Problem(question.format(*arguments), function, arguments, str(compute(*arguments)))
-        if problem.call not in seen:
-            seen.add(problem.call)
+        if (identity := _identity(problem.call)) not in seen:
+            seen.add(identity)
             found.append(problem)
     return tuple(found)
 
@@ -161,10 +164,13 @@ def first_call(text: str) -> str | None:
 
 def same_call(given: str, wanted: str) -> float:
     """Returns 1.0 if both are the same function of the same numbers, in any order where order does not matter."""
-    (name, arguments), (wanted_name, wanted_arguments) = _parsed(given), _parsed(wanted)
-    if wanted_name not in ORDERED:
-        arguments, wanted_arguments = sorted(arguments), sorted(wanted_arguments)
-    return float((name, arguments) == (wanted_name, wanted_arguments))
+    return float(_identity(given) == _identity(wanted))
+
+
+def _identity(call: str) -> tuple[str, tuple[int, ...]]:
+    """Returns function and arguments of a call, the arguments in one order where their order does not matter."""
+    name, arguments = _parsed(call)
+    return name, tuple(arguments if name in ORDERED else sorted(arguments))
 
 
 def _parsed(call: str) -> tuple[str, list[int]]:
