@@ -60,7 +60,7 @@ SETTINGS = (
 )
 
 
-def configured(setting: Setting, seconds: float) -> Tiny:
+def configured(setting: Setting) -> Tiny:
     """Returns the chain's config with the setting's values."""
     model = dataclasses.replace(
         TINY,
@@ -82,7 +82,7 @@ def configured(setting: Setting, seconds: float) -> Tiny:
 
 def measure(setting: Setting, root: Path, *, seconds: float) -> dict[str, Any]:
     """Returns what a setting reaches in `seconds` of training steps."""
-    config = configured(setting, seconds)
+    config = configured(setting)
     tiny_models.tokenizer(config, root)
     rows = open_rows(root / "tokenizer" / "train", seq_len=setting.seq_len, packing="concat", seed=0)
     data = batches(rows, batch_size=setting.batch_size)
