@@ -1,7 +1,8 @@
 """Checkpoints that either load as they were written or say why not.
 
     FOLDER/STEP/                written by Orbax in the background: every array of `trainable` and of the optimizer
-    FOLDER/STEP/about.json      step, data position, rng key, shape and dtype of every array, fingerprint of the base
+    FOLDER/STEP/about.json      step, data position, rng key, shape and dtype of every array, fingerprint of the base,
+                                and the small facts of the run in `Checkpoints.extra`
     FOLDER/STEP/checksums.json  sha256 of every file above
     FOLDER/STEP/COMMITTED       sha256 of checksums.json, written last: a step without it does not exist
 
@@ -120,11 +121,16 @@ def restore_params(folder: str | Path, step: int | None = None, *, shardings: An
 
 
 class Checkpoints:
-    """The checkpoints of one run, open for writing. Close it (or use `with`): saving goes on in the background."""
+    """The checkpoints of one run, open for writing. Close it (or use `with`): saving goes on in the background.
+
+    `extra` is a dict of JSON values that travels along: every `save` writes what it holds at that moment (W&B run id,
+    tokens seen), and `restore` replaces its content by what the restored checkpoint holds.
+    """
 
     def __init__(self, folder: str | Path, config: CheckpointConfig):
         self.folder = Path(folder).resolve()
         self.config = config
+        self.extra: dict[str, Any] = {}
         self._damaged: set[int] = set()
         self._pending: concurrent.futures.Future | None = None
         self._base: tuple[Any, str | None] = (None, None)
@@ -170,6 +176,7 @@ class Checkpoints:
             "base": self._base_of(state),
             "trainable": _shapes(_named(state.trainable)),
             "optimizer": _shapes(_named(state.opt_state)),
+            "extra": _json_copy(self.extra),
         }
         args = ocp.args.Composite(
             trainable=ocp.args.StandardSave(_named(state.trainable)),
@@ -210,7 +217,10 @@ class Checkpoints:
             _print_skipped(self.folder, step, skipped)
             about = json.loads((self.folder / str(step) / ABOUT).read_text())
             self._require_fit(step, about, target)
-            return self._load(step, about, target)
+            state = self._load(step, about, target)
+            self.extra.clear()
+            self.extra.update(about.get("extra", {}))
+            return state
         if skipped:
             raise ValueError(_none_loads(self.folder, skipped))
         return None
@@ -408,6 +418,15 @@ def _nested(leaves: Mapping[str, Any]) -> dict:
 
 def _abstract(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in _named(tree).items()}
+
+
+def _json_copy(extra: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(extra))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"extra must hold JSON values only (text, numbers, lists, objects); given {extra!r}: {error}"
+        ) from error
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, list]:

@@ -284,6 +284,20 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         open_checkpoints(tmp_path / "file" / "checkpoints")
 
 
+def test_small_facts_of_the_run_travel_along(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.extra["wandb_run_id"] = "4f1c"
+        checkpoints.save(advance(new_state(), 1))
+        checkpoints.extra["wandb_run_id"] = "changed after the save"
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.extra["stale"] = 1
+        checkpoints.restore(new_state())
+        assert checkpoints.extra == {"wandb_run_id": "4f1c"}
+        checkpoints.extra["array"] = np.ones(2)
+        with pytest.raises(ValueError, match="extra must hold JSON values only"):
+            checkpoints.save(advance(new_state(), 2))
+
+
 def test_the_record_is_readable_without_us(tmp_path):
     written(tmp_path, steps=(2,))
     about = json.loads((tmp_path / "2" / checkpoint.ABOUT).read_text())
