@@ -8,7 +8,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -17,6 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 LogicalAxes = tuple[str | None, ...]
+
+OptimizerState = Literal["as_parameters", "over_data"]
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Parameters: `embed` is split over fsdp (gathered when used), the other side of a matrix over tensor.
@@ -57,6 +59,10 @@ class MeshConfig:
     """Shards of the sequence dimension of activations."""
     tensor: int = 1
     """Shards of heads, feed-forward width and vocabulary."""
+    optimizer_state: OptimizerState = "as_parameters"
+    """Optimizer state, gradients and update: cut as the parameters are, or over the replicas (`data`) as well. With
+    data=-1, fsdp=1, optimizer_state=over_data every device holds the whole parameters and a share of the rest (ZeRO-1).
+    """
 
     def shape(self, num_devices: int) -> tuple[int, int, int, int]:
         """Returns the resolved axis sizes for `num_devices`; raises ValueError when they do not multiply to it."""
@@ -115,9 +121,13 @@ def partition_spec(logical_axes: LogicalAxes) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def _axis_size(mesh: Any, axes: str | tuple[str, ...] | None) -> int:
-    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    return int(np.prod([mesh.shape[name] for name in names]))
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def axis_size(mesh: Any, axes: str | tuple[str, ...] | None) -> int:
+    """Returns into how many parts the mesh axes, taken together, cut a dimension; 1 without axes."""
+    return int(np.prod([mesh.shape[name] for name in _names(axes)], dtype=int))
 
 
 def constrain(x: jax.Array, logical_axes: LogicalAxes) -> jax.Array:
@@ -138,7 +148,7 @@ def constrain(x: jax.Array, logical_axes: LogicalAxes) -> jax.Array:
         return x
     assert len(logical_axes) == x.ndim, f"{logical_axes} does not name the {x.ndim} dimensions of {x.shape}"
     spec = [
-        axes if size % _axis_size(mesh, axes) == 0 else None
+        axes if size % axis_size(mesh, axes) == 0 else None
         for size, axes in zip(x.shape, partition_spec(logical_axes), strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
@@ -154,7 +164,7 @@ def shardings(axes_tree: Any, abstract_tree: Any, mesh: Mesh) -> Any:
     def sharding(path, leaf, axes):
         spec = partition_spec(axes)
         for dim, (size, names) in enumerate(zip(leaf.shape, spec, strict=True)):
-            parts = _axis_size(mesh, names)
+            parts = axis_size(mesh, names)
             if size % parts:
                 raise ValueError(
                     f"{jax.tree_util.keystr(path)} has shape {leaf.shape}; mesh axis {names!r} of size {parts} does "
@@ -173,3 +183,46 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of batch arrays `[B, T]`."""
     return NamedSharding(mesh, partition_spec(("batch", "sequence")))
+
+
+def process_rows(mesh: Mesh | None, batch_size: int) -> tuple[int, ...]:
+    """Returns the rows of a batch of `batch_size` that the devices of this process hold, ascending.
+
+    All of them in a job of one process. Where the mesh splits time or heads between processes, several hold the same
+    rows. Raises ValueError when the mesh does not divide the rows.
+    """
+    if mesh is None:
+        return tuple(range(batch_size))
+    placed = NamedSharding(mesh, PartitionSpec(batch_sharding(mesh).spec[0]))
+    check_rows(mesh, batch_size)
+    held = placed.addressable_devices_indices_map((batch_size,)).values()
+    return tuple(sorted({row for (rows,) in held for row in range(*rows.indices(batch_size))}))
+
+
+def check_rows(mesh: Mesh, num_rows: int) -> None:
+    """Raises ValueError when the data and fsdp axes do not divide a number of rows."""
+    axes = batch_sharding(mesh).spec[0]
+    parts = axis_size(mesh, axes)
+    if num_rows % parts:
+        sizes = " x ".join(f"{name} {mesh.shape[name]}" for name in _names(axes))
+        raise ValueError(
+            f"{num_rows} rows cannot be split evenly over {sizes} = {parts} shards of the mesh. Give a multiple of "
+            f"{parts} rows, or a mesh with more of its devices on sequence or tensor."
+        )
+
+
+def over_data(placed: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """Returns the sharding of an array that is cut over the replicas (`data`) too, along its longest dimension that
+    they divide; `placed` itself when there is none.
+
+    What this leaves on a device is its share of an update that every replica would compute otherwise (ZeRO, arXiv
+    1910.02054, stage 1).
+    """
+    mesh, spec = placed.mesh, [*placed.spec] + [None] * (len(shape) - len(placed.spec))
+    parts = [axis_size(mesh, axes) * mesh.shape["data"] for axes in spec]
+    fits = [dim for dim, size in enumerate(shape) if size and size % parts[dim] == 0]
+    if mesh.shape["data"] == 1 or not fits or any("data" in _names(axes) for axes in spec):
+        return placed
+    longest = max(fits, key=lambda dim: shape[dim])
+    spec[longest] = (*_names(spec[longest]), "data")
+    return NamedSharding(mesh, PartitionSpec(*spec))

@@ -13,6 +13,7 @@ A loss of one's own is a function; everything else stays:
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from internjax import sharding
+from internjax.sharding import OptimizerState
 from internjax.train.losses import Loss, LossOutput
 from internjax.train.optimizer import global_norm
 
@@ -56,12 +58,14 @@ def init_state(
     mesh: Mesh | None = None,
     axes: Any = None,
     frozen_axes: Any = None,
+    optimizer_state: OptimizerState = "as_parameters",
 ) -> TrainState:
     """Returns the state at step 0. It takes `trainable` over: the first step donates (deletes) those arrays.
 
     On a mesh, `axes` and `frozen_axes` are trees of logical axis names (`decoder.logical_axes`) that say where each
     leaf goes; without them, leaves that already live on the mesh stay there and all others are replicated. The
-    optimizer's moments are created on the shardings of the leaves that they belong to.
+    optimizer's moments are created on the shardings of the leaves that they belong to, or cut over the replicas as well
+    (`MeshConfig.optimizer_state`); the step then keeps gradients and update on the same shards.
     """
     frozen = _place(frozen, frozen_axes, mesh)
     taken = {id(leaf) for leaf in jax.tree.leaves(frozen)}
@@ -70,41 +74,122 @@ def init_state(
     if mesh is None:
         opt_state = jax.jit(optimizer.init)(trainable)
     else:
-        opt_shardings = optax.tree_utils.tree_map_params(
-            optimizer,
-            lambda _, leaf: leaf.sharding,
-            jax.eval_shape(optimizer.init, trainable),
-            trainable,
-            transform_non_params=lambda _: sharding.replicated(mesh),
-        )
-        opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trainable)
+        places = _optimizer_places(optimizer, trainable, mesh, optimizer_state)
+        opt_state = jax.jit(optimizer.init, out_shardings=places)(trainable)
     scalars = (jnp.zeros((), jnp.int32), jax.random.key(seed), jnp.zeros((), jnp.int32))
     step, rng, data_position = _place(scalars, None, mesh)
     return TrainState(step, trainable, frozen, opt_state, rng, data_position)
 
 
-def put_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """Returns the batch on the device, or with its rows split over the mesh's data and fsdp axes.
+def abstract_state(
+    trainable: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    frozen: Any = None,
+    mesh: Mesh | None = None,
+    axes: Any = None,
+    frozen_axes: Any = None,
+    optimizer_state: OptimizerState = "as_parameters",
+) -> TrainState:
+    """Returns the shapes, dtypes and shardings of the state that `init_state` makes; allocates nothing.
 
-    The leading dimension of every leaf is rows, the second of a `[B, T]` leaf is time (split over `sequence`). Where a
-    mesh spans several processes, each is given the whole batch and keeps its own rows.
+    `trainable` and `frozen` are trees of `jax.ShapeDtypeStruct` (`decoder.abstract_params`). `Step.lower` takes the
+    result, so that a step is compiled for devices that are not there.
+    """
+
+    def abstract(tree, places):
+        if mesh is None:
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+
+    def placed(tree, axes):
+        if mesh is None or axes is not None:
+            return abstract(tree, None if mesh is None else sharding.shardings(axes, tree, mesh))
+        return abstract(tree, jax.tree.map(lambda _: sharding.replicated(mesh), tree))
+
+    trainable, frozen = placed(trainable, axes), placed(frozen, frozen_axes)
+    opt_state = jax.eval_shape(optimizer.init, trainable)
+    places = None if mesh is None else _optimizer_places(optimizer, trainable, mesh, optimizer_state)
+    scalars = (jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(jax.random.key, 0))
+    (step, rng) = placed(scalars, None)
+    return TrainState(step, trainable, frozen, abstract(opt_state, places), rng, step)
+
+
+def _optimizer_places(optimizer, trainable: Any, mesh: Mesh, optimizer_state: OptimizerState) -> Any:
+    """Returns where the optimizer's state lives; what is not shaped as its parameter is replicated."""
+
+    def place(leaf, param):
+        if leaf.shape != param.shape:
+            return sharding.replicated(mesh)
+        return param.sharding if optimizer_state == "as_parameters" else sharding.over_data(param.sharding, param.shape)
+
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        place,
+        jax.eval_shape(optimizer.init, trainable),
+        trainable,
+        transform_non_params=lambda _: sharding.replicated(mesh),
+    )
+
+
+def _gradient_places(optimizer, state: TrainState) -> Any:
+    """Returns where each gradient lives: with the moments of its leaf, or with the leaf where it has none."""
+    leaves, structure = jax.tree.flatten(state.trainable)
+    places = [leaf.sharding for leaf in leaves]
+
+    def note(moment, index):
+        if moment.shape == leaves[index].shape:
+            places[index] = moment.sharding
+        return moment
+
+    optax.tree_utils.tree_map_params(optimizer, note, state.opt_state, structure.unflatten(range(len(leaves))))
+    return structure.unflatten(places)
+
+
+def put_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """Returns the batch on the device, or as global arrays whose rows are split over the mesh's data and fsdp axes.
+
+    The leading dimension of every leaf is rows, the second of a `[B, T]` leaf is time (split over `sequence`). Each
+    process gives the rows of `sharding.process_rows` alone, in that order; in a job of one process these are all. A
+    leaf that is a global array already is moved. Raises ValueError when the mesh does not divide rows or time.
     """
     if mesh is None:
         return jax.device_put(batch)
+    return jax.tree.map(lambda leaf: _put_leaf(leaf, mesh), batch)
+
+
+def _put_leaf(leaf: Any, mesh: Mesh) -> jax.Array:
+    leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    if leaf.ndim == 0:
+        return jax.device_put(leaf, sharding.replicated(mesh))
     rows, time = sharding.batch_sharding(mesh).spec
-
-    def put(leaf):
-        leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-        names = (rows, time)[: leaf.ndim] if leaf.ndim <= 2 else (rows,)
-        spec = PartitionSpec(
-            *(name if size % _axis_size(mesh, name) == 0 else None for name, size in zip(names, leaf.shape))
+    num_shards = sharding.axis_size(mesh, time)
+    if leaf.ndim == 2 and leaf.shape[1] % num_shards:
+        raise ValueError(
+            f"an array {leaf.shape} of the batch has {leaf.shape[1]} time steps, which sequence {num_shards} of the "
+            f"mesh does not divide. Pad rows to a multiple of {num_shards}, or choose a mesh with sequence=1."
         )
-        placed = NamedSharding(mesh, spec)
-        if jax.process_count() == 1:
-            return jax.device_put(leaf, placed)
-        return jax.make_array_from_callback(leaf.shape, placed, lambda index: leaf[index])
+    placed = NamedSharding(mesh, PartitionSpec(rows, time) if leaf.ndim == 2 else PartitionSpec(rows))
+    if jax.process_count() == 1 or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        sharding.check_rows(mesh, leaf.shape[0])
+        return jax.device_put(leaf, placed)
 
-    return jax.tree.map(put, batch)
+    num_shards = sharding.axis_size(mesh, rows)
+    num_held = len(sharding.process_rows(mesh, num_shards))
+    if leaf.shape[0] % num_held:
+        raise ValueError(
+            f"process {jax.process_index()} gives {leaf.shape[0]} rows for its {num_held} of the mesh's {num_shards} "
+            f"row shards. Give the rows of sharding.process_rows, of a batch that is a multiple of {num_shards} rows."
+        )
+    num_rows = leaf.shape[0] // num_held * num_shards
+    place_of = {row: place for place, row in enumerate(sharding.process_rows(mesh, num_rows))}
+    leaf = np.asarray(leaf)
+
+    def part(index):
+        start, stop, _ = index[0].indices(num_rows)
+        return leaf[(slice(place_of[start], place_of[start] + stop - start), *index[1:])]
+
+    return jax.make_array_from_callback((num_rows, *leaf.shape[1:]), placed, part)
 
 
 class Step:
@@ -123,14 +208,25 @@ class Step:
         self._optimizer = optimizer
         self._accumulate = accumulate
         self._compiled = None
+        self._gradient_places = None
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         donated = dataclasses.replace(state, frozen=None)
         if self._compiled is None:
+            _check_parts(batch, self._accumulate, self.mesh)
             self._compiled = self._jit(donated)
-        with contextlib.nullcontext() if self.mesh is None else sharding.use(self.mesh):
+        with self._meshed():
             new, metrics = self._compiled(donated, state.frozen, batch)
         return dataclasses.replace(new, frozen=state.frozen), metrics
+
+    def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
+        """Returns the lowered step of `abstract_state` and a batch of `jax.ShapeDtypeStruct`, for `.compile()`."""
+        donated = dataclasses.replace(state, frozen=None)
+        with self._meshed():
+            return self._jit(donated).lower(donated, state.frozen, batch)
+
+    def _meshed(self):
+        return contextlib.nullcontext() if self.mesh is None else sharding.use(self.mesh)
 
     def _jit(self, donated: TrainState):
         if self.mesh is None:
@@ -141,6 +237,7 @@ class Step:
                     f"the step runs on a mesh of {self.mesh.size} devices, but {jax.tree_util.keystr(path)} of the "
                     "state is not on it. Give init_state the same mesh."
                 )
+        self._gradient_places = _gradient_places(self._optimizer, donated)
         # The state comes out where it went in; left open, the compiler might choose otherwise and compile twice.
         return jax.jit(
             self._update, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, donated), None)
@@ -149,13 +246,16 @@ class Step:
     def _update(self, state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         self.num_traces += 1
         rng = jax.random.fold_in(state.rng, state.step)
-        sums, grads = _summed_gradients(self._loss, state.trainable, frozen, batch, rng, num_parts=self._accumulate)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight, grads)
+        sums, grads = _summed_gradients(
+            self._loss, state.trainable, frozen, batch, rng, num_parts=self._accumulate, place=self._place
+        )
+        grads = jax.tree.map(lambda g: g / sums.weight, grads)
         loss, grad_norm = sums.total / sums.weight, global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        # On the gradients' shards still: where those are smaller than the parameters', the result is gathered once.
+        trainable = self._place(optax.apply_updates(state.trainable, updates))
         trainable, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
         )
@@ -165,6 +265,12 @@ class Step:
         metrics |= {name: value / sums.weight for name, value in sums.metrics.items()}
         new = TrainState(state.step + 1, trainable, None, opt_state, state.rng, state.data_position + 1)
         return new, metrics
+
+    def _place(self, tree: Any) -> Any:
+        """Returns a tree shaped as the trainable one with its leaves on the gradients' shards."""
+        if self._gradient_places is None:
+            return tree
+        return jax.tree.map(jax.lax.with_sharding_constraint, tree, self._gradient_places)
 
 
 def make_step(
@@ -195,12 +301,13 @@ def _place(tree: Any, axes: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(put, tree)
 
 
-def _axis_size(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
-    return int(np.prod([mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ())]))
+def _summed_gradients(
+    loss: Loss, trainable, frozen, batch, rng, *, num_parts: int, place: Callable[[Any], Any]
+) -> tuple[LossOutput, Any]:
+    """Returns the summed LossOutput of the batch and the float32 gradient of its total, part after part.
 
-
-def _summed_gradients(loss: Loss, trainable, frozen, batch, rng, *, num_parts: int) -> tuple[LossOutput, Any]:
-    """Returns the summed LossOutput of the batch and the gradient of its total, part after part."""
+    `place` puts gradients where they live: each part's are added up over devices into shards at once.
+    """
 
     def part_gradients(part, key):
         def total(trainable):
@@ -212,7 +319,7 @@ def _summed_gradients(loss: Loss, trainable, frozen, batch, rng, *, num_parts: i
             return out.total, out
 
         grads, out = jax.grad(total, has_aux=True)(trainable)
-        return out, grads
+        return out, jax.tree.map(lambda g: g.astype(jnp.float32), place(grads))
 
     if num_parts == 1:
         return part_gradients(batch, jax.random.fold_in(rng, 0))
@@ -221,22 +328,29 @@ def _summed_gradients(loss: Loss, trainable, frozen, batch, rng, *, num_parts: i
 
     def body(sums, xs):
         part, index = xs
-        new = part_gradients(part, jax.random.fold_in(rng, index))
-        return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), sums, new), None
+        return jax.tree.map(jnp.add, sums, part_gradients(part, jax.random.fold_in(rng, index))), None
 
     shapes = jax.eval_shape(part_gradients, jax.tree.map(lambda leaf: leaf[0], parts), rng)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+    out, grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+    zeros = (out, place(grads))
     return jax.lax.scan(body, zeros, (parts, jnp.arange(num_parts)))[0]
+
+
+def _check_parts(batch: Any, num_parts: int, mesh: Mesh | None) -> None:
+    """Raises ValueError when a micro-batch is no whole number of rows on every row shard."""
+    num_shards = 1 if mesh is None else sharding.axis_size(mesh, sharding.batch_sharding(mesh).spec[0])
+    for num_rows in {leaf.shape[0] for leaf in jax.tree.leaves(batch) if num_parts > 1}:
+        if num_rows % (num_parts * num_shards):
+            raise ValueError(
+                f"a batch of {num_rows} rows cannot be cut into {num_parts} equal micro-batches of rows that "
+                f"{num_shards} shards of the mesh divide. Choose a batch size that is a multiple of accumulate x "
+                f"shards = {num_parts * num_shards}."
+            )
 
 
 def _split_rows(leaf: jax.Array, num_parts: int) -> jax.Array:
     """Returns `[num_parts, B / num_parts, ...]`: part i has the rows i, i + num_parts, ..., so shards stay in place."""
     num_rows = leaf.shape[0]
-    if num_rows % num_parts:
-        raise ValueError(
-            f"a batch of {num_rows} rows cannot be cut into {num_parts} equal micro-batches. "
-            f"Choose a batch size that is a multiple of accumulate={num_parts}."
-        )
     parts = leaf.reshape(num_rows // num_parts, num_parts, *leaf.shape[1:]).swapaxes(0, 1)
     names = (None, "batch", "sequence") if parts.ndim == 3 else (None, "batch") + (None,) * (parts.ndim - 2)
     return sharding.constrain(parts, names)

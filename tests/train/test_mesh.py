@@ -2,6 +2,11 @@
 
 import contextlib
 import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,6 +28,7 @@ CONFIG = ModelConfig(
 )
 OPTIMIZER = make_optimizer(AdamW(peak_lr=0.01), Cosine(warmup_steps=2), num_steps=10)
 NUM_STEPS = 4
+ROOT = Path(__file__).resolve().parents[2]
 
 compilations: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -140,11 +146,53 @@ def test_parameters_that_live_on_the_mesh_stay_where_they_are():
 
 def test_batches_are_split_by_rows_and_time():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, sequence=2))
-    placed = put_batch({"tokens": np.zeros((8, 6), np.int32), "rewards": np.zeros(8), "odd": np.zeros((3, 6))}, mesh)
+    assert sharding.process_rows(mesh, 8) == sharding.process_rows(None, 8) == tuple(range(8))
+    placed = put_batch(
+        {"tokens": np.zeros((8, 6), np.int32), "rewards": np.zeros(8), "images": np.zeros((4, 3, 5))}, mesh
+    )
     assert placed["tokens"].sharding.spec == P(("data", "fsdp"), "sequence")
     assert placed["tokens"].addressable_shards[0].data.shape == (2, 3)
     assert placed["rewards"].addressable_shards[0].data.shape == (2,)
-    assert placed["odd"].addressable_shards[0].data.shape == (3, 3)  # 3 rows cannot be split over 4
+    assert placed["images"].addressable_shards[0].data.shape == (1, 3, 5)
+
+
+def test_what_the_mesh_does_not_divide_is_refused_and_not_replicated():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, sequence=2))
+    with pytest.raises(ValueError, match="3 rows cannot be split evenly over data 2 x fsdp 2 = 4.*multiple of 4 rows"):
+        put_batch({"odd": np.zeros((3, 6))}, mesh)
+    with pytest.raises(ValueError, match="6 rows cannot be split"):
+        sharding.process_rows(mesh, 6)
+    with pytest.raises(ValueError, match="5 time steps, which sequence 2.*multiple of 2"):
+        put_batch({"odd": np.zeros((4, 5))}, mesh)
+    state = init_state(initial_params(), OPTIMIZER, mesh=mesh, axes=decoder.logical_axes(CONFIG))
+    with pytest.raises(ValueError, match="8 rows cannot be cut into 4 equal micro-batches.*= 16"):
+        make_step(next_token(CONFIG), OPTIMIZER, accumulate=4, mesh=mesh)(state, put_batch(batch_at(0, rows=8), mesh))
+
+
+@pytest.mark.slow
+def test_two_processes_place_their_own_rows():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    script = str(Path(__file__).with_name("placed_rows.py"))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, port, str(process)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # The script stands in tests/, so the checkout is named; a path that is set already stays.
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        )
+        for process in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert all("placed 4 batches" in output for output in outputs)
 
 
 def test_a_checkpoint_moves_between_meshes(tmp_path):
