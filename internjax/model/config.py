@@ -147,7 +147,7 @@ def from_json(values: dict[str, Any]) -> ModelConfig:
 # The tiny chain's model: InternLM2's architecture at a size that a laptop CPU trains in minutes. Its vocabulary is
 # replaced by the size of the tokenizer that the chain trains.
 TINY = ModelConfig(
-    vocab_size=1024,
+    vocab_size=2048,
     d_model=128,
     num_layers=3,
     num_heads=2,
