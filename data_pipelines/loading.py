@@ -1,182 +1,317 @@
-"""From token folders to training batches: a packing plan computed from lengths alone, read by Grain.
+"""From token folders to training batches: one or several sources, packed by plan, read ahead by Grain.
 
-The sequence of batches is a function of (folder, sizes, seed) and of the absolute step: `batches(...)(step)` gives the
-same batches whether a run began there or came there. A document of n tokens gives n - 1 positions, each an input with
-the next token as its target; a position never predicts across two documents.
+The sequence of batches is a function of (folders, limits, weights, sizes, seed) and of the absolute step: neither
+processes, threads nor mesh change it, and `batches(...)(step)` gives the same batches whether a run began there or
+came there. A document of n tokens gives n - 1 positions, each an input with the next token as its target; a position
+never predicts across two documents.
 
 D documents, R rows, B rows of a batch, T tokens of a row.
 """
 
 import functools
+import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from data_pipelines import packing
+from data_pipelines.packing import Packing, Plan
+from data_pipelines.shards import Shards, document_ids
 from data_pipelines.tokens import TokenFolder, open_tokens
 from internjax.train.batch import Batch
 
-Packing = Literal["concat", "whole"]
-
-# Documents that are considered together when whole documents are fitted into rows.
-_FIT_BLOCK = 8192
-_ENDLESS = 1 << 40
-
-
-class Plan(NamedTuple):
-    """Rows of one epoch: row r holds the pieces first_R[r] .. first_R[r + 1] - 1."""
-
-    first_R: np.ndarray
-    """[R + 1] int64."""
-    document_P: np.ndarray
-    start_P: np.ndarray
-    length_P: np.ndarray
-    """Of every piece: positions (inputs with a target), not tokens."""
-    num_left_out: int
-    """Documents that fit no row, or have no position."""
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.first_R) - 1
+ENDLESS = 1 << 40
+"""Length of the rows: they go on epoch after epoch."""
+# Token files are read through at opening up to this size, about a second's work; see `open_folder`.
+_READ_THROUGH = 1 << 30
+# Smaller folders are planned in less than the time that a file takes.
+_KEEP_PLANS_FROM = 1 << 20
 
 
-def plan_rows(lengths_D: np.ndarray, *, seq_len: int, packing: Packing, seed: int, epoch: int) -> Plan:
-    """Returns the rows of an epoch from document lengths (in tokens) alone.
+class Piece(NamedTuple):
+    """A part of a document in a row: `length` positions from its token `start` on."""
 
-    concat: documents in random order end to end, cut at row ends; every row is full, a last incomplete one is left for
-    the next epoch's order. whole: no document is cut; best fit, largest first, within blocks of the random order.
-    The rows are shuffled after that, so that a batch does not hold neighbouring parts of one long document. Raises
-    ValueError when no row results.
-    """
-    positions_D = np.maximum(np.asarray(lengths_D, np.int64) - 1, 0)
-    order = np.random.default_rng((seed, epoch)).permutation(len(positions_D))
-    if packing == "concat":
-        plan = _concat(positions_D, order, seq_len)
-    elif packing == "whole":
-        plan = _whole(positions_D, order, seq_len)
-    else:
-        raise ValueError(f"unknown packing {packing!r}; known: concat, whole")
-    if plan.num_rows == 0:
-        wanted = "a shorter seq_len or more text" if packing == "concat" else "a longer seq_len"
-        raise ValueError(
-            f"no row of {seq_len} tokens results from {len(lengths_D)} documents with {int(positions_D.sum())} "
-            f"positions in all (longest {int(positions_D.max(initial=0))}); give {wanted}"
-        )
-    return _with_rows(plan, np.random.default_rng((seed, epoch, 1)).permutation(plan.num_rows))
+    folder: TokenFolder
+    document: int
+    start: int
+    length: int
 
 
-def _with_rows(plan: Plan, rows_R: np.ndarray) -> Plan:
-    """Returns the plan with its rows in the given order."""
-    num_pieces_R = np.diff(plan.first_R)[rows_R]
-    first_R = np.concatenate([[0], np.cumsum(num_pieces_R)])
-    pieces = np.repeat(plan.first_R[:-1][rows_R] - first_R[:-1], num_pieces_R) + np.arange(first_R[-1])
-    return Plan(first_R, plan.document_P[pieces], plan.start_P[pieces], plan.length_P[pieces], plan.num_left_out)
+class PackedRows(Protocol):
+    """What batches are made of: rows by absolute number (`Rows` of one folder, `mixing.Mixture` of several)."""
 
+    seq_len: int
+    vocab_size: int
 
-def _concat(positions_D: np.ndarray, order: np.ndarray, seq_len: int) -> Plan:
-    order = order[positions_D[order] > 0]
-    ends = np.cumsum(positions_D[order])
-    num_rows = int(ends[-1] // seq_len) if len(ends) else 0
-    total = num_rows * seq_len
-    # A piece ends where a document ends or a row ends.
-    cuts = np.unique(np.concatenate([ends[ends < total], np.arange(1, num_rows + 1) * seq_len])).astype(np.int64)
-    begins = np.concatenate([[0], cuts[:-1]]) if len(cuts) else cuts
-    which = np.searchsorted(ends, begins, side="right")
-    starts = begins - (ends - positions_D[order])[which] if len(cuts) else begins
-    first = np.searchsorted(begins, np.arange(num_rows + 1) * seq_len)
-    return Plan(first, order[which], starts, cuts - begins, len(positions_D) - len(order))
+    def pieces(self, index: int) -> list[Piece]:
+        """Returns what row `index` (counted from the run's beginning) is made of, in order."""
+        ...
 
-
-def _whole(positions_D: np.ndarray, order: np.ndarray, seq_len: int) -> Plan:
-    import bisect
-
-    fitting = order[(positions_D[order] > 0) & (positions_D[order] <= seq_len)]
-    rows: list[list[int]] = []
-    for begin in range(0, len(fitting), _FIT_BLOCK):
-        block = fitting[begin : begin + _FIT_BLOCK]
-        open_rows: list[tuple[int, int]] = []  # (space left, row), sorted
-        for document in block[np.argsort(-positions_D[block], kind="stable")]:
-            size = int(positions_D[document])
-            at = bisect.bisect_left(open_rows, (size, -1))
-            if at < len(open_rows):
-                space, row = open_rows.pop(at)
-            else:
-                space, row = seq_len, len(rows)
-                rows.append([])
-            rows[row].append(int(document))
-            bisect.insort(open_rows, (space - size, row))
-    documents = np.array([document for row in rows for document in row], np.int64)
-    first = np.cumsum([0, *(len(row) for row in rows)])
-    lengths = positions_D[documents] if len(documents) else np.zeros(0, np.int64)
-    return Plan(first, documents, np.zeros(len(documents), np.int64), lengths, len(positions_D) - len(fitting))
+    def fill(self, index: int, batch: Batch, b: int) -> None:
+        """Writes row `index` into row b of a batch of zeros."""
+        ...
 
 
 class Rows:
-    """Endless rows of a token folder, epoch after epoch, each with its own order; random access for Grain."""
+    """Endless rows of a token folder, epoch after epoch, each with its own order; random access by absolute row."""
 
-    def __init__(self, folder: TokenFolder, *, seq_len: int, packing: Packing, seed: int):
+    def __init__(
+        self,
+        folder: TokenFolder,
+        *,
+        seq_len: int,
+        packing: Packing,
+        seed: int,
+        min_tokens: int = 0,
+        max_tokens: int = 0,
+        max_epochs: float = 0.0,
+    ):
+        if min_tokens < 0 or max_tokens < 0 or not max_epochs >= 0:
+            raise ValueError(
+                f"min_tokens, max_tokens and max_epochs are 0 (no limit) or more, given {min_tokens}, {max_tokens} "
+                f"and {max_epochs} for {folder.path}"
+            )
         self.folder = folder
         self.seq_len = seq_len
-        self._plan = functools.lru_cache(maxsize=2)(
-            lambda epoch: plan_rows(folder.lengths_D, seq_len=seq_len, packing=packing, seed=seed, epoch=epoch)
-        )
+        self.vocab_size: int = folder.manifest["vocab_size"]
+        self.packing: Packing = packing
+        self.seed = seed
+        self.limits = (min_tokens, max_tokens)
+        self.max_epochs = max_epochs
+        self._kept_D = _within(folder, min_tokens, max_tokens)
+        self._lengths_D = folder.lengths_D if self._kept_D is None else folder.lengths_D[self._kept_D]
+        self._shards = Shards(folder)
+        self._positions_T = np.arange(seq_len, dtype=np.int32)
+        self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
         self._first_row = [0]  # of every epoch planned so far
         self._lock = threading.Lock()  # Grain's threads come to a new epoch at the same time
 
+    @functools.cached_property
+    def num_positions(self) -> int:
+        """Positions that one epoch can use."""
+        return packing.num_positions(self._lengths_D, seq_len=self.seq_len, packing=self.packing)
+
+    @functools.cached_property
+    def num_rows(self) -> int:
+        """Rows of the first epoch; with `whole` another epoch may have a few more or less."""
+        return self.plan(0).num_rows
+
+    @functools.cached_property
+    def max_rows(self) -> float:
+        """Rows that max_epochs allows."""
+        return int(self.max_epochs * self.num_rows) if self.max_epochs else float("inf")
+
+    @functools.cached_property
+    def num_left_out(self) -> int:
+        """Documents within the limits that fit no row, or have no position."""
+        return self.plan(0).num_left_out
+
+    @property
+    def num_filtered(self) -> int:
+        """Documents outside min_tokens .. max_tokens."""
+        return len(self.folder.lengths_D) - len(self._lengths_D)
+
     def plan(self, epoch: int) -> Plan:
-        """Returns the packing plan of an epoch."""
+        """Returns the packing plan of an epoch; its documents are counted in the folder."""
         return self._plan(epoch)
 
+    def _make_plan(self, epoch: int) -> Plan:
+        how = {"seq_len": self.seq_len, "packing": self.packing, "seed": self.seed, "epoch": epoch}
+
+        def make() -> Plan:
+            try:
+                plan = packing.plan_rows(self._lengths_D, **how)
+            except ValueError as error:
+                raise ValueError(f"{self.folder.path}: {error}") from error
+            return plan if self._kept_D is None else plan._replace(document_P=self._kept_D[plan.document_P])
+
+        if len(self._lengths_D) < _KEEP_PLANS_FROM:
+            return make()
+        files = self.folder.manifest["files"]
+        offsets = [files[f"{shard['name']}.idx"]["sha256"] for shard in self.folder.manifest["shards"]]
+        return packing.kept_plan(
+            self.folder.path / "plans", {"version": 1, "limits": self.limits, "offsets": offsets} | how, make
+        )
+
     def __len__(self) -> int:
-        return _ENDLESS
+        return ENDLESS
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        with self._lock:
-            while index >= self._first_row[-1]:
-                self._first_row.append(self._first_row[-1] + self.plan(len(self._first_row) - 1).num_rows)
-            epoch = int(np.searchsorted(self._first_row, index, side="right")) - 1
-            plan = self.plan(epoch)
-        return self._row(plan, index - self._first_row[epoch])
+        return {name: field[0] for name, field in row_batch(self, [index])._asdict().items()}
 
-    def _row(self, plan: Plan, row: int) -> dict[str, np.ndarray]:
-        T = self.seq_len
-        tokens, targets = np.zeros(T, np.int32), np.zeros(T, np.int32)
-        loss_mask, positions = np.zeros(T, np.float32), np.zeros(T, np.int32)
-        segments = np.zeros(T, np.int32)
+    def _place(self, index: int) -> tuple[Plan, int]:
+        """Returns the plan of the epoch that has the row, and its number there."""
+        if index >= self.max_rows:
+            raise ValueError(
+                f"{self.folder.path} may be read for {self.max_epochs:g} epochs, {self.max_rows} rows, and row {index} "
+                "is asked for; allow more epochs, add text or end the run earlier"
+            )
+        with self._lock:
+            if self.packing == "concat":  # every epoch has equally many rows
+                epoch, row = divmod(index, self.num_rows)
+            else:
+                while index >= self._first_row[-1]:
+                    self._first_row.append(self._first_row[-1] + self.plan(len(self._first_row) - 1).num_rows)
+                epoch = int(np.searchsorted(self._first_row, index, side="right")) - 1
+                row = index - self._first_row[epoch]
+            return self.plan(epoch), row
+
+    def pieces(self, index: int) -> list[Piece]:
+        """Returns what row `index` (counted from the run's beginning) is made of, in order."""
+        plan, row = self._place(index)
+        here = slice(int(plan.first_R[row]), int(plan.first_R[row + 1]))
+        columns = (column[here].tolist() for column in (plan.document_P, plan.start_P, plan.length_P))
+        return [Piece(self.folder, *piece) for piece in zip(*columns)]
+
+    def fill(self, index: int, batch: Batch, b: int) -> None:
+        """Writes row `index` into row b of a batch of zeros."""
+        tokens, targets, loss_mask, positions, segments = (field[b] for field in batch)
         at = 0
-        for segment, piece in enumerate(range(plan.first_R[row], plan.first_R[row + 1]), 1):
-            document, start, length = int(plan.document_P[piece]), int(plan.start_P[piece]), int(plan.length_P[piece])
-            ids, mask = self.folder.document(document), self.folder.mask(document)
+        for segment, (_, document, start, length) in enumerate(self.pieces(index), 1):
             here = slice(at, at + length)
-            tokens[here] = ids[start : start + length]
-            targets[here] = ids[start + 1 : start + length + 1]
-            loss_mask[here] = 1.0 if mask is None else mask[start + 1 : start + length + 1]
-            positions[here] = np.arange(length)
+            ids = self._shards.ids(document, start, length + 1)
+            mask = self._shards.mask(document, start + 1, length)
+            tokens[here] = ids[:-1]
+            targets[here] = ids[1:]
+            loss_mask[here] = 1.0 if mask is None else mask
+            positions[here] = self._positions_T[:length]
             segments[here] = segment
             at += length
-        return Batch(tokens, targets, loss_mask, positions, segments)._asdict()
+
+    def documents(self, step: int, batch_size: int) -> list[str]:
+        """Returns what the batch of a step is made of; see `described`."""
+        return described(self, range(step * batch_size, (step + 1) * batch_size))
+
+
+def described(rows: PackedRows, indices: Sequence[int]) -> list[str]:
+    """Returns a line for each piece of these rows: FOLDER document ID tokens FIRST..LAST (row NUMBER of them).
+
+    FIRST and LAST are counted in the document from 0; LAST is the last target.
+    """
+    pieces = [(b, piece) for b, index in enumerate(indices) for piece in rows.pieces(index)]
+    wanted: dict[Path, tuple[TokenFolder, list[int]]] = {}
+    for _, piece in pieces:
+        wanted.setdefault(piece.folder.path, (piece.folder, []))[1].append(piece.document)
+    names = {path: document_ids(folder, documents) for path, (folder, documents) in wanted.items()}
+    return [
+        f"{piece.folder.path} document {names[piece.folder.path][piece.document]} "
+        f"tokens {piece.start}..{piece.start + piece.length} (row {b})"
+        for b, piece in pieces
+    ]
+
+
+def row_batch(rows: PackedRows, indices: Sequence[int]) -> Batch:
+    """Returns rows by their absolute numbers as one batch `[B, T]` of numpy arrays.
+
+    Raises ValueError where an id lies outside the vocabulary: a device would silently read another embedding.
+    """
+    shape = (len(indices), rows.seq_len)
+    batch = Batch(
+        tokens=np.zeros(shape, np.int32),
+        targets=np.zeros(shape, np.int32),
+        loss_mask=np.zeros(shape, np.float32),
+        positions=np.zeros(shape, np.int32),
+        segments=np.zeros(shape, np.int32),
+    )
+    for b, index in enumerate(indices):
+        rows.fill(index, batch, b)
+    for ids in (batch.tokens, batch.targets):
+        if ids.size and int(ids.view(np.uint32).max()) >= rows.vocab_size:
+            b = int((ids.view(np.uint32) >= rows.vocab_size).any(1).argmax())
+            raise ValueError(
+                f"the id {int(ids[b].view(np.uint32).max())} was read, and the tokenizer has {rows.vocab_size}: the "
+                f"files were altered; write them anew. What was read: {described(rows, [indices[b]])}"
+            )
+    return batch
 
 
 def open_rows(
     folder: str | os.PathLike, *, seq_len: int, packing: Packing, seed: int, tokenizer_sha256: str | None = None
 ) -> Rows:
     """Returns the rows of a token folder; `rows.plan(0)` tells how many an epoch has and what was left out."""
-    return Rows(open_tokens(folder, tokenizer_sha256=tokenizer_sha256), seq_len=seq_len, packing=packing, seed=seed)
+    return Rows(open_folder(folder, tokenizer_sha256), seq_len=seq_len, packing=packing, seed=seed)
+
+
+def open_folder(folder: str | os.PathLike, tokenizer_sha256: str | None) -> TokenFolder:
+    """Returns the token folder after what can be looked at in about a second.
+
+    Every file is there and as long as written; offsets have their checksums. Token files are read through where the
+    folder has at most _READ_THROUGH bytes of them; larger ones are trusted (`open_tokens(folder)` reads them through),
+    and every id is compared with the vocabulary when it is read.
+    """
+    small = sum(path.stat().st_size for path in Path(folder).glob("*.bin")) <= _READ_THROUGH
+    opened = open_tokens(folder, tokenizer_sha256=tokenizer_sha256, verify=small)
+    for shard in () if small else opened.manifest["shards"]:
+        path = opened.path / f"{shard['name']}.idx"
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != opened.manifest["files"][path.name]["sha256"]:
+            raise ValueError(f"{path} was altered after it was written (its sha256 differs); write the folder anew")
+    return opened
+
+
+def _within(folder: TokenFolder, min_tokens: int, max_tokens: int) -> np.ndarray | None:
+    """Returns the documents with lengths within the limits; None for all."""
+    if not min_tokens and not max_tokens:
+        return None
+    lengths_D = folder.lengths_D
+    kept_D = np.flatnonzero((lengths_D >= min_tokens) & (lengths_D <= (max_tokens or lengths_D.max())))
+    if not len(kept_D):
+        raise ValueError(
+            f"none of the {len(lengths_D)} documents of {folder.path} has between {min_tokens} and "
+            f"{max_tokens or 'any number of'} tokens: they have {lengths_D.min()} to {lengths_D.max()}, half of them "
+            f"at least {int(np.median(lengths_D))}; change min_tokens or max_tokens"
+        )
+    return packing.narrow(kept_D)
+
+
+class _Batches:
+    """What Grain reads from: element i is the batch of step i."""
+
+    def __init__(self, rows: PackedRows, batch_size: int, only_rows: Sequence[int]):
+        self._rows = rows
+        self._batch_size = batch_size
+        self._only_rows = only_rows
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        first = step * self._batch_size
+        return row_batch(self._rows, [first + b for b in self._only_rows])._asdict()
 
 
 def batches(
-    rows: Rows, *, batch_size: int, num_threads: int = 2, prefetch: int = 16
+    rows: PackedRows,
+    *,
+    batch_size: int,
+    only_rows: Sequence[int] | None = None,
+    num_threads: int = 2,
+    prefetch: int = 8,
 ) -> Callable[[int], Iterator[Batch]]:
-    """Returns step -> the batches `[B, T]` from that absolute step on, read ahead by Grain's threads."""
+    """Returns step -> the batches `[B, T]` from that absolute step on, read ahead by Grain's threads.
+
+    batch_size is that of the whole job. A process that holds only some rows of every batch names them in `only_rows`
+    (ascending, from 0); it then gets, and reads, just those. Neither that nor threads and prefetch (in batches) change
+    which row stands where.
+    """
     import grain
 
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, given {batch_size}")
+    own = tuple(range(batch_size)) if only_rows is None else tuple(only_rows)
+    if not own or own[0] < 0 or own[-1] >= batch_size or any(b <= a for a, b in zip(own, own[1:])):
+        raise ValueError(
+            f"only_rows names rows of a batch of {batch_size} in ascending order, from 0 to {batch_size - 1}, "
+            f"given {own}"
+        )
 
     def from_step(step: int) -> Iterator[Batch]:
-        dataset = grain.MapDataset.source(rows)[step * batch_size :].batch(batch_size)
+        dataset = grain.MapDataset.source(_Batches(rows, batch_size, own))[step:]
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         for batch in dataset.to_iter_dataset(options):
             yield Batch(**batch)

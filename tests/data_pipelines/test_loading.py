@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines import loading
-from data_pipelines.loading import Rows, batches, open_rows, plan_rows
+from data_pipelines import packing
+from data_pipelines.loading import Rows, batches, open_rows
+from data_pipelines.packing import plan_rows
 from data_pipelines.tokens import TokenDocument, open_tokens, write_tokens
 from internjax.train.batch import Batch
 
@@ -88,7 +89,7 @@ def test_whole_uses_every_document_that_fits_once_and_cuts_none(lengths, seq_len
 
 
 def test_whole_is_at_least_98_percent_full(monkeypatch):
-    monkeypatch.setattr(loading, "_FIT_BLOCK", 1000)  # several blocks
+    monkeypatch.setattr(packing, "_FIT_BLOCK", 1000)  # several blocks
     lengths = np.random.default_rng(0).lognormal(5.0, 0.8, 5000).astype(int)  # 150 tokens in the middle, a long tail
     plan = plan_rows(lengths, seq_len=2048, packing="whole", seed=0, epoch=0)
     assert plan.length_P.sum() / (plan.num_rows * 2048) >= 0.98
@@ -234,13 +235,13 @@ def test_threads_that_ask_for_new_epochs_at_once_agree(tmp_path, monkeypatch):
     folder = open_tokens(token_folder(tmp_path / "a", [9, 9]))
     alone = Rows(folder, seq_len=8, packing="whole", seed=1)
     wanted = [alone[i]["tokens"].tolist() for i in range(40)]
-    slow = loading.plan_rows
+    slow = packing.plan_rows
 
     def plan_slowly(*arguments, **how):
         time.sleep(0.002)  # every thread is inside at the same time
         return slow(*arguments, **how)
 
-    monkeypatch.setattr(loading, "plan_rows", plan_slowly)
+    monkeypatch.setattr(packing, "plan_rows", plan_slowly)
     shared, found = Rows(folder, seq_len=8, packing="whole", seed=1), {}
 
     def ask(index):
