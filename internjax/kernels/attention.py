@@ -1,5 +1,9 @@
 """Attention over whole sequences: one signature, a jnp reference (`xla`) and faster back ends.
 
+xla: every query against every key at once. chunked: queries in chunks, so that memory grows with T. ring: keys travel
+over the mesh axis `sequence` (kernels.ring_attention). cudnn: NVIDIA's fused kernel. On a mesh that cuts time, xla and
+chunked are right too: every device then gathers all keys.
+
 B batch, T query time, S key time, N query heads, K key/value heads, G = N / K, H head dim.
 """
 
@@ -9,51 +13,43 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-Backend = Literal["xla", "chunked", "cudnn"]
+from internjax.kernels.mask import MASKED, visible
+from internjax.kernels.ring_attention import ring_attention
 
-# Large and finite: a row without any visible key stays finite, and its output is masked by whoever uses it.
-MASKED = -1e30
+Backend = Literal["xla", "chunked", "ring", "cudnn"]
+
 QUERY_CHUNK = 512
 
 
 def check(backend: Backend, *, dtype: jnp.dtype, head_dim: int, alibi: bool = False) -> None:
-    """Raises ValueError naming what `backend` cannot do; a back end never falls back to another silently."""
-    if backend not in ("xla", "chunked", "cudnn"):
-        raise ValueError(f"unknown attention back end {backend!r}; known: xla, chunked, cudnn")
-    if backend != "cudnn":
-        return
-    limits = {
-        f"dtype {jnp.dtype(dtype).name} (bfloat16 or float16 only)": dtype not in (jnp.bfloat16, jnp.float16),
-        f"head_dim {head_dim} (a multiple of 8 up to 256 only)": bool(head_dim % 8) or head_dim > 256,
-        "ALiBi slopes": alibi,
-        f"the {jax.default_backend()} platform (NVIDIA GPUs only)": jax.default_backend() != "gpu",
+    """Raises ValueError naming what `backend` cannot do; a back end never falls back to another silently.
+
+    It looks at the mesh that is set. Sizes that the ring cannot cut are refused when it is called.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    dtype = jnp.dtype(dtype)
+    sequence = 1 if mesh.empty else mesh.shape["sequence"]
+    limits: dict[Backend, dict[str, bool]] = {
+        "xla": {},
+        "chunked": {},
+        "ring": {
+            "attention without a mesh (run under `internjax.sharding.use(mesh)`)": mesh.empty,
+            "ALiBi slopes": alibi,
+        },
+        "cudnn": {
+            f"dtype {dtype.name} (bfloat16 or float16 only)": dtype not in (jnp.bfloat16, jnp.float16),
+            f"head_dim {head_dim} (a multiple of 8 up to 256 only)": bool(head_dim % 8) or head_dim > 256,
+            "ALiBi slopes": alibi,
+            f"a mesh that cuts time (sequence {sequence})": sequence > 1,
+            f"the {jax.default_backend()} platform (NVIDIA GPUs only)": jax.default_backend() != "gpu",
+        },
     }
-    found = [limit for limit, holds in limits.items() if holds]
+    if backend not in limits:
+        raise ValueError(f"unknown attention back end {backend!r}; known: {', '.join(limits)}")
+    found = [limit for limit, holds in limits[backend].items() if holds]
     if found:
-        raise ValueError(f"attention back end 'cudnn' cannot do {'; '.join(found)}. Use attention='chunked' or 'xla'.")
-
-
-def visible(
-    *,
-    q_positions_BT: jax.Array,
-    k_positions_BS: jax.Array,
-    q_segments_BT: jax.Array | None,
-    k_segments_BS: jax.Array | None,
-    causal: bool,
-    window: int | None,
-) -> jax.Array:
-    """Returns the boolean mask `[B, T, S]` of the keys that each query may see; segment 0 is padding."""
-    distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
-    mask_BTS = jnp.ones(distance_BTS.shape, bool)
-    if causal:
-        mask_BTS &= distance_BTS >= 0
-    if window is not None:
-        mask_BTS &= distance_BTS < window
-    if k_segments_BS is not None:
-        mask_BTS &= k_segments_BS[:, None, :] != 0
-        if q_segments_BT is not None:
-            mask_BTS &= q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
-    return mask_BTS
+        others = "'chunked' or 'xla'" if sequence == 1 or backend == "ring" else "'ring', 'chunked' or 'xla'"
+        raise ValueError(f"attention back end {backend!r} cannot do {'; '.join(found)}. Use attention={others}.")
 
 
 def _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, scale):
@@ -76,6 +72,10 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, scale):
 def _alibi(slopes_N, q_positions_BT, k_positions_BS):
     distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
     return -slopes_N[None, :, None, None] * distance_BTS[:, None].astype(jnp.float32)
+
+
+def _segments(segments_BT: jax.Array | None, *, like: jax.Array) -> jax.Array:
+    return jnp.ones(like.shape, jnp.int32) if segments_BT is None else segments_BT
 
 
 def _chunked(attend, q_BTNH, q_positions_BT, q_segments_BT):
@@ -127,6 +127,19 @@ def attention(
         bias = None if alibi_slopes_N is None else _alibi(alibi_slopes_N, q_positions_BT, k_positions_BS)
         return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias, scale)
 
+    if backend == "ring":
+        return ring_attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            q_positions_BT=q_positions_BT,
+            k_positions_BS=k_positions_BS,
+            q_segments_BT=_segments(q_segments_BT, like=q_positions_BT),
+            k_segments_BS=_segments(k_segments_BS, like=k_positions_BS),
+            causal=causal,
+            window=window,
+            scale=scale,
+        )
     with jax.named_scope("attention"):
         if backend == "xla":
             return attend(q_BTNH, q_positions_BT, q_segments_BT)
