@@ -3,14 +3,18 @@
 RUN/experiment.json   the resolved config; a union's choice is told by "type", the name of its dataclass
 RUN/versions.json     command, packages, python, git commit and diff; under "resumed" what later starts changed
 RUN/metrics.jsonl     one row per logged step, deterministic fields only: equal for equal runs, byte by byte
-RUN/timing.jsonl      seconds and tokens per second of the same steps, and events: compile, checkpoint, restore
-RUN/checkpoints/      RUN/samples/      RUN/model/      RUN/report.html      RUN/report.md
+RUN/incidents.jsonl   steps that were not finite and losses that were spikes, with the documents of their batches; as
+                      deterministic as the metrics, and only there when there is something to tell
+RUN/timing.jsonl      seconds and tokens per second of the same steps, and events; see `train.goodput`
+RUN/goodput.json      where the time went, over all starts of the run
+RUN/checkpoints/      RUN/samples/STEP.jsonl      RUN/profile/      RUN/model/      RUN/report.html      RUN/report.md
 RUN/complete.json     written when the run has ended; a run without it is resumed by the same command
 """
 
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -19,14 +23,15 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
 EXPERIMENT, VERSIONS, COMPLETE = "experiment.json", "versions.json", "complete.json"
-METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+METRICS, TIMING, INCIDENTS, GOODPUT = "metrics.jsonl", "timing.jsonl", "incidents.jsonl", "goodput.json"
+WANDB_ID = "wandb_id.txt"
 _MAX_DIFF_CHARACTERS = 1_000_000
 
 
@@ -101,16 +106,19 @@ def open_run(
     fresh: bool = False,
     tracking: TrackingConfig = TrackingConfig(),
     ignore: tuple[str, ...] = ("run", "fresh"),
+    begun: float | None = None,
 ) -> "Run":
     """Returns the run folder at `path`, made for `config` or continued by it.
 
     A folder that was made for another config is refused with ValueError that names the differing fields; fields in
     `ignore` (those that say where a run lies, not what it is) may differ. `fresh` removes an existing run folder first,
-    and refuses to remove anything else.
+    and refuses to remove anything else. `begun` is the Unix time from which on the run's time counts (now if None):
+    what a program does before it opens the run is start-up too.
     """
     path = Path(path)
-    if not _is_primary():
-        return Run(path, to_json(config), tracking, writes=False)
+    begun = time.time() if begun is None else begun
+    if not is_primary():
+        return Run(path, to_json(config), tracking, writes=False, begun=begun)
     if fresh and path.exists():
         _remove_run(path)
     wanted = to_json(config)
@@ -134,7 +142,7 @@ def open_run(
         (new / EXPERIMENT).write_text(json.dumps(wanted, indent=1) + "\n")
         (new / VERSIONS).write_text(json.dumps(versions(), indent=1) + "\n")
         new.rename(path)
-    return Run(path, wanted, tracking, writes=True)
+    return Run(path, wanted, tracking, writes=True, begun=begun)
 
 
 class Run:
@@ -143,11 +151,12 @@ class Run:
     In a job of several processes only the first one writes; the others may call everything to no effect.
     """
 
-    def __init__(self, folder: Path, config: dict, tracking: TrackingConfig, *, writes: bool):
+    def __init__(self, folder: Path, config: dict, tracking: TrackingConfig, *, writes: bool, begun: float):
         self.folder = folder
         self.config = config
         self.tracking = tracking
         self._writes = writes
+        self._begun: float | None = begun
         self._files: dict[str, Any] = {}
         self._wandb: Any = None
         self._wandb_tried = False
@@ -173,28 +182,65 @@ class Run:
     def __exit__(self, *exception):
         self.close()
 
+    def take_begin(self) -> float:
+        """Returns the Unix time from which on the first training in this run counts; that of a later one is now."""
+        begun, self._begun = self._begun, None
+        return time.time() if begun is None else begun
+
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends the metrics of one step. They must be deterministic: no times, no host names."""
-        row = {"step": step} | {name: _scalar(value) for name, value in metrics.items()}
+        """Appends the metrics of one step. They must be deterministic: no times, no host names.
+
+        A number that is not finite is written as null.
+        """
+        row = {"step": step} | {name: _finite(_scalar(value)) for name, value in metrics.items()}
         self._append(METRICS, row)
-        if self._writes:
-            wandb_run = self._start_wandb()
-            if wandb_run is not None:
-                wandb_run.log({name: value for name, value in row.items() if name != "step"}, step=step)
+        wandb_run = self._start_wandb()
+        if wandb_run is not None:
+            shown = {name: value for name, value in row.items() if name != "step" and value is not None}
+            wandb_run.log(shown, step=step)
+
+    def report(self, incident: Mapping[str, Any]) -> None:
+        """Appends a row to incidents.jsonl; it names its step and is deterministic."""
+        self._append(INCIDENTS, dict(incident))
 
     def time(self, row: Mapping[str, Any]) -> None:
-        """Appends a row of measured times: of a step, or of an event."""
-        self._append(TIMING, {name: _scalar(value) for name, value in row.items()})
+        """Appends a row of measured times: of steps, or of an event. The time of writing is added as "at"."""
+        row = {name: _scalar(value) for name, value in row.items()}
+        self._append(TIMING, row | {"at": round(time.time(), 3)})
         if self._wandb is not None and "step" in row and "event" not in row:
-            times = {f"timing/{name}": _scalar(value) for name, value in row.items() if name != "step"}
+            times = {f"timing/{name}": value for name, value in row.items() if name != "step"}
             self._wandb.log(times, step=row["step"])
 
+    def sample(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes what the model wrote at a step to samples/STEP.jsonl, and as a table to W&B."""
+        if not self._writes or not rows:
+            return
+        self.samples.mkdir(exist_ok=True)
+        new = self.samples / f".{step}.jsonl.tmp"
+        new.write_text("".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        new.rename(self.samples / f"{step}.jsonl")
+        wandb_run = self._start_wandb()
+        if wandb_run is not None:
+            import wandb
+
+            columns = list(rows[0])
+            table = wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])
+            wandb_run.log({"samples": table}, step=step)
+
+    def summarise(self, numbers: Mapping[str, Any]) -> None:
+        """Puts numbers that sum up the run into the summary of its W&B run, where there is one."""
+        if self._wandb is not None:
+            self._wandb.summary.update({name: _scalar(value) for name, value in numbers.items()})
+
     def cut(self, step: int) -> None:
-        """Drops the metric rows after `step` by an atomic rename, so that a resumed run writes them once."""
+        """Drops what was written about steps after `step`, so that a resumed run writes it once.
+
+        Rows go by an atomic rename. Times stay: work that is done again was still time spent.
+        """
         if not self._writes:
             return
         self._close_files()
-        for name, last in ((METRICS, step), (TIMING, None)):
+        for name, last in ((METRICS, step), (INCIDENTS, step), (TIMING, None)):
             path = self.folder / name
             if path.is_file():
                 rows = [row for row in read_rows(path) if last is None or row["step"] <= last]
@@ -204,6 +250,12 @@ class Run:
                     file.flush()
                     os.fsync(file.fileno())
                 new.rename(path)
+        incidents = self.folder / INCIDENTS
+        if incidents.is_file() and not incidents.stat().st_size:
+            incidents.unlink()
+        for path in self.samples.glob("*.jsonl"):
+            if path.stem.isdigit() and int(path.stem) > step:
+                path.unlink()
 
     def sync(self) -> None:
         """Returns when every row so far is on disk."""
@@ -213,11 +265,15 @@ class Run:
 
     def complete(self, summary: Mapping[str, Any]) -> None:
         """Marks the run as ended, with the numbers that sum it up."""
+        self.sync()
+        self.write_json(COMPLETE, {name: _scalar(value) for name, value in summary.items()})
+
+    def write_json(self, name: str, values: Any) -> None:
+        """Writes a JSON file into the run folder, whole or not at all."""
         if self._writes:
-            self.sync()
-            new = self.folder / f".{COMPLETE}.tmp"
-            new.write_text(json.dumps({name: _scalar(value) for name, value in summary.items()}, indent=1) + "\n")
-            new.rename(self.folder / COMPLETE)
+            new = self.folder / f".{name}.tmp"
+            new.write_text(json.dumps(values, indent=1) + "\n")
+            new.rename(self.folder / name)
 
     def close(self) -> None:
         """Closes the files and the W&B run, and prints how to upload the latter."""
@@ -244,9 +300,20 @@ class Run:
             file.close()
         self._files = {}
 
+    @property
+    def wandb_id(self) -> str | None:
+        """The id under which W&B knows the run, or None while it has none."""
+        path = self.folder / WANDB_ID
+        return os.environ.get("WANDB_RUN_ID") or (path.read_text().strip() if path.is_file() else None)
+
+    def adopt_wandb_id(self, wandb_id: str | None) -> None:
+        """Takes the id that a checkpoint holds where the folder has lost its own."""
+        if self._writes and wandb_id and self.wandb_id is None:
+            (self.folder / WANDB_ID).write_text(wandb_id)
+
     def _start_wandb(self) -> Any:
         """Returns the W&B run, started by the first row that there is to log, or None when it is off."""
-        if self._wandb_tried:
+        if self._wandb_tried or not self._writes:
             return self._wandb
         self._wandb_tried = True
         mode = os.environ.get("WANDB_MODE") or ("online" if "WANDB_SWEEP_ID" in os.environ else self.tracking.wandb)
@@ -257,73 +324,19 @@ class Run:
         except ImportError:
             print("wandb is not installed: metrics go to metrics.jsonl alone (pip install wandb)", file=sys.stderr)
             return None
-        # The id stays with the folder, so that a resumed run continues its curves.
-        id_file = self.folder / "wandb_id.txt"
-        if not id_file.exists():
-            id_file.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8])
+        # The id stays with the folder and its checkpoints, so that a resumed run continues its curves.
+        if self.wandb_id is None:
+            (self.folder / WANDB_ID).write_text(uuid.uuid4().hex[:8])
         self._wandb = wandb.init(
             project=os.environ.get("WANDB_PROJECT", self.tracking.wandb_project),
             name=os.environ.get("WANDB_NAME", self.folder.name),
-            id=os.environ.get("WANDB_RUN_ID") or id_file.read_text(),
+            id=self.wandb_id,
             dir=os.environ.get("WANDB_DIR", str(self.folder)),
             config=self.config,
             mode=mode,
             resume="allow" if mode == "online" else None,
         )
         return self._wandb
-
-
-class Progress:
-    """What a person sees while a run trains: step, loss, rate, tokens per second, time left."""
-
-    def __init__(self, num_steps: int, mode: Literal["auto", "bar", "lines", "none"] = "auto"):
-        self._num_steps = num_steps
-        self._last_line = 0.0
-        self._bar = None
-        interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self._lines = mode == "lines" or (mode == "auto" and not interactive)
-        if _is_primary() and (mode == "bar" or (mode == "auto" and interactive)):
-            try:
-                from tqdm.auto import tqdm
-            except ImportError:
-                self._lines = True
-            else:
-                self._bar = tqdm(total=num_steps, unit="step", dynamic_ncols=True)
-        self._lines = self._lines and _is_primary()
-
-    def start(self, first_step: int) -> None:
-        """Puts the bar at the step that a resumed run goes on from."""
-        if self._bar is not None:
-            self._bar.initial = self._bar.n = first_step
-            self._bar.refresh()
-
-    def note(self, text: str) -> None:
-        """Shows one line of text."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        elif self._lines:
-            print(text, file=sys.stderr, flush=True)
-
-    def update(self, step: int, metrics: Mapping[str, Any], *, tokens_per_second: float, seconds_left: float) -> None:
-        """Shows the state of things after `step`."""
-        numbers = {"loss": f"{metrics['loss']:.4f}"}
-        if "learning_rate" in metrics:
-            numbers["lr"] = f"{metrics['learning_rate']:.2e}"
-        if tokens_per_second:
-            numbers["tokens/s"] = f"{tokens_per_second:,.0f}"
-        if self._bar is not None:
-            self._bar.set_postfix(numbers, refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif self._lines and (time.monotonic() - self._last_line > 10 or step == self._num_steps):
-            self._last_line = time.monotonic()
-            shown = "  ".join(f"{name} {value}" for name, value in numbers.items())
-            minutes, seconds = divmod(round(seconds_left), 60)
-            self.note(f"step {step}/{self._num_steps}  {shown}  {minutes}:{seconds:02d} left")
-
-    def close(self) -> None:
-        """Ends the bar."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 def versions() -> dict:
@@ -385,7 +398,8 @@ def _remove_run(path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _is_primary() -> bool:
+def is_primary() -> bool:
+    """Returns whether this process is the one that writes and speaks for the job."""
     # Asking for the process index starts the devices, which a stage that only writes files does not need.
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
@@ -393,6 +407,10 @@ def _is_primary() -> bool:
 def _scalar(value: Any) -> Any:
     """Returns a number as JSON writes it; device and NumPy scalars become Python's."""
     return value.item() if hasattr(value, "item") else value
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _short(value: Any) -> str:

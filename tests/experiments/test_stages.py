@@ -57,7 +57,16 @@ def same_params(a, b):
 
 
 def test_what_a_pretraining_leaves(trained):
-    left = ["architecture", "checkpoints", "complete.json", "experiment.json", "metrics.jsonl", "model", "timing.jsonl"]
+    left = [
+        "architecture",
+        "checkpoints",
+        "complete.json",
+        "experiment.json",
+        "goodput.json",
+        "metrics.jsonl",
+        "model",
+        "timing.jsonl",
+    ]
     assert names(trained.folder) == [*left, "versions.json"]
     rows = read_rows(trained.folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 13))

@@ -1,4 +1,7 @@
-"""The loop: rows, order of the data, callbacks, the guard, what ends a run early."""
+"""The loop: rows, order of the data, callbacks, the guard, traces, what ends a run early."""
+
+import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +10,11 @@ import pytest
 
 from internjax.train.batch import Batch
 from internjax.train.checkpoint import CheckpointConfig, committed_steps, open_checkpoints
+from internjax.train.guard import Guard
 from internjax.train.loop import Every, train
 from internjax.train.losses import LossOutput
 from internjax.train.optimizer import AdamW, Cosine, make_optimizer
+from internjax.train.profile import ProfileConfig
 from internjax.train.step import init_state, make_step
 from internjax.train.tracking import TrackingConfig, open_run, read_rows
 
@@ -63,14 +68,57 @@ def test_the_loop_is_the_step_in_a_loop(tmp_path):
     assert written == [{name: value for name, value in row.items() if name != "finite"} for row in rows]
 
 
+def timing(folder):
+    """The rows of the starts, events by name, and the rows of steps."""
+    rows = read_rows(folder / "timing.jsonl")
+    assert all(row.pop("at") > 1.7e9 for row in rows)
+    events = {row["event"]: row for row in rows if "event" in row}
+    return events, [row for row in rows if "event" not in row]
+
+
 def test_times_leave_compilation_out_and_count_real_tokens(tmp_path):
     with quiet(tmp_path / "run") as run:
         train(new_state(), data, make_step(loss, OPTIMIZER), num_steps=6, tracker=run)
-    compiled, *steps = read_rows(tmp_path / "run" / "timing.jsonl")
-    assert compiled["event"] == "compile" and compiled["step"] == 1 and "tokens_per_second" not in compiled
+    events, steps = timing(tmp_path / "run")
+    assert list(events) == ["start", "compile", "end"] and events["end"]["reason"] == "complete"
+    assert events["compile"]["step"] == 1 and "tokens_per_second" not in events["compile"]
     assert [row["step"] for row in steps] == [2, 3, 4, 5, 6]
     assert {row["tokens"] for row in steps} == {4 * 6}  # padding is not throughput
-    assert all(row["seconds"] < compiled["seconds"] for row in steps)
+    assert all(0 <= row["input_wait"] <= row["seconds"] < events["compile"]["seconds"] for row in steps)
+    assert all(row["host_memory_bytes"] > 1e7 and "mfu" not in row for row in steps)
+
+
+def test_a_row_of_times_covers_the_steps_since_the_last_one(tmp_path):
+    with quiet(tmp_path / "run", log_every=4) as run:
+        train(new_state(), data, make_step(loss, OPTIMIZER), num_steps=10, tracker=run)
+    _, steps = timing(tmp_path / "run")
+    assert [(row["step"], row["steps"], row["tokens"]) for row in steps] == [(4, 3, 72), (8, 4, 96), (10, 2, 48)]
+
+
+def test_waiting_for_data_is_told_from_computing(tmp_path):
+    def slow(position):
+        for batch in data(position):
+            time.sleep(0.03)
+            yield batch
+
+    with quiet(tmp_path / "run") as run:
+        train(new_state(), slow, make_step(loss, OPTIMIZER), num_steps=8, tracker=run)
+    _, steps = timing(tmp_path / "run")
+    waited, seconds = (sum(row[name] for row in steps) for name in ("input_wait", "seconds"))
+    assert waited > 0.7 * seconds and seconds > 7 * 0.025
+
+
+def test_mfu_is_flops_over_time_and_peak(tmp_path, capsys):
+    def flops(batch):
+        assert isinstance(batch.tokens, np.ndarray)  # of what this process reads
+        return 1e6
+
+    with quiet(tmp_path / "run") as run:
+        step = make_step(loss, OPTIMIZER)
+        train(new_state(), data, step, num_steps=4, tracker=run, flops=flops, peak_flops=1e12)
+    _, steps = timing(tmp_path / "run")
+    for row in steps:
+        assert row["mfu"] == pytest.approx(1e6 / row["seconds"] / 1e12, rel=0.05, abs=1e-5)
 
 
 def test_rows_every_n_steps_and_at_the_end(tmp_path):
@@ -123,6 +171,121 @@ def test_a_step_that_is_not_finite_stops_the_run_and_names_step_and_batch(tmp_pa
     assert said in str(caught.value)
     assert committed_steps(run.checkpoints)[-1] == 5  # the bad step was never saved
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    incident = read_rows(tmp_path / "run" / "incidents.jsonl")[0]
+    assert (incident["step"], incident["position"], incident["incident"]) == (6, 5, "not_finite")
+
+
+def test_skipped_batches_are_reported_with_their_documents_and_change_nothing(tmp_path, capsys):
+    bad = {4, 5, 9}
+
+    def poisoned(position):
+        for batch in data(position):
+            yield batch._replace(loss_mask=np.full_like(batch.loss_mask, np.inf)) if position in bad else batch
+            position += 1
+
+    seen = []
+
+    def watch(state, step):
+        seen.append(jax.device_get(state.trainable["kernel"]))
+
+    def run_to(folder, *stops, max_skipped=2):
+        for stop in stops:
+            with quiet(folder) as run, open_checkpoints(run.checkpoints, CheckpointConfig(every=5)) as checkpoints:
+                state = train(
+                    new_state(),
+                    poisoned,
+                    make_step(loss, OPTIMIZER),
+                    num_steps=stop,
+                    checkpoints=checkpoints,
+                    tracker=run,
+                    callbacks=[Every(1, watch)],
+                    guard=Guard(not_finite="skip", max_skipped=max_skipped),
+                    describe=lambda position: [f"tokens document {position}"],
+                )
+        return jax.device_get((state.trainable, state.opt_state))
+
+    whole = run_to(tmp_path / "whole", 12)
+    np.testing.assert_array_equal(seen[4], seen[3])
+    np.testing.assert_array_equal(seen[5], seen[3])
+    assert (seen[6] != seen[5]).any() and all(np.isfinite(kernel).all() for kernel in seen)
+    rows = read_rows(tmp_path / "whole" / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["loss"] is None] == [5, 6, 10] and len(rows) == 12
+    incidents = read_rows(tmp_path / "whole" / "incidents.jsonl")
+    assert [row["position"] for row in incidents] == [4, 5, 9]
+    assert incidents[0]["documents"] == ["tokens document 4"] and incidents[0]["loss"] == "nan"
+    assert capsys.readouterr().err.count("The batch is skipped") == 3
+    # Cut in the middle of the two bad batches, and behind the third.
+    jax.tree.map(np.testing.assert_array_equal, run_to(tmp_path / "cut", 5, 8, 10, 12), whole)
+    for name in ("metrics.jsonl", "incidents.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for folder, stops in (("strict", [12]), ("strict_cut", [5, 12])):
+        with pytest.raises(
+            FloatingPointError, match="step 6 .* data position 5: tokens document 5.* 2th step in a row"
+        ):
+            run_to(tmp_path / folder, *stops, max_skipped=1)
+
+
+def test_a_spike_is_reported_the_same_after_a_resume(tmp_path, capsys):
+    def spiky(position):
+        for batch in data(position):
+            far = batch.targets + 100 if position in (15, 18) else batch.targets
+            yield batch._replace(targets=far)
+            position += 1
+
+    calm = make_optimizer(AdamW(peak_lr=1e-4), Cosine(warmup_steps=2), num_steps=20)
+
+    def run_to(folder, *stops):
+        for stop in stops:
+            with (
+                quiet(folder, log_every=2) as run,
+                open_checkpoints(run.checkpoints, CheckpointConfig(every=7)) as checkpoints,
+            ):
+                state = init_state({"kernel": np.zeros(16, np.float32)}, calm, seed=0)
+                train(
+                    state,
+                    spiky,
+                    make_step(loss, calm),
+                    num_steps=stop,
+                    checkpoints=checkpoints,
+                    tracker=run,
+                    guard=Guard(spike_window=8),
+                    describe=lambda position: [f"tokens document {position}"],
+                )
+
+    run_to(tmp_path / "whole", 20)
+    run_to(tmp_path / "cut", 14, 16, 20)
+    incidents = (tmp_path / "whole" / "incidents.jsonl").read_bytes()
+    assert (tmp_path / "cut" / "incidents.jsonl").read_bytes() == incidents
+    rows = [json.loads(line) for line in incidents.splitlines()]
+    # Step 16 is even and logged; step 19 is not logged, and higher, so that it is told although it follows closely.
+    assert (rows[0]["step"], rows[0]["position"], rows[0]["incident"]) == (16, 15, "spike")
+    assert {row["position"] for row in rows} <= {15, 18} and rows[0]["documents"] == ["tokens document 15"]
+    assert rows[0]["z"] > 8 and rows[0]["loss"] > 100 * rows[0]["median"]
+    assert "step 16 has a loss spike" in capsys.readouterr().err
+
+
+def test_chosen_steps_are_traced(tmp_path, capsys):
+    with open_run(tmp_path / "run", {}, tracking=TrackingConfig(wandb="disabled", progress="lines")) as run:
+        step, profile = make_step(loss, OPTIMIZER), ProfileConfig(start=3, steps=2)
+        train(new_state(), data, step, num_steps=6, tracker=run, profile=profile)
+    traces = [path.name for path in (tmp_path / "run" / "profile").rglob("*") if path.is_file()]
+    assert any(name.endswith(".xplane.pb") for name in traces) and "perfetto_trace.json.gz" in traces
+    assert "steps 3 to 4 are traced" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="the run has 6"):
+        train(new_state(), data, step, num_steps=6, tracker=run, profile=ProfileConfig(start=5, steps=3))
+    with pytest.raises(ValueError, match="needs a run folder"):
+        train(new_state(), data, step, num_steps=6, profile=ProfileConfig(start=2))
+
+
+def test_an_error_in_the_middle_leaves_its_name_and_the_times_so_far(tmp_path):
+    def five(position):
+        return iter([batch_at(p) for p in range(position, 5)])
+
+    with quiet(tmp_path / "run", log_every=10) as run:
+        with pytest.raises(ValueError, match="no batch at position 5"):
+            train(new_state(), five, make_step(loss, OPTIMIZER), num_steps=20, tracker=run)
+    events, steps = timing(tmp_path / "run")
+    assert events["end"]["reason"] == "ValueError" and [(row["step"], row["steps"]) for row in steps] == [(3, 2)]
 
 
 def test_data_that_ends_early_is_an_error():

@@ -11,7 +11,6 @@ import pytest
 from internjax.train import tracking
 from internjax.train.optimizer import AdamW, Constant, Cosine
 from internjax.train.tracking import (
-    Progress,
     TrackingConfig,
     completed,
     differing_fields,
@@ -128,6 +127,31 @@ def test_rows_are_cut_to_the_restored_step(tmp_path):
     assert len(read_rows(tmp_path / "run" / "timing.jsonl")) == 5  # lost work was still time spent
 
 
+def test_incidents_and_samples_are_cut_like_metrics(tmp_path):
+    with opened(tmp_path / "run") as run:
+        for step in (2, 4):
+            run.report({"step": step, "incident": "spike"})
+            run.sample(step, [{"prompt": "è", "text": "x"}])
+        (run.samples / "preview.jsonl").write_text("")
+        run.cut(3)
+        assert read_rows(run.folder / "incidents.jsonl") == [{"step": 2, "incident": "spike"}]
+        assert sorted(path.name for path in run.samples.iterdir()) == ["2.jsonl", "preview.jsonl"]
+        assert read_rows(run.samples / "2.jsonl") == [{"prompt": "è", "text": "x"}]
+        run.cut(1)
+        assert not (run.folder / "incidents.jsonl").exists()  # it is there when there is something to tell
+
+
+def test_numbers_that_are_not_finite_are_valid_json(tmp_path):
+    with opened(tmp_path / "run") as run:
+        run.log(1, {"loss": None, "accuracy": np.float32("nan"), "count": 3})
+    assert read_rows(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "loss": None, "accuracy": None, "count": 3}]
+
+
+def test_the_time_of_a_run_counts_once(tmp_path):
+    with opened(tmp_path / "run", begun=1e9) as run:
+        assert run.take_begin() == 1e9 and run.take_begin() > 1.7e9
+
+
 def test_a_run_is_complete_when_it_says_so(tmp_path):
     assert completed(tmp_path / "run") is None
     with opened(tmp_path / "run") as run:
@@ -164,7 +188,7 @@ class FakeWandb:
     """Stands where the wandb module is imported from, and keeps what it is told."""
 
     def __init__(self, folder):
-        self.folder, self.inits, self.logged, self.finished = folder, [], [], 0
+        self.folder, self.inits, self.logged, self.finished, self.summary = folder, [], [], 0, {}
 
     def init(self, **how):
         self.inits.append(how)
@@ -174,6 +198,9 @@ class FakeWandb:
 
     def log(self, metrics, step):
         self.logged.append((step, metrics))
+
+    def Table(self, columns, data):
+        return columns, data
 
     def finish(self):
         self.finished += 1
@@ -198,6 +225,31 @@ def test_wandb_is_offline_keeps_its_id_and_prints_the_upload(tmp_path, wandb, ca
     assert first["config"]["schedule"]["type"] == "Cosine"
     assert wandb.logged[:2] == [(1, {"loss": 0.5}), (1, {"timing/seconds": 2.0})] and len(wandb.logged) == 4
     assert wandb.finished == 2 and f"wandb sync {tmp_path}/*-{first['id']}" in capsys.readouterr().out
+
+
+def test_wandb_keeps_the_id_that_a_checkpoint_holds(tmp_path, wandb):
+    with open_run(tmp_path / "run", Experiment()) as run:
+        assert run.wandb_id is None
+        run.log(1, {"loss": 0.5})
+        first = run.wandb_id
+    (tmp_path / "run" / "wandb_id.txt").unlink()
+    with open_run(tmp_path / "run", Experiment()) as run:
+        run.adopt_wandb_id(first)
+        run.adopt_wandb_id("another")
+        run.log(2, {"loss": 0.5})
+    assert [how["id"] for how in wandb.inits] == [first, first]
+
+
+def test_samples_are_a_table_and_sums_a_summary_in_wandb(tmp_path, wandb):
+    with open_run(tmp_path / "run", Experiment()) as run:
+        run.sample(3, [{"prompt": "a", "text": "b"}, {"prompt": "c", "text": "d"}])
+        run.log(3, {"loss": None, "learning_rate": 0.1})
+        run.summarise({"goodput": np.float32(0.5)})
+    assert wandb.logged == [
+        (3, {"samples": (["prompt", "text"], [["a", "b"], ["c", "d"]])}),
+        (3, {"learning_rate": 0.1}),
+    ]
+    assert wandb.summary == {"goodput": 0.5}
 
 
 def test_the_variables_of_wandb_win(tmp_path, wandb, monkeypatch):
@@ -232,28 +284,3 @@ def test_a_missing_wandb_is_said_once_and_nothing_else_changes(tmp_path, monkeyp
         run.log(2, {"loss": 1.0})
     assert capsys.readouterr().err.count("wandb is not installed") == 1
     assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 2
-
-
-def test_progress_shows_loss_rate_speed_and_time_left(capsys):
-    progress = Progress(100, "lines")
-    progress.start(0)
-    metrics = {"loss": 2.5, "learning_rate": 3e-4}
-    progress.update(1, metrics, tokens_per_second=1234.5, seconds_left=75)
-    progress.update(2, metrics, tokens_per_second=1234.5, seconds_left=75)  # too soon for another line
-    progress.update(100, metrics, tokens_per_second=1234.5, seconds_left=0)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "step 1/100  loss 2.5000  lr 3.00e-04  tokens/s 1,234  1:15 left",
-        "step 100/100  loss 2.5000  lr 3.00e-04  tokens/s 1,234  0:00 left",
-    ]
-    bar = Progress(100, "bar")
-    bar.start(40)
-    bar.update(41, metrics, tokens_per_second=1.0, seconds_left=1.0)
-    bar.note("a note")
-    bar.close()
-    shown = capsys.readouterr().err
-    assert "a note" in shown and "41/100" in shown
-    silent = Progress(1, "none")
-    silent.note("x")
-    silent.update(1, metrics, tokens_per_second=1.0, seconds_left=0.0)
-    assert capsys.readouterr().err == ""
