@@ -8,6 +8,11 @@
 
 The frozen part of a state is not stored, only its fingerprint. A process that is killed at any moment leaves the
 checkpoints that were committed, and nothing else that counts.
+
+In a job of several processes (one folder that all of them see) each writes its shards and takes the checksums of the
+files it wrote; process 0 writes the records once all have told it theirs. Reading, each verifies a share of the files
+and all use the step that all found good. A process that fails tells the others, and one that does not come is named
+after `processes.TIMEOUT`: nobody waits for ever.
 """
 
 import concurrent.futures
@@ -19,19 +24,32 @@ import logging
 import os
 import shutil
 import sys
-import time
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
+from internjax.train import processes
+from internjax.train.checkpoint_files import (
+    ABOUT,
+    CHECKSUMS,
+    COMMITTED,
+    EXPERIMENT,
+    checksums,
+    clear_unfinished,
+    committed_steps,
+    experiment_of,
+    own_files,
+    problem,
+    require_history,
+    write_durably,
+)
 from internjax.train.step import TrainState
-
-ABOUT, CHECKSUMS, COMMITTED = "about.json", "checksums.json", "COMMITTED"
-_UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,38 +74,21 @@ class RestoredParams(NamedTuple):
     base: str | None
 
 
-def committed_steps(folder: str | Path) -> list[int]:
-    """Returns the steps under `folder` that were written to their end, oldest first; nothing is read or verified."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.parent.name) for path in folder.glob(f"*/{COMMITTED}") if path.parent.name.isdigit())
-
-
 def latest(folder: str | Path) -> int | None:
     """Returns the newest committed step under `folder`, or None."""
     return max(committed_steps(folder), default=None)
 
 
-def problem(folder: str | Path, step: int) -> str | None:
-    """Returns what is wrong with the files of a committed step, or None when each has the checksum it was given."""
-    step_folder = Path(folder) / str(step)
-    try:
-        listing = (step_folder / CHECKSUMS).read_bytes()
-        if hashlib.sha256(listing).hexdigest() != (step_folder / COMMITTED).read_text().strip():
-            return f"{CHECKSUMS} is not the one that was committed"
-        wanted = json.loads(listing)
-    except (OSError, ValueError) as error:
-        return f"{CHECKSUMS} cannot be read ({error})"
-    missing = [name for name in wanted if not (step_folder / name).is_file()]
-    if missing:
-        return f"{missing[0]} is missing" + (f" with {len(missing) - 1} more files" if missing[1:] else "")
-    try:
-        given = _checksums(step_folder, list(wanted))
-    except OSError as error:
-        return f"it cannot be read ({error})"
-    changed = [name for name in wanted if given[name] != wanted[name]]
-    return f"{changed[0]} has changed since it was written (its sha256 differs)" if changed else None
+def _verified(folder: Path, step: int) -> str | None:
+    """Returns what is wrong with a step, found by all processes together; the same on each."""
+    wrong = problem(folder, step, share=(processes.index(), processes.count()))
+    found = processes.gather("verify", json.dumps(wrong))
+    return next((reason for reason in map(json.loads, found) if reason), None)
+
+
+def _agreed_steps(folder: Path) -> list[int]:
+    """Returns the committed steps as process 0 sees them: file systems show news to each machine at another time."""
+    return processes.first("steps", lambda: committed_steps(folder))
 
 
 def restore_params(folder: str | Path, step: int | None = None, *, shardings: Any = None) -> RestoredParams:
@@ -96,12 +97,13 @@ def restore_params(folder: str | Path, step: int | None = None, *, shardings: An
     `shardings` is a tree of shardings like the parameters; without it they land whole on the first device. Raises
     ValueError when the step is not there, is damaged, or when no step is good.
     """
-    folder, steps = Path(folder).resolve(), committed_steps(folder)
+    folder = Path(folder).resolve()
+    steps = _agreed_steps(folder)
     if step is not None and step not in steps:
         raise ValueError(f"no checkpoint of step {step} in {folder}; there are: {steps or 'none'}")
     skipped = {}
     for candidate in [step] if step is not None else reversed(steps):
-        wrong = problem(folder, candidate)
+        wrong = _verified(folder, candidate)
         if wrong:
             skipped[candidate] = wrong
             continue
@@ -113,7 +115,8 @@ def restore_params(folder: str | Path, step: int | None = None, *, shardings: An
             name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=placed.get(name, first_device))
             for name, (shape, dtype) in about["trainable"].items()
         }
-        with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=_multiprocessing(folder))
+        with ocp.CheckpointManager(folder, options=options) as manager:
             args = ocp.args.Composite(trainable=ocp.args.StandardRestore(abstract))
             leaves = manager.restore(candidate, args=args)["trainable"]
         return RestoredParams(_nested(leaves), candidate, about["base"])
@@ -134,13 +137,11 @@ class Checkpoints:
         self._damaged: set[int] = set()
         self._pending: concurrent.futures.Future | None = None
         self._base: tuple[Any, str | None] = (None, None)
+        self._opened, self._save = 0, 0
         _mute_orbax()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._clear_unfinished()
-        except OSError as error:
-            raise OSError(f"the checkpoint folder {self.folder} cannot be written: {error}") from error
-        self._manager = _open_manager(self.folder)
+        processes.first("open checkpoints", self._make_folder)
+        self._experiment = experiment_of(self.folder)
+        self._manager = self._open_manager()
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
 
     def __enter__(self):
@@ -153,20 +154,13 @@ class Checkpoints:
         """Starts to write `state`; returns when its arrays may be donated. A failure of the save before is raised."""
         self.wait()
         step = int(state.step)
-        path = self.folder / str(step)
-        if (path / COMMITTED).exists() and step in self._damaged:
-            aside = self.folder / f"{step}.damaged"
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+        processes.first("make way", lambda: self._make_way(step))
+        if step in self._damaged:
             self._damaged.remove(step)
             self._manager.reload()
-        elif path.exists():
-            raise ValueError(
-                f"{path} exists already, and the run at step {step} would overwrite it. "
-                "Move it away, or use another run folder."
-            )
         about = {
             "format": 1,
+            "experiment": self._experiment,
             "step": step,
             "data_position": int(state.data_position),
             "rng": {
@@ -182,6 +176,7 @@ class Checkpoints:
             trainable=ocp.args.StandardSave(_named(state.trainable)),
             optimizer=ocp.args.StandardSave(_named(state.opt_state)),
         )
+        self._save += 1
         try:
             self._manager.save(step, args=args, force=True)
         except Exception as error:
@@ -207,20 +202,28 @@ class Checkpoints:
         `target`.
         """
         self.wait()
-        skipped = {}
-        for step in reversed(committed_steps(self.folder)):
-            wrong = problem(self.folder, step)
+        skipped, misfits = {}, []
+        for step in reversed(_agreed_steps(self.folder)):
+            wrong = _verified(self.folder, step)
+            if not wrong:
+                about = json.loads((self.folder / str(step) / ABOUT).read_text())
+                wrong = self._misfit(about, target)
+                misfits += [(step, wrong)] if wrong else []
             if wrong:
                 skipped[step] = wrong
                 self._damaged.add(step)
                 continue
             _print_skipped(self.folder, step, skipped)
-            about = json.loads((self.folder / str(step) / ABOUT).read_text())
-            self._require_fit(step, about, target)
             state = self._load(step, about, target)
             self.extra.clear()
             self.extra.update(about.get("extra", {}))
             return state
+        if misfits:
+            step, wrong = misfits[0]
+            raise ValueError(
+                f"the checkpoint of step {step} in {self.folder} does not fit this run: {wrong}. Run with the config "
+                "that wrote it, or start anew in another run folder (or with --fresh)."
+            )
         if skipped:
             raise ValueError(_none_loads(self.folder, skipped))
         return None
@@ -235,18 +238,38 @@ class Checkpoints:
 
     def _seal(self, step: int, about: dict) -> None:
         """Waits for Orbax, then writes about, checksums and COMMITTED in this order, then removes what is too old."""
+        path = self.folder / str(step)
+        told, failure = {}, None
         try:
             self._manager.wait_until_finished()
-            if jax.process_index() != 0:
-                return
-            path = self.folder / str(step)
-            _write_durably(path / ABOUT, json.dumps(about, indent=1))
-            names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
-            listing = json.dumps(_checksums(path, names), indent=1)
-            _write_durably(path / CHECKSUMS, listing)
-            _write_durably(path / COMMITTED, hashlib.sha256(listing.encode()).hexdigest())
+            told["files"] = checksums(path, own_files(path))
+        except Exception as error:
+            told["error"], failure = f"{type(error).__name__}: {error}", error
+        try:
+            everyone = list(map(json.loads, processes.gather(f"save {self.folder}", json.dumps(told))))
+            errors = [f"process {i}: {one['error']}" for i, one in enumerate(everyone) if "error" in one]
+            if errors:
+                raise failure or OSError("; ".join(errors))
+            sums = {name: digest for one in everyone for name, digest in one["files"].items()}
+            processes.first("commit", lambda: self._commit(path, about, sums))
         except Exception as error:
             raise self._abandoned(step, error) from error
+        if processes.index() == 0:
+            self._remove_old()
+
+    def _commit(self, path: Path, about: dict, sums: dict[str, str]) -> None:
+        write_durably(path / ABOUT, json.dumps(about, indent=1))
+        sums = sums | checksums(path, [ABOUT])
+        unknown = [
+            str(f.relative_to(path)) for f in path.rglob("*") if f.is_file() and str(f.relative_to(path)) not in sums
+        ]
+        if unknown:
+            raise OSError(f"{unknown[0]} in {path} was written by no process of this job")
+        listing = json.dumps(sums, indent=1, sort_keys=True)
+        write_durably(path / CHECKSUMS, listing)
+        write_durably(path / COMMITTED, hashlib.sha256(listing.encode()).hexdigest())
+
+    def _remove_old(self) -> None:
         good = [kept for kept in committed_steps(self.folder) if kept not in self._damaged]
         for old in good[: -self.config.max_to_keep]:
             # Without COMMITTED first, a kill half-way would leave a step that counts and does not load.
@@ -258,8 +281,9 @@ class Checkpoints:
         # A manager whose save failed raises that failure for ever after.
         with contextlib.suppress(Exception):
             self._manager.close()
-        self._clear_unfinished()
-        self._manager = _open_manager(self.folder)
+        if processes.index() == 0:
+            clear_unfinished(self.folder)
+        self._manager = self._open_manager()
         kept = [kept for kept in committed_steps(self.folder) if kept not in self._damaged]
         full = any(sign in str(error) for sign in ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota"))
         free = shutil.disk_usage(self.folder).free / 2**20
@@ -270,12 +294,51 @@ class Checkpoints:
             "Make room there (or make it writable) and run the same command again: it resumes from the newest one."
         )
 
-    def _clear_unfinished(self) -> None:
-        """Removes the folders of steps that were never committed."""
-        for path in list(self.folder.iterdir()) if jax.process_index() == 0 else ():
-            is_step = path.name.isdigit() or (_UNFINISHED in path.name and path.name.split(".")[0].isdigit())
-            if is_step and not (path / COMMITTED).exists():
-                _remove_while_written(path)
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            require_history(self.folder, self.config.every)
+            clear_unfinished(self.folder)
+            # Saves come much later; a folder that cannot be written is an error now.
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise OSError(f"the checkpoint folder {self.folder} cannot be written: {error}") from error
+
+    def _make_way(self, step: int) -> None:
+        """Moves a damaged step aside; refuses to overwrite a good one."""
+        path = self.folder / str(step)
+        if (path / COMMITTED).exists() and step in self._damaged:
+            aside = self.folder / f"{step}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        elif path.exists():
+            raise ValueError(
+                f"{path} exists already, and the run at step {step} would overwrite it. "
+                "Move it away, or use another run folder."
+            )
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        self._opened += 1
+        # No step is deleted by Orbax: it counts steps, here only committed ones count.
+        options = ocp.CheckpointManagerOptions(
+            create=False,
+            enable_async_checkpointing=True,
+            save_root_metadata=False,
+            multiprocessing_options=_multiprocessing(f"{self.folder} {self._opened}"),
+            async_options=ocp.AsyncOptions(timeout_secs=int(processes.TIMEOUT), barrier_sync_fn=self._meet),
+        )
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """The barrier of Orbax's background thread: ends early when another process has failed to write."""
+        saves = f"save {self.folder}"
+
+        def failed() -> str | None:
+            told = {process: json.loads(text) for process, text in processes.peek(saves).items()}
+            return next((f"process {i}: {one['error']}" for i, one in sorted(told.items()) if "error" in one), None)
+
+        processes.gather(f"orbax {self.folder}", key, timeout=timeout_ms / 1000, failed=failed)
 
     def _base_of(self, state: TrainState) -> str | None:
         # The frozen tree is one object for a whole run, so it is read once.
@@ -283,25 +346,28 @@ class Checkpoints:
             self._base = (state.frozen, None if state.frozen is None else fingerprint(state.frozen))
         return self._base[1]
 
-    def _require_fit(self, step: int, about: dict, target: TrainState) -> None:
-        where = f"the checkpoint of step {step} in {self.folder}"
-        remedy = "Run with the config that wrote it, or start anew in another run folder (or with --fresh)."
+    def _misfit(self, about: dict, target: TrainState) -> str | None:
+        """Returns how a checkpoint that is as it was written differs from what this run wants, or None."""
         for part, tree in (("trainable", target.trainable), ("optimizer", target.opt_state)):
             given, wanted = about[part], _shapes(_named(tree))
             differing = [name for name in given | wanted if given.get(name) != wanted.get(name)]
             if differing:
                 name = differing[0]
                 more = f" ({len(differing) - 1} more arrays differ)" if differing[1:] else ""
-                raise ValueError(
-                    f"{where} does not fit this run: {part} {name} is {_shape_text(given.get(name))} there, "
-                    f"{_shape_text(wanted.get(name))} here{more}. {remedy}"
+                return (
+                    f"{part} {name} is {_shape_text(given.get(name))} there, {_shape_text(wanted.get(name))} here{more}"
                 )
         base = self._base_of(target)
         if base != about["base"]:
-            raise ValueError(
-                f"{where} was trained on another frozen base: its fingerprint is {about['base']}, that of the base "
-                f"given now is {base}. {remedy}"
+            return (
+                f"it was trained on another frozen base: its fingerprint is {about['base']}, that of the base given "
+                f"now is {base}"
             )
+        if self._experiment and about.get("experiment") not in (None, self._experiment):
+            return (
+                f"it was written by another run: the {EXPERIMENT} of that one was not the one in {self.folder.parent}"
+            )
+        return None
 
     def _load(self, step: int, about: dict, target: TrainState) -> TrainState:
         args = ocp.args.Composite(
@@ -311,16 +377,18 @@ class Checkpoints:
         loaded = self._manager.restore(step, args=args)
 
         def scalar(value, like):
-            return jax.device_put(value, like.sharding)
+            return jax.device_put(np.asarray(value, np.int32), like.sharding)
 
-        key = jax.random.wrap_key_data(jnp.asarray(about["rng"]["data"], jnp.uint32), impl=about["rng"]["impl"])
+        # Typed keys cannot be put on the devices of other processes, a program may well make one there.
+        data, impl = np.asarray(about["rng"]["data"], np.uint32), about["rng"]["impl"]
+        key = jax.jit(lambda: jax.random.wrap_key_data(data, impl=impl), out_shardings=target.rng.sharding)()
         return TrainState(
-            step=scalar(jnp.asarray(about["step"], jnp.int32), target.step),
+            step=scalar(about["step"], target.step),
             trainable=_like(target.trainable, loaded["trainable"]),
             frozen=target.frozen,
             opt_state=_like(target.opt_state, loaded["optimizer"]),
-            rng=scalar(key, target.rng),
-            data_position=scalar(jnp.asarray(about["data_position"], jnp.int32), target.data_position),
+            rng=key,
+            data_position=scalar(about["data_position"], target.data_position),
         )
 
 
@@ -359,10 +427,16 @@ def _hash_bits(x: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(mixed), jnp.sum(mixed * (2 * place + 1))])
 
 
-def _open_manager(folder: Path) -> ocp.CheckpointManager:
-    # No step is deleted by Orbax: it counts steps, here only committed ones count.
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True, save_root_metadata=False)
-    return ocp.CheckpointManager(folder, options=options)
+def _multiprocessing(name: Any) -> ocp.options.MultiprocessingOptions:
+    """Returns options by which Orbax's processes meet in the key-value store, with timeouts, and not on the devices.
+
+    Its default is a collective of all devices, which its background thread would run in the midst of a training step.
+    """
+    if processes.count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(
+        active_processes=set(range(processes.count())), barrier_sync_key_prefix=str(name).replace("/", "_")
+    )
 
 
 def _mute_orbax() -> None:
@@ -382,16 +456,6 @@ def _mute_orbax() -> None:
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname + record.getMessage()
-
-
-def _remove_while_written(path: Path) -> None:
-    """Removes a folder into which threads of a failed save may still be writing."""
-    for _ in range(40):
-        shutil.rmtree(path, ignore_errors=True)
-        if not path.exists():
-            return
-        time.sleep(0.05)
-    shutil.rmtree(path)
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -435,25 +499,6 @@ def _shapes(leaves: Mapping[str, Any]) -> dict[str, list]:
 
 def _shape_text(shape: list | None) -> str:
     return "absent" if shape is None else f"{shape[1]}{shape[0]}"
-
-
-def _checksums(folder: Path, names: list[str]) -> dict[str, str]:
-    def sha256(name: str) -> str:
-        with open(folder / name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the interpreter
-        return dict(zip(names, pool.map(sha256, names)))
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """Writes a whole file or none: a temporary one is synced to disk and renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
 
 
 def _print_skipped(folder: Path, used: int, skipped: Mapping[int, str]) -> None:

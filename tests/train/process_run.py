@@ -1,0 +1,153 @@
+"""One process of a training run on 8 devices: the program that test_processes.py starts, alone or twice.
+
+python process_run.py RUN_FOLDER HOW, with HOW one of
+    end              run to the end
+    step:N:P         process P is killed when step N is done
+    write:N:P        process P is killed while the checkpoint of step N is written
+    commit:N:P       process P is killed when the arrays of step N are whole and the step is not committed yet
+    stop:N:P         process P is stopped (SIGSTOP) when step N is done
+    hang:N:P         the data of process P never comes after step N
+    raise:N:P        process P raises ValueError after step N
+    full:N:P         from step N on process P cannot write files beyond 20 kB
+The environment says where this process stands in the job (internjax.train.processes), and how many devices it has.
+"""
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from internjax import sharding
+from internjax.model import decoder
+from internjax.model.config import ModelConfig
+from internjax.sharding import MeshConfig
+from internjax.train import checkpoint, processes
+from internjax.train.batch import Batch
+from internjax.train.checkpoint import CheckpointConfig, open_checkpoints
+from internjax.train.loop import Every, train
+from internjax.train.losses import next_token
+from internjax.train.optimizer import AdamW, Cosine, make_optimizer
+from internjax.train.step import init_state, make_step
+from internjax.train.tracking import TrackingConfig, open_run
+
+NUM_STEPS, BATCH_SIZE = 12, 8
+CONFIG = ModelConfig(
+    vocab_size=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64, dtype="float32"
+)
+
+
+def die(number: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), number)
+
+
+def data(rows: tuple[int, ...], how: str, at: int, order: Path):
+    """Returns batches of the rows of this process; what each row held is written down, by position and row."""
+
+    def batches(position: int):
+        while True:
+            if how == "hang" and position == at:
+                time.sleep(1000)
+            tokens = np.random.default_rng([4, position]).integers(1, 64, size=(BATCH_SIZE, 17)).astype(np.int32)
+            for row in rows:
+                (order / f"{position}-{row}").write_text(hashlib.sha256(tokens[row].tobytes()).hexdigest())
+            tokens = tokens[list(rows)]
+            ones = np.ones((len(rows), 16), np.int32)
+            positions = np.broadcast_to(np.arange(16), (len(rows), 16))
+            yield Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), positions, ones)
+            position += 1
+
+    return batches
+
+
+def arrange(how: str, at: int) -> list[Every]:
+    """Plants what is to happen to this process; returns the callbacks that it needs."""
+    seal = checkpoint.Checkpoints._seal
+    if how == "write":
+        checkpoint.Checkpoints._seal = lambda self, step, about: die() if step == at else seal(self, step, about)
+    if how == "commit":
+        own_files = checkpoint.own_files
+        checkpoint.own_files = lambda path: die() if path.name == str(at) else own_files(path)
+
+    def at_step(state, step):
+        if step != at:
+            return
+        if how == "raise":
+            raise ValueError("planted")
+        if how == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        elif how in ("step", "stop"):
+            die(signal.SIGKILL if how == "step" else signal.SIGSTOP)
+
+    return [Every(1, at_step)] if how in ("step", "stop", "raise", "full") else []
+
+
+def run(folder: Path, how: str, at: int) -> None:
+    mesh = sharding.make_mesh(MeshConfig(fsdp=8))
+    axes = decoder.logical_axes(CONFIG)
+    optimizer = make_optimizer(AdamW(peak_lr=0.01), Cosine(warmup_steps=2), NUM_STEPS)
+    places = sharding.shardings(axes, decoder.abstract_params(CONFIG), mesh)
+    with sharding.use(mesh):
+        params = jax.jit(lambda key: decoder.init(CONFIG, key), out_shardings=places)(jax.random.key(0))
+    state = init_state(params, optimizer, seed=1, mesh=mesh, axes=axes)
+    tracking = TrackingConfig(wandb="disabled", progress="lines")
+    order = folder.parent / f"order-{folder.name}"
+    order.mkdir(exist_ok=True, parents=True)
+    with (
+        open_run(folder, {"steps": NUM_STEPS}, tracking=tracking) as tracker,
+        open_checkpoints(tracker.checkpoints, CheckpointConfig(every=4, max_to_keep=2)) as checkpoints,
+    ):
+        step = make_step(next_token(CONFIG), optimizer, mesh=mesh)
+        rows = sharding.process_rows(mesh, BATCH_SIZE)
+        state = train(
+            state,
+            processes.watched(data(rows, how, at, order)),
+            step,
+            num_steps=NUM_STEPS,
+            checkpoints=checkpoints,
+            tracker=tracker,
+            callbacks=arrange(how, at),
+        )
+        end = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path((state.trainable, state.opt_state, state.step)):
+            for shard in leaf.addressable_shards:
+                name = f"{jax.tree_util.keystr(path)} {shard.index} {shard.device.id}"
+                end[name] = hashlib.sha256(np.asarray(shard.data).tobytes()).hexdigest()
+        found = processes.gather("end", json.dumps(end))
+        if processes.index() == 0:
+            (folder / "end.json").write_text(json.dumps({k: v for one in found for k, v in json.loads(one).items()}))
+        tracker.complete({})
+
+
+_device_put = jax.device_put
+
+
+def _put_keys_too(x, device=None, **how):
+    # JAX refuses to put typed keys on devices of other processes; a compiled identity does it.
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) and processes.count() > 1:
+        return jax.jit(lambda x: x, out_shardings=device)(x)
+    return _device_put(x, device, **how)
+
+
+jax.device_put = _put_keys_too
+
+
+def main() -> None:
+    folder, how = Path(sys.argv[1]), sys.argv[2]
+    kind, at, who = (how + ":0:0").split(":")[:3]
+    with processes.job():
+        try:
+            run(folder, kind if int(who) == processes.index() else "end", int(at))
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()
