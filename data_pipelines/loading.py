@@ -280,9 +280,12 @@ class _Batches:
     def __len__(self) -> int:
         return ENDLESS
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, step: int) -> dict[str, np.ndarray] | dict[str, Exception]:
         first = step * self._batch_size
-        return row_batch(self._rows, [first + b for b in self._only_rows])._asdict()
+        try:
+            return row_batch(self._rows, [first + b for b in self._only_rows])._asdict()
+        except (OSError, ValueError) as error:
+            return {"error": error}  # raised, Grain would add lines on its own frames to the message
 
 
 def batches(
@@ -314,6 +317,8 @@ def batches(
         dataset = grain.MapDataset.source(_Batches(rows, batch_size, own))[step:]
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         for batch in dataset.to_iter_dataset(options):
+            if "error" in batch:
+                raise batch["error"]
             yield Batch(**batch)
 
     return from_step

@@ -50,6 +50,11 @@ class Shards:
         try:
             raw = self._file(name).read(first * width, count * width)
         except OSError as error:
+            if self._is_replaced():
+                raise OSError(
+                    f"{self._folder.path} was written anew while the run read it, and its files no longer belong "
+                    "together. Give the new text a folder of its own and bring the old one back, or begin a new run"
+                ) from error
             raise OSError(
                 f"{path} was there when the run began and cannot be read any more ({error.strerror or error}); bring "
                 "it back as it was, then run the same command again: it goes on from the last checkpoint"
@@ -63,10 +68,16 @@ class Shards:
 
     def _open(self, name: str) -> "_File":
         file = _File(self._folder.path / name)
-        # A folder that is written anew takes the old one's name; its shards do not belong to the offsets held here.
-        if _identity(self._folder.path / MANIFEST) != self._manifest:
-            raise OSError(f"{self._folder.path} was written anew since it was opened")
+        if self._is_replaced():
+            raise OSError(f"{name} belongs to other offsets than those held")
         return file
+
+    def _is_replaced(self) -> bool:
+        """Whether a folder that was written anew has taken the name of the one that was opened."""
+        try:
+            return _identity(self._folder.path / MANIFEST) != self._manifest
+        except OSError:
+            return False
 
 
 class _File:
