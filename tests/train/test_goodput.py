@@ -105,5 +105,9 @@ def test_a_killed_run_tells_what_it_lost(tmp_path):
     kinds = spent.to_json()["seconds"]
     assert sum(kinds.values()) == pytest.approx(spent.wall, abs=0.01)
     assert (
-        kinds["down"] > 0.2 and kinds["restore"] > 0 and kinds["compile"] > 0 and kinds["compute"] > kinds["lost"] > 0
+        kinds["down"] > 0.2
+        and kinds["restore"] > 0
+        and kinds["compile"] > 0
+        and kinds["compute"] > 0
+        and kinds["lost"] > 0
     )
