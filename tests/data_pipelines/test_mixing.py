@@ -176,15 +176,17 @@ def test_a_batch_far_into_the_run_is_read_at_once(packing, folders):
 @pytest.mark.parametrize("packing", ["concat", "whole"])
 def test_limits_choose_documents_and_are_counted(packing, folders):
     lengths = open_rows(folders[1], seq_len=90, packing=packing, seed=3).folder.lengths_D
-    rows = mixture(folders[1:2], packing=packing, seq_len=90, min_tokens=(20,), max_tokens=(60,))
-    kept = np.flatnonzero((lengths >= 20) & (lengths <= 60))
+    least, most = (int(n) for n in np.sort(lengths)[[9, 29]])  # each the length of some document: limits include
+    rows = mixture(folders[1:2], packing=packing, seq_len=90, min_tokens=(least,), max_tokens=(most,))
+    kept = np.flatnonzero((lengths >= least) & (lengths <= most))
+    assert {least, most} <= set(lengths[kept].tolist())
     used = {int(i) // 1000 - 100 for n in range(rows.num_rows) for i in rows[n]["tokens"][rows[n]["segments"] > 0]}
     assert used <= set(kept.tolist()) and len(used) >= len(kept) - 2  # concat may end before the last ones
     (share,) = rows.shares(rows.num_rows)
     assert (share.num_documents, share.num_filtered, share.num_left_out) == (40, 40 - len(kept), 0)
     assert share.num_positions == int((lengths[kept] - 1).sum())
     assert f"{len(kept)} of 40 documents ({40 - len(kept)} outside the limits, 0 fit no row)" in str(share)
-    assert mixture(folders[1:2], max_tokens=(60,)).shares(1)[0].num_filtered == (lengths > 60).sum()
+    assert mixture(folders[1:2], max_tokens=(most,)).shares(1)[0].num_filtered == (lengths > most).sum()
 
 
 def test_half_of_the_rows_from_long_documents_of_the_same_folder(folders):

@@ -202,11 +202,13 @@ def test_a_shard_that_is_cut_while_the_run_reads_is_named(name, folders, tmp_pat
         drain(rows)
 
 
-def test_a_folder_written_anew_is_not_read_with_the_old_offsets(folders, tmp_path):
+@pytest.mark.parametrize("shard_tokens", [700, 10_000], ids=["as many shards", "fewer shards"])
+def test_a_folder_written_anew_is_not_read_with_the_old_offsets(shard_tokens, folders, tmp_path):
     folder = copied(folders, tmp_path)
     rows = open_rows(folder, seq_len=SEQ_LEN, packing="concat", seed=0)
     tokenizer = types.SimpleNamespace(vocab_size=1 << 20, fingerprint="f" * 64)
-    write_tokens(folder, [TokenDocument("new", list(range(9000)))], tokenizer=tokenizer)
+    new = [TokenDocument(str(d), list(range(35)), [1] * 35) for d in range(250)]
+    write_tokens(folder, new, tokenizer=tokenizer, shard_tokens=shard_tokens)
     with pytest.raises(OSError, match=r"web was written anew while the run read it.*folder of its own"):
         drain(rows)
 
@@ -265,6 +267,20 @@ def test_a_kept_plan_changes_no_row(packing, folders, tmp_path, monkeypatch):
     for found in (first, again):
         assert all(a.tobytes() == b.tobytes() for a, b in zip(found, wanted))
     assert open_tokens(own[0]).manifest["num_documents"] == 120, "the folder is as whole as before"
+
+
+def test_a_plan_is_kept_for_its_limits_and_seed_alone(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "_KEEP_PLANS_FROM", 0)
+    folder = str(copied(folders, tmp_path))
+
+    def documents(seed=0, **limits):
+        sources = make_sources((folder,), **limits)
+        return (
+            open_mixture(sources, seq_len=SEQ_LEN, packing="concat", seed=seed).sources[0].plan(0).document_P.tolist()
+        )
+
+    kinds = ({}, {"min_tokens": (30,)}, {"max_tokens": (50,)}, {"seed": 1})
+    assert len({tuple(documents(**kind)) for kind in kinds}) == len(list(tmp_path.glob("web/plans/*.plan"))) == 4
 
 
 GOLDEN = {
