@@ -20,17 +20,17 @@ import numpy as np
 
 from internjax import sharding
 from internjax.train import flops as flops_table
+from internjax.train import processes
 from internjax.train.batch import Batch
 from internjax.train.checkpoint import Checkpoints, latest
 from internjax.train.guard import Describe, Guard
+from internjax.train.heartbeat import EXIT_PREEMPTED
 from internjax.train.profile import ProfileConfig, Profiler
 from internjax.train.step import Step, TrainState, put_batch
 from internjax.train.tracking import Run
 from internjax.train.watch import Fed, Flight, Watch
 
 _WANDB_ID = "wandb_run_id"  # in what a checkpoint holds besides the state
-EXIT_PREEMPTED = 75
-"""Exit code after SIGTERM with the state saved (EX_TEMPFAIL of sysexits.h): run the same command again to go on."""
 
 Data = Callable[[int], Iterator[Any]]
 """data(position) -> the batches from that absolute position on; the order depends on nothing but seed and position."""
@@ -105,7 +105,7 @@ def _run(
     state, data, step, num_steps, checkpoints, callbacks, tracker, watch, profiler, flops, preempted
 ) -> TrainState:
     position = int(state.data_position)
-    batches = _device_batches(data, position, step, flops)
+    batches = _device_batches(processes.watched(data), position, step, flops)
     flight: Flight | None = None
     fed = next(batches)
     if profiler.missed:
@@ -128,7 +128,8 @@ def _run(
         flight = launched
 
         due = [callback for callback in callbacks if index % callback.steps == 0]
-        asked_to_stop = preempted.is_set()
+        # A signal reaches the processes of a job at different steps; they agree on one.
+        asked_to_stop = processes.stop_after(index, preempted.is_set())
         stop = index == num_steps or asked_to_stop
         save = checkpoints is not None and (stop or index % checkpoints.config.every == 0)
         if due or stop or save or profiler.due(index):
