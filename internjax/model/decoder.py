@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from internjax.kernels.attention import attention
 from internjax.kernels.paged_attention import paged_attention
@@ -22,7 +23,7 @@ from internjax.model.cache import KVCache, write
 from internjax.model.config import ModelConfig
 from internjax.model.lora import Lora
 from internjax.model.quantize import QuantArray, matmul
-from internjax.sharding import constrain, unconstrained
+from internjax.sharding import axis_size, constrain, partition_spec, unconstrained
 
 
 class Linear(nn.Module):
@@ -196,7 +197,8 @@ class Decoder(nn.Module):
             self.head = linear(features, axes=("embed", axis))
 
     def hidden(self, tokens_BT, positions_BT, segments_BT, inv_freq_BF, cache):
-        x_BTD = constrain(self.embed(tokens_BT), ("batch", "sequence", "act_embed"))
+        x_BTD = _look_up(self.embed.embedding, tokens_BT, dtype=jnp.dtype(self.config.dtype))
+        x_BTD = constrain(x_BTD, ("batch", "sequence", "act_embed"))
         inputs = Inputs(positions_BT, segments_BT, rope.rotation(positions_BT, inv_freq_BF))
         (x_BTD, cache), _ = self.layers((x_BTD, cache), jnp.arange(self.config.num_layers), inputs)
         return self.norm(x_BTD), cache
@@ -209,6 +211,33 @@ class Decoder(nn.Module):
 
     def __call__(self, tokens_BT, positions_BT, segments_BT, inv_freq_BF):
         return self.unembed(self.hidden(tokens_BT, positions_BT, segments_BT, inv_freq_BF, None)[0])
+
+
+def _look_up(table_VD: jax.Array, tokens_BT: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+    """Returns the rows of the tokens as `dtype`, NaN for a token beyond the table. Gradients add up in the table's.
+
+    On a mesh the table is cut by vocabulary and by embedding. Each device looks up its columns for the tokens of all
+    the row shards that share the columns out between them, and then they exchange rows for columns: of the table
+    nothing moves. The compiler finds this way by itself only where time is not cut, and replicates activations
+    elsewhere.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    vocab, embed, batch, time = (partition_spec((name,))[0] for name in ("vocab", "embed", "batch", "sequence"))
+    sizes = zip((*table_VD.shape, *tokens_BT.shape), (vocab, embed, batch, time), strict=True)
+    if mesh.empty or mesh.size == 1 or any(size % axis_size(mesh, axes) for size, axes in sizes):
+        return jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
+
+    def local(table_VD, tokens_BT):
+        num_rows = table_VD.shape[0]
+        own_BT = jax.lax.all_gather(tokens_BT, embed, tiled=True) - jax.lax.axis_index(vocab) * num_rows
+        here_BT = (own_BT >= 0) & (own_BT < num_rows)
+        found_BTD = jnp.where(here_BT[..., None], jnp.take(table_VD, own_BT, axis=0, mode="clip"), 0).astype(dtype)
+        found_BTD = jax.lax.all_to_all(found_BTD, embed, split_axis=0, concat_axis=2, tiled=True)
+        known_BT = tokens_BT < num_rows * axis_size(mesh, vocab)
+        return jnp.where(known_BT[..., None], jax.lax.psum(found_BTD, vocab), jnp.nan)
+
+    specs = PartitionSpec(vocab, embed), PartitionSpec(batch, time)
+    return jax.shard_map(local, in_specs=specs, out_specs=specs[1])(table_VD, tokens_BT)
 
 
 def _init_boxed(config: ModelConfig, rng: jax.Array) -> dict:
@@ -328,22 +357,60 @@ def target_logprobs(
     The vocabulary is never materialised for more than `chunk_size` time steps, forward or backward.
     """
     params, config = _with_normalised_head(params, config), dataclasses.replace(config, norm_head=False)
-    temperature_B1 = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), hidden_BTD.shape[:1])[:, None]
+    name = "embed" if config.tie_embeddings else "head"
 
-    def chunk(hidden_BCD, targets_BC):
-        logits_BCV = unembed(params, hidden_BCD, config=config, lora=lora) / temperature_B1[..., None]
-        logits_BCV = constrain(logits_BCV, ("batch", None, "act_vocab"))
-        chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        return chosen_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
+    def local(head, hidden_BTD, targets_BT, temperature_B):
+        def chunk(hidden_BCD, targets_BC):
+            logits_BCV = unembed(params | {name: head}, hidden_BCD, config=config, lora=lora)
+            logits_BCV = constrain(logits_BCV / temperature_B[:, None, None], (None, None, "act_vocab"))
+            chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+            return chosen_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
 
+        return _in_chunks(jax.checkpoint(chunk), hidden_BTD, targets_BT, chunk_size=chunk_size)
+
+    temperature_B = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), hidden_BTD.shape[:1])
+    return _per_shard(local, params[name], hidden_BTD, targets_BT, temperature_B)
+
+
+def _in_chunks(function: Callable, hidden_BTD, targets_BT, *, chunk_size: int) -> jax.Array:
+    """Returns function(hidden, targets) `[B, T]`, called on `chunk_size` time steps at once."""
     B, T = targets_BT.shape
     if T <= chunk_size:
-        return jax.checkpoint(chunk)(hidden_BTD, targets_BT)
+        return function(hidden_BTD, targets_BT)
     padding = -T % chunk_size
 
     def split(x):
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, -1, chunk_size, *x.shape[2:]), 1, 0)
 
-    logprobs = jax.lax.map(lambda xs: jax.checkpoint(chunk)(*xs), (split(hidden_BTD), split(targets_BT)))
-    return jnp.moveaxis(logprobs, 0, 1).reshape(B, -1)[:, :T]
+    out = jax.lax.map(lambda xs: function(*xs), (split(hidden_BTD), split(targets_BT)))
+    return jnp.moveaxis(out, 0, 1).reshape(B, -1)[:, :T]
+
+
+def _per_shard(function: Callable, head: dict, hidden_BTD, targets_BT, temperature_B) -> jax.Array:
+    """Returns function(head, hidden, targets, temperature) `[B, T]`, called by every shard of rows and time for itself.
+
+    The shards become leading axes, and the head gets them too: one copy per shard, as each device holds anyway while it
+    multiplies by it. So a loop over chunks gathers the head once before it and adds its gradient up over devices once
+    after it, instead of in every turn, and it runs over each shard's own time.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, time = partition_spec(("batch", "sequence"))
+    R, S = (1, 1) if mesh.empty else (axis_size(mesh, rows), axis_size(mesh, time))
+    B, T = targets_BT.shape
+    if R * S == 1 or B % R or T % S:
+        return function(head, hidden_BTD, targets_BT, temperature_B)
+
+    def cut(x_BT):
+        x = jnp.moveaxis(x_BT.reshape(R, B // R, S, T // S, *x_BT.shape[2:]), 2, 1)
+        return constrain(x, ("batch", "sequence") + (None,) * (x.ndim - 2))
+
+    def copied(path, leaf):
+        axes = ("act_vocab", None) if path[-1].key == "embedding" else (None, "act_vocab")
+        return constrain(jnp.broadcast_to(leaf, (R, S, *leaf.shape)), ("batch", "sequence", *axes))
+
+    function = jax.vmap(function, in_axes=(0, 0, 0, None), spmd_axis_name=time)
+    function = jax.vmap(function, spmd_axis_name=rows)
+    head = jax.tree_util.tree_map_with_path(copied, head)
+    out = function(head, cut(hidden_BTD), cut(targets_BT), temperature_B.reshape(R, B // R))
+    return constrain(jnp.moveaxis(out, 1, 2).reshape(B, T), ("batch", "sequence"))
