@@ -298,6 +298,7 @@ def test_variants_say_what_differs_from_their_parent():
         model=internlm2_20b.CONFIG.model,
         data=dataclasses.replace(SEVEN.data, batch_size=1280),
         num_steps=400_000,
+        accumulate=20,
         mesh=MeshConfig(fsdp=-1, tensor=4),
     )
     assert sft_lora_7b.CONFIG.lora == LoraConfig(rank=16, alpha=32.0)
