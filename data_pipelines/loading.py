@@ -8,6 +8,7 @@ never predicts across two documents.
 D documents, R rows, B rows of a batch, T tokens of a row.
 """
 
+import bisect
 import functools
 import hashlib
 import os
@@ -156,7 +157,7 @@ class Rows:
             else:
                 while index >= self._first_row[-1]:
                     self._first_row.append(self._first_row[-1] + self.plan(len(self._first_row) - 1).num_rows)
-                epoch = int(np.searchsorted(self._first_row, index, side="right")) - 1
+                epoch = bisect.bisect_right(self._first_row, index) - 1
                 row = index - self._first_row[epoch]
             return self.plan(epoch), row
 
@@ -294,7 +295,7 @@ def batches(
     batch_size: int,
     only_rows: Sequence[int] | None = None,
     num_threads: int = 2,
-    prefetch: int = 8,
+    prefetch: int = 4,
 ) -> Callable[[int], Iterator[Batch]]:
     """Returns step -> the batches `[B, T]` from that absolute step on, read ahead by Grain's threads.
 

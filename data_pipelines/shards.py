@@ -16,6 +16,7 @@ from data_pipelines.tokens import DOCUMENTS, MANIFEST, TokenFolder
 
 # A process may hold some 1,000 files open; a corpus may have more shards.
 _OPEN_FILES = 256
+_BRING_BACK = "bring it back as it was, then run the same command again: it goes on from the last checkpoint"
 
 
 class Shards:
@@ -46,7 +47,6 @@ class Shards:
         return shard, int(self._folder.offsets[shard][document - self._first[shard]]) + start
 
     def _read(self, name: str, first: int, count: int, width: int) -> bytes:
-        path = self._folder.path / name
         try:
             raw = self._file(name).read(first * width, count * width)
         except OSError as error:
@@ -56,13 +56,13 @@ class Shards:
                     "together. Give the new text a folder of its own and bring the old one back, or begin a new run"
                 ) from error
             raise OSError(
-                f"{path} was there when the run began and cannot be read any more ({error.strerror or error}); bring "
-                "it back as it was, then run the same command again: it goes on from the last checkpoint"
+                f"{self._folder.path / name} was there when the run began and cannot be read any more "
+                f"({error.strerror or error}); {_BRING_BACK}"
             ) from error
         if len(raw) != count * width:
             raise OSError(
-                f"{path} was cut while the run read it: it ends before byte {(first + count) * width}. Bring it back "
-                "as it was, then run the same command again: it goes on from the last checkpoint"
+                f"{self._folder.path / name} was cut while the run read it: it ends before byte "
+                f"{(first + count) * width}; {_BRING_BACK}"
             )
         return raw
 

@@ -4,9 +4,11 @@ Token i of document d has the id 1000 d + i; the sources' documents are numbered
 """
 
 import itertools
+import re
 import shutil
 import types
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -271,3 +273,11 @@ def test_a_lost_shard_of_one_source_is_named(folders, tmp_path):
     (tmp_path / "code" / "00001.bin").unlink()
     with pytest.raises(ValueError, match=r"code lacks 00001.bin, which its manifest lists; restore it"):
         mixture((folders[0], str(tmp_path / "code")))
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    text = (Path(__file__).parents[2] / "data_pipelines" / "README.md").read_text("utf-8")
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "open_mixture" in code]
+    exec(compile(code, "data_pipelines/README.md", "exec"), {})
+    short, long, shape = capsys.readouterr().out.splitlines()
+    assert "50.00% of the rows" in short and "50.00% of the rows" in long and shape.startswith("(4, 64) [")
