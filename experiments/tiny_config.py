@@ -40,7 +40,7 @@ class Tiny:
     sft_lora: LoraConfig = LoraConfig(rank=32, alpha=64.0, targets=(*LoraConfig().targets, "head"))
     max_new_tokens: int = 48
     """Longest answer in RLHF and evaluation."""
-    reward_steps: int = 50
+    reward_steps: int = 96
     num_iterations: int = 8
     """PPO iterations of each of the two RLHF rounds."""
     num_prompts: int = 64

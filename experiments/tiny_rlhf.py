@@ -231,8 +231,9 @@ NUM_ROUNDS = 2
 WARM_UP_ITERATIONS = 2
 REFRESH_WEIGHT, REFRESH_PAIRS, REFRESH_STEPS = 3, 120, 15
 """Between rounds: how often each targeted pair counts, how many original pairs beside them, and steps."""
-PROBE_BLOCK = 777
-"""Prompts that are answered before and after a round."""
+PROBE_BLOCK, PROBE_DRAWS = 777, 4
+"""Which prompts are answered before and after a round, and how often each: a prompt whose answers are not all right or
+all wrong is what a targeted pair is made of."""
 
 
 class Setting(NamedTuple):
@@ -317,11 +318,11 @@ def _rounds(setting: Setting, root: Path, scorer: Model) -> tuple[ppo.PPOState, 
             setting.run,
             state,
             lambda number, at: _prompts(setting, setting.train_tasks, number * 1000 + at),
-            _prompts(setting, setting.train_tasks, PROBE_BLOCK),
+            _prompts(setting, setting.train_tasks, PROBE_BLOCK, draws=PROBE_DRAWS),
             reward_fn,
             round_index=index,
             num_iterations=config.num_iterations,
-            warm_up_iterations=WARM_UP_ITERATIONS if index == 0 else 0,
+            warm_up_iterations=WARM_UP_ITERATIONS,
             reference=setting.reference,
             pretrain=batches(rows, batch_size=8),
             log=_show,
@@ -342,6 +343,8 @@ def _rounds(setting: Setting, root: Path, scorer: Model) -> tuple[ppo.PPOState, 
                 steps=REFRESH_STEPS,
                 peak_lr=3e-4,
             ).params
+            # The refreshed model scores on another level; the old critic would take that for a change of the policy.
+            state = ppo.replace_critic(setting.run, state, from_lm(reward_params, scorer.config)[0])
         _keep(folder, state, report, setting, reward_params)
     return state, report
 
@@ -363,7 +366,7 @@ def _setting(config: Tiny, root: Path, model: Model, reward_config: ModelConfig)
     held_out = tasks_of(config, root, tokenizer, held_out=True)
     # Where there are fewer held-out functions than evaluated prompts, each is drawn for more than once.
     held_out = [held_out[i % len(held_out)] for i in range(config.num_evaluated)]
-    num_updates = 2 * (NUM_ROUNDS * config.num_iterations + WARM_UP_ITERATIONS)
+    num_updates = 2 * NUM_ROUNDS * (config.num_iterations + WARM_UP_ITERATIONS)
     optimizers = [
         make_optimizer(AdamW(peak_lr=rate, weight_decay=0.0, b2=0.99, eps=1e-5), Constant(2), num_updates)
         for rate in (config.actor_rate, config.critic_rate)
@@ -381,10 +384,10 @@ def _setting(config: Tiny, root: Path, model: Model, reward_config: ModelConfig)
     return Setting(config, run, Weights(model.params), tokenizer, reward_config, train_tasks, held_out, prompts)
 
 
-def _prompts(setting: Setting, tasks: Sequence[BodyTask], block: int) -> Prompts:
-    """Returns the prompts of a block of tasks, round and round."""
+def _prompts(setting: Setting, tasks: Sequence[BodyTask], block: int, *, draws: int = 1) -> Prompts:
+    """Returns the prompts of a block of tasks, round and round, each `draws` times."""
     count, names = setting.config.num_prompts, list(CONDITIONS)
-    chosen = [tasks[(block * count + i) % len(tasks)] for i in range(count)]
+    chosen = [tasks[(block * count + i // draws) % len(tasks)] for i in range(count)]
     tokens, lengths = np.zeros((count, MAX_PROMPT_TOKENS), np.int32), np.zeros(count, np.int32)
     for row, task in enumerate(chosen):
         ids = setting.prompts[task]
