@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from data_pipelines.loading import Rows, batches, open_rows
+from data_pipelines.mixing import Mixture, make_sources, open_mixture
 from data_pipelines.sources import existing
 from internjax import sharding
 from internjax.hf.adapter import save_adapter
@@ -26,7 +27,7 @@ from internjax.hf.save import save_architecture, save_model
 from internjax.model import decoder, lora
 from internjax.model.config import ModelConfig, num_params
 from internjax.model.lora import LoraConfig
-from internjax.sharding import MeshConfig
+from internjax.sharding import MeshConfig, process_rows
 from internjax.text import chat
 from internjax.text.tokenizer import Tokenizer, load_tokenizer
 from internjax.train.checkpoint import CheckpointConfig, open_checkpoints
@@ -41,10 +42,18 @@ Config = TypeVar("Config")
 
 @dataclasses.dataclass(frozen=True)
 class TokenData:
-    """Rows of packed tokens from a token folder."""
+    """Rows of packed tokens from one or more token folders. Every tuple is empty or has one value for each folder."""
 
-    folder: str = ""
-    """Token folder (manifest.json, *.bin, *.idx); written by data_pipelines.tokens."""
+    folder: tuple[str, ...] = ()
+    """Token folders (manifest.json, *.bin, *.idx); written by data_pipelines.tokens."""
+    weight: tuple[float, ...] = ()
+    """Shares of the rows, relative to each other; without them each folder has its share of all tokens."""
+    min_tokens: tuple[int, ...] = ()
+    """A document with fewer tokens is left out; 0 is no limit."""
+    max_tokens: tuple[int, ...] = ()
+    """A document with more tokens is left out; 0 is no limit."""
+    max_epochs: tuple[float, ...] = ()
+    """How often a folder may be read; a run that would read it more often is refused. 0 is no limit."""
     tokenizer: str = ""
     """Folder of the tokenizer that wrote it: exported with the model."""
     batch_size: int = 8
@@ -226,15 +235,8 @@ def pretrain(config: Pretrain, *, callbacks: Sequence[Every] = ()) -> Trained:
 def _pretrain(config: Pretrain, folder: Path, mesh: Mesh | None, callbacks: Sequence[Every]) -> Trained:
     # All that can be wrong is read before the folder is made, or an earlier one removed.
     tokenizer = _fitting_tokenizer(config)
-    rows = open_rows(
-        config.data.folder,
-        seq_len=config.data.seq_len,
-        packing="concat",
-        seed=config.seed,
-        tokenizer_sha256=tokenizer.fingerprint,
-    )
-    rows.plan(0)
-    data = batches(rows, batch_size=config.data.batch_size)
+    rows = _pretraining_rows(config, tokenizer)
+    data = batches(rows, batch_size=config.data.batch_size, only_rows=process_rows(mesh, config.data.batch_size))
     optimizer = make_optimizer(config.optimizer, config.schedule, config.num_steps)
     step = make_step(next_token(config.model), optimizer, accumulate=config.accumulate, mesh=mesh)
     params, axes = initial_params(config, mesh)
@@ -251,12 +253,35 @@ def _pretrain(config: Pretrain, folder: Path, mesh: Mesh | None, callbacks: Sequ
             config=config.model,
             params=state.trainable,
             tokenizer=tokenizer,
-            provenance={"data": config.data.folder, "num_steps": config.num_steps, "seed": config.seed},
+            provenance={"data": list(config.data.folder), "num_steps": config.num_steps, "seed": config.seed},
             overwrite=True,
         )
         summary = _summary(folder, num_params=num_params(config.model), num_traces=step.num_traces)
         run.complete(summary)
     return Trained(folder, summary)
+
+
+def _pretraining_rows(config: Pretrain, tokenizer: Tokenizer) -> Mixture:
+    data = config.data
+    num_rows = config.num_steps * data.batch_size
+    sources = make_sources(
+        data.folder,
+        weights=data.weight,
+        min_tokens=data.min_tokens,
+        max_tokens=data.max_tokens,
+        max_epochs=data.max_epochs,
+    )
+    rows = open_mixture(
+        sources,
+        seq_len=data.seq_len,
+        packing="concat",
+        seed=config.seed,
+        tokenizer_sha256=tokenizer.fingerprint,
+        num_rows=num_rows,
+    )
+    for share in rows.shares(num_rows):
+        print(share)
+    return rows
 
 
 def _fitting_tokenizer(config: Pretrain) -> Tokenizer:
@@ -313,7 +338,7 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
     num_steps = config.num_steps or max(1, round(config.num_epochs * rows.plan(0).num_rows / config.batch_size))
     warmup = min(config.schedule.warmup_steps, max(1, num_steps // 10))
     optimizer = make_optimizer(config.optimizer, dataclasses.replace(config.schedule, warmup_steps=warmup), num_steps)
-    data = batches(rows, batch_size=config.batch_size)
+    data = batches(rows, batch_size=config.batch_size, only_rows=process_rows(mesh, config.batch_size))
     state, loss = _finetune_state(config, model, optimizer, mesh)
     step = make_step(loss, optimizer, accumulate=config.accumulate, mesh=mesh)
     with open_run(folder, config, fresh=config.fresh, tracking=config.tracking) as run:

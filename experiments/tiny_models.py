@@ -148,7 +148,7 @@ def pretrain_config(config: Tiny, root: Path) -> stages.Pretrain:
         run=str(root / "pretrain"),
         model=config.model,
         data=stages.TokenData(
-            folder=str(root / "tokenizer" / "train"),
+            folder=(str(root / "tokenizer" / "train"),),
             tokenizer=str(root / "tokenizer" / "hf"),
             batch_size=config.batch_size,
             seq_len=config.seq_len,
@@ -170,7 +170,7 @@ def pretrain(config: Tiny, root: Path) -> dict[str, Any]:
 def seen_tokens(config: Tiny, root: Path) -> list[np.ndarray]:
     """Returns the token sequences that pre-training was given, piece by piece: what the n-gram baselines may count."""
     settings = pretrain_config(config, root)
-    rows = open_rows(settings.data.folder, seq_len=config.seq_len, packing="concat", seed=config.seed)
+    rows = open_rows(settings.data.folder[0], seq_len=config.seq_len, packing="concat", seed=config.seed)
     pieces, left, epoch = [], config.pretrain_steps * config.batch_size, 0
     while left > 0:
         plan = rows.plan(epoch)

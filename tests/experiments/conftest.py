@@ -61,7 +61,7 @@ def pretraining(corpus, run, **fields) -> Pretrain:
     values = dict(
         run=str(run),
         model=SMALL,
-        data=TokenData(str(corpus / "tokens"), str(corpus / "tokenizer"), batch_size=8, seq_len=32),
+        data=TokenData((str(corpus / "tokens"),), tokenizer=str(corpus / "tokenizer"), batch_size=8, seq_len=32),
         num_steps=12,
         optimizer=AdamW(peak_lr=1e-2, weight_decay=0.0),
         schedule=Cosine(warmup_steps=2),

@@ -135,27 +135,32 @@ def other_tokenizer(folder, vocab_size):
 
 
 BAD_PRETRAININGS = {
-    "no token folder": (lambda c, t: dict(data=TokenData("", str(c / "tokenizer"))), "no data.folder given"),
+    "no token folder": (lambda c, t: dict(data=TokenData(tokenizer=str(c / "tokenizer"))), "no data.folder given"),
     "a missing one": (
-        lambda c, t: dict(data=TokenData(str(t / "x"), str(c / "tokenizer"))),
+        lambda c, t: dict(data=TokenData((str(t / "x"),), tokenizer=str(c / "tokenizer"))),
         "is no token folder: it has no manifest.json",
     ),
-    "no tokenizer": (lambda c, t: dict(data=TokenData(str(c / "tokens"), "")), "no data.tokenizer given"),
-    "a missing tokenizer": (lambda c, t: dict(data=TokenData(str(c / "tokens"), str(t))), "has no tokenizer.json"),
+    "no tokenizer": (lambda c, t: dict(data=TokenData((str(c / "tokens"),), tokenizer="")), "no data.tokenizer given"),
+    "a missing tokenizer": (
+        lambda c, t: dict(data=TokenData((str(c / "tokens"),), tokenizer=str(t))),
+        "has no tokenizer.json",
+    ),
     "another tokenizer": (
-        lambda c, t: dict(data=TokenData(str(c / "tokens"), str(other_tokenizer(t / "other", 300)))),
+        lambda c, t: dict(data=TokenData((str(c / "tokens"),), tokenizer=str(other_tokenizer(t / "other", 300)))),
         "was written by the tokenizer",
     ),
     "a larger tokenizer": (
-        lambda c, t: dict(data=TokenData(str(c / "tokens"), str(other_tokenizer(t / "other", 400)))),
+        lambda c, t: dict(data=TokenData((str(c / "tokens"),), tokenizer=str(other_tokenizer(t / "other", 400)))),
         "has 400 tokens, the model's embedding 320 rows; set model.vocab_size to at least 400",
     ),
     "rows longer than the text": (
-        lambda c, t: dict(data=TokenData(str(c / "tokens"), str(c / "tokenizer"), seq_len=1 << 20)),
+        lambda c, t: dict(data=TokenData((str(c / "tokens"),), tokenizer=str(c / "tokenizer"), seq_len=1 << 20)),
         "give a shorter seq_len or more text",
     ),
     "no rows in a batch": (
-        lambda c, t: dict(data=TokenData(str(c / "tokens"), str(c / "tokenizer"), batch_size=0, seq_len=32)),
+        lambda c, t: dict(
+            data=TokenData((str(c / "tokens"),), tokenizer=str(c / "tokenizer"), batch_size=0, seq_len=32)
+        ),
         "batch_size must be at least 1",
     ),
     "a warm-up longer than the run": (lambda c, t: dict(num_steps=1), "warms up for 2 of 1 steps"),
@@ -265,13 +270,11 @@ def test_a_fine_tuning_is_complete_or_refused_like_any_run(tuned, trained, corpu
 
 
 def test_all_parameters_and_epochs(trained, corpus, tmp_path):
-    config = finetuning(
-        corpus, trained.folder, tmp_path / "run", method="full", num_steps=None, num_epochs=2.0, batch_size=4
-    )
+    config = finetuning(corpus, trained.folder, tmp_path / "run", method="full", num_steps=None, num_epochs=4.0)
     done = finetune(config)
     rows = open_rows(chat_tokens(config, load_tokenizer(corpus / "tokenizer")), seq_len=64, packing="whole", seed=0)
     assert done.summary["num_rows"] == rows.plan(0).num_rows
-    assert done.summary["num_steps"] == round(2 * rows.plan(0).num_rows / 4) > 4
+    assert done.summary["num_steps"] == round(4 * rows.plan(0).num_rows / 8) > 4
     assert done.summary["loss"] < done.summary["first_loss"] - 1
     assert {"adapter", "base"}.isdisjoint(names(done.folder))
     steps = f"{done.folder}@{done.summary['num_steps']}"
