@@ -4,6 +4,7 @@ With packing, mixing and limits on, each process reads its own rows of every bat
 that one process reads. Token i of document d has the id 1000 d + i.
 """
 
+import hashlib
 import itertools
 import os
 import shutil
@@ -292,8 +293,6 @@ GOLDEN = {
 @pytest.mark.parametrize("packing", GOLDEN)
 def test_the_order_of_one_folder_is_that_of_the_first_release(packing, tmp_path):
     """A run begun by an earlier version goes on with the same batches."""
-    import hashlib
-
     tokenizer = types.SimpleNamespace(vocab_size=1 << 20, fingerprint="f" * 64)
     lengths = np.random.default_rng(7).integers(0, 60, 200).tolist()
     documents = [
@@ -308,3 +307,18 @@ def test_the_order_of_one_folder_is_that_of_the_first_release(packing, tmp_path)
             for field in batch:
                 digest.update(field.tobytes() + str(field.dtype).encode() + str(field.shape).encode())
     assert digest.hexdigest() == GOLDEN[packing]
+
+
+GOLDEN_MIXTURE = {
+    "concat": "c5a0fa8520547a0f9b02c78e40e28c7531b6a275b619c49876b88582b129400f",
+    "whole": "ef407318720d593a7fa73530d9cbefe85aa82b031d80b7b11e90e9f14ade7c5c",
+}
+
+
+@pytest.mark.parametrize("packing", GOLDEN_MIXTURE)
+def test_the_order_of_a_mixture_is_that_of_the_first_release(packing, folders):
+    """Rows of the first two blocks and of one far away."""
+    digest = hashlib.sha256()
+    for field in row_batch(opened(folders, packing), [*range(0, 2048, 3), 9000]):
+        digest.update(field.tobytes())
+    assert digest.hexdigest() == GOLDEN_MIXTURE[packing]
