@@ -96,7 +96,7 @@ class Progress:
         metrics: Mapping[str, Any],
         *,
         tokens_per_second: float,
-        seconds_left: float,
+        seconds_left: float | None,
         mfu: float | None = None,
     ) -> None:
         """Shows the state of things after `step`; a loss of None is that of a step that was skipped."""
@@ -118,7 +118,8 @@ class Progress:
         else:
             self._last_line = time.monotonic()
             shown = "  ".join(f"{name} {value}" for name, value in numbers.items())
-            self.note(f"step {step}/{self._num_steps}  {shown}  {_clock(seconds_left)} left")
+            left = "" if seconds_left is None else f"  {_clock(seconds_left)} left"
+            self.note(f"step {step}/{self._num_steps}  {shown}{left}")
 
     def close(self) -> None:
         """Ends the bar."""

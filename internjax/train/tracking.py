@@ -345,13 +345,20 @@ def versions() -> dict:
     commit = _git("rev-parse", "HEAD")
     diff = None if commit is None else _git("diff", "HEAD")
     return {
-        "command": shlex.join([sys.executable, *sys.argv]),
+        "command": _command(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git_commit": commit,
         "git_diff": diff and diff[:_MAX_DIFF_CHARACTERS],
         "packages": dict(sorted(packages.items())),
     }
+
+
+def _command() -> str:
+    """Returns what was typed, as far as it can be known: `python -m MODULE` is told from the path of a file."""
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    named = [sys.argv[0]] if module is None else ["-m", module.name.removesuffix(".__main__")]
+    return shlex.join([sys.executable, *named, *sys.argv[1:]])
 
 
 def _git(*arguments: str) -> str | None:

@@ -7,7 +7,6 @@ for the step's batch (`input_wait`). Standing still for anything else (saving, c
 
 import concurrent.futures
 import contextlib
-import statistics
 import sys
 import time
 from collections import deque
@@ -80,6 +79,7 @@ class Watch:
         self._clock = concurrent.futures.ThreadPoolExecutor(1, "clock")
         self._idle_since: float | None = None
         self._recent: deque[_Sums] = deque(maxlen=50)
+        self._ends: deque[float] = deque(maxlen=200)
         self._sums, self._last_read = _Sums(), 0
         self._begun = tracker.take_begin() if tracker else time.time()
         self._started = False
@@ -154,12 +154,13 @@ class Watch:
         if self._tracker is not None and self._logged(flight.step):
             self._tracker.log(flight.step, row)
         spent = sum(each.seconds for each in self._recent)
-        per_step = statistics.median(each.seconds for each in self._recent) if self._recent else 0.0
+        # Between the ends of steps lies all that a run does, saving and evaluation too.
+        per_step = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) if len(self._ends) > 1 else None
         self.progress.update(
             flight.step,
             row,
             tokens_per_second=sum(each.tokens for each in self._recent) / spent if spent else 0.0,
-            seconds_left=per_step * (self._num_steps - flight.step),
+            seconds_left=None if per_step is None else per_step * (self._num_steps - flight.step),
             mfu=self._mfu(sum(each.flops for each in self._recent), spent),
         )
 
@@ -172,6 +173,7 @@ class Watch:
         """Counts the time of a step, and writes it with that of the steps since the last row."""
         done, before = flight.done.result(), self._idle_since
         self._idle_since, self._last_read = done, flight.step
+        self._ends.append(done)
         if flight.compiles:
             # The first step is mostly compilation: it is shown by itself and never counted as throughput.
             seconds = done - flight.started

@@ -22,9 +22,11 @@ def test_a_line_shows_loss_rate_speed_memory_and_time_left(capsys, two_gigabytes
     progress.update(1, METRICS, tokens_per_second=1234.5, seconds_left=75, mfu=0.4321)
     progress.update(2, METRICS, tokens_per_second=1234.5, seconds_left=75)  # too soon for another line
     progress.update(100, {"loss": None}, tokens_per_second=1234.5, seconds_left=7275)
+    progress.update(100, {"loss": 1.0}, tokens_per_second=0.0, seconds_left=None)
     assert capsys.readouterr().err.splitlines() == [
         "step 1/100  loss 2.5000  lr 3.00e-04  tokens/s 1,234  MFU 43.2%  memory 2.0 GB  1:15 left",
         "step 100/100  loss skipped  tokens/s 1,234  memory 2.0 GB  2:01:15 left",
+        "step 100/100  loss 1.0000  memory 2.0 GB",
     ]
 
 
