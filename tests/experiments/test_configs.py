@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +14,37 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from experiments import finetune, internlm2_1_8b, internlm2_7b, internlm2_20b, sft_lora_7b, tiny
+from experiments import (
+    continued_pretraining,
+    finetune,
+    internlm2_1_8b,
+    internlm2_1_8b_32k,
+    internlm2_1_8b_enhance,
+    internlm2_7b,
+    internlm2_7b_32k,
+    internlm2_7b_enhance,
+    internlm2_20b,
+    internlm2_20b_32k,
+    internlm2_20b_enhance,
+    long_context,
+    sft_lora_7b,
+    tiny,
+)
 from experiments.__main__ import entries
-from experiments.stages import Finetune, Pretrain, guarded, launch, parse
+from experiments.stages import Finetune, Pretrain, guarded, launch, parse, pretrain
 from internjax import sharding
 from internjax.model import decoder, lora
 from internjax.model.config import INTERNLM2_7B, DynamicNTK
 from internjax.model.lora import LoraConfig
 from internjax.sharding import MeshConfig
 from internjax.train.batch import Batch
+from internjax.train.checks import check_run
+from internjax.train.flops import PEAK_FLOPS, training_flops
 from internjax.train.losses import next_token
-from internjax.train.optimizer import Constant, Cosine, Linear, make_optimizer
+from internjax.train.memory import Job, estimate
+from internjax.train.optimizer import AdamW, Constant, Cosine, Linear, make_optimizer
 from internjax.train.step import TrainState, make_step
+from tests.experiments.conftest import SMALL, pretraining
 from tests.golden.configs import make
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -207,19 +227,32 @@ def traced(loss, optimizer, trainable, frozen, batch, mesh, accumulate):
     return state
 
 
-@pytest.mark.parametrize(
-    ("config", "num_devices", "mesh"),
-    [
-        (internlm2_1_8b.CONFIG, 8, None),
-        (SEVEN, 64, None),
-        (internlm2_20b.CONFIG, 64, None),
-        (internlm2_20b.CONFIG, 64, MeshConfig(fsdp=16, tensor=4)),
-        (internlm2_20b.CONFIG, 128, MeshConfig(data=2, fsdp=16, tensor=4)),
-    ],
-    ids=["1.8B on 8", "7B on 64", "20B on its mesh", "20B on fsdp 16 x tensor 4", "20B on two replicas"],
-)
+def meshes_to_build() -> list:
+    """Every pre-training on the devices that its docstring names, and the 20B on more."""
+    known = [(entry, CONFIGS[entry.module]) for entry in entries() if isinstance(CONFIGS.get(entry.module), Pretrain)]
+    return [
+        *(pytest.param(config, num_devices(entry), config.mesh, id=config.run) for entry, config in known),
+        pytest.param(internlm2_20b.CONFIG, 128, MeshConfig(data=2, fsdp=16, tensor=4), id="20B on two replicas"),
+    ]
+
+
+def num_devices(entry) -> int:
+    return int(re.match(r"(\d+) GPUs of 80 GB", entry.hardware)[1])
+
+
+@pytest.mark.parametrize(("config", "num_devices", "mesh"), meshes_to_build())
 def test_pretraining_is_built_on_its_mesh(config: Pretrain, num_devices, mesh):
-    mesh = abstract_mesh(mesh or config.mesh, num_devices)
+    check_run(
+        config.model,
+        mesh=mesh,
+        num_devices=num_devices,
+        batch_size=config.data.batch_size,
+        seq_len=config.data.seq_len,
+        accumulate=config.accumulate,
+        schedule=config.schedule,
+        num_steps=config.num_steps,
+    )
+    mesh = abstract_mesh(mesh, num_devices)
     params, axes = decoder.abstract_params(config.model), decoder.logical_axes(config.model)
     places = sharding.shardings(axes, params, mesh)
     optimizer = make_optimizer(config.optimizer, config.schedule, config.num_steps)
@@ -229,14 +262,41 @@ def test_pretraining_is_built_on_its_mesh(config: Pretrain, num_devices, mesh):
         optimizer, lambda _, place: place, state.opt_state, places, transform_non_params=lambda _: None
     )
     assert {place.spec for place in jax.tree.leaves(moments)} == {place.spec for place in jax.tree.leaves(places)}
-    # Parameters and both moments are split over everything but replicas; norms stay whole.
+    # Parameters and both moments are split over everything but replicas and time; norms stay whole.
     shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     assert bytes_per_device(params, places) < 1.001 * whole / shards + 2e6
-    assert 3 * bytes_per_device(params, places) < 80e9
-    # Rows and time of the batch are divided evenly.
+    # Rows and time of the batch are divided evenly, and the rows of a shard into its micro-batches.
     rows, time = sharding.batch_sharding(mesh).shard_shape(batch.tokens.shape)
-    assert rows * mesh.shape["data"] * mesh.shape["fsdp"] == config.data.batch_size and time == config.data.seq_len
+    assert rows * mesh.shape["data"] * mesh.shape["fsdp"] == config.data.batch_size and rows % config.accumulate == 0
+    assert time * mesh.shape["sequence"] == config.data.seq_len
+
+
+@pytest.mark.parametrize(("config", "num_devices", "mesh"), meshes_to_build())
+def test_pretraining_fits_the_devices_it_names(config: Pretrain, num_devices, mesh):
+    job = Job(
+        config.model,
+        batch_size=config.data.batch_size,
+        seq_len=config.data.seq_len,
+        mesh=mesh,
+        accumulate=config.accumulate,
+        optimizer=config.optimizer,
+    )
+    # Estimates, so with room: an 80 GB card gives a job about 77 GB.
+    assert estimate(job, mesh.shape(num_devices)).total < 0.8 * 77e9
+
+
+DERIVED = re.compile(r"derived: ([\d,]+) H100 hours at an assumed (\d+) % MFU")
+
+
+@pytest.mark.parametrize("entry", [e for e in entries() if DERIVED.search(e.time)], ids=lambda entry: entry.module)
+def test_derived_hours_are_the_formula(entry):
+    hours, mfu = DERIVED.search(entry.time).groups()
+    config = CONFIGS[entry.module]
+    tokens = config.num_steps * config.data.batch_size * config.data.seq_len
+    flops = tokens * training_flops(config.model, seq_len=config.data.seq_len)
+    derived = flops / (PEAK_FLOPS["h100"] * int(mfu) / 100) / 3600
+    assert f"{float(f'{derived:.2g}'):,.0f}" == hours
 
 
 def test_adapters_of_7b_are_built_on_one_device_and_on_eight():
@@ -275,7 +335,7 @@ def test_python_m_experiments_lists_every_experiment():
     files = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for path in (ROOT / "experiments").glob("*.py")
-        if "CONFIG = " in path.read_text() or "\nHardware: " in path.read_text()
+        if "\nCONFIG = " in path.read_text() or "\nHardware: " in path.read_text()
     }
     assert files <= {entry.module for entry in entries()} and len(files) >= 6
     lines = listed.splitlines()
@@ -291,6 +351,45 @@ def test_what_an_experiment_says_of_itself(entry):
     assert len(entry.title) < 120  # a line of the list
 
 
+PHASES = {
+    "1.8B": (internlm2_1_8b, internlm2_1_8b_32k, internlm2_1_8b_enhance, 4),
+    "7B": (internlm2_7b, internlm2_7b_32k, internlm2_7b_enhance, 4),
+    "20B": (internlm2_20b, internlm2_20b_32k, internlm2_20b_enhance, 5),
+}
+
+
+@pytest.mark.parametrize("size", PHASES)
+def test_three_phases_of_the_report(size):
+    *modules, millions = PHASES[size]
+    first, second, third = (module.CONFIG for module in modules)
+
+    def tokens(config):
+        return config.data.batch_size * config.data.seq_len
+
+    # Table 3 and section 3.2.2.
+    assert first.optimizer == AdamW(peak_lr=3e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+    assert first.schedule.final_fraction == 0.1 and tokens(first) == millions * 2**20
+    # Section 3.3: lengths, rotary bases, 90 % and 9 % of the steps, 2.0-2.6T tokens, half of the data short.
+    assert [config.data.seq_len for config in (first, second, third)] == [4096, 32768, 32768]
+    assert [config.model.rope_theta for config in (first, second, third)] == [5e4, 1e6, 1e6]
+    assert second.num_steps * 10 == first.num_steps and tokens(second) == tokens(first)
+    total = sum(config.num_steps * tokens(config) for config in (first, second, third))
+    assert 2.0e12 < total < 2.6e12 and 0.89 < first.num_steps * tokens(first) / total < 0.91
+    data = second.data
+    assert (data.weight, data.min_tokens, data.max_tokens) == ((0.5, 0.5), (0, 4097), (4096, 0))
+    # Section 3.3.3: 24.40B tokens in three parts, smaller rate and batch.
+    assert third.num_steps * tokens(third) == pytest.approx(24.40e9, rel=2e-4)
+    assert sum(third.data.weight) == pytest.approx(24.40) and not third.data.min_tokens and not third.data.max_tokens
+    assert tokens(third) < tokens(second) and third.optimizer.peak_lr < second.optimizer.peak_lr < 3e-4
+    # Each goes on from the last step of the one before, in the same architecture.
+    assert first.init is None
+    for before, after in ((first, second), (second, third)):
+        assert after.init == f"{before.run}@{before.num_steps}"
+        free = ("rope_theta", "rope_scaling", "max_position_embeddings", "remat", "attention")
+        same = {name: getattr(before.model, name) for name in free}
+        assert dataclasses.replace(after.model, **same) == before.model
+
+
 def test_variants_say_what_differs_from_their_parent():
     assert internlm2_20b.CONFIG == dataclasses.replace(
         SEVEN,
@@ -304,3 +403,29 @@ def test_variants_say_what_differs_from_their_parent():
     assert sft_lora_7b.CONFIG.lora == LoraConfig(rank=16, alpha=32.0)
     assert sft_lora_7b.CONFIG.batch_size * sft_lora_7b.CONFIG.accumulate == 16
     assert tiny.CONFIG.sft_lora.targets[-1] == "head"
+
+
+# --- continuation ----------------------------------------------------------------------------------------------------
+
+
+def test_the_architecture_of_a_continuation_is_the_checkpoints(corpus, tmp_path):
+    trained = pretrain(pretraining(corpus, tmp_path / "trained", num_steps=2))
+    default = continued_pretraining.CONFIG
+    config = dataclasses.replace(default, init=str(trained.folder))
+    given = continued_pretraining.with_architecture(config, default=default.model).model
+    how = {name: getattr(default.model, name) for name in continued_pretraining.HOW}
+    assert given == dataclasses.replace(SMALL, **how)
+    at_step = dataclasses.replace(config, init=f"{trained.folder}@2")
+    assert continued_pretraining.with_architecture(at_step, default=default.model).model == given
+
+    longer = long_context.stretched(given, 1024)
+    # max_position 256, no factor named: 10,000 x (2 x 4 - 1)^(8/6).
+    assert longer.rope_theta == pytest.approx(10_000 * 7 ** (8 / 6)) and longer.max_position_embeddings == 1024
+    assert long_context.stretched(given, 256) == given
+    assert long_context.CONFIG.model.rope_theta == pytest.approx(11_954_579.76)
+
+    other = dataclasses.replace(config, model=dataclasses.replace(default.model, num_layers=3, remat="none"))
+    with pytest.raises(ValueError, match=r"comes from .*, but the command sets model.num_layers 3\. Leave that out"):
+        continued_pretraining.with_architecture(other, default=default.model)
+    with pytest.raises(ValueError, match="name one: --init MODEL"):
+        continued_pretraining.run(dataclasses.replace(default, init=None))

@@ -419,3 +419,24 @@ def test_a_moment_lives_where_its_parameter_lives(kind, mesh):
     if "int8" in kind:
         assert leaf.scales["layers"]["ffn"]["up"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
         assert leaf.scales["layers"]["ffn"]["up"]["kernel"].shape == (2, 64, 2)
+
+
+def test_8_bit_moments_stay_on_their_device():
+    """A block of 64 lies within a shard, so an update moves nothing between devices but the norm's partial sums."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    tree = {"up": {"kernel": jax.ShapeDtypeStruct((2, 512, 1024), jnp.float32)}}
+    places = sharding.shardings({"up": {"kernel": ("layers", "embed", "ffn")}}, tree, mesh)
+    optimizer = make_optimizer(KINDS["adamw int8"], Cosine(warmup_steps=1), num_steps=10)
+    placed = optax.tree_utils.tree_map_params(
+        optimizer,
+        moments.beside,
+        jax.eval_shape(optimizer.init, tree),
+        places,
+        transform_non_params=lambda _: sharding.replicated(mesh),
+    )
+    shapes = (tree, jax.eval_shape(optimizer.init, tree), tree)
+    update = jax.jit(optimizer.update, in_shardings=(places, placed, places), out_shardings=(places, placed))
+    program = update.lower(*shapes).compile().as_text()
+    make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    moved = [name for name in ("all-gather", "all-to-all", "collective-permute") if f" {name}(" in program]
+    assert moved == [] and " all-reduce(" in program

@@ -1,0 +1,36 @@
+"""Pre-training of InternLM2-1.8B, second phase: 32k tokens; as internlm2_7b_32k.
+
+    python -m experiments.internlm2_1_8b_32k --data.folder tokens/ tokens/ --data.tokenizer tokenizer/ --mesh.fsdp 4
+
+Hardware: 8 GPUs of 80 GB; not yet run on GPU
+Time: not measured; derived: 4,700 H100 hours at an assumed 25 % MFU
+
+Differs from internlm2_7b_32k in the model, which goes on from internlm2_1_8b, and in its micro-batches: 32 of 4 rows.
+Expected result: no run of this length yet, so no loss is given.
+"""
+
+from dataclasses import replace
+
+from experiments import internlm2_1_8b as parent
+from experiments import internlm2_7b_32k
+from experiments.stages import launch, pretrain
+
+_SECOND = internlm2_7b_32k.CONFIG.model
+
+CONFIG = replace(
+    internlm2_7b_32k.CONFIG,
+    run="internlm2_1_8b_32k",
+    init="internlm2_1_8b@500000",
+    model=replace(
+        parent.CONFIG.model,
+        rope_theta=_SECOND.rope_theta,
+        rope_scaling=_SECOND.rope_scaling,
+        max_position_embeddings=_SECOND.max_position_embeddings,
+        remat=_SECOND.remat,
+        attention=_SECOND.attention,
+    ),
+    accumulate=32,
+)
+
+if __name__ == "__main__":
+    launch(pretrain, CONFIG)
