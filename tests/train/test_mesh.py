@@ -1,12 +1,14 @@
 """Training on 8 fake devices: the losses of one device, and shardings read off what comes out of the step."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,13 +23,13 @@ from internjax.train.batch import Batch
 from internjax.train.checkpoint import CheckpointConfig, fingerprint, open_checkpoints
 from internjax.train.losses import next_token
 from internjax.train.optimizer import AdamW, Cosine, make_optimizer
-from internjax.train.step import init_state, make_step, put_batch
+from internjax.train.step import abstract_state, init_state, make_step, put_batch
 
 CONFIG = ModelConfig(
     vocab_size=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64, dtype="float32"
 )
 OPTIMIZER = make_optimizer(AdamW(peak_lr=0.01), Cosine(warmup_steps=2), num_steps=10)
-NUM_STEPS = 4
+NUM_STEPS = 3
 ROOT = Path(__file__).resolve().parents[2]
 
 compilations: list[str] = []
@@ -48,63 +50,128 @@ def no_mesh_afterwards():
 
 
 def batch_at(position: int, rows: int = 16, seq_len: int = 16) -> Batch:
+    """Returns packed rows: three documents each, the last of them partly padding."""
     rng = np.random.default_rng([5, position])
     tokens = rng.integers(1, CONFIG.vocab_size, size=(rows, seq_len + 1)).astype(np.int32)
-    lengths = rng.integers(seq_len // 2, seq_len + 1, size=rows)
-    real = np.arange(seq_len)[None] < lengths[:, None]
-    positions = np.where(real, np.arange(seq_len)[None], 0).astype(np.int32)
-    return Batch(tokens[:, :-1] * real, tokens[:, 1:] * real, real.astype(np.float32), positions, real.astype(np.int32))
+    cuts = np.sort(rng.integers(1, seq_len + 1, size=(rows, 3)), axis=1)
+    index = np.arange(seq_len)
+    segments = (1 + (index >= cuts[:, :1]) + (index >= cuts[:, 1:2])) * (index < cuts[:, 2:])
+    begins = np.where(segments == 1, 0, np.where(segments == 2, cuts[:, :1], cuts[:, 1:2]))
+    positions = np.where(segments > 0, index - begins, 0).astype(np.int32)
+    real = segments > 0
+    return Batch(
+        tokens[:, :-1] * real, tokens[:, 1:] * real, real.astype(np.float32), positions, segments.astype(np.int32)
+    )
 
 
-def trained(mesh_config: MeshConfig | None, accumulate: int = 1):
-    """Returns (losses, gradient norms, final state, step) of NUM_STEPS updates of the tiny decoder."""
-    if mesh_config is None:
-        mesh, axes = None, None
-        make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    else:
-        mesh, axes = make_mesh(mesh_config), decoder.logical_axes(CONFIG)
-    state = init_state(initial_params(), OPTIMIZER, seed=0, mesh=mesh, axes=axes)
-    step = make_step(next_token(CONFIG), OPTIMIZER, accumulate=accumulate, mesh=mesh)
-    rows = []
-    for position in range(NUM_STEPS):
+class Layout(NamedTuple):
+    """How a run is laid out: its mesh over the first devices that fill it, and what else does not change the result."""
+
+    mesh: MeshConfig | None
+    attention: str = "xla"
+    accumulate: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.mesh.data, self.mesh.fsdp, self.mesh.sequence, self.mesh.tensor
+
+
+@functools.cache
+def program(layout: Layout):
+    """Returns (mesh, step) of a layout; the step is compiled once for all tests."""
+    devices = jax.devices()[: 1 if layout.mesh is None else int(np.prod(layout.shape))]
+    mesh = None if layout.mesh is None else make_mesh(layout.mesh, devices)
+    loss = next_token(dataclasses.replace(CONFIG, attention=layout.attention), chunk_size=4)
+    return mesh, make_step(loss, OPTIMIZER, accumulate=layout.accumulate, mesh=mesh)
+
+
+def start(layout: Layout, seed: int = 0):
+    mesh, _ = program(layout)
+    sharding._configured_mesh = mesh
+    axes, place = (
+        (None, "as_parameters") if mesh is None else (decoder.logical_axes(CONFIG), layout.mesh.optimizer_state)
+    )
+    return init_state(initial_params(), OPTIMIZER, seed=seed, mesh=mesh, axes=axes, optimizer_state=place)
+
+
+def trained(layout: Layout, state=None, num_steps: int = NUM_STEPS):
+    """Returns (losses and gradient norms, final state) of updates of the tiny decoder, from step 0 or a state."""
+    mesh, step = program(layout)
+    state = start(layout) if state is None else state
+    rows, first = [], int(state.step)
+    for position in range(first, first + num_steps):
         before = len(compilations)
         state, metrics = step(state, put_batch(batch_at(position), mesh))
-        assert (len(compilations) == before) == (position > 0), "the first step compiles, no other does"
+        assert position == first or len(compilations) == before, "only the first step compiles"
         rows.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     assert step.num_traces == 1
-    return np.array(rows), state, step
+    return np.array(rows), state
 
 
-@pytest.fixture(scope="module")
-def on_one_device():
-    return trained(None)
+ONE = Layout(None)
+ZERO = Layout(MeshConfig(data=8, fsdp=1, optimizer_state="over_data"), accumulate=2)
+LAYOUTS = [
+    Layout(MeshConfig(fsdp=1, tensor=2)),
+    Layout(MeshConfig(data=2, fsdp=1)),
+    Layout(MeshConfig(fsdp=2, sequence=2), "chunked"),
+    Layout(MeshConfig(data=2, fsdp=2), accumulate=2),
+    Layout(MeshConfig(fsdp=1, sequence=4), "ring", accumulate=2),
+    Layout(MeshConfig(data=2, fsdp=1, sequence=2, tensor=2), "ring"),
+    Layout(MeshConfig(fsdp=2, sequence=2, tensor=2), "ring", accumulate=2),
+    Layout(MeshConfig(data=2, fsdp=2, tensor=2, optimizer_state="over_data")),
+    Layout(MeshConfig(fsdp=8)),
+    ZERO,
+]
 
 
-MESHES = {
-    "data 2, fsdp 4": (MeshConfig(data=2, fsdp=4), 1),
-    "data 2, fsdp 2, tensor 2": (MeshConfig(data=2, fsdp=2, tensor=2), 1),
-    "fsdp 2, sequence 2, tensor 2, accumulate 2": (MeshConfig(fsdp=2, sequence=2, tensor=2), 2),
-}
+def name_of(layout: Layout) -> str:
+    sizes = " ".join(f"{axis} {size}" for axis, size in zip(sharding.MESH_AXES, layout.shape) if size > 1)
+    return f"{sizes}, {layout.attention}, accumulate {layout.accumulate}, {layout.mesh.optimizer_state}"
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_eight_devices_train_as_one(name, on_one_device):
-    mesh_config, accumulate = MESHES[name]
-    wanted, single, _ = on_one_device
-    given, state, step = trained(mesh_config, accumulate)
-    # Sums over devices are added in another order: float32 rounding, four updates long.
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+def test_every_mesh_trains_as_one_device(layout):
+    wanted, single = trained(ONE)
+    given, state = trained(layout)
+    # Sums over devices are added in another order: float32 rounding, NUM_STEPS updates long.
     np.testing.assert_allclose(given, wanted, rtol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.trainable, single.trainable)
+    # A running mean of gradients is linear in them: this compares the gradients leaf by leaf.
+    means = state.opt_state[1].mean, single.opt_state[1].mean
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-4), *means)
 
-    specs = sharding.shardings(decoder.logical_axes(CONFIG), state.trainable, step.mesh)
-    moments = state.opt_state[1]
-    for tree in (state.trainable, moments.mean, moments.square):
-        same = jax.tree.map(lambda leaf, wanted: leaf.sharding.is_equivalent_to(wanted, leaf.ndim), tree, specs)
-        assert all(jax.tree.leaves(same)), same
+    mesh, _ = program(layout)
+    places = sharding.shardings(decoder.logical_axes(CONFIG), state.trainable, mesh)
+    same = jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim), state.trainable, places)
+    assert all(jax.tree.leaves(same)), same
     up = state.trainable["layers"]["ffn"]["up"]["kernel"]
-    shards = mesh_config.shape(8)[1] * mesh_config.shape(8)[3]
-    assert up.sharding.spec == P(None, "fsdp", "tensor")
-    assert up.addressable_shards[0].data.size * shards == up.size  # really cut, not only labelled
+    parts = layout.mesh.fsdp * layout.mesh.tensor
+    assert up.addressable_shards[0].data.size * parts == up.size  # really cut, not only labelled
+    if layout.mesh.optimizer_state == "over_data":
+        parts *= layout.mesh.data
+    for moment in (state.opt_state[1].mean, state.opt_state[1].square):
+        up = moment["layers"]["ffn"]["up"]["kernel"]
+        assert up.addressable_shards[0].data.size * parts == up.size
+
+
+def test_zero_keeps_parameters_whole_and_shares_the_rest_out():
+    _, state = trained(ZERO, num_steps=1)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.trainable))
+    for moment in (state.opt_state[1].mean, state.opt_state[1].square):
+        whole = sum(leaf.size for leaf in jax.tree.leaves(moment))
+        for device in range(8):
+            held = sum(leaf.addressable_shards[device].data.size for leaf in jax.tree.leaves(moment))
+            assert held * 8 == whole  # every leaf of the tiny model divides by 8, norms included
+    mesh, _ = program(ZERO)
+    abstract = abstract_state(
+        decoder.abstract_params(CONFIG),
+        OPTIMIZER,
+        mesh=mesh,
+        axes=decoder.logical_axes(CONFIG),
+        optimizer_state="over_data",
+    )
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding), abstract, state)
+    assert all(jax.tree.leaves(same)), same
 
 
 def test_adapters_train_over_a_sharded_frozen_base_that_is_not_copied():
@@ -195,21 +262,22 @@ def test_two_processes_place_their_own_rows():
     assert all("placed 4 batches" in output for output in outputs)
 
 
-def test_a_checkpoint_moves_between_meshes(tmp_path):
-    _, state, _ = trained(MeshConfig(fsdp=4, tensor=2))
-    wanted = jax.device_get((state.trainable, state.opt_state))
+@pytest.mark.parametrize("layout", [LAYOUTS[7], LAYOUTS[6], ZERO], ids=name_of)
+def test_a_checkpoint_goes_on_on_another_mesh(tmp_path, layout):
+    wanted, _ = trained(ONE, num_steps=5)
+    _, state = trained(LAYOUTS[8], num_steps=2)
+    saved = jax.device_get((state.trainable, state.opt_state))
     with open_checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         checkpoints.save(state)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    other = init_state(initial_params(), OPTIMIZER, mesh=mesh, axes=decoder.logical_axes(CONFIG), seed=1)
+    other = start(layout, seed=1)
     with contextlib.closing(open_checkpoints(tmp_path)) as checkpoints:
         restored = checkpoints.restore(other)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get((restored.trainable, restored.opt_state)), wanted)
-    assert int(restored.step) == NUM_STEPS and jax.random.key_data(restored.rng).tolist() == [0, 0]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((restored.trainable, restored.opt_state)), saved)
+    assert int(restored.step) == 2 and jax.random.key_data(restored.rng).tolist() == [0, 0]
     same = jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, other)
     assert all(jax.tree.leaves(same))
-    _, metrics = make_step(next_token(CONFIG), OPTIMIZER, mesh=mesh)(restored, put_batch(batch_at(NUM_STEPS), mesh))
-    assert bool(metrics["finite"])
+    given, _ = trained(layout, restored, num_steps=3)
+    np.testing.assert_allclose(given, wanted[2:], rtol=2e-5)
 
 
 def test_the_fingerprint_does_not_depend_on_the_mesh():
