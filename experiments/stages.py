@@ -7,9 +7,9 @@ same function serves the tiny chain on a laptop and the recipes for large models
 import contextlib
 import dataclasses
 import hashlib
+import os
 import statistics
 import sys
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from data_pipelines.loading import Rows, batches, open_rows
 from data_pipelines.mixing import Mixture, make_sources, open_mixture
 from data_pipelines.sources import existing
+from experiments.flags import plain_flags
 from internjax import sharding
 from internjax.hf.adapter import save_adapter
 from internjax.hf.open import Model, open_model
@@ -464,11 +465,18 @@ def launch(run: Callable[[Config], Any], config: Config, args: Sequence[str] | N
 
 
 def parse(config: Config, args: Sequence[str] | None = None) -> Config:
-    """Returns `config` as changed by the command line (`args`, or this process's)."""
+    """Returns `config` as changed by the command line (`args`, or this process's).
+
+    Inside a W&B sweep the run's folder is RUN-ID, with the id that W&B gave the run.
+    """
     import tyro
 
-    args = _plain_flags(list(sys.argv[1:] if args is None else args), type(config))
-    return tyro.cli(type(config), default=config, args=args, config=(tyro.conf.CascadeSubcommandArgs,))
+    args = plain_flags(sys.argv[1:] if args is None else args, type(config))
+    config = tyro.cli(type(config), default=config, args=args, config=(tyro.conf.CascadeSubcommandArgs,))
+    if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
+        # The runs of a sweep differ in their configs, so that each needs a folder of its own.
+        config = dataclasses.replace(config, run=f"{config.run}-{os.environ['WANDB_RUN_ID']}")
+    return config
 
 
 def guarded(run: Callable[[Config], Any], config: Config) -> Any:
@@ -478,29 +486,3 @@ def guarded(run: Callable[[Config], Any], config: Config) -> Any:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
-
-
-def _plain_flags(args: list[str], config: type) -> list[str]:
-    """Returns the arguments with --x=True and --x=False of boolean fields as --x and --no-x (W&B sweeps write them)."""
-    flags = set(_boolean_fields(config, ""))
-
-    def plain(arg: str) -> str:
-        name, _, value = arg.partition("=")
-        if name.startswith("--") and name[2:].replace("-", "_") in flags and value.lower() in ("true", "false"):
-            head, _, last = name[2:].rpartition(".")
-            last = last if value.lower() == "true" else f"no-{last}"
-            return f"--{head}.{last}" if head else f"--{last}"
-        return arg
-
-    return [plain(arg) for arg in args]
-
-
-def _boolean_fields(config: type, prefix: str):
-    hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
-        kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
-        for kind in kinds:
-            if kind is bool:
-                yield prefix + field.name
-            elif dataclasses.is_dataclass(kind):
-                yield from _boolean_fields(kind, f"{prefix}{field.name}.")
