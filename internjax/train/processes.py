@@ -169,10 +169,10 @@ def job() -> Iterator[None]:
         heartbeat.leave(code)
         raise
     except BaseException as error:
-        traceback.print_exc()
         if isinstance(error, jax.errors.JaxRuntimeError):
-            # A peer that dies fails the collective here: the heartbeat is about to find out, and names it.
+            # A peer that dies fails the collective here: the heartbeat is about to find out, and ends this process.
             time.sleep(heartbeat.seconds_to_judge)
+        traceback.print_exc()
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         heartbeat.end_now(code, f"{type(error).__name__}: {error}")
     else:

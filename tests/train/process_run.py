@@ -1,6 +1,6 @@
 """One process of a training run on 8 devices: the program that test_processes.py starts, alone or twice.
 
-python process_run.py RUN_FOLDER HOW, with HOW one of
+python process_run.py RUN_FOLDER HOW [HOW ...], with HOW one of
     end              run to the end
     step:N:P         process P is killed when step N is done
     write:N:P        process P is killed while the checkpoint of step N is written
@@ -8,8 +8,9 @@ python process_run.py RUN_FOLDER HOW, with HOW one of
     stop:N:P         process P is stopped (SIGSTOP) when step N is done
     hang:N:P         the data of process P never comes after step N
     raise:N:P        process P raises ValueError after step N
-    full:N:P         from step N on process P cannot write files beyond 20 kB
-The environment says where this process stands in the job (internjax.train.processes), and how many devices it has.
+    full:N:P         from step N on process P cannot write files beyond 2 kB
+Each happens once, however often the run is started again. The environment says where this process stands in the job
+(internjax.train.processes), and how many devices it has.
 """
 
 import hashlib
@@ -37,22 +38,18 @@ from internjax.train.optimizer import AdamW, Cosine, make_optimizer
 from internjax.train.step import init_state, make_step
 from internjax.train.tracking import TrackingConfig, open_run
 
-NUM_STEPS, BATCH_SIZE = 12, 8
+NUM_STEPS, BATCH_SIZE = 6, 8
 CONFIG = ModelConfig(
-    vocab_size=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64, dtype="float32"
+    vocab_size=64, d_model=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64, dtype="float32"
 )
 
 
-def die(number: int = signal.SIGKILL) -> None:
-    os.kill(os.getpid(), number)
-
-
-def data(rows: tuple[int, ...], how: str, at: int, order: Path):
+def data(rows: tuple[int, ...], hang: int | None, order: Path):
     """Returns batches of the rows of this process; what each row held is written down, by position and row."""
 
     def batches(position: int):
         while True:
-            if how == "hang" and position == at:
+            if position == hang:
                 time.sleep(1000)
             tokens = np.random.default_rng([4, position]).integers(1, 64, size=(BATCH_SIZE, 17)).astype(np.int32)
             for row in rows:
@@ -66,14 +63,21 @@ def data(rows: tuple[int, ...], how: str, at: int, order: Path):
     return batches
 
 
-def arrange(how: str, at: int) -> list[Every]:
-    """Plants what is to happen to this process; returns the callbacks that it needs."""
-    seal = checkpoint.Checkpoints._seal
+def arrange(folder: Path, how: str, at: int) -> list[Every]:
+    """Plants what is to happen to this process once; returns the callbacks that it needs."""
+    mark = folder.parent / f"{folder.name}.{how}.{at}"
+    if how == "end" or mark.exists():
+        return []
+    seal, own_files = checkpoint.Checkpoints._seal, checkpoint.own_files
+
+    def now(number: int = signal.SIGKILL):
+        mark.write_text("")
+        os.kill(os.getpid(), number)
+
     if how == "write":
-        checkpoint.Checkpoints._seal = lambda self, step, about: die() if step == at else seal(self, step, about)
+        checkpoint.Checkpoints._seal = lambda self, step, about: now() if step == at else seal(self, step, about)
     if how == "commit":
-        own_files = checkpoint.own_files
-        checkpoint.own_files = lambda path: die() if path.name == str(at) else own_files(path)
+        checkpoint.own_files = lambda path: now() if path.name == str(at) else own_files(path)
 
     def at_step(state, step):
         if step != at:
@@ -81,14 +85,14 @@ def arrange(how: str, at: int) -> list[Every]:
         if how == "raise":
             raise ValueError("planted")
         if how == "full":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
         elif how in ("step", "stop"):
-            die(signal.SIGKILL if how == "step" else signal.SIGSTOP)
+            now(signal.SIGKILL if how == "step" else signal.SIGSTOP)
 
-    return [Every(1, at_step)] if how in ("step", "stop", "raise", "full") else []
+    return [Every(1, at_step)]
 
 
-def run(folder: Path, how: str, at: int) -> None:
+def run(folder: Path, plans: list[tuple[str, int]]) -> None:
     mesh = sharding.make_mesh(MeshConfig(fsdp=8))
     axes = decoder.logical_axes(CONFIG)
     optimizer = make_optimizer(AdamW(peak_lr=0.01), Cosine(warmup_steps=2), NUM_STEPS)
@@ -101,18 +105,18 @@ def run(folder: Path, how: str, at: int) -> None:
     order.mkdir(exist_ok=True, parents=True)
     with (
         open_run(folder, {"steps": NUM_STEPS}, tracking=tracking) as tracker,
-        open_checkpoints(tracker.checkpoints, CheckpointConfig(every=4, max_to_keep=2)) as checkpoints,
+        open_checkpoints(tracker.checkpoints, CheckpointConfig(every=2, max_to_keep=2)) as checkpoints,
     ):
         step = make_step(next_token(CONFIG), optimizer, mesh=mesh)
         rows = sharding.process_rows(mesh, BATCH_SIZE)
         state = train(
             state,
-            processes.watched(data(rows, how, at, order)),
+            processes.watched(data(rows, dict(plans).get("hang"), order)),
             step,
             num_steps=NUM_STEPS,
             checkpoints=checkpoints,
             tracker=tracker,
-            callbacks=arrange(how, at),
+            callbacks=[callback for how, at in plans for callback in arrange(folder, how, at)],
         )
         end = {}
         for path, leaf in jax.tree_util.tree_leaves_with_path((state.trainable, state.opt_state, state.step)):
@@ -139,11 +143,11 @@ jax.device_put = _put_keys_too
 
 
 def main() -> None:
-    folder, how = Path(sys.argv[1]), sys.argv[2]
-    kind, at, who = (how + ":0:0").split(":")[:3]
+    folder = Path(sys.argv[1])
+    plans = [(how + ":0:0").split(":")[:3] for how in sys.argv[2:]]
     with processes.job():
         try:
-            run(folder, kind if int(who) == processes.index() else "end", int(at))
+            run(folder, [(how, int(at)) for how, at, who in plans if int(who) == processes.index()])
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from error

@@ -1,0 +1,246 @@
+"""Several processes as one job: they train, save and resume together, and end together, whatever happens to one."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from internjax.train import processes
+from internjax.train.checkpoint import committed_steps, problem
+from internjax.train.heartbeat import EXIT_PEER_LOST, EXIT_PREEMPTED, Beat, Heartbeat, Seen, judge
+from internjax.train.tracking import read_rows
+
+PROGRAM = Path(__file__).with_name("process_run.py")
+ROOT = PROGRAM.parent.parent.parent
+SILENCE = 4
+
+
+def start(folder: Path, *plans: str, num_processes: int = 2, restarts: int = 0) -> subprocess.Popen:
+    """Starts the program in one process with 8 devices, or as a job of several that share them."""
+    command = [sys.executable, str(PROGRAM), str(folder), *plans]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "WANDB_MODE": "disabled",
+        "INTERNJAX_SILENCE_SECONDS": str(SILENCE),
+        "INTERNJAX_STEP_SECONDS": "60",
+    }
+    if num_processes > 1:
+        how = ["--processes", num_processes, "--devices", 8 // num_processes, "--restarts", restarts, "--grace", 8]
+        command = [sys.executable, "-m", "experiments.launch.local", *map(str, how), "--", *command]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    said, _ = process.communicate(timeout=280)
+    return process.returncode, said
+
+
+def order_of(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (folder.parent / f"order-{folder.name}").iterdir()}
+
+
+def losses(folder: Path) -> np.ndarray:
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    return np.array([row["loss"] for row in rows])
+
+
+@pytest.mark.slow
+def test_two_processes_train_save_and_resume_as_one(tmp_path):
+    whole, alone, broken, other = (tmp_path / name for name in ("whole", "alone", "broken", "other"))
+    code, said = ended(start(whole))
+    assert code == 0, said
+    assert committed_steps(whole / "checkpoints") == [4, 6]
+    listed = json.loads((whole / "checkpoints" / "6" / "checksums.json").read_text())
+    writers = {part for name in listed for part in name.split("/") if part.startswith("ocdbt.process_")}
+    assert writers == {"ocdbt.process_0", "ocdbt.process_1"} and problem(whole / "checkpoints", 6) is None
+
+    # Process 1 is killed while step 4 is saved, then stopped after step 5; each time the job ends and starts again.
+    code, said = ended(start(broken, "commit:4:1", "stop:5:1", restarts=2))
+    assert code == 0, said
+    assert said.count("started again") == 2 and "process 1 ended with exit code 137" in said
+    assert f"process 0 ended with exit code {EXIT_PEER_LOST}" in said
+    assert said.count("process 0 ends: process 1 has given no sign of life for") == 2
+    assert "resumed from step 2" in said and "resumed from step 4" in said
+    assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert json.loads((broken / "end.json").read_text()) == json.loads((whole / "end.json").read_text())
+    assert len(order_of(whole)) == 6 * 8 and order_of(broken) == order_of(whole)
+
+    # One process with all 8 devices: from the start, and from what two have saved.
+    code, said = ended(start(alone, num_processes=1))
+    assert code == 0, said
+    np.testing.assert_allclose(losses(alone), losses(whole), rtol=1e-5)
+    assert order_of(alone) == order_of(whole)
+    shutil.copytree(whole, other)
+    shutil.rmtree(other / "checkpoints" / "6")
+    (other / "complete.json").unlink()
+    code, said = ended(start(other, num_processes=1))
+    assert code == 0 and "resumed from step 4" in said, said
+    np.testing.assert_allclose(losses(other), losses(whole), rtol=1e-5)
+    assert set(order_of(other)) == {f"{position}-{row}" for position in range(4, 6) for row in range(8)}
+    assert order_of(other).items() <= order_of(whole).items()
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_write_ends_the_job_with_its_message(tmp_path):
+    code, said = ended(start(tmp_path / "run", "full:1:1"))
+    assert code == 1, said
+    assert "[1] error: the checkpoint of step 2 could not be written" in said and "the disk is full" in said
+    assert "[0] process 0 ends: process 1 ended with exit code 1" in said
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def beat(count=1, doing="trains", step=5, seconds=1.0, **more) -> Beat:
+    return Beat(count, doing, step, seconds, **more)
+
+
+@pytest.mark.parametrize(
+    "seen, own, code, said",
+    [
+        ({1: Seen(beat(), 95.0)}, beat(), None, None),
+        ({1: Seen(beat(), 39.0)}, beat(), 76, "process 1 has given no sign of life for 61 s .* did: trains"),
+        ({1: Seen(beat(code=0), 0.0)}, beat(), None, None),
+        ({1: Seen(beat(code=75), 0.0)}, beat(), None, None),
+        ({1: Seen(beat(code=3, message="boom"), 99.0)}, beat(), 3, "process 1 ended with exit code 3: boom"),
+        (
+            {1: Seen(beat(doing="waits for batch 5", seconds=400.0), 99.0), 2: Seen(beat(step=6, seconds=350.0), 99.0)},
+            beat(step=6, seconds=350.0),
+            76,
+            "no step has ended for 300 s .behind: process 1.* process 1: waits for batch 5, for 400 s; process 2",
+        ),
+        ({1: Seen(beat(step=None, seconds=9000.0), 99.0)}, beat(step=None, seconds=9000.0), None, None),
+    ],
+)
+def test_the_verdict(seen, own, code, said):
+    verdict = judge(seen, own, index=0, now=100.0, answered=0.0, silence=60.0, step_deadline=300.0)
+    assert (verdict and verdict.code) == code
+    if said:
+        assert re.search(said, verdict.message), verdict.message
+
+
+def test_a_coordinator_that_does_not_answer_is_named():
+    how = {"now": 100.0, "silence": 60.0, "step_deadline": 300.0}
+    seen = {0: Seen(beat(), 30.0)}
+    assert "process 0, which coordinates" in judge(seen, beat(), index=1, answered=39.0, **how).message
+    assert judge({0: Seen(beat(), 99.0)}, beat(), index=1, answered=99.0, **how) is None
+
+
+def hearts(num: int) -> list[Heartbeat]:
+    """Returns started heartbeats of several processes that share a dictionary in this one."""
+    board: dict[int, str] = {}
+    found = [
+        Heartbeat(
+            lambda text, index=index: board.__setitem__(index, text),
+            lambda: dict(board),
+            index=index,
+            num_processes=num,
+            silence=2.0,
+            step_deadline=60.0,
+        )
+        for index in range(num)
+    ]
+    for heart in found:
+        heart.start()
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_all_processes_stop_after_the_same_step(seed):
+    draw = random.Random(seed)
+    together = hearts(3)
+    asked_at = {draw.randrange(3): draw.randrange(3, 9)}  # one is asked; the others hear of it
+    gate, stopped = threading.Condition(), {}
+    begun = [0, 0, 0]
+
+    def train(index):
+        for step in range(1, 40):
+            behind = step - 1
+            with gate:  # a collective: nobody is more than a step ahead of the slowest, as on devices
+                begun[index] = step
+                gate.notify_all()
+                assert gate.wait_for(lambda behind=behind: min(begun) >= behind, 20)
+            time.sleep(draw.uniform(0, 0.02))
+            if together[index].stop_after(step, asked_at.get(index, 99) <= step):
+                stopped[index] = step
+                return
+
+    threads = [threading.Thread(target=train, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(stopped) == 3 and len(set(stopped.values())) == 1, stopped
+    assert min(asked_at.values()) <= stopped[0] <= min(asked_at.values()) + 2
+    leaving = [threading.Thread(target=heart.leave, args=(EXIT_PREEMPTED,)) for heart in together]
+    for thread in leaving:
+        thread.start()
+    for thread in leaving:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_job_of_one_process_needs_nothing():
+    with processes.job():
+        assert processes.count() == 1 and processes.index() == 0
+        assert processes.gather("x", "mine") == ["mine"] and processes.first("y", lambda: {"a": 1}) == {"a": 1}
+        assert processes.stop_after(3, True) and not processes.stop_after(3, False)
+        data = iter
+        assert processes.watched(data) is data
+
+
+LOCAL = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:99", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+SLURM = {"SLURM_JOB_ID": "5000", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
+
+
+@pytest.mark.parametrize(
+    "environment, wanted",
+    [
+        ({}, None),
+        (LOCAL, ("127.0.0.1:99", 2, 1, None)),
+        (LOCAL | {"JAX_NUM_PROCESSES": "1"}, None),
+        ({**LOCAL, "JAX_PROCESS_ID": "0", "JOB_COMPLETION_INDEX": "1"}, ("127.0.0.1:99", 2, 0, None)),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JOB_COMPLETION_INDEX": "1"},
+            ("a:1", 2, 1, None),
+        ),
+        (SLURM | {"SLURM_STEP_NODELIST": "n[03-05,9],m1"}, ("n03:62344", 4, 3, None)),
+        (SLURM | {"SLURM_STEP_NODELIST": "n03,n04"}, ("n03:62344", 4, 3, None)),
+        (
+            SLURM | {"SLURM_STEP_NODELIST": "gpu7", "SLURM_STEP_TASKS_PER_NODE": "4(x1)", "SLURM_LOCALID": "2"},
+            ("gpu7:62344", 4, 3, (2,)),
+        ),
+        ({"SLURM_JOB_ID": "5000", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),  # the batch script itself
+    ],
+)
+def test_the_environment_says_where_a_process_stands(environment, wanted):
+    assert processes.place(environment) == wanted
+
+
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "not JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS"),
+        (LOCAL | {"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2; wanted host:port, a number, and a number from 0"),
+        (LOCAL | {"JAX_COORDINATOR_ADDRESS": "here"}, "wanted host:port"),
+        (LOCAL | {"JAX_NUM_PROCESSES": "two"}, "wanted host:port"),
+    ],
+)
+def test_half_a_description_is_refused(environment, said):
+    with pytest.raises(ValueError, match=said):
+        processes.place(environment)
+
+
+def test_a_deadline_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="INTERNJAX_SILENCE_SECONDS is a number of seconds above 0; given 'soon'"):
+        processes.initialize(LOCAL | {"INTERNJAX_SILENCE_SECONDS": "soon"})
