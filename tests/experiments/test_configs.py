@@ -42,7 +42,7 @@ from internjax.train.checks import check_run
 from internjax.train.flops import PEAK_FLOPS, training_flops
 from internjax.train.losses import next_token
 from internjax.train.memory import Job, estimate
-from internjax.train.optimizer import AdamW, Constant, Cosine, Linear, make_optimizer
+from internjax.train.optimizer import WSD, AdamW, Constant, Cosine, Linear, make_optimizer
 from internjax.train.step import TrainState, make_step
 from tests.experiments.conftest import SMALL, pretraining
 from tests.golden.configs import make
@@ -227,17 +227,17 @@ def traced(loss, optimizer, trainable, frozen, batch, mesh, accumulate):
     return state
 
 
+GPUS = re.compile(r"(\d+) GPUs of 80 GB")
+
+
 def meshes_to_build() -> list:
     """Every pre-training on the devices that its docstring names, and the 20B on more."""
-    known = [(entry, CONFIGS[entry.module]) for entry in entries() if isinstance(CONFIGS.get(entry.module), Pretrain)]
+    known = [(CONFIGS.get(entry.module), GPUS.match(entry.hardware)) for entry in entries()]
+    known = [(config, int(gpus[1])) for config, gpus in known if isinstance(config, Pretrain) and gpus]
     return [
-        *(pytest.param(config, num_devices(entry), config.mesh, id=config.run) for entry, config in known),
+        *(pytest.param(config, num_devices, config.mesh, id=config.run) for config, num_devices in known),
         pytest.param(internlm2_20b.CONFIG, 128, MeshConfig(data=2, fsdp=16, tensor=4), id="20B on two replicas"),
     ]
-
-
-def num_devices(entry) -> int:
-    return int(re.match(r"(\d+) GPUs of 80 GB", entry.hardware)[1])
 
 
 @pytest.mark.parametrize(("config", "num_devices", "mesh"), meshes_to_build())
@@ -423,6 +423,19 @@ def test_the_architecture_of_a_continuation_is_the_checkpoints(corpus, tmp_path)
     assert longer.rope_theta == pytest.approx(10_000 * 7 ** (8 / 6)) and longer.max_position_embeddings == 1024
     assert long_context.stretched(given, 256) == given
     assert long_context.CONFIG.model.rope_theta == pytest.approx(11_954_579.76)
+
+    tokens = dataclasses.replace(default.data, folder=(str(corpus / "tokens"),), tokenizer=str(corpus / "tokenizer"))
+    short = dataclasses.replace(
+        config,
+        run=str(tmp_path / "continued"),
+        data=dataclasses.replace(tokens, weight=(1.0,), batch_size=16, seq_len=32),
+        num_steps=2,
+        schedule=WSD(warmup_steps=1, decay_steps=1),
+        accumulate=2,
+    )
+    done = continued_pretraining.run(short)
+    # It begins where the checkpoint ended, not where a fresh model does.
+    assert done.summary["first_loss"] < trained.summary["first_loss"] - 0.5
 
     other = dataclasses.replace(config, model=dataclasses.replace(default.model, num_layers=3, remat="none"))
     with pytest.raises(ValueError, match=r"comes from .*, but the command sets model.num_layers 3\. Leave that out"):
