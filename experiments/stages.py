@@ -473,7 +473,7 @@ def parse(config: Config, args: Sequence[str] | None = None) -> Config:
 
     args = plain_flags(sys.argv[1:] if args is None else args, type(config))
     config = tyro.cli(type(config), default=config, args=args, config=(tyro.conf.CascadeSubcommandArgs,))
-    if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
+    if hasattr(config, "run") and {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys():
         # The runs of a sweep differ in their configs, so that each needs a folder of its own.
         config = dataclasses.replace(config, run=f"{config.run}-{os.environ['WANDB_RUN_ID']}")
     return config

@@ -16,7 +16,7 @@ from internjax.train.losses import LossOutput
 from internjax.train.optimizer import AdamW, Cosine, make_optimizer
 from internjax.train.profile import ProfileConfig
 from internjax.train.step import init_state, make_step
-from internjax.train.tracking import TrackingConfig, open_run, read_rows
+from internjax.train.tracking import Run, TrackingConfig, open_run, read_rows
 
 OPTIMIZER = make_optimizer(AdamW(peak_lr=0.1), Cosine(warmup_steps=2), num_steps=20)
 
@@ -275,6 +275,53 @@ def test_chosen_steps_are_traced(tmp_path, capsys):
         train(new_state(), data, step, num_steps=6, tracker=run, profile=ProfileConfig(start=5, steps=3))
     with pytest.raises(ValueError, match="needs a run folder"):
         train(new_state(), data, step, num_steps=6, profile=ProfileConfig(start=2))
+
+
+def test_the_id_of_wandb_survives_the_loss_of_its_file(tmp_path, monkeypatch):
+    """With the real wandb, offline: the run folder loses wandb_id.txt, the checkpoint still knows the id."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ids, summed = [], []
+    monkeypatch.setattr(Run, "summarise", lambda self, numbers: summed.append(numbers))
+    for stop in (4, 8):
+        with (
+            open_run(tmp_path / "run", {}, tracking=TrackingConfig(progress="none")) as run,
+            open_checkpoints(run.checkpoints, CheckpointConfig(every=2)) as checkpoints,
+        ):
+            samples = [Every(4, lambda state, step: run.sample(step, [{"prompt": "a", "text": "b"}]))]
+            step = make_step(loss, OPTIMIZER)
+            train(
+                new_state(),
+                data,
+                step,
+                num_steps=stop,
+                checkpoints=checkpoints,
+                tracker=run,
+                callbacks=samples,
+            )
+            ids.append(run.wandb_id)
+        (tmp_path / "run" / "wandb_id.txt").unlink()
+    assert ids[0] is not None and ids[0] == ids[1]
+    kept = list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{ids[0]}/run-{ids[0]}.wandb"))
+    assert len(kept) == 2 and all(list(path.parent.glob("files/media/table/samples_*")) for path in kept)
+    assert [0 < numbers["goodput"] < 1 and "goodput/compile" in numbers for numbers in summed] == [True, True]
+
+
+def test_what_is_shown_of_a_start_and_of_a_resumption(tmp_path, capsys):
+    shown = []
+    for stop in (2, 4):
+        with (
+            open_run(tmp_path / "run", {}, tracking=TrackingConfig(wandb="disabled", progress="lines")) as run,
+            open_checkpoints(run.checkpoints) as checkpoints,
+        ):
+            step = make_step(loss, OPTIMIZER)
+            train(new_state(), data, step, num_steps=stop, checkpoints=checkpoints, tracker=run)
+        shown.append([line for line in capsys.readouterr().err.splitlines()])
+    for lines in shown:
+        compiling = lines.index("compiling the training step ...")
+        assert any(line.startswith("compiled and took the first step in") for line in lines[compiling:])
+    assert shown[1][0].startswith("resumed from step 2") and shown[1][-1].startswith("step 4/4  loss ")
+    assert " tokens/s " in shown[1][-1] and " host memory " in shown[1][-1] and shown[1][-1].endswith(" 0:00 left")
 
 
 def test_an_error_in_the_middle_leaves_its_name_and_the_times_so_far(tmp_path):
