@@ -212,17 +212,17 @@ def check_rows(mesh: Mesh, num_rows: int) -> None:
 
 
 def over_data(placed: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """Returns the sharding of an array that is cut over the replicas (`data`) too, along its longest dimension that
-    they divide; `placed` itself when there is none.
+    """Returns the sharding of an array that is cut over the replicas (`data`) too; `placed` where they divide nothing.
 
     What this leaves on a device is its share of an update that every replica would compute otherwise (ZeRO, arXiv
-    1910.02054, stage 1).
+    1910.02054, stage 1). The longest dimension is cut, the last one only if no other can be: neighbours of the last
+    axis share scales where moments have 8 bits.
     """
     mesh, spec = placed.mesh, [*placed.spec] + [None] * (len(shape) - len(placed.spec))
     parts = [axis_size(mesh, axes) * mesh.shape["data"] for axes in spec]
     fits = [dim for dim, size in enumerate(shape) if size and size % parts[dim] == 0]
     if mesh.shape["data"] == 1 or not fits or any("data" in _names(axes) for axes in spec):
         return placed
-    longest = max(fits, key=lambda dim: shape[dim])
+    longest = max(fits, key=lambda dim: (dim < len(shape) - 1, shape[dim]))
     spec[longest] = (*_names(spec[longest]), "data")
     return NamedSharding(mesh, PartitionSpec(*spec))

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec as P
 
 from internjax import sharding
 from internjax.model import decoder, quantize
@@ -90,6 +91,25 @@ def test_the_fields_of_a_quantised_kernel_are_sharded_like_the_kernel():
     with sharding.use(mesh):
         got = jax.jit(lambda p, t: decoder.logits(p, t, config=SMALL))(placed, inputs)
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "wanted"),
+    [
+        ((2, 32, 64), P(None, "fsdp", "tensor"), P(None, ("fsdp", "data"), "tensor")),
+        ((64, 32), P("tensor", "fsdp"), P(("tensor", "data"), "fsdp")),
+        ((2, 6, 64), P(None, "fsdp", None), P("data", "fsdp", None)),  # 6 is not divided by 2 x 2
+        ((3, 32), P(), P(None, "data")),  # the last dimension where no other can be cut
+        ((3, 5), P(), P()),
+        ((), P(), P()),
+        ((32,), P(("data", "fsdp")), P(("data", "fsdp"))),
+    ],
+)
+def test_a_leaf_is_cut_over_the_replicas_where_they_divide_it(shape, spec, wanted):
+    mesh = jax.sharding.AbstractMesh((2, 2, 1, 2), sharding.MESH_AXES)
+    assert sharding.over_data(NamedSharding(mesh, spec), shape).spec == wanted
+    alone = jax.sharding.AbstractMesh((1, 4, 1, 2), sharding.MESH_AXES)
+    assert sharding.over_data(NamedSharding(alone, spec), shape).spec == spec
 
 
 def test_collisions_and_unknown_names_are_refused():

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from internjax import sharding
 from internjax.sharding import OptimizerState
 from internjax.train.losses import Loss, LossOutput
+from internjax.train.moments import beside
 from internjax.train.optimizer import global_norm
 
 STEP_METRICS = ("loss", "grad_norm", "learning_rate", "weight", "finite")
@@ -116,12 +117,13 @@ def abstract_state(
 
 
 def _optimizer_places(optimizer, trainable: Any, mesh: Mesh, optimizer_state: OptimizerState) -> Any:
-    """Returns where the optimizer's state lives; what is not shaped as its parameter is replicated."""
+    """Returns where the optimizer's state lives: along with its parameters, as far as a leaf has their dimensions."""
 
     def place(leaf, param):
-        if leaf.shape != param.shape:
+        if leaf.ndim != param.ndim:
             return sharding.replicated(mesh)
-        return param.sharding if optimizer_state == "as_parameters" else sharding.over_data(param.sharding, param.shape)
+        cut = optimizer_state == "over_data"
+        return beside(leaf, sharding.over_data(param.sharding, param.shape) if cut else param.sharding)
 
     return optax.tree_utils.tree_map_params(
         optimizer,
