@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,6 @@ import numpy as np
 import optax
 import pytest
 
-from internjax.train import checkpoint
 from internjax.train.checkpoint import (
     CheckpointConfig,
     committed_steps,
@@ -20,6 +21,7 @@ from internjax.train.checkpoint import (
     problem,
     restore_params,
 )
+from internjax.train.checkpoint_files import ABOUT, CHECKSUMS, COMMITTED
 from internjax.train.losses import LossOutput
 from internjax.train.optimizer import AdamW, Constant, make_optimizer
 from internjax.train.step import init_state, make_step
@@ -130,12 +132,152 @@ def test_the_newest_good_checkpoint_is_used_and_the_skipped_one_named(tmp_path, 
     assert restore_params(tmp_path).step == 2
 
 
-@pytest.mark.parametrize("name", [checkpoint.ABOUT, checkpoint.CHECKSUMS])
-def test_damage_in_the_records_is_damage(tmp_path, name):
-    written(tmp_path, steps=(1,))
-    assert problem(tmp_path, 1) is None
-    flip_a_bit(tmp_path / "1" / name)
-    assert name in problem(tmp_path, 1)
+def append(path):
+    with open(path, "ab") as file:
+        file.write(b"\0")
+
+
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    return folder, written(folder)
+
+
+def files_of(folder, step):
+    return sorted(
+        str(path.relative_to(folder / str(step))) for path in (folder / str(step)).rglob("*") if path.is_file()
+    )
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, os.remove, append])
+def test_damage_to_any_file_is_found_and_named(three_steps, tmp_path, damage):
+    """Every file of a checkpoint in turn, in every way; steps beside it stay good."""
+    folder, _ = three_steps
+    names = files_of(folder, 3)
+    assert len(names) > 15
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for name in names:
+        damage(copy / "3" / name)
+        if name == COMMITTED and damage is os.remove:
+            assert committed_steps(copy) == [1, 2]
+        else:
+            wrong = problem(copy, 3)
+            assert wrong is not None, name
+            assert name in wrong or (name == COMMITTED and CHECKSUMS in wrong), (name, wrong)
+        assert problem(copy, 2) is None
+        shutil.copy(folder / "3" / name, copy / "3" / name)
+    assert problem(copy, 3) is None
+
+
+def test_several_processes_find_the_same_damage_as_one(three_steps, tmp_path):
+    folder, _ = three_steps
+    shutil.copytree(folder, tmp_path / "copy")
+    flip_a_bit(an_array_file(tmp_path / "copy", 3))
+    shares = [problem(tmp_path / "copy", 3, share=(index, 3)) for index in range(3)]
+    assert [wrong for wrong in shares if wrong] == [problem(tmp_path / "copy", 3)]
+    assert all(problem(folder, 3, share=(index, 3)) is None for index in range(3))
+
+
+def test_a_file_that_was_put_there_does_no_harm(three_steps, tmp_path):
+    folder, seen = three_steps
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "3" / "notes.txt").write_text("the good one")
+    assert_same(host(restored(tmp_path / "copy")), seen[3])
+
+
+def half_copied(folder):
+    for name in files_of(folder, 3)[::2]:
+        os.remove(folder / "3" / name)
+    (folder / "3" / COMMITTED).write_text((folder / "2" / COMMITTED).read_text())
+
+
+def renamed(folder):
+    shutil.rmtree(folder / "3")
+    shutil.copytree(folder / "1", folder / "3")
+
+
+def marked_by_another_step(folder):
+    shutil.copy(folder / "2" / COMMITTED, folder / "3" / COMMITTED)
+
+
+def another_model(folder):
+    shutil.rmtree(folder / "3")
+    with open_checkpoints(folder.parent / "other") as checkpoints:
+        checkpoints.save(advance(new_state(width=7), 3))
+    shutil.copytree(folder.parent / "other" / "3", folder / "3")
+
+
+def another_run(folder):
+    """The same architecture, trained under another config."""
+    (folder.parent / "experiment.json").write_text("{}")
+    (folder.parent / "b").mkdir()
+    (folder.parent / "b" / "experiment.json").write_text('{"seed": 8}')
+    shutil.rmtree(folder / "3")
+    with open_checkpoints(folder.parent / "b" / "checkpoints") as checkpoints:
+        checkpoints.save(advance(new_state(seed=8), 3))
+    shutil.copytree(folder.parent / "b" / "checkpoints" / "3", folder / "3")
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (half_copied, "COMMITTED|checksums.json|missing"),
+        (renamed, "it was written as step 1, and its folder was renamed"),
+        (marked_by_another_step, "checksums.json is not the one that was committed"),
+        (another_model, r"up.kernel is float32\[2, 3, 7\] there, float32\[2, 3, 4\] here"),
+        (another_run, "it was written by another run"),
+    ],
+)
+def test_a_step_that_is_not_of_this_run_is_skipped_named_and_moved_aside(three_steps, tmp_path, capsys, damage, said):
+    folder = tmp_path / "a" / "checkpoints"
+    shutil.copytree(three_steps[0], folder)
+    damage(folder)
+    with open_checkpoints(folder, CheckpointConfig(max_to_keep=3)) as checkpoints:
+        state = checkpoints.restore(new_state(seed=9))
+        assert_same(host(state), three_steps[1][2])
+        told = capsys.readouterr().err
+        assert re.search(f"step 3 is skipped: .*{said}", told) and "using the checkpoint of step 2" in told
+        checkpoints.save(advance(state, 1))
+    assert problem(folder, 3) is None and (folder / "3.damaged").is_dir()
+    assert_same(host(restored(folder)), three_steps[1][3])
+
+
+def without_marks(folder):
+    for path in folder.glob(f"*/{COMMITTED}"):
+        path.unlink()
+
+
+def gone(folder):
+    shutil.rmtree(folder)
+    (folder.parent / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 8)))
+
+
+@pytest.mark.parametrize(
+    "loss, said",
+    [
+        (without_marks, r"has the steps \[1, 2, 3\], but none of them has the file COMMITTED"),
+        (gone, "no checkpoint, but metrics.jsonl beside it says that 7 steps were done"),
+    ],
+)
+def test_lost_checkpoints_are_an_error_and_not_a_start_at_step_0(three_steps, tmp_path, loss, said):
+    folder = tmp_path / "a" / "checkpoints"
+    shutil.copytree(three_steps[0], folder)
+    loss(folder)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ValueError, match=f"{said}.*Nothing was removed"):
+        open_checkpoints(folder, CheckpointConfig(every=3))
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(three_steps, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(three_steps[0] / "3", folder / "3")
+    (folder / "3" / COMMITTED).unlink()
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)))
+    with open_checkpoints(folder, CheckpointConfig(every=3)) as checkpoints:
+        assert checkpoints.restore(new_state()) is None
+    assert list(folder.iterdir()) == []
 
 
 def test_checkpoints_that_do_not_load_are_an_error_not_a_fresh_start(tmp_path):
@@ -166,7 +308,7 @@ def test_a_good_step_is_never_overwritten(tmp_path):
 
 def test_a_step_without_its_mark_does_not_exist_and_is_cleared_away(tmp_path):
     seen = written(tmp_path, steps=(1, 2))
-    (tmp_path / "2" / checkpoint.COMMITTED).unlink()
+    (tmp_path / "2" / COMMITTED).unlink()
     (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "notes").mkdir()
     assert latest(tmp_path) == 1
@@ -278,6 +420,16 @@ def test_a_full_disk_is_one_clear_error_that_loses_nothing(tmp_path):
     assert_same(host(restored(tmp_path)), wanted)
 
 
+def test_a_read_only_folder_is_refused_before_training(tmp_path, monkeypatch):
+    def refuse(**how):
+        raise PermissionError(30, "Read-only file system", str(how["dir"]))
+
+    # Root may write everywhere, so the file system's answer is given for it.
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OSError, match="cannot be written: .*Read-only file system"):
+        open_checkpoints(tmp_path / "checkpoints")
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file/checkpoints cannot be written"):
@@ -300,12 +452,12 @@ def test_small_facts_of_the_run_travel_along(tmp_path):
 
 def test_the_record_is_readable_without_us(tmp_path):
     written(tmp_path, steps=(2,))
-    about = json.loads((tmp_path / "2" / checkpoint.ABOUT).read_text())
+    about = json.loads((tmp_path / "2" / ABOUT).read_text())
     assert about["step"] == 2 and about["data_position"] == 2 and about["rng"]["data"] == [0, 3]
     assert about["trainable"] == {"layers.ffn.up.kernel": [[2, 3, 4], "float32"], "norm.scale": [[4], "bfloat16"]}
-    listed = json.loads((tmp_path / "2" / checkpoint.CHECKSUMS).read_text())
+    listed = json.loads((tmp_path / "2" / CHECKSUMS).read_text())
     there = {str(path.relative_to(tmp_path / "2")) for path in (tmp_path / "2").rglob("*") if path.is_file()}
-    assert there - set(listed) == {checkpoint.CHECKSUMS, checkpoint.COMMITTED}
+    assert there - set(listed) == {CHECKSUMS, COMMITTED}
 
 
 @pytest.mark.parametrize("config", [{"every": 0}, {"max_to_keep": 0}])
