@@ -237,8 +237,9 @@ _LOGITS_TRAINED, _LOGITS_FROZEN = 3.0, 2.0
 """Copies of one chunk's float32 logits: values, softmax and gradient; without the last where the head is frozen."""
 _HEAD_COPIES = 3.5
 """Float32 copies of a trained head while the loss runs: gradient, one chunk's share of it, and loop carries."""
-_UPDATE_TREES = 1.8
-"""Float32 trees as large as the trained leaves that the update holds besides the gradients."""
+_UPDATE_LEAVES = 2.0
+"""Float32 copies of the largest trained leaf: the update goes leaf by leaf and writes in place. This one is assumed and
+not fitted: the CPU compiler keeps 1.8 float32 copies of all trained leaves instead."""
 
 
 class Memory(NamedTuple):
@@ -266,6 +267,8 @@ class Held(NamedTuple):
     gradients: int
     """In the parameters' dtype; with accumulation the float32 sums that the step carries as well."""
     trained_elements: int
+    largest_leaf: int
+    """Elements of the largest trained leaf."""
 
 
 def held(job: Job, shape: tuple[int, int, int, int]) -> Held:
@@ -275,16 +278,13 @@ def held(job: Job, shape: tuple[int, int, int, int]) -> Held:
     """
     state = job_state(job, abstract_mesh(shape))
     trainable = device_bytes(state.trainable)
-    elements = device_bytes(jax.tree.map(_as_bytes, state.trainable))
+    sizes = [int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(state.trainable)]
+    elements = sum(sizes)
     # Sums may be cut over the replicas too; one part's gradients are not.
     replicas = shape[0] if job.mesh.optimizer_state == "over_data" else 1
     gradients = trainable + (0 if job.accumulate == 1 else 4 * elements // replicas)
     frozen = 0 if state.frozen is None else device_bytes(state.frozen)
-    return Held(trainable, device_bytes(state.opt_state), frozen, gradients, elements)
-
-
-def _as_bytes(leaf):
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.uint8, sharding=leaf.sharding)
+    return Held(trainable, device_bytes(state.opt_state), frozen, gradients, elements, max(sizes))
 
 
 def local_config(config: ModelConfig, tensor: int) -> ModelConfig:
@@ -336,7 +336,7 @@ def estimate(job: Job, shape: tuple[int, int, int, int], have: Held | None = Non
         + have.gradients
         + _layer_bytes(job, config, rows * plain.per_row // sequence, rows, sequence)
         + _weights_in_use(job, config, shape[1]),
-        "update": have.gradients + int(_UPDATE_TREES * 4 * have.trained_elements),
+        "update": have.gradients + int(_UPDATE_LEAVES * 4 * have.largest_leaf),
     }
     peak = max(phases.values())
     working = max(peak - have.gradients - activations, 0)
