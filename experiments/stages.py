@@ -15,30 +15,53 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from data_pipelines.loading import Rows, batches, open_rows
 from data_pipelines.mixing import Mixture, make_sources, open_mixture
 from data_pipelines.sources import existing
+from experiments.callbacks import HeldOut, Prompts, held_out_loss, sample_prompts
 from experiments.flags import plain_flags
 from internjax import sharding
 from internjax.hf.adapter import save_adapter
 from internjax.hf.open import Model, open_model
 from internjax.hf.save import save_architecture, save_model
+from internjax.kernels.attention import Backend
 from internjax.model import decoder, lora
 from internjax.model.config import ModelConfig, num_params
 from internjax.model.lora import LoraConfig
 from internjax.sharding import MeshConfig, process_rows
 from internjax.text import chat
 from internjax.text.tokenizer import Tokenizer, load_tokenizer
+from internjax.train import devices, plan, preflight, preview, processes
 from internjax.train.checkpoint import CheckpointConfig, open_checkpoints
-from internjax.train.loop import Every, train
-from internjax.train.losses import next_token
-from internjax.train.optimizer import AdamW, Constant, Cosine, Linear, make_optimizer
-from internjax.train.step import init_state, make_step
-from internjax.train.tracking import TrackingConfig, completed, open_run, read_rows
+from internjax.train.flops import batch_flops
+from internjax.train.guard import Guard
+from internjax.train.loop import Data, Every, train
+from internjax.train.losses import Loss, next_token
+from internjax.train.memory import Job
+from internjax.train.optimizer import AdamW, Cosine, Optimizer, Schedule, make_optimizer
+from internjax.train.page import write_page
+from internjax.train.preview import Report
+from internjax.train.profile import ProfileConfig
+from internjax.train.step import TrainState, init_state, make_step
+from internjax.train.tracking import Run, TrackingConfig, completed, open_run, read_rows
 
 Config = TypeVar("Config")
+
+_NOT_THE_RUN = ("run", "fresh", "preflight", "dry_run", "profile")
+"""Fields of a config that may differ when a run is resumed: what is trained does not depend on them."""
+_MAY_DIFFER = (
+    "remat",
+    "unroll_layers",
+    "attention",
+    "rope_theta",
+    "rope_scaling",
+    "max_position_embeddings",
+    "initializer_range",
+)
+"""Fields of an architecture that a continued pre-training may change: no array has another shape or meaning."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +97,21 @@ class Pretrain:
     num_steps: int
     init: str | None = None
     """MODEL to start from; fresh parameters without one."""
-    optimizer: AdamW = AdamW()
-    schedule: Cosine | Linear | Constant = Cosine(warmup_steps=100)
+    optimizer: Optimizer = AdamW()
+    schedule: Schedule = Cosine(warmup_steps=100)
     accumulate: int = 1
     """Micro-batches per update."""
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: Guard = Guard()
     tracking: TrackingConfig = TrackingConfig()
+    prompts: Prompts = Prompts()
+    held_out: HeldOut = HeldOut()
+    profile: ProfileConfig = ProfileConfig()
+    preflight: bool = True
+    """Look at mesh, memory, attention, masks, files and disk before step 0."""
+    dry_run: bool = False
+    """Stop after plan and preflight; no run folder is made."""
     seed: int = 0
     fresh: bool = False
     """Remove an existing run folder first."""
@@ -110,18 +141,26 @@ class Finetune:
     """Adapters of method=lora."""
     merge: bool = True
     """Write the merged model beside the adapter, as the run's model/."""
-    optimizer: AdamW = AdamW(peak_lr=2e-4, weight_decay=0.0)
-    schedule: Cosine | Linear | Constant = Cosine(warmup_steps=10)
+    optimizer: Optimizer = AdamW(peak_lr=2e-4, weight_decay=0.0)
+    schedule: Schedule = Cosine(warmup_steps=10)
     """A warm-up longer than a tenth of the run is shortened to it."""
     accumulate: int = 1
     """Micro-batches per update."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes per layer: nothing, all but matrix products, everything."""
-    attention: Literal["xla", "chunked", "cudnn"] = "xla"
+    attention: Backend = "xla"
     """Attention back end; see internjax.kernels.attention."""
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: Guard = Guard()
     tracking: TrackingConfig = TrackingConfig()
+    prompts: Prompts = Prompts()
+    held_out: HeldOut = HeldOut()
+    profile: ProfileConfig = ProfileConfig()
+    preflight: bool = True
+    """Look at mesh, memory, attention, masks, adapters, files and disk before step 0."""
+    dry_run: bool = False
+    """Stop after plan and preflight; no run folder is made."""
     token_cache: str = "runs/.tokens"
     """Where tokenised conversations are kept, by the hash of files, tokenizer and template."""
     seed: int = 0
@@ -208,7 +247,7 @@ def _finished(config: Pretrain | Finetune, folder: Path) -> Trained | None:
     """Returns the run in `folder` if it has ended; raises ValueError where the folder holds something else."""
     if config.fresh or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    open_run(folder, config, tracking=config.tracking).close()
+    _opened(config, folder, fresh=False).close()
     done = completed(folder)
     if done is None:
         return None
@@ -224,42 +263,171 @@ def _summary(folder: Path, **values: Any) -> dict[str, Any]:
     return numbers | ({"tokens_per_second": statistics.median(speeds)} if speeds else {}) | values
 
 
-def pretrain(config: Pretrain, *, callbacks: Sequence[Every] = ()) -> Trained:
-    """Returns the run folder of a pre-training: checkpoints, metrics, and model/ in Hugging Face form."""
+class Task(NamedTuple):
+    """What is trained on what: all that plan, preflight, loop and callbacks of a stage ask for."""
+
+    job: Job
+    tokenizer: Tokenizer
+    num_steps: int
+    rows: Rows | Mixture | None
+    """None where the data is a function of the caller's."""
+    data: Data
+    mesh: Mesh | None
+    conversations: bool
+
+
+def _plan_and_check(config: Pretrain | Finetune, task: Task, folder: Path, *, base: dict | None) -> Report | None:
+    """Prints the plan, and returns what the preflight found; raises ValueError where something would go wrong."""
+    device = devices.find(jax.devices()[0].device_kind)
+    print(plan.describe(plan.make_plan(task.job, num_devices=jax.device_count(), device=device)))
+    if not config.preflight:
+        return None
+    subject = preflight.Subject(
+        task.job,
+        next(task.data(0)),
+        mesh=task.mesh,
+        tokenizer=task.tokenizer,
+        manifests=_manifests(task.rows),
+        conversations=task.conversations,
+        checkpoints=folder / "checkpoints",
+        params=base,
+        seed=config.seed,
+    )
+    return preflight.run(subject, cache=Path("runs/.preflight"), colour=sys.stdout.isatty())
+
+
+def _manifests(rows: Rows | Mixture | None) -> dict[str, Any]:
+    """Returns the manifest of every token folder that is read."""
+    read = rows.sources if isinstance(rows, Mixture) else () if rows is None else (rows,)
+    return {str(each.folder.path): each.folder.manifest for each in read}
+
+
+def _train(config: Pretrain | Finetune, task: Task, run: Run, state, step, callbacks: Sequence[Every]) -> TrainState:
+    """Returns the state after the last step: the loop with everything that the config asks to watch."""
+    job = task.job
+    if config.prompts.texts:
+        callbacks = [
+            *callbacks,
+            sample_prompts(
+                config.prompts, job.model, task.tokenizer, run=run, lora_config=job.lora, chat=task.conversations
+            ),
+        ]
+    if config.held_out.folder:
+        held_out = held_out_loss(
+            config.held_out,
+            job.model,
+            task.tokenizer,
+            batch_size=job.batch_size,
+            seq_len=job.seq_len,
+            mesh=task.mesh,
+            lora_config=job.lora,
+            packing="whole" if task.conversations else "concat",
+        )
+        callbacks = [*callbacks, held_out]
+    describe = None if task.rows is None else lambda position: task.rows.documents(position, job.batch_size)
+    with open_checkpoints(run.checkpoints, config.checkpoint) as checkpoints:
+        return train(
+            state,
+            task.data,
+            step,
+            num_steps=task.num_steps,
+            checkpoints=checkpoints,
+            tracker=run,
+            callbacks=callbacks,
+            guard=config.guard,
+            describe=describe,
+            flops=batch_flops(job.model, lora_config=job.lora),
+            profile=config.profile,
+        )
+
+
+def _exported(params: dict) -> dict | None:
+    """Returns parameters that lie on other hosts' devices as NumPy arrays, on process 0; elsewhere None."""
+    if processes.count() == 1:
+        return params
+
+    def whole(leaf):
+        place = sharding.replicated(leaf.sharding.mesh)
+        copy = jax.jit(lambda x: x, out_shardings=place)(leaf)
+        return np.asarray(copy.addressable_data(0)) if processes.index() == 0 else None
+
+    # One leaf after the other: a device never holds more than one of them whole.
+    leaves, tree = jax.tree.flatten(params)
+    arrays = [whole(leaf) for leaf in leaves]
+    return jax.tree.unflatten(tree, arrays) if processes.index() == 0 else None
+
+
+def _opened(config: Pretrain | Finetune, folder: Path, *, fresh: bool) -> Run:
+    return open_run(folder, config, fresh=fresh, tracking=config.tracking, ignore=_NOT_THE_RUN)
+
+
+def _ended(run: Run, summary: dict[str, Any]) -> Trained:
+    """Marks a run as complete, and writes its page."""
+    run.complete(summary)
+    run.close()
+    if processes.index() == 0:
+        print(f"{write_page(run.folder)} shows the run")
+    return Trained(run.folder, summary)
+
+
+def _keep(checked: Report | None, folder: Path) -> None:
+    if checked is not None:
+        preview.keep(checked, folder)
+
+
+def _dry(folder: Path) -> Trained:
+    print("dry run: nothing was trained, and no run folder was made")
+    return Trained(folder, {"dry_run": True})
+
+
+def pretrain(
+    config: Pretrain, *, callbacks: Sequence[Every] = (), loss: Loss | None = None, data: Data | None = None
+) -> Trained:
+    """Returns the run folder of a pre-training: checkpoints, metrics, and model/ in Hugging Face form.
+
+    `loss` stands in for `next_token(config.model)`, and `data` (position -> batches from there on) for the rows of
+    `config.data.folder`; such data gives batches of `config.data.batch_size` rows of `config.data.seq_len` tokens, in
+    a job of several processes those of `sharding.process_rows`.
+    """
     folder = run_path(config.run)
     if (finished := _finished(config, folder)) is not None:
         return finished
     with mesh_of(config.mesh) as mesh:
-        return _pretrain(config, folder, mesh, callbacks)
+        return _pretrain(config, folder, mesh, callbacks, loss or next_token(config.model), data)
 
 
-def _pretrain(config: Pretrain, folder: Path, mesh: Mesh | None, callbacks: Sequence[Every]) -> Trained:
+def _pretrain(config: Pretrain, folder: Path, mesh: Mesh | None, callbacks, loss: Loss, data: Data | None) -> Trained:
     # All that can be wrong is read before the folder is made, or an earlier one removed.
-    tokenizer = _fitting_tokenizer(config)
-    rows = _pretraining_rows(config, tokenizer)
-    data = batches(rows, batch_size=config.data.batch_size, only_rows=process_rows(mesh, config.data.batch_size))
+    tokenizer = _fitting_tokenizer(config, needs_folder=data is None)
+    batch_size = config.data.batch_size
+    rows = _pretraining_rows(config, tokenizer) if data is None else None
+    data = batches(rows, batch_size=batch_size, only_rows=process_rows(mesh, batch_size)) if data is None else data
+    job = Job(config.model, batch_size, config.data.seq_len, config.mesh, config.accumulate, optimizer=config.optimizer)
+    task = Task(job, tokenizer, config.num_steps, rows, data, mesh, conversations=False)
+    checked = _plan_and_check(config, task, folder, base=None)
+    if config.dry_run:
+        return _dry(folder)
     optimizer = make_optimizer(config.optimizer, config.schedule, config.num_steps)
-    step = make_step(next_token(config.model), optimizer, accumulate=config.accumulate, mesh=mesh)
+    step = make_step(loss, optimizer, accumulate=config.accumulate, mesh=mesh)
     params, axes = initial_params(config, mesh)
     state = init_state(params, optimizer, seed=config.seed, mesh=mesh, axes=axes)
     print(f"attention back end {config.model.attention}, {num_params(config.model):,} parameters, mesh {mesh}")
-    with open_run(folder, config, fresh=config.fresh, tracking=config.tracking) as run:
-        save_architecture(folder, config=config.model, tokenizer=tokenizer)
-        with open_checkpoints(run.checkpoints, config.checkpoint) as checkpoints:
-            state = train(
-                state, data, step, num_steps=config.num_steps, checkpoints=checkpoints, tracker=run, callbacks=callbacks
+    with _opened(config, folder, fresh=config.fresh) as run:
+        if processes.index() == 0:
+            _keep(checked, folder)
+            save_architecture(folder, config=config.model, tokenizer=tokenizer)
+        state = _train(config, task, run, state, step, callbacks)
+        params = _exported(state.trainable)
+        if params is not None:
+            save_model(
+                run.model,
+                config=config.model,
+                params=params,
+                tokenizer=tokenizer,
+                provenance={"data": list(config.data.folder), "num_steps": config.num_steps, "seed": config.seed},
+                overwrite=True,
             )
-        save_model(
-            run.model,
-            config=config.model,
-            params=state.trainable,
-            tokenizer=tokenizer,
-            provenance={"data": list(config.data.folder), "num_steps": config.num_steps, "seed": config.seed},
-            overwrite=True,
-        )
-        summary = _summary(folder, num_params=num_params(config.model), num_traces=step.num_traces)
-        run.complete(summary)
-    return Trained(folder, summary)
+        return _ended(run, _summary(folder, num_params=num_params(config.model), num_traces=step.num_traces))
 
 
 def _pretraining_rows(config: Pretrain, tokenizer: Tokenizer) -> Mixture:
@@ -285,8 +453,8 @@ def _pretraining_rows(config: Pretrain, tokenizer: Tokenizer) -> Mixture:
     return rows
 
 
-def _fitting_tokenizer(config: Pretrain) -> Tokenizer:
-    for name, value in (("folder", config.data.folder), ("tokenizer", config.data.tokenizer)):
+def _fitting_tokenizer(config: Pretrain, *, needs_folder: bool) -> Tokenizer:
+    for name, value in (("folder", config.data.folder or not needs_folder), ("tokenizer", config.data.tokenizer)):
         if not value:
             raise ValueError(f"no data.{name} given; name a folder: --data.{name} FOLDER")
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -307,8 +475,7 @@ def initial_params(config: Pretrain, mesh: Mesh | None) -> tuple[dict, dict]:
         differing = [
             f"{field.name} {getattr(found, field.name)!r} there, {getattr(config.model, field.name)!r} here"
             for field in dataclasses.fields(found)
-            if field.name not in ("remat", "unroll_layers", "attention", "rope_theta", "rope_scaling")
-            and getattr(found, field.name) != getattr(config.model, field.name)
+            if field.name not in _MAY_DIFFER and getattr(found, field.name) != getattr(config.model, field.name)
         ]
         if differing:
             raise ValueError(f"{config.init} is another architecture than this config: {'; '.join(differing)}")
@@ -340,22 +507,34 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
     warmup = min(config.schedule.warmup_steps, max(1, num_steps // 10))
     optimizer = make_optimizer(config.optimizer, dataclasses.replace(config.schedule, warmup_steps=warmup), num_steps)
     data = batches(rows, batch_size=config.batch_size, only_rows=process_rows(mesh, config.batch_size))
+    job = Job(
+        model.config,
+        config.batch_size,
+        config.seq_len,
+        config.mesh,
+        config.accumulate,
+        optimizer=config.optimizer,
+        lora=config.lora if config.method == "lora" else None,
+    )
+    task = Task(job, model.tokenizer, num_steps, rows, data, mesh, conversations=True)
+    checked = _plan_and_check(config, task, folder, base=model.params)
+    if config.dry_run:
+        return _dry(folder)
     state, loss = _finetune_state(config, model, optimizer, mesh)
     step = make_step(loss, optimizer, accumulate=config.accumulate, mesh=mesh)
-    with open_run(folder, config, fresh=config.fresh, tracking=config.tracking) as run:
+    with _opened(config, folder, fresh=config.fresh) as run:
+        _keep(checked, folder)
         base = _base(config, model, folder)
         _save_architecture(config, model, folder, base)
-        with open_checkpoints(run.checkpoints, config.checkpoint) as checkpoints:
-            state = train(
-                state, data, step, num_steps=num_steps, checkpoints=checkpoints, tracker=run, callbacks=callbacks
-            )
+        state = _train(config, task, run, state, step, callbacks)
         _export_finetuned(folder, config, model, state.trainable, base)
-        plan = rows.plan(0)
-        summary = _summary(
-            folder, method=config.method, base=config.model, num_left_out=plan.num_left_out, num_rows=plan.num_rows
+        read = rows.plan(0)
+        return _ended(
+            run,
+            _summary(
+                folder, method=config.method, base=config.model, num_left_out=read.num_left_out, num_rows=read.num_rows
+            ),
         )
-        run.complete(summary)
-    return Trained(folder, summary)
 
 
 def _whole_model(config: Finetune, mesh: Mesh | None) -> Model:
@@ -481,8 +660,15 @@ def parse(config: Config, args: Sequence[str] | None = None) -> Config:
 
 def guarded(run: Callable[[Config], Any], config: Config) -> Any:
     """Returns run(config); an error that a person can mend is printed as one message and ends the process with 1."""
-    try:
+    # Outside: the job could not be joined. Inside: the others are told before this process ends.
+    with _told(), processes.job(), _told():
         return run(config)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -65,9 +65,15 @@ def test_what_a_pretraining_leaves(trained):
         "goodput.json",
         "metrics.jsonl",
         "model",
+        "preflight.html",
+        "preflight.json",
+        "preflight.txt",
+        "report.html",
+        "report.md",
         "timing.jsonl",
+        "versions.json",
     ]
-    assert names(trained.folder) == [*left, "versions.json"]
+    assert names(trained.folder) == left
     rows = read_rows(trained.folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert rows[0]["loss"] == trained.summary["first_loss"] and rows[-1]["loss"] == trained.summary["loss"]
