@@ -440,3 +440,18 @@ def test_8_bit_moments_stay_on_their_device():
     make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     moved = [name for name in ("all-gather", "all-to-all", "collective-permute") if f" {name}(" in program]
     assert moved == [] and " all-reduce(" in program
+
+
+def test_names_of_the_state_stay():
+    """Checkpoints hold leaves by name: with another name, those of earlier versions could not be restored."""
+    tree = {"q": {"kernel": jnp.zeros((64, 64))}}
+    names = {}
+    for kind in ("adamw int8", "muon", "adafactor"):
+        paths = jax.tree_util.tree_leaves_with_path(optimizer_of(kind).init(tree))
+        names[kind] = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+    rate = ["3.count", "3.learning_rate"]
+    adam = ["1.count", "1.mean.codes.q.kernel", "1.mean.scales.q.kernel"]
+    adam += ["1.square.codes.q.kernel", "1.square.scales.q.kernel"]
+    assert names["adamw int8"] == adam + rate
+    assert names["muon"] == ["1.count", "1.mean.q.kernel", "1.square.q.kernel", *rate]
+    assert names["adafactor"] == ["1.count", "1.row.q.kernel", "1.column.q.kernel", "1.square.q.kernel", *rate]
