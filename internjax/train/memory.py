@@ -210,12 +210,16 @@ def _tainted(jaxpr: Any, inputs: list[bool]) -> list[bool]:
         marks = [is_marked(atom) for atom in equation.invars]
         inner = equation.params.get("jaxpr")
         if equation.primitive.name == "scan":
-            num_consts, num_carry = equation.params["num_consts"], equation.params["num_carry"]
-            outs = _tainted(inner.jaxpr, marks)
+            # Inputs are constants, carry, stacked; outputs carry, stacked. They are told apart by rank: the parameters
+            # that count them differ between versions of jax.
+            body = getattr(inner, "jaxpr", inner)
+            num_carry = sum(a.aval.ndim == b.aval.ndim for a, b in zip(equation.outvars, body.outvars))
+            first = sum(a.aval.ndim == b.aval.ndim for a, b in zip(equation.invars, body.invars)) - num_carry
+            outs = _tainted(body, marks)
             for _ in range(num_carry):  # what a turn marks in the carry, the next turn reads
-                carry = [a or b for a, b in zip(marks[num_consts : num_consts + num_carry], outs[:num_carry])]
-                marks[num_consts : num_consts + num_carry] = carry
-                outs = _tainted(inner.jaxpr, marks)
+                carry = [a or b for a, b in zip(marks[first : first + num_carry], outs[:num_carry])]
+                marks[first : first + num_carry] = carry
+                outs = _tainted(body, marks)
         elif equation.primitive.name in ("jit", "pjit", "remat", "checkpoint", "remat2") and inner is not None:
             outs = _tainted(getattr(inner, "jaxpr", inner), marks)
         else:
