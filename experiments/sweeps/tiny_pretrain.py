@@ -4,14 +4,15 @@
     python -m experiments.sweeps.tiny_pretrain --optimizer.peak-lr 3e-3 --run trial
     wandb sweep experiments/sweeps/tiny_lr.yaml               # prints the id for: wandb agent ID
 
-It runs where the chain runs, on a laptop's CPU. It differs from the chain's pre-training in its 300 steps (of 1,250) and
-a warm-up that is shortened likewise.
+It runs where the chain runs, on a laptop's CPU. It differs from the chain's pre-training in its 300 steps (of 1,250)
+and a warm-up that is shortened likewise.
 """
 
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.stages import launch, pretrain
+from experiments.command_line import launch
+from experiments.stages import pretrain
 from experiments.tiny_config import Tiny
 from experiments.tiny_models import pretrain_config
 from internjax.train.optimizer import Cosine
