@@ -5,6 +5,7 @@ python process_run.py RUN_FOLDER HOW [HOW ...], with HOW one of
     step:N:P         process P is killed when step N is done
     write:N:P        process P is killed while the checkpoint of step N is written
     commit:N:P       process P is killed when the arrays of step N are whole and the step is not committed yet
+    term:N:P         process P gets SIGTERM when step N is done
     stop:N:P         process P is stopped (SIGSTOP) when step N is done
     hang:N:P         the data of process P never comes after step N
     raise:N:P        process P raises ValueError after step N
@@ -39,6 +40,7 @@ from internjax.train.step import init_state, make_step
 from internjax.train.tracking import TrackingConfig, open_run
 
 NUM_STEPS, BATCH_SIZE = 6, 8
+_SIGNALS = {"step": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 CONFIG = ModelConfig(
     vocab_size=64, d_model=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64, dtype="float32"
 )
@@ -86,8 +88,8 @@ def arrange(folder: Path, how: str, at: int) -> list[Every]:
             raise ValueError("planted")
         if how == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
-        elif how in ("step", "stop"):
-            now(signal.SIGKILL if how == "step" else signal.SIGSTOP)
+        elif how in _SIGNALS:
+            now(_SIGNALS[how])
 
     return [Every(1, at_step)]
 
@@ -111,7 +113,7 @@ def run(folder: Path, plans: list[tuple[str, int]]) -> None:
         rows = sharding.process_rows(mesh, BATCH_SIZE)
         state = train(
             state,
-            processes.watched(data(rows, dict(plans).get("hang"), order)),
+            data(rows, dict(plans).get("hang"), order),
             step,
             num_steps=NUM_STEPS,
             checkpoints=checkpoints,

@@ -21,7 +21,7 @@ from internjax.train.tracking import read_rows
 
 PROGRAM = Path(__file__).with_name("process_run.py")
 ROOT = PROGRAM.parent.parent.parent
-SILENCE = 4
+SILENCE = 5
 
 
 def start(folder: Path, *plans: str, num_processes: int = 2, restarts: int = 0) -> subprocess.Popen:
@@ -93,12 +93,17 @@ def test_two_processes_train_save_and_resume_as_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_cannot_write_ends_the_job_with_its_message(tmp_path):
-    code, said = ended(start(tmp_path / "run", "full:1:1"))
+def test_sigterm_to_one_and_a_full_disk_of_one_end_both(tmp_path):
+    code, said = ended(start(tmp_path / "run", "term:1:0", "full:5:1", restarts=1))
+    # Both stop after the same step, save it, and are started again.
+    assert said.count(f"exit code {EXIT_PREEMPTED}: started again") == 1, said
+    saved = int(re.search(r"SIGTERM: step (\d) is saved", said)[1])
+    assert saved < 5 and f"resumed from step {saved}" in said, said
+    # What one process cannot write ends the job with its message, and both with its exit code.
     assert code == 1, said
-    assert "[1] error: the checkpoint of step 2 could not be written" in said and "the disk is full" in said
-    assert "[0] process 0 ends: process 1 ended with exit code 1" in said
-    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert "[1] error: the checkpoint of step 6 could not be written" in said and "the disk is full" in said
+    assert re.search(r"^\[0\] process 0 ends: (process 1 ended with )?exit code 1", said, re.MULTILINE), said
+    assert committed_steps(tmp_path / "run" / "checkpoints")[-1] == 4
 
 
 def beat(count=1, doing="trains", step=5, seconds=1.0, **more) -> Beat:
