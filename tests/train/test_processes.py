@@ -204,6 +204,63 @@ def test_a_job_of_one_process_needs_nothing():
         assert processes.watched(data) is data
 
 
+class Store:
+    """The key-value store of a job, as one of its processes sees it."""
+
+    def __init__(self):
+        self.values: dict[str, str] = {}
+
+    def key_value_set(self, key, value):
+        self.values[key] = value
+
+    def key_value_delete(self, key):
+        del self.values[key]
+
+    def key_value_dir_get(self, folder):
+        return [(key, value) for key, value in self.values.items() if key.startswith(folder)]
+
+
+@pytest.fixture
+def one_of_two(monkeypatch):
+    store = Store()
+    monkeypatch.setattr(processes, "_client", lambda: store)
+    monkeypatch.setattr(processes, "_where", processes.Place("a:1", 2, 0, None))
+    monkeypatch.setattr(processes, "_calls", processes.Counter())
+    return store
+
+
+def test_nobody_waits_for_ever_for_a_process_that_does_not_come(one_of_two):
+    with pytest.raises(OSError, match="process 1 did not come to 'save' within 0.1 s"):
+        processes.gather("save", "mine", timeout=0.1)
+    with pytest.raises(OSError, match="process 1: disk full"):
+        processes.gather("orbax", "mine", failed=lambda: "process 1: disk full")
+
+
+def test_what_was_gathered_is_in_order_and_does_not_pile_up(one_of_two):
+    for call in range(5):
+        one_of_two.key_value_set(f"internjax/gather/save/{call}/1", f"yours {call}")
+        assert processes.peek("save") == {1: f"yours {call}"}
+        assert processes.gather("save", f"mine {call}") == [f"mine {call}", f"yours {call}"]
+    assert sum(value.startswith("mine") for value in one_of_two.values.values()) == 2
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_an_error_of_process_0_is_everyones(one_of_two, monkeypatch, error):
+    def fail():
+        raise error("no room")
+
+    one_of_two.key_value_set("internjax/gather/x/0/1", "{}")
+    with pytest.raises(error, match="no room"):
+        processes.first("x", fail)
+    # The other process has the same told.
+    told = one_of_two.values["internjax/gather/x/0/0"]
+    one_of_two.values = {"internjax/gather/x/0/0": told}
+    monkeypatch.setattr(processes, "_where", processes.Place("a:1", 2, 1, None))
+    monkeypatch.setattr(processes, "_calls", processes.Counter())
+    with pytest.raises(error, match="no room"):
+        processes.first("x", lambda: pytest.fail("it is process 0 that does it"))
+
+
 LOCAL = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:99", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
 SLURM = {"SLURM_JOB_ID": "5000", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
 
