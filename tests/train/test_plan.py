@@ -44,9 +44,6 @@ def on_one_device(tree):
 
 JOBS = {
     "full": Job(SMALL, batch_size=8, seq_len=16, mesh=MeshConfig(fsdp=4, tensor=2)),
-    "bf16 moments": Job(
-        SMALL, batch_size=8, seq_len=16, mesh=MeshConfig(fsdp=8), optimizer=AdamW(moment_dtype="bfloat16")
-    ),
     "int8 moments": Job(SMALL, batch_size=8, seq_len=16, optimizer=AdamW(moment_dtype="int8")),
     "adafactor": Job(SMALL, batch_size=8, seq_len=16, mesh=MeshConfig(data=4, fsdp=2), optimizer=Adafactor()),
     "zero-1": Job(SMALL, 8, 16, mesh=MeshConfig(data=8, fsdp=1, optimizer_state="over_data")),
