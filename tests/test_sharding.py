@@ -127,3 +127,34 @@ def test_every_parameter_of_the_20b_is_sharded_on_its_mesh():
         jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True
     )]  # fmt: skip
     assert sum(per_device) < 1.001 * sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 8
+
+
+@pytest.mark.parametrize(
+    "config", [None, MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=2, sequence=2, tensor=2)]
+)
+def test_looking_tokens_up_is_the_same_on_every_mesh(config):
+    table = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+    tokens = np.random.default_rng(1).integers(0, 64, size=(8, 400)).astype(np.int32)
+    tokens[0, 0], tokens[:, 100:] = 64, 7  # one beyond the table, and one that is very common
+
+    def loss(table, tokens):
+        rows = decoder._look_up(table, tokens, dtype=jnp.bfloat16)
+        return jnp.where(jnp.isnan(rows), 0, rows).astype(jnp.float32).sum(), rows
+
+    run = jax.jit(jax.grad(loss, has_aux=True))
+    if config is None:
+        grad, rows = run(table, tokens)
+    else:
+        mesh = sharding.make_mesh(config)
+        placed = jax.device_put(table, sharding.shardings(("vocab", "embed"), table, mesh))
+        with sharding.use(mesh):
+            grad, rows = run(placed, jax.device_put(tokens, sharding.batch_sharding(mesh)))
+        assert grad.sharding.is_equivalent_to(placed.sharding, 2)
+    rows = np.asarray(rows, np.float32)
+    assert np.isnan(rows[0, 0]).all() and np.isfinite(rows[0, 1:]).all()
+    known = tokens < 64
+    np.testing.assert_array_equal(rows[known], np.asarray(table.astype(jnp.bfloat16), np.float32)[tokens[known]])
+    # Added up in the table's float32: in bfloat16 counting by ones stops at 256.
+    counts = np.bincount(tokens[known], minlength=64)
+    np.testing.assert_array_equal(np.asarray(grad), np.broadcast_to(counts[:, None], (64, 32)))
+    assert counts[7] > 2400
