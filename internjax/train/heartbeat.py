@@ -186,7 +186,12 @@ class Heartbeat:
             deadline = time.monotonic() + (3.0 if self._index else 5.0 + 3 * self._interval)
             while orderly or time.monotonic() < deadline:
                 now = time.monotonic()
-                gone = [s.beat.code is not None or now - s.time > self._silence for s in self._seen.values()]
+                # After an error, a peer that waits to end in order has yet to hear of it; and the other way round.
+                gone = [
+                    (orderly == (beat.code in _ORDERLY) and beat.code is not None)
+                    or (not orderly and now - last > self._silence)
+                    for beat, last in self._seen.values()
+                ]
                 if self._published >= target and ((self._index and not orderly) or sum(gone) == self._num - 1):
                     break
                 self._changed.wait(0.1)

@@ -195,6 +195,26 @@ def test_all_processes_stop_after_the_same_step(seed):
         assert not thread.is_alive()
 
 
+def test_who_has_ended_in_order_waits_and_hears_of_an_error_that_comes_later(monkeypatch):
+    """Process 0 fails while it writes the model; process 1 has nothing left to do."""
+    ends = {}
+    monkeypatch.setattr(
+        Heartbeat, "end_now", lambda heart, code, message: ends.setdefault(heart._index, (code, message))
+    )
+    first, second = hearts(2)
+    waiting = threading.Thread(target=second.leave, args=(0,), daemon=True)
+    waiting.start()
+    time.sleep(0.5)
+    assert waiting.is_alive()
+    started = time.monotonic()
+    first.leave(1, "no room for the model")
+    # The coordinator stays until the other has had the time to end too; here it cannot, and is not waited for.
+    assert 1.0 < time.monotonic() - started < 8
+    assert ends == {1: (1, "process 0 ended with exit code 1: no room for the model")} and waiting.is_alive()
+    second.leave(1, "told")  # lets the threads of this test end
+    first._over.set(), second._over.set()
+
+
 def test_a_job_of_one_process_needs_nothing():
     with processes.job():
         assert processes.count() == 1 and processes.index() == 0
