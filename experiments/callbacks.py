@@ -49,6 +49,7 @@ class Prompts:
     every: int = 500
     """Steps between samples."""
     max_new_tokens: int = 64
+    """Longest continuation."""
     temperature: float = 0.0
     """0 takes the most likely token; above, each prompt draws from a seed of its own, the same every time."""
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.stages import guarded, run_path
+from experiments.command_line import guarded
+from experiments.training import run_path
 from internjax import report
 from internjax.chart import Lines
 from internjax.report import Code, Section, Table, Text

@@ -16,7 +16,9 @@ Expected result: not run yet; the loss on the domain should fall and that on gen
 import dataclasses
 from dataclasses import replace
 
-from experiments.stages import Pretrain, TokenData, Trained, launch, pretrain
+from experiments.command_line import launch
+from experiments.stages import Pretrain, TokenData, pretrain
+from experiments.training import Trained
 from internjax.hf.families import family_of
 from internjax.hf.resolve import ABOUT, read_json, resolve
 from internjax.hf.resolve import CONFIG as CONFIG_JSON

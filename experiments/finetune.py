@@ -8,7 +8,8 @@ Hardware: anything; a laptop CPU for models of a few million parameters
 Time: depends on model and data
 """
 
-from experiments.stages import Finetune, finetune, launch
+from experiments.command_line import launch
+from experiments.stages import Finetune, finetune
 
 CONFIG = Finetune()
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 from experiments import internlm2_1_8b as parent
 from experiments import internlm2_7b_32k
-from experiments.stages import launch, pretrain
+from experiments.command_line import launch
+from experiments.stages import pretrain
 
 _SECOND = internlm2_7b_32k.CONFIG.model
 

@@ -15,7 +15,8 @@ from dataclasses import replace
 
 from experiments import internlm2_7b_32k
 from experiments import internlm2_20b as parent
-from experiments.stages import launch, pretrain
+from experiments.command_line import launch
+from experiments.stages import pretrain
 from internjax.sharding import MeshConfig
 
 _SECOND = internlm2_7b_32k.CONFIG.model

@@ -14,7 +14,8 @@ from dataclasses import replace
 
 from experiments import internlm2_7b_enhance
 from experiments import internlm2_20b_32k as parent
-from experiments.stages import launch, pretrain
+from experiments.command_line import launch
+from experiments.stages import pretrain
 
 CONFIG = replace(
     internlm2_7b_enhance.CONFIG,

@@ -18,7 +18,8 @@ Expected result: no run of this length yet, so no loss is given.
 from dataclasses import replace
 
 from experiments import internlm2_7b as parent
-from experiments.stages import launch, pretrain
+from experiments.command_line import launch
+from experiments.stages import pretrain
 from internjax.model.config import INTERNLM2_7B
 from internjax.sharding import MeshConfig
 from internjax.train.optimizer import Constant

@@ -16,7 +16,8 @@ Expected result: no run of this length yet, so no loss is given.
 from dataclasses import replace
 
 from experiments import internlm2_7b_32k as parent
-from experiments.stages import launch, pretrain
+from experiments.command_line import launch
+from experiments.stages import pretrain
 from internjax.train.optimizer import Cosine
 
 CONFIG = replace(

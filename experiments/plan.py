@@ -113,7 +113,8 @@ def _module(name: str) -> Any:
 
 
 def _config(name: str, rest: list[str]) -> Any:
-    from experiments.stages import Finetune, Pretrain, parse
+    from experiments.command_line import parse
+    from experiments.stages import Finetune, Pretrain
 
     config = _module(name).CONFIG
     if not isinstance(config, Pretrain | Finetune):

@@ -10,7 +10,8 @@ Time: not measured
 from dataclasses import replace
 
 from experiments import finetune as parent
-from experiments.stages import finetune, launch
+from experiments.command_line import launch
+from experiments.stages import finetune
 from internjax.model.lora import LoraConfig
 
 CONFIG = replace(

@@ -1,28 +1,39 @@
-"""The stages of the chain: one frozen config and one run function each, and `launch`, the command line of a config.
+"""The stages of the chain: one frozen config and one run function each.
 
 A stage reads token folders and models from disk and leaves a run folder whose `model/` the next stage can open. The
 same function serves the tiny chain on a laptop and the recipes for large models: only the values differ.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import os
-import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from data_pipelines.loading import Rows, batches, open_rows
 from data_pipelines.mixing import Mixture, make_sources, open_mixture
 from data_pipelines.sources import existing
-from experiments.callbacks import HeldOut, Prompts, held_out_loss, sample_prompts
-from experiments.flags import plain_flags
+from experiments.callbacks import HeldOut, Prompts
+from experiments.training import (
+    Task,
+    Trained,
+    dry,
+    ended,
+    exported,
+    finished,
+    held_out_callbacks,
+    keep,
+    mesh_of,
+    opened,
+    plan_and_check,
+    run_path,
+    run_training,
+)
 from internjax import sharding
 from internjax.hf.adapter import save_adapter
 from internjax.hf.open import Model, open_model
@@ -34,24 +45,18 @@ from internjax.model.lora import LoraConfig
 from internjax.sharding import MeshConfig, process_rows
 from internjax.text import chat
 from internjax.text.tokenizer import Tokenizer, load_tokenizer
-from internjax.train import devices, plan, preflight, preview, processes
-from internjax.train.checkpoint import CheckpointConfig, open_checkpoints
-from internjax.train.flops import batch_flops
+from internjax.train import processes
+from internjax.train.checkpoint import CheckpointConfig
+from internjax.train.checks import check_run
 from internjax.train.guard import Guard
-from internjax.train.loop import Data, Every, train
+from internjax.train.loop import Data, Every
 from internjax.train.losses import Loss, next_token
 from internjax.train.memory import Job
 from internjax.train.optimizer import AdamW, Cosine, Optimizer, Schedule, make_optimizer
-from internjax.train.page import write_page
-from internjax.train.preview import Report
 from internjax.train.profile import ProfileConfig
-from internjax.train.step import TrainState, init_state, make_step
-from internjax.train.tracking import Run, TrackingConfig, completed, open_run, read_rows
+from internjax.train.step import init_state, make_step
+from internjax.train.tracking import TrackingConfig
 
-Config = TypeVar("Config")
-
-_NOT_THE_RUN = ("run", "fresh", "preflight", "dry_run", "profile")
-"""Fields of a config that may differ when a run is resumed: what is trained does not depend on them."""
 _MAY_DIFFER = (
     "remat",
     "unroll_layers",
@@ -95,6 +100,7 @@ class Pretrain:
     model: ModelConfig
     data: TokenData
     num_steps: int
+    """Updates of the run."""
     init: str | None = None
     """MODEL to start from; fresh parameters without one."""
     optimizer: Optimizer = AdamW()
@@ -113,6 +119,7 @@ class Pretrain:
     dry_run: bool = False
     """Stop after plan and preflight; no run folder is made."""
     seed: int = 0
+    """Of initial weights, order of the data and dropout."""
     fresh: bool = False
     """Remove an existing run folder first."""
 
@@ -136,7 +143,9 @@ class Finetune:
     num_epochs: float = 1.0
     """Passes over the data; sets the number of steps where num_steps is not given."""
     num_steps: int | None = None
+    """Updates of the run; None: num_epochs of the data."""
     method: Literal["full", "lora"] = "lora"
+    """All parameters are trained, or adapters on the frozen model."""
     lora: LoraConfig = LoraConfig()
     """Adapters of method=lora."""
     merge: bool = True
@@ -164,6 +173,7 @@ class Finetune:
     token_cache: str = "runs/.tokens"
     """Where tokenised conversations are kept, by the hash of files, tokenizer and template."""
     seed: int = 0
+    """Of initial weights, order of the data and dropout."""
     fresh: bool = False
     """Remove an existing run folder first."""
 
@@ -172,30 +182,6 @@ class Finetune:
             raise ValueError(f"method=full trains no adapters, but lora is set to {self.lora}; use --method lora")
         if self.method == "full" and not self.merge:
             raise ValueError("merge=False leaves the adapter alone, and method=full has none; use --method lora")
-
-
-class Trained(NamedTuple):
-    """Where a stage left its run, and what it reported."""
-
-    folder: Path
-    summary: dict[str, Any]
-
-
-def run_path(run: str) -> Path:
-    """Returns the folder of a run: a name lies under runs/, anything with a slash is a path."""
-    return Path(run) if "/" in run or run.startswith(".") else Path("runs") / run
-
-
-@contextlib.contextmanager
-def mesh_of(config: MeshConfig) -> Iterator[Mesh | None]:
-    """Gives the mesh over all devices, or None on a single one. What runs after it is on one device again."""
-    if jax.device_count() == 1:
-        yield None
-        return
-    try:
-        yield sharding.make_mesh(config)
-    finally:
-        sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
 
 
 def chat_tokens(config: Finetune, tokenizer: Tokenizer) -> Path:
@@ -243,181 +229,60 @@ def chat_tokens(config: Finetune, tokenizer: Tokenizer) -> Path:
     return folder
 
 
-def _finished(config: Pretrain | Finetune, folder: Path) -> Trained | None:
-    """Returns the run in `folder` if it has ended; raises ValueError where the folder holds something else."""
-    if config.fresh or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
-    _opened(config, folder, fresh=False).close()
-    done = completed(folder)
-    if done is None:
-        return None
-    print(f"{folder} is complete (--fresh runs it anew)")
-    return Trained(folder, done)
-
-
-def _summary(folder: Path, **values: Any) -> dict[str, Any]:
-    """Returns the last logged loss and the median speed of a run, with `values`."""
-    metrics = read_rows(folder / "metrics.jsonl")
-    speeds = [row["tokens_per_second"] for row in read_rows(folder / "timing.jsonl") if "tokens_per_second" in row]
-    numbers = {"loss": metrics[-1]["loss"], "first_loss": metrics[0]["loss"], "num_steps": metrics[-1]["step"]}
-    return numbers | ({"tokens_per_second": statistics.median(speeds)} if speeds else {}) | values
-
-
-class Task(NamedTuple):
-    """What is trained on what: all that plan, preflight, loop and callbacks of a stage ask for."""
-
-    job: Job
-    tokenizer: Tokenizer
-    num_steps: int
-    rows: Rows | Mixture | None
-    """None where the data is a function of the caller's."""
-    data: Data
-    mesh: Mesh | None
-    conversations: bool
-
-
-def _plan_and_check(config: Pretrain | Finetune, task: Task, folder: Path, *, base: dict | None) -> Report | None:
-    """Prints the plan, and returns what the preflight found; raises ValueError where something would go wrong."""
-    device = devices.find(jax.devices()[0].device_kind)
-    print(plan.describe(plan.make_plan(task.job, num_devices=jax.device_count(), device=device)))
-    if not config.preflight:
-        return None
-    subject = preflight.Subject(
-        task.job,
-        next(task.data(0)),
-        mesh=task.mesh,
-        tokenizer=task.tokenizer,
-        manifests=_manifests(task.rows),
-        conversations=task.conversations,
-        checkpoints=folder / "checkpoints",
-        params=base,
-        seed=config.seed,
-    )
-    return preflight.run(subject, cache=Path("runs/.preflight"), colour=sys.stdout.isatty())
-
-
-def _manifests(rows: Rows | Mixture | None) -> dict[str, Any]:
-    """Returns the manifest of every token folder that is read."""
-    read = rows.sources if isinstance(rows, Mixture) else () if rows is None else (rows,)
-    return {str(each.folder.path): each.folder.manifest for each in read}
-
-
-def _train(config: Pretrain | Finetune, task: Task, run: Run, state, step, callbacks: Sequence[Every]) -> TrainState:
-    """Returns the state after the last step: the loop with everything that the config asks to watch."""
-    job = task.job
-    if config.prompts.texts:
-        callbacks = [
-            *callbacks,
-            sample_prompts(
-                config.prompts, job.model, task.tokenizer, run=run, lora_config=job.lora, chat=task.conversations
-            ),
-        ]
-    if config.held_out.folder:
-        held_out = held_out_loss(
-            config.held_out,
-            job.model,
-            task.tokenizer,
-            batch_size=job.batch_size,
-            seq_len=job.seq_len,
-            mesh=task.mesh,
-            lora_config=job.lora,
-            packing="whole" if task.conversations else "concat",
-        )
-        callbacks = [*callbacks, held_out]
-    describe = None if task.rows is None else lambda position: task.rows.documents(position, job.batch_size)
-    with open_checkpoints(run.checkpoints, config.checkpoint) as checkpoints:
-        return train(
-            state,
-            task.data,
-            step,
-            num_steps=task.num_steps,
-            checkpoints=checkpoints,
-            tracker=run,
-            callbacks=callbacks,
-            guard=config.guard,
-            describe=describe,
-            flops=batch_flops(job.model, lora_config=job.lora),
-            profile=config.profile,
-        )
-
-
-def _exported(params: dict) -> dict | None:
-    """Returns parameters that lie on other hosts' devices as NumPy arrays, on process 0; elsewhere None."""
-    if processes.count() == 1:
-        return params
-
-    def whole(leaf):
-        place = sharding.replicated(leaf.sharding.mesh)
-        copy = jax.jit(lambda x: x, out_shardings=place)(leaf)
-        return np.asarray(copy.addressable_data(0)) if processes.index() == 0 else None
-
-    # One leaf after the other: a device never holds more than one of them whole.
-    leaves, tree = jax.tree.flatten(params)
-    arrays = [whole(leaf) for leaf in leaves]
-    return jax.tree.unflatten(tree, arrays) if processes.index() == 0 else None
-
-
-def _opened(config: Pretrain | Finetune, folder: Path, *, fresh: bool) -> Run:
-    return open_run(folder, config, fresh=fresh, tracking=config.tracking, ignore=_NOT_THE_RUN)
-
-
-def _ended(run: Run, summary: dict[str, Any]) -> Trained:
-    """Marks a run as complete, and writes its page."""
-    run.complete(summary)
-    run.close()
-    if processes.index() == 0:
-        print(f"{write_page(run.folder)} shows the run")
-    return Trained(run.folder, summary)
-
-
-def _keep(checked: Report | None, folder: Path) -> None:
-    if checked is not None:
-        preview.keep(checked, folder)
-
-
-def _dry(folder: Path) -> Trained:
-    print("dry run: nothing was trained, and no run folder was made")
-    return Trained(folder, {"dry_run": True})
-
-
 def pretrain(
-    config: Pretrain, *, callbacks: Sequence[Every] = (), loss: Loss | None = None, data: Data | None = None
+    config: Pretrain,
+    *,
+    callbacks: Sequence[Every] = (),
+    loss: Callable[[ModelConfig], Loss] = next_token,
+    data: Data | None = None,
 ) -> Trained:
     """Returns the run folder of a pre-training: checkpoints, metrics, and model/ in Hugging Face form.
 
-    `loss` stands in for `next_token(config.model)`, and `data` (position -> batches from there on) for the rows of
-    `config.data.folder`; such data gives batches of `config.data.batch_size` rows of `config.data.seq_len` tokens, in
-    a job of several processes those of `sharding.process_rows`.
+    `loss` makes the loss of a model; `data` (position -> batches from there on) stands in for `config.data.folder`, in
+    batches of `config.data.batch_size` rows of `config.data.seq_len` tokens (in a job of several processes the rows of
+    `sharding.process_rows`). With it, `config.data.tokenizer` may be left out; model/ then has none.
     """
     folder = run_path(config.run)
-    if (finished := _finished(config, folder)) is not None:
-        return finished
+    if (done := finished(config, folder)) is not None:
+        return done
     with mesh_of(config.mesh) as mesh:
-        return _pretrain(config, folder, mesh, callbacks, loss or next_token(config.model), data)
+        return _pretrain(config, folder, mesh, callbacks, loss(config.model), data)
 
 
 def _pretrain(config: Pretrain, folder: Path, mesh: Mesh | None, callbacks, loss: Loss, data: Data | None) -> Trained:
+    begun = time.time()
     # All that can be wrong is read before the folder is made, or an earlier one removed.
-    tokenizer = _fitting_tokenizer(config, needs_folder=data is None)
     batch_size = config.data.batch_size
+    check_run(
+        config.model,
+        mesh=config.mesh,
+        num_devices=jax.device_count(),
+        batch_size=batch_size,
+        seq_len=config.data.seq_len,
+        accumulate=config.accumulate,
+        schedule=config.schedule,
+        num_steps=config.num_steps,
+    )
+    tokenizer = _fitting_tokenizer(config, optional=data is not None)
     rows = _pretraining_rows(config, tokenizer) if data is None else None
     data = batches(rows, batch_size=batch_size, only_rows=process_rows(mesh, batch_size)) if data is None else data
     job = Job(config.model, batch_size, config.data.seq_len, config.mesh, config.accumulate, optimizer=config.optimizer)
     task = Task(job, tokenizer, config.num_steps, rows, data, mesh, conversations=False)
-    checked = _plan_and_check(config, task, folder, base=None)
+    checked = plan_and_check(config, task, folder, base=None)
+    callbacks = [*callbacks, *held_out_callbacks(config, task)]
     if config.dry_run:
-        return _dry(folder)
+        return dry(folder)
     optimizer = make_optimizer(config.optimizer, config.schedule, config.num_steps)
     step = make_step(loss, optimizer, accumulate=config.accumulate, mesh=mesh)
     params, axes = initial_params(config, mesh)
     state = init_state(params, optimizer, seed=config.seed, mesh=mesh, axes=axes)
     print(f"attention back end {config.model.attention}, {num_params(config.model):,} parameters, mesh {mesh}")
-    with _opened(config, folder, fresh=config.fresh) as run:
+    with opened(config, folder, begun=begun) as run:
+        keep(checked, folder)
         if processes.index() == 0:
-            _keep(checked, folder)
             save_architecture(folder, config=config.model, tokenizer=tokenizer)
-        state = _train(config, task, run, state, step, callbacks)
-        params = _exported(state.trainable)
+        state = run_training(config, task, run, state, step, callbacks)
+        params = exported(state.trainable)
         if params is not None:
             save_model(
                 run.model,
@@ -427,7 +292,7 @@ def _pretrain(config: Pretrain, folder: Path, mesh: Mesh | None, callbacks, loss
                 provenance={"data": list(config.data.folder), "num_steps": config.num_steps, "seed": config.seed},
                 overwrite=True,
             )
-        return _ended(run, _summary(folder, num_params=num_params(config.model), num_traces=step.num_traces))
+        return ended(run, {"num_params": num_params(config.model), "num_traces": step.num_traces})
 
 
 def _pretraining_rows(config: Pretrain, tokenizer: Tokenizer) -> Mixture:
@@ -453,10 +318,13 @@ def _pretraining_rows(config: Pretrain, tokenizer: Tokenizer) -> Mixture:
     return rows
 
 
-def _fitting_tokenizer(config: Pretrain, *, needs_folder: bool) -> Tokenizer:
-    for name, value in (("folder", config.data.folder or not needs_folder), ("tokenizer", config.data.tokenizer)):
-        if not value:
+def _fitting_tokenizer(config: Pretrain, *, optional: bool) -> Tokenizer | None:
+    """Returns the tokenizer of the run; None where it is optional and not named."""
+    for name, value in (("folder", config.data.folder), ("tokenizer", config.data.tokenizer)):
+        if not value and not optional:
             raise ValueError(f"no data.{name} given; name a folder: --data.{name} FOLDER")
+    if not config.data.tokenizer:
+        return None
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
@@ -479,7 +347,9 @@ def initial_params(config: Pretrain, mesh: Mesh | None) -> tuple[dict, dict]:
         ]
         if differing:
             raise ValueError(f"{config.init} is another architecture than this config: {'; '.join(differing)}")
-        return model.params, axes
+        # Released checkpoints are bfloat16; trained is what the config says.
+        dtype = jax.numpy.dtype(config.model.param_dtype)
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), model.params), axes
     key = jax.random.key(config.seed)
     if mesh is None:
         return jax.jit(lambda key: decoder.init(config.model, key))(key), axes
@@ -493,19 +363,31 @@ def finetune(config: Finetune, *, callbacks: Sequence[Every] = ()) -> Trained:
     if not config.model:
         raise ValueError("no model given; name one: --model FOLDER (a Hugging Face folder or a run)")
     folder = run_path(config.run)
-    if (finished := _finished(config, folder)) is not None:
-        return finished
+    if (done := finished(config, folder)) is not None:
+        return done
     with mesh_of(config.mesh) as mesh:
         return _finetune(config, folder, mesh, callbacks)
 
 
 def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequence[Every]) -> Trained:
+    begun = time.time()
     # All that can be wrong is read before the folder is made, or an earlier one removed.
     model = _whole_model(config, mesh)
     rows = _conversation_rows(config, model)
     num_steps = config.num_steps or max(1, round(config.num_epochs * rows.plan(0).num_rows / config.batch_size))
     warmup = min(config.schedule.warmup_steps, max(1, num_steps // 10))
-    optimizer = make_optimizer(config.optimizer, dataclasses.replace(config.schedule, warmup_steps=warmup), num_steps)
+    schedule = dataclasses.replace(config.schedule, warmup_steps=warmup)
+    check_run(
+        model.config,
+        mesh=config.mesh,
+        num_devices=jax.device_count(),
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        accumulate=config.accumulate,
+        schedule=schedule,
+        num_steps=num_steps,
+    )
+    optimizer = make_optimizer(config.optimizer, schedule, num_steps)
     data = batches(rows, batch_size=config.batch_size, only_rows=process_rows(mesh, config.batch_size))
     job = Job(
         model.config,
@@ -517,23 +399,27 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
         lora=config.lora if config.method == "lora" else None,
     )
     task = Task(job, model.tokenizer, num_steps, rows, data, mesh, conversations=True)
-    checked = _plan_and_check(config, task, folder, base=model.params)
+    checked = plan_and_check(config, task, folder, base=model.params)
+    callbacks = [*callbacks, *held_out_callbacks(config, task)]
     if config.dry_run:
-        return _dry(folder)
+        return dry(folder)
     state, loss = _finetune_state(config, model, optimizer, mesh)
     step = make_step(loss, optimizer, accumulate=config.accumulate, mesh=mesh)
-    with _opened(config, folder, fresh=config.fresh) as run:
-        _keep(checked, folder)
+    with opened(config, folder, begun=begun) as run:
+        keep(checked, folder)
         base = _base(config, model, folder)
         _save_architecture(config, model, folder, base)
-        state = _train(config, task, run, state, step, callbacks)
+        state = run_training(config, task, run, state, step, callbacks)
         _export_finetuned(folder, config, model, state.trainable, base)
         read = rows.plan(0)
-        return _ended(
+        return ended(
             run,
-            _summary(
-                folder, method=config.method, base=config.model, num_left_out=read.num_left_out, num_rows=read.num_rows
-            ),
+            {
+                "method": config.method,
+                "base": config.model,
+                "num_left_out": read.num_left_out,
+                "num_rows": read.num_rows,
+            },
         )
 
 
@@ -632,43 +518,3 @@ def _export_finetuned(folder: Path, config: Finetune, model: Model, trained: dic
         provenance={"base": config.model, "data": list(config.data), "method": config.method, "seed": config.seed},
         overwrite=True,
     )
-
-
-def launch(run: Callable[[Config], Any], config: Config, args: Sequence[str] | None = None) -> Any:
-    """Runs `run` on `config` as changed by the command line; `--help` lists every field.
-
-    Alternatives (schedules, ...) are chosen by name: `schedule:linear --schedule.warmup-steps 10`. A boolean is set by
-    --x, --no-x or --x=True. A mistake in the user's values ends with its message and exit code 1, without a traceback.
-    """
-    return guarded(run, parse(config, args))
-
-
-def parse(config: Config, args: Sequence[str] | None = None) -> Config:
-    """Returns `config` as changed by the command line (`args`, or this process's).
-
-    Inside a W&B sweep the run's folder is RUN-ID, with the id that W&B gave the run.
-    """
-    import tyro
-
-    args = plain_flags(sys.argv[1:] if args is None else args, type(config))
-    config = tyro.cli(type(config), default=config, args=args, config=(tyro.conf.CascadeSubcommandArgs,))
-    if hasattr(config, "run") and {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys():
-        # The runs of a sweep differ in their configs, so that each needs a folder of its own.
-        config = dataclasses.replace(config, run=f"{config.run}-{os.environ['WANDB_RUN_ID']}")
-    return config
-
-
-def guarded(run: Callable[[Config], Any], config: Config) -> Any:
-    """Returns run(config); an error that a person can mend is printed as one message and ends the process with 1."""
-    # Outside: the job could not be joined. Inside: the others are told before this process ends.
-    with _told(), processes.job(), _told():
-        return run(config)
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error

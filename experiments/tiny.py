@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 
 from data_pipelines.sources import existing
 from experiments import tiny_models, tiny_report, tiny_rlhf, tiny_use
-from experiments.stages import guarded, parse, run_path
+from experiments.command_line import guarded, parse
 from experiments.tiny_config import Skip, Tiny
+from experiments.training import run_path
 from internjax.train.tracking import differing_fields, to_json
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import jax
 
 from experiments import tiny_rlhf
-from experiments.stages import run_path
 from experiments.tiny_config import Tiny
+from experiments.training import run_path
 
 RESULTS = Path(__file__).parent / "results" / "tiny_seeds.json"
 SHOWN = ("name", "gold", "reward", "length", "ended", "distinct", "kl")

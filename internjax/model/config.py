@@ -16,6 +16,7 @@ class LinearScaling:
     """Positions are divided by `factor`."""
 
     factor: float = 1.0
+    """At least 1; 1 changes nothing."""
 
     def __post_init__(self):
         _check_factor(self.factor)
@@ -26,6 +27,7 @@ class DynamicNTK:
     """The rotary base grows with the sequence length beyond max_position_embeddings; no effect below it."""
 
     factor: float = 1.0
+    """At least 1; 1 changes nothing."""
 
     def __post_init__(self):
         _check_factor(self.factor)
@@ -48,17 +50,21 @@ class ModelConfig:
     d_model: int
     """Width of the residual stream."""
     num_layers: int
+    """Decoder layers."""
     num_heads: int
     """Query heads."""
     num_kv_heads: int
     """Key/value heads; query head h reads key/value head h // (num_heads / num_kv_heads)."""
     head_dim: int
+    """Width of a head; even."""
     ffn_dim: int
     """Width of the gated feed-forward layer."""
     max_position_embeddings: int = 32768
     """Length the model was trained for: where dynamic NTK scaling starts. Not a buffer size."""
     norm_eps: float = 1e-5
+    """Added to the mean square under the root of every norm."""
     rope_theta: float = 1e6
+    """Rotary base: the slowest frequency turns about once in 2 pi times this many positions."""
     rope_scaling: RopeScaling = NoScaling()
     tie_embeddings: bool = False
     """The output head is the transposed embedding table."""

@@ -19,8 +19,11 @@ class LoraConfig:
     """Which kernels get an adapter, and how large: y = x W + (alpha / rank) * (x A) B."""
 
     rank: int = 16
+    """Columns of A and rows of B."""
     alpha: float = 32.0
+    """The product A B is scaled by alpha / rank."""
     targets: tuple[str, ...] = ATTENTION_TARGETS + FFN_TARGETS
+    """Matrices that get an adapter: query, key, value, output, gate, up, down, head."""
     dropout: float = 0.0
     """Probability with which an adapter's input is zeroed during training."""
 

@@ -12,7 +12,7 @@ from data_pipelines.tokens import TokenDocument, write_tokens
 from eval.model import local
 from eval.run import evaluate
 from eval.task import ChoiceItem, ChoiceTask, TextItem, TextTask
-from experiments import stages
+from experiments import stages, training
 from experiments.callbacks import HeldOut, Prompts, evaluate_tasks, held_out_loss, sample_prompts
 from internjax import sharding
 from internjax.hf.open import open_model
@@ -189,7 +189,7 @@ def test_a_resumed_run_writes_the_same_samples_and_measurements(corpus, tokenize
         folder = tmp_path / name
         tracked = type("Samples", (), {"sample": lambda self, step, rows: keep(folder, step, rows)})()
         held_out = HeldOut(str(corpus / "tokens"), every=4, num_batches=1)
-        with stages.mesh_of(config.mesh) as mesh:
+        with training.mesh_of(config.mesh) as mesh:
             callbacks = [
                 sample_prompts(Prompts(PROMPTS, every=4, max_new_tokens=4), SMALL, tokenizer, run=tracked),
                 held_out_loss(held_out, SMALL, tokenizer, batch_size=8, seq_len=32, mesh=mesh),

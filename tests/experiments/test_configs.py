@@ -1,10 +1,13 @@
 """Experiments are values: their command line, their resolved configs, and that each fits the mesh it names."""
 
+import ast
 import dataclasses
 import functools
+import inspect
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import jax
@@ -31,7 +34,8 @@ from experiments import (
     tiny,
 )
 from experiments.__main__ import entries
-from experiments.stages import Finetune, Pretrain, guarded, launch, parse, pretrain
+from experiments.command_line import guarded, launch, parse
+from experiments.stages import Finetune, Pretrain, pretrain
 from internjax import sharding
 from internjax.model import decoder, lora
 from internjax.model.config import INTERNLM2_7B, DynamicNTK
@@ -42,7 +46,7 @@ from internjax.train.checks import check_run
 from internjax.train.flops import PEAK_FLOPS, training_flops
 from internjax.train.losses import next_token
 from internjax.train.memory import Job, estimate
-from internjax.train.optimizer import WSD, AdamW, Constant, Cosine, Linear, make_optimizer
+from internjax.train.optimizer import WSD, Adafactor, AdamW, Constant, Cosine, Linear, Muon, make_optimizer
 from internjax.train.step import TrainState, make_step
 from tests.experiments.conftest import SMALL, pretraining
 from tests.golden.configs import make
@@ -119,6 +123,16 @@ def test_unions_are_chosen_by_name():
     assert changed(SEVEN, *args) == {"model.rope_scaling": DynamicNTK(2.0), "schedule": Constant()}
 
 
+def test_optimizers_are_chosen_by_name():
+    args = ("optimizer:muon", "--optimizer.peak-lr", "0.02", "--optimizer.rms", "None")
+    assert changed(SEVEN, *args) == {"optimizer": Muon(peak_lr=0.02, rms=None)}
+    args = ("optimizer:adafactor", "--optimizer.parameter-scale=False", "schedule:wsd", "--schedule.shape", "sqrt")
+    wanted = {"optimizer": Adafactor(parameter_scale=False), "schedule": WSD(shape="sqrt")}
+    assert changed(SEVEN, *args) == wanted
+    assert changed(SEVEN, "--optimizer.moment-dtype", "int8") == {"optimizer.moment_dtype": "int8"}
+    assert changed(finetune.CONFIG, "optimizer:muon") == {"optimizer": Muon()}
+
+
 def test_tuples_take_several_values():
     args = ("--data", "a.jsonl", "b.json", "--model", "m", "--lora.targets", "query", "head")
     wanted = {"data": ("a.jsonl", "b.json"), "model": "m", "lora.targets": ("query", "head")}
@@ -172,6 +186,33 @@ def test_help_lists_every_field(capsys):
     assert ended.value.code == 0
     names = [field.name.replace("_", "-") for field in dataclasses.fields(Finetune) if field.name != "schedule"]
     assert [name for name in names if f"--{name}" not in printed] == [] and "schedule:" in printed
+
+
+def dataclasses_of(kind: type, found: list) -> list:
+    if kind not in found:
+        found.append(kind)
+        for hint in typing.get_type_hints(kind).values():
+            for part in (hint, *typing.get_args(hint)):
+                if dataclasses.is_dataclass(part):
+                    dataclasses_of(part, found)
+    return found
+
+
+@pytest.mark.parametrize("kind", dataclasses_of(Finetune, dataclasses_of(Pretrain, [])), ids=lambda kind: kind.__name__)
+def test_every_field_says_what_it_means(kind):
+    """`--help` shows the docstring below a field; a nested config shows the one of its class."""
+    body = ast.parse(inspect.getsource(kind)).body[0].body
+    told = {
+        field.target.id for field, text in zip(body, body[1:]) if isinstance(field, ast.AnnAssign) and is_text(text)
+    }
+    hints = typing.get_type_hints(kind)
+    parts = {name: (hint, *typing.get_args(hint)) for name, hint in hints.items()}
+    plain = {name for name in hints if not any(map(dataclasses.is_dataclass, parts[name]))}
+    assert sorted(plain - told) == [] and kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(")
+
+
+def is_text(node) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 # --- resolved configs ------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from experiments import finetune as experiment
-from experiments.stages import finetune, launch
+from experiments.command_line import launch
+from experiments.stages import finetune
 from internjax.hf.open import logits, open_model
 from internjax.hf.save import save_model
 from internjax.model import decoder

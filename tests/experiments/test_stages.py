@@ -140,39 +140,50 @@ def other_tokenizer(folder, vocab_size):
     return folder
 
 
+LONG = dataclasses.replace(SMALL, max_position_embeddings=1 << 20)
+
+
+def rows_of(*folders, seq_len=32, **fields):
+    return TokenData(*folders, seq_len=seq_len, **fields)
+
+
 BAD_PRETRAININGS = {
-    "no token folder": (lambda c, t: dict(data=TokenData(tokenizer=str(c / "tokenizer"))), "no data.folder given"),
+    "no token folder": (lambda c, t: dict(data=rows_of(tokenizer=str(c / "tokenizer"))), "no data.folder given"),
     "a missing one": (
-        lambda c, t: dict(data=TokenData((str(t / "x"),), tokenizer=str(c / "tokenizer"))),
+        lambda c, t: dict(data=rows_of((str(t / "x"),), tokenizer=str(c / "tokenizer"))),
         "is no token folder: it has no manifest.json",
     ),
-    "no tokenizer": (lambda c, t: dict(data=TokenData((str(c / "tokens"),), tokenizer="")), "no data.tokenizer given"),
+    "no tokenizer": (lambda c, t: dict(data=rows_of((str(c / "tokens"),), tokenizer="")), "no data.tokenizer given"),
     "a missing tokenizer": (
-        lambda c, t: dict(data=TokenData((str(c / "tokens"),), tokenizer=str(t))),
+        lambda c, t: dict(data=rows_of((str(c / "tokens"),), tokenizer=str(t))),
         "has no tokenizer.json",
     ),
     "another tokenizer": (
-        lambda c, t: dict(data=TokenData((str(c / "tokens"),), tokenizer=str(other_tokenizer(t / "other", 300)))),
+        lambda c, t: dict(data=rows_of((str(c / "tokens"),), tokenizer=str(other_tokenizer(t / "other", 300)))),
         "was written by the tokenizer",
     ),
     "a larger tokenizer": (
-        lambda c, t: dict(data=TokenData((str(c / "tokens"),), tokenizer=str(other_tokenizer(t / "other", 400)))),
+        lambda c, t: dict(data=rows_of((str(c / "tokens"),), tokenizer=str(other_tokenizer(t / "other", 400)))),
         "has 400 tokens, the model's embedding 320 rows; set model.vocab_size to at least 400",
     ),
     "rows longer than the text": (
-        lambda c, t: dict(data=TokenData((str(c / "tokens"),), tokenizer=str(c / "tokenizer"), seq_len=1 << 20)),
+        lambda c, t: dict(
+            data=rows_of((str(c / "tokens"),), tokenizer=str(c / "tokenizer"), seq_len=1 << 20), model=LONG
+        ),
         "give a shorter seq_len or more text",
     ),
     "no rows in a batch": (
-        lambda c, t: dict(
-            data=TokenData((str(c / "tokens"),), tokenizer=str(c / "tokenizer"), batch_size=0, seq_len=32)
-        ),
+        lambda c, t: dict(data=rows_of((str(c / "tokens"),), tokenizer=str(c / "tokenizer"), batch_size=0)),
         "batch_size must be at least 1",
     ),
     "a warm-up longer than the run": (lambda c, t: dict(num_steps=1), "warms up for 2 of 1 steps"),
     "no steps": (lambda c, t: dict(num_steps=0), "num_steps must be at least 1"),
     "a missing model": (lambda c, t: dict(init=str(t / "nowhere")), "no model"),
     "a mesh that does not fit": (lambda c, t: dict(mesh=sharding.MeshConfig(fsdp=3)), "does not fit 8 devices"),
+    "rows longer than the model": (
+        lambda c, t: dict(data=rows_of((str(c / "tokens"),), tokenizer=str(c / "tokenizer"), seq_len=4096)),
+        "longer than the model's max_position_embeddings 256",
+    ),
 }
 
 
@@ -188,7 +199,7 @@ def test_a_bad_pretraining_is_refused_before_it_begins(name, corpus, tmp_path):
 def test_fresh_begins_anew_and_a_bad_config_removes_nothing(trained, corpus, tmp_path):
     shutil.copytree(trained.folder, tmp_path / "run")
     with pytest.raises(ValueError, match="no data.folder given"):
-        pretrain(pretraining(corpus, tmp_path / "run", fresh=True, data=TokenData()))
+        pretrain(pretraining(corpus, tmp_path / "run", fresh=True, data=rows_of()))
     assert names(tmp_path / "run") == names(trained.folder)
     assert (
         pretrain(pretraining(corpus, tmp_path / "run", fresh=True, seed=1)).summary["loss"] != trained.summary["loss"]

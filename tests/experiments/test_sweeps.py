@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import finetune, internlm2_7b
-from experiments.flags import plain_flags
-from experiments.stages import parse
+from experiments.command_line import parse, plain_flags
 from internjax.model.config import DynamicNTK
 from internjax.train.optimizer import Constant, Cosine, Linear
 

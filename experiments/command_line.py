@@ -1,4 +1,4 @@
-"""Command lines as W&B sweeps write them, turned into those that the parser of a config reads.
+"""The command line of a config: fields as options, in a person's spelling and in that of W&B sweeps.
 
 What `wandb agent` puts in place of ${args}, ${args_no_equals}, ${args_no_hyphens}, ${args_no_boolean_flags} and
 ${args_json}, with values in Python's or JSON's spelling:
@@ -16,13 +16,20 @@ Arguments that a person types pass through unchanged.
 """
 
 import ast
+import contextlib
 import dataclasses
 import json
+import os
 import re
+import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from internjax.train import processes
+
+Config = TypeVar("Config")
 
 _NULL = ("null", "none")
 
@@ -110,3 +117,43 @@ def _kinds(config: type, prefix: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
         for kind in kinds:
             if dataclasses.is_dataclass(kind):
                 yield from _kinds(kind, f"{prefix}{field.name}.")
+
+
+def launch(run: Callable[[Config], Any], config: Config, args: Sequence[str] | None = None) -> Any:
+    """Runs `run` on `config` as changed by the command line; `--help` lists every field.
+
+    Alternatives (schedules, ...) are chosen by name: `schedule:linear --schedule.warmup-steps 10`. A boolean is set by
+    --x, --no-x or --x=True. A mistake in the user's values ends with its message and exit code 1, without a traceback.
+    """
+    return guarded(run, parse(config, args))
+
+
+def parse(config: Config, args: Sequence[str] | None = None) -> Config:
+    """Returns `config` as changed by the command line (`args`, or this process's).
+
+    Inside a W&B sweep the run's folder is RUN-ID, with the id that W&B gave the run.
+    """
+    import tyro
+
+    args = plain_flags(sys.argv[1:] if args is None else args, type(config))
+    config = tyro.cli(type(config), default=config, args=args, config=(tyro.conf.CascadeSubcommandArgs,))
+    if hasattr(config, "run") and {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys():
+        # The runs of a sweep differ in their configs, so that each needs a folder of its own.
+        config = dataclasses.replace(config, run=f"{config.run}-{os.environ['WANDB_RUN_ID']}")
+    return config
+
+
+def guarded(run: Callable[[Config], Any], config: Config) -> Any:
+    """Returns run(config); an error that a person can mend is printed as one message and ends the process with 1."""
+    # Outside: the job could not be joined. Inside: the others are told before this process ends.
+    with _told(), processes.job(), _told():
+        return run(config)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
