@@ -275,7 +275,9 @@ def _pretrain(config: Pretrain, folder: Path, mesh: Mesh | None, callbacks, loss
     optimizer = make_optimizer(config.optimizer, config.schedule, config.num_steps)
     step = make_step(loss, optimizer, accumulate=config.accumulate, mesh=mesh)
     params, axes = initial_params(config, mesh)
-    state = init_state(params, optimizer, seed=config.seed, mesh=mesh, axes=axes)
+    state = init_state(
+        params, optimizer, seed=config.seed, mesh=mesh, axes=axes, optimizer_state=config.mesh.optimizer_state
+    )
     print(f"attention back end {config.model.attention}, {num_params(config.model):,} parameters, mesh {mesh}")
     with opened(config, folder, begun=begun) as run:
         keep(checked, folder)
@@ -453,7 +455,9 @@ def _conversation_rows(config: Finetune, model: Model) -> Rows:
 def _finetune_state(config: Finetune, model: Model, optimizer, mesh: Mesh | None):
     axes = decoder.logical_axes(model.config)
     if config.method == "full":
-        state = init_state(model.params, optimizer, seed=config.seed, mesh=mesh, axes=axes)
+        state = init_state(
+            model.params, optimizer, seed=config.seed, mesh=mesh, axes=axes, optimizer_state=config.mesh.optimizer_state
+        )
         return state, next_token(model.config)
     weights = lora.init_lora(config.lora, model.params, jax.random.key(config.seed))
     state = init_state(
@@ -464,6 +468,7 @@ def _finetune_state(config: Finetune, model: Model, optimizer, mesh: Mesh | None
         mesh=mesh,
         axes=lora.logical_axes(weights, axes),
         frozen_axes=axes,
+        optimizer_state=config.mesh.optimizer_state,
     )
     return state, next_token(model.config, lora_config=config.lora)
 
