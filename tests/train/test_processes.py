@@ -72,7 +72,8 @@ def test_two_processes_train_save_and_resume_as_one(tmp_path):
     assert said.count("started again") == 2 and "process 1 ended with exit code 137" in said
     assert f"process 0 ended with exit code {EXIT_PEER_LOST}" in said
     assert said.count("process 0 ends: process 1 has given no sign of life for") == 2
-    assert "resumed from step 2" in said and "resumed from step 4" in said
+    # Step 4 is committed in the background: whether before the stop or not is left open.
+    assert re.findall(r"resumed from step (\d)", said) in (["2", "2"], ["2", "4"]), said
     assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert json.loads((broken / "end.json").read_text()) == json.loads((whole / "end.json").read_text())
     assert len(order_of(whole)) == 6 * 8 and order_of(broken) == order_of(whole)
