@@ -1,8 +1,9 @@
 """Attention over whole sequences: one signature, a jnp reference (`xla`) and faster back ends.
 
 xla: every query against every key at once. chunked: queries in chunks, so that memory grows with T. ring: keys travel
-over the mesh axis `sequence` (kernels.ring_attention). cudnn: NVIDIA's fused kernel. On a mesh that cuts time, xla and
-chunked are right too: every device then gathers all keys.
+over the mesh axis `sequence` (kernels.ring_attention). cudnn: NVIDIA's fused kernel with a mask of T * S. cudnn_packed:
+the same kernel, told where documents begin and end (kernels.cudnn_attention). On a mesh that cuts time, xla and chunked
+are right too: every device then gathers all keys.
 
 B batch, T query time, S key time, N query heads, K key/value heads, G = N / K, H head dim.
 """
@@ -13,22 +14,31 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from internjax.kernels import cudnn_attention
 from internjax.kernels.mask import MASKED, visible
 from internjax.kernels.ring_attention import ring_attention
 
-Backend = Literal["xla", "chunked", "ring", "cudnn"]
+Backend = Literal["xla", "chunked", "ring", "cudnn", "cudnn_packed"]
 
 QUERY_CHUNK = 512
 
 
-def check(backend: Backend, *, dtype: jnp.dtype, head_dim: int, alibi: bool = False) -> None:
+def check(backend: Backend, *, dtype: jnp.dtype, head_dim: int, alibi: bool = False, window: int | None = None) -> None:
     """Raises ValueError naming what `backend` cannot do; a back end never falls back to another silently.
 
-    It looks at the mesh that is set. Sizes that the ring cannot cut are refused when it is called.
+    It looks at the mesh that is set and at the first device. Sizes that `ring` and `cudnn_packed` cannot take are
+    refused when they are called.
     """
     mesh = jax.sharding.get_abstract_mesh()
     dtype = jnp.dtype(dtype)
     sequence = 1 if mesh.empty else mesh.shape["sequence"]
+    fused = {
+        f"dtype {dtype.name} (bfloat16 or float16 only)": dtype not in (jnp.bfloat16, jnp.float16),
+        f"head_dim {head_dim} (a multiple of 8 up to 256 only)": bool(head_dim % 8) or head_dim > 256,
+        "ALiBi slopes": alibi,
+        f"a mesh that cuts time (sequence {sequence})": sequence > 1,
+        f"the {jax.default_backend()} platform (NVIDIA GPUs only)": jax.default_backend() != "gpu",
+    }
     limits: dict[Backend, dict[str, bool]] = {
         "xla": {},
         "chunked": {},
@@ -36,16 +46,13 @@ def check(backend: Backend, *, dtype: jnp.dtype, head_dim: int, alibi: bool = Fa
             "attention without a mesh (run under `internjax.sharding.use(mesh)`)": mesh.empty,
             "ALiBi slopes": alibi,
         },
-        "cudnn": {
-            f"dtype {dtype.name} (bfloat16 or float16 only)": dtype not in (jnp.bfloat16, jnp.float16),
-            f"head_dim {head_dim} (a multiple of 8 up to 256 only)": bool(head_dim % 8) or head_dim > 256,
-            "ALiBi slopes": alibi,
-            f"a mesh that cuts time (sequence {sequence})": sequence > 1,
-            f"the {jax.default_backend()} platform (NVIDIA GPUs only)": jax.default_backend() != "gpu",
-        },
+        "cudnn": fused,
+        "cudnn_packed": fused | {"a sliding window": window is not None},
     }
     if backend not in limits:
         raise ValueError(f"unknown attention back end {backend!r}; known: {', '.join(limits)}")
+    if backend == "cudnn_packed":
+        limits[backend] |= cudnn_attention.unsupported()
     found = [limit for limit, holds in limits[backend].items() if holds]
     if found:
         others = "'chunked' or 'xla'" if sequence == 1 or backend == "ring" else "'ring', 'chunked' or 'xla'"
@@ -112,11 +119,13 @@ def attention(
     """Returns attention outputs `[B, T, N, H]`; query head n reads key/value head n // G.
 
     Positions are absolute within their segment. A key is visible to a query when it is not later (causal), nearer than
-    `window`, and of the same non-zero segment. `scale` defaults to H^-0.5. Raises ValueError when `backend` cannot
-    serve the arguments.
+    `window`, and of the same non-zero segment. `scale` defaults to H^-0.5. What padding gets differs between back ends;
+    it is finite. Raises ValueError when `backend` cannot serve the arguments; where it can find out only on the device
+    (kernels.cudnn_attention), the outputs of that row are NaN.
     """
     assert q_BTNH.shape[2] % k_BSKH.shape[2] == 0, (q_BTNH.shape, k_BSKH.shape)
-    check(backend, dtype=q_BTNH.dtype, head_dim=q_BTNH.shape[-1], alibi=alibi_slopes_N is not None)
+    alibi = alibi_slopes_N is not None
+    check(backend, dtype=q_BTNH.dtype, head_dim=q_BTNH.shape[-1], alibi=alibi, window=window)
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     mask = functools.partial(
         visible, k_positions_BS=k_positions_BS, k_segments_BS=k_segments_BS, causal=causal, window=window
@@ -138,6 +147,18 @@ def attention(
             k_segments_BS=_segments(k_segments_BS, like=k_positions_BS),
             causal=causal,
             window=window,
+            scale=scale,
+        )
+    if backend == "cudnn_packed":
+        return cudnn_attention.packed_attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            q_positions_BT=q_positions_BT,
+            k_positions_BT=k_positions_BS,
+            q_segments_BT=_segments(q_segments_BT, like=q_positions_BT),
+            k_segments_BT=_segments(k_segments_BS, like=k_positions_BS),
+            causal=causal,
             scale=scale,
         )
     with jax.named_scope("attention"):

@@ -82,9 +82,9 @@ class ModelConfig:
     """What the backward pass recomputes per layer: nothing, all but matrix products, everything."""
     unroll_layers: int = 1
     """Layers per iteration of the compiled layer loop."""
-    attention: Literal["xla", "chunked", "ring", "cudnn"] = "xla"
+    attention: Literal["xla", "chunked", "ring", "cudnn", "cudnn_packed"] = "xla"
     """Attention back end of full sequences: the reference, queries in chunks, keys round the sequence axis of the mesh,
-    NVIDIA's fused kernel; see internjax.kernels.attention."""
+    NVIDIA's fused kernel with a mask, the same told where documents lie; see internjax.kernels.attention."""
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"):

@@ -70,9 +70,9 @@ def _model_problems(model: ModelConfig, sizes: dict[str, int]):
             )
     if model.attention == "ring" and math.prod(sizes.values()) == 1:
         yield "attention=ring goes round a mesh, and there is one device. Set attention to chunked."
-    if model.attention == "cudnn" and sizes["sequence"] > 1:
+    if model.attention in ("cudnn", "cudnn_packed") and sizes["sequence"] > 1:
         yield (
-            f"attention=cudnn works on whole rows, and sequence {sizes['sequence']} of the mesh cuts them. "
+            f"attention={model.attention} works on whole rows, and sequence {sizes['sequence']} of the mesh cuts them. "
             "Set attention to ring, or mesh.sequence to 1."
         )
 

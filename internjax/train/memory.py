@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from internjax import sharding
 from internjax.kernels.attention import QUERY_CHUNK
+from internjax.kernels.cudnn_attention import MAX_SEGMENTS
 from internjax.kernels.quant_matmul import Scheme
 from internjax.model import decoder, lora, quantize
 from internjax.model.cache import CacheDType
@@ -172,6 +173,9 @@ def saved_for_backward(
     config: ModelConfig, seq_len: int, *, lora_config: LoraConfig | None, quantised: Quantised | None, chunk_size: int
 ) -> Saved:
     """Returns what jax saves between the forward and the backward pass of `next_token`, from a trace of its vjp."""
+    # Packed cuDNN keeps its statistics once per document that a row may have; the trace has another back end.
+    statistics = 4 * config.num_layers * config.num_heads * seq_len * MAX_SEGMENTS
+    statistics *= config.attention == "cudnn_packed" and config.remat == "none"
     config = _traced_as(config)
     base = abstract_weights(config, quantised).params
     trainable, frozen = base, None
@@ -196,7 +200,7 @@ def saved_for_backward(
         seen.add(variable)
         if not jnp.issubdtype(variable.aval.dtype, jax.dtypes.prng_key):
             sizes[depends] += variable.aval.size * variable.aval.dtype.itemsize
-    return Saved(sizes[True], sizes[False])
+    return Saved(sizes[True] + statistics, sizes[False])
 
 
 def _tainted(jaxpr: Any, inputs: list[bool]) -> list[bool]:
@@ -380,7 +384,7 @@ def _layer_bytes(job: Job, config: ModelConfig, saved_by_all: int, rows: int, se
     elif config.attention == "chunked" or sequence > 1:
         scores = 4 * rows * config.num_heads * min(QUERY_CHUNK, job.seq_len) * job.seq_len // sequence
     else:
-        scores = 0  # a flash kernel holds blocks on the chip
+        scores = 0  # a flash kernel holds blocks on the chip; what cuDNN works with in the backward pass is not known
     factor = 1.0 if config.remat == "none" else _LAYER_BACKWARD
     return int(max(factor * layer, layer + _SCORE_CHUNKS * scores))
 

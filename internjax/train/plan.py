@@ -171,7 +171,7 @@ def executed_flops(job: Job) -> int:
     """Returns the FLOPs per token that a device executes: useful ones, recomputation, and masked attention scores.
 
     Recomputed: the logits always, a layer's products with remat=full, attention with any remat and, once more, where
-    its back end keeps no weights (all but xla). Back ends but cudnn compute the half that the causal mask hides.
+    its back end keeps no weights (all but xla). Back ends but cudnn_packed compute the half that the causal mask hides.
     """
     config = job.model
     head = config.d_model * (config.vocab_size if config.head == "lm" else 1)
@@ -180,7 +180,7 @@ def executed_flops(job: Job) -> int:
     forwards = 3 + (config.remat != "none") + (config.attention != "xla")
     executed = flops.matmul_flops(config, lora_config=job.lora) + 2 * head
     executed += 2 * layers if config.remat == "full" else 0
-    return executed + attention * forwards // 3 * (1 if config.attention == "cudnn" else 2)
+    return executed + attention * forwards // 3 * (1 if config.attention == "cudnn_packed" else 2)
 
 
 def traffic(job: Job, shape: tuple[int, int, int, int], device: Device | None, have: Held) -> tuple[Traffic, ...]:

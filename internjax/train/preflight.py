@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from internjax import sharding
+from internjax.kernels import cudnn_attention
 from internjax.kernels.attention import QUERY_CHUNK, attention
 from internjax.model import decoder
 from internjax.model.lora import apply_config, init_lora
@@ -268,6 +269,8 @@ def _attend(probe: _Probe, positions_BT, segments_BT, *, backend: str):
 def check_attention(subject: Subject) -> str:
     """Whether the attention back end gives the reference's numbers on packed rows, forward and backward."""
     config = subject.job.model
+    if config.attention == "cudnn_packed":
+        cudnn_attention.check_rows(subject.batch.segments)
     probe, positions_BT, segments_BT = _probe(subject)
     exact = probe._replace(
         **{name: getattr(probe, name).astype(jnp.float32) for name in ("q_BTNH", "k_BTKH", "v_BTKH")}
@@ -452,7 +455,8 @@ def _committed(folder: Path) -> int:
 
 def _attention_key(subject: Subject):
     config = subject.job.model
-    return (config.attention, config.dtype, config.head_dim, config.num_heads, config.num_kv_heads)
+    rows = cudnn_attention.most_documents(subject.batch.segments) if config.attention == "cudnn_packed" else None
+    return (config.attention, config.dtype, config.head_dim, config.num_heads, config.num_kv_heads, rows)
 
 
 CHECKS = (

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from internjax import sharding
+from internjax.kernels.cudnn_attention import MAX_SEGMENTS
 from internjax.model import decoder, lora, quantize
 from internjax.model.config import INTERNLM2_7B, INTERNLM2_20B, TINY, num_params
 from internjax.model.lora import LoraConfig
@@ -133,6 +134,9 @@ def test_flash_back_ends_are_planned_where_they_cannot_run():
     chunked = saved(dataclasses.replace(SMALL, attention="chunked"))
     assert saved(dataclasses.replace(SMALL, attention="cudnn", dtype="float32")) == chunked
     assert saved(dataclasses.replace(SMALL, attention="ring")) == chunked
+    packed = saved(dataclasses.replace(SMALL, attention="cudnn_packed"))
+    statistics = 4 * SMALL.num_layers * SMALL.num_heads * 32 * MAX_SEGMENTS  # float32, per document of a row
+    assert packed == (chunked.per_row + statistics, chunked.weight_copies)
     assert saved(SMALL, seq_len=256).per_row > 4 * saved(SMALL, seq_len=64).per_row * 1.5  # the reference keeps squares
 
 
@@ -172,7 +176,7 @@ def test_shards_divide_what_a_device_computes():
 
 
 def test_time_traffic_and_mfu_by_hand():
-    model = dataclasses.replace(INTERNLM2_7B, remat="full", attention="cudnn")
+    model = dataclasses.replace(INTERNLM2_7B, remat="full", attention="cudnn_packed")
     job = Job(model, batch_size=64, seq_len=4096, mesh=MeshConfig(data=2, fsdp=4, tensor=2), accumulate=4)
     found = plan.make_plan(job, num_devices=16, device=H100, efficiency=0.5)
     by_axis = {each.axis: each for each in found.traffic}
