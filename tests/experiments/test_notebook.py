@@ -1,22 +1,27 @@
-"""The tour runs from its first cell to its last, from any folder, and is committed without outputs."""
+"""Every notebook runs from its first cell to its last, from any folder, and is committed without outputs."""
 
 import os
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from internjax.train.goodput import goodput
+from internjax.train.tracking import read_rows
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-TOUR = ROOT / "experiments" / "notebooks" / "00_tour.ipynb"
+FOLDER = ROOT / "experiments" / "notebooks"
+TOUR, TRAINING = (FOLDER / name for name in ("00_tour.ipynb", "01_training.ipynb"))
 
 
-def executed(cells, folder, tmp_path):
-    """The cells of the tour after they ran in a fresh kernel in `folder`."""
-    notebook = nbformat.read(TOUR, as_version=4)
+def executed(notebook, cells, folder, tmp_path):
+    """The code cells of a notebook after they ran in a fresh kernel in `folder`."""
+    notebook = nbformat.read(notebook, as_version=4)
     notebook.cells = notebook.cells[:cells]
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
-    # As a person's: one device, figures in the page; what the tour writes goes where pytest clears it away.
+    # As a person's: one device, figures in the page; what a notebook writes goes where pytest clears it away.
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "MPLBACKEND")}
     client.execute(env=environment | {"TMPDIR": str(tmp_path), "WANDB_MODE": "disabled"})
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -26,25 +31,87 @@ def printed(cell):
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
-@pytest.mark.slow
-def test_the_tour_runs(tmp_path):
-    cells = executed(None, TOUR.parent, tmp_path)
-    shown = [set(output.data) for cell in cells for output in cell.outputs if "data" in output]
-    assert sum("image/png" in kinds for kinds in shown) >= 5 and sum("text/html" in kinds for kinds in shown) >= 2
-    said = "".join(map(printed, cells))
+def numbers(pattern, said):
+    """The numbers in the groups of a pattern that must be there."""
+    found = re.search(pattern, said)
+    assert found, f"{pattern} in {said}"
+    return [float(number) for number in found.groups()]
+
+
+def the_tour(said, pages, work):
     for words in ("kept,", "dropped:", "tokens/s", "pairs ranked right", "bits per byte", "int4:", "answer:", "agent:"):
         assert words in said, words
-    assert (folders := list(tmp_path.glob("internjax_tour_*"))) and (folders[0] / "export" / "internjax.json").is_file()
+    assert len(pages) >= 2 and (work / "export" / "internjax.json").is_file()
 
 
-@pytest.mark.parametrize("folder", [ROOT, ROOT / "tests" / "golden"], ids=["checkout", "elsewhere in it"])
-def test_it_finds_the_checkout(folder, tmp_path):
-    *_, last = executed(3, folder, tmp_path)
+def training(said, pages, work):
+    # Shown before anything is trained.
+    assert (
+        said.index("one device holds") < said.index("ok      attention") < said.index("dry run") < said.index("1/120")
+    )
+    # Interrupted twice, and the same bytes as without.
+    assert "interrupted: the metrics reach step 59; there are checkpoints of steps [25, 50]" in said
+    assert "resumed from step 50" in said and "killed by SIGKILL" in said
+    straight, interrupted = work / "straight", work / "interrupted"
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (straight / name).read_bytes() == (interrupted / name).read_bytes(), name
+    rows = read_rows(interrupted / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 121)) and rows[-1]["loss"] < rows[0]["loss"] - 1
+    # Accounted for, and on the page.
+    spent, (starts, *_, lost) = goodput(read_rows(interrupted / "timing.jsonl")), numbers(STARTS, said)
+    assert spent.num_starts == starts == 3 and spent.num_lost_steps == lost >= 20
+    assert (
+        spent.down > 0 and 0 < spent.goodput < 1 and goodput(read_rows(straight / "timing.jsonl")).num_lost_steps == 0
+    )
+    (page,) = pages
+    assert "srcdoc=" in page and "Where the time went" in page and "steps done twice" in page
+    # What is read out of the model is what it computed, and nothing crosses documents.
+    assert re.search(r"layers\.attention\.query +\(3, 1, \d+, 64\) -> \(3, 1, \d+, 64\)", said)
+    (error,), (across, merged) = numbers(r"the model computed, within (\S+),", said), numbers(ACROSS, said)
+    assert error < 1e-5 and across == 0 and merged > 0.05
+    assert "not one bit of the second one's logits differs" in said
+    # A loss and a callback of one's own.
+    without, with_it = numbers(r"(\S+) without the term, (\S+) with it", said)
+    own = read_rows(work / "own" / "metrics.jsonl")
+    assert with_it < without and all("log_z_squared" in row for row in own)
+    assert [row["step"] for row in own if "stream/3" in row] == list(range(20, 121, 20))
+
+
+STARTS = r"(\d+) starts, from steps \[0, 50, (\d+)\]; (\d+) steps were done twice"
+ACROSS = r"largest weight across documents: (\S+); were they one document: (\S+)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("notebook", "check", "num_figures"), [(TOUR, the_tour, 5), (TRAINING, training, 4)], ids=["tour", "training"]
+)
+def test_a_notebook_runs_and_says_what_it_claims(notebook, check, num_figures, tmp_path):
+    cells = executed(notebook, None, FOLDER, tmp_path)
+    shown = [output.data for cell in cells for output in cell.outputs if "data" in output]
+    assert sum("image/png" in data for data in shown) >= num_figures
+    (work,) = tmp_path.glob("internjax_*")
+    check("".join(map(printed, cells)), [data["text/html"] for data in shown if "text/html" in data], work)
+
+
+@pytest.mark.parametrize(
+    ("notebook", "folder"),
+    [(TOUR, ROOT), (TRAINING, ROOT / "tests" / "golden")],
+    ids=["in the checkout", "elsewhere in it"],
+)
+def test_it_finds_the_checkout(notebook, folder, tmp_path):
+    *_, last = executed(notebook, 3, folder, tmp_path)
     assert f"everything is written below {tmp_path}" in printed(last)
 
 
-def test_it_is_committed_without_outputs():
-    notebook = nbformat.read(TOUR, as_version=4)
+def test_all_notebooks_find_it_in_the_same_way():
+    notebooks = sorted(FOLDER.glob("*.ipynb"))
+    assert notebooks == [TOUR, TRAINING]  # another one is executed too
+    assert len({nbformat.read(path, as_version=4).cells[1].source for path in notebooks}) == 1
+
+
+@pytest.mark.parametrize("path", [TOUR, TRAINING], ids=["tour", "training"])
+def test_it_is_committed_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(code) >= 12 and all(cell.outputs == [] and cell.execution_count is None for cell in code)
