@@ -440,8 +440,10 @@ def _whole_model(config: Finetune, mesh: Mesh | None) -> Model:
 
 
 def _conversation_rows(config: Finetune, model: Model) -> Rows:
+    # One process renders and writes them; a mistake in a row ends all of them.
+    folder = processes.first("conversations", lambda: str(chat_tokens(config, model.tokenizer)))
     rows = open_rows(
-        chat_tokens(config, model.tokenizer),
+        folder,
         seq_len=config.seq_len,
         packing="whole",
         seed=config.seed,
@@ -478,21 +480,25 @@ def _base(config: Finetune, model: Model, folder: Path) -> Path:
     source = model.source
     if config.method == "full" or (source.checkpoints is None and not source.adapters):
         return source.folder
-    if not (folder / "base").is_dir():
+    if not processes.first("base", (folder / "base").is_dir):
         print(f"{config.model} is written to {folder / 'base'}: the new adapter stands on it")
-        save_model(
-            folder / "base",
-            config=model.config,
-            params=model.params,
-            tokenizer=model.tokenizer,
-            generation=model.generation,
-            provenance={"from": config.model},
-        )
+        params = exported(model.params)
+        if params is not None:
+            save_model(
+                folder / "base",
+                config=model.config,
+                params=params,
+                tokenizer=model.tokenizer,
+                generation=model.generation,
+                provenance={"from": config.model},
+            )
     return folder / "base"
 
 
 def _save_architecture(config: Finetune, model: Model, folder: Path, base: Path) -> None:
-    """Writes what `open_model(RUN@STEP)` reads the run's checkpoints by."""
+    """Writes what `open_model(RUN@STEP)` reads the run's checkpoints by; process 0 of a job does."""
+    if processes.index() != 0:
+        return
     if config.method == "full":
         save_architecture(folder, config=model.config, tokenizer=model.tokenizer)
     else:
@@ -501,25 +507,21 @@ def _save_architecture(config: Finetune, model: Model, folder: Path, base: Path)
 
 def _export_finetuned(folder: Path, config: Finetune, model: Model, trained: dict, base: Path) -> None:
     """Writes the adapter (method=lora) and, unless merge is off, the whole model."""
-    params = trained
+    # All processes take part in what is computed on the mesh, and process 0 writes.
+    adapter, params = None, trained
     if config.method == "lora":
-        save_adapter(
-            folder / "adapter",
-            config.lora,
-            trained,
-            base=base,
-            model_config=model.config,
+        params = lora.merge(model.params, lora.apply_config(trained, config.lora)) if config.merge else None
+        adapter = exported(trained)
+    params = None if params is None else exported(params)
+    if adapter is not None:
+        save_adapter(folder / "adapter", config.lora, adapter, base=base, model_config=model.config, overwrite=True)
+    if params is not None:
+        save_model(
+            folder / "model",
+            config=model.config,
+            params=params,
+            tokenizer=model.tokenizer,
+            generation=model.generation,
+            provenance={"base": config.model, "data": list(config.data), "method": config.method, "seed": config.seed},
             overwrite=True,
         )
-        if not config.merge:
-            return
-        params = lora.merge(model.params, lora.apply_config(trained, config.lora))
-    save_model(
-        folder / "model",
-        config=model.config,
-        params=params,
-        tokenizer=model.tokenizer,
-        generation=model.generation,
-        provenance={"base": config.model, "data": list(config.data), "method": config.method, "seed": config.seed},
-        overwrite=True,
-    )

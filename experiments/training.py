@@ -32,6 +32,9 @@ from internjax.train.tracking import Run, TrackingConfig, completed, open_run, r
 _NOT_THE_RUN = ("run", "fresh", "preflight", "dry_run", "profile")
 """Fields of a config that may differ when a run is resumed: what is trained does not depend on them."""
 
+_LONGEST_EXPORT = 6 * 3600.0
+"""Seconds that the other processes wait while process 0 writes the model; one that dies ends the job at once."""
+
 
 class Settings(Protocol):
     """The fields that the configs of both have in common."""
@@ -165,7 +168,10 @@ def run_training(config: Settings, task: Task, run: Run, state, step, callbacks:
 
 
 def exported(params: dict) -> dict | None:
-    """Returns parameters that lie on other hosts' devices as NumPy arrays, on process 0; elsewhere None."""
+    """Returns parameters that lie on other hosts' devices as arrays of this host's CPU, on process 0; elsewhere None.
+
+    What comes after it is on that one device.
+    """
     if processes.count() == 1:
         return params
 
@@ -177,7 +183,10 @@ def exported(params: dict) -> dict | None:
     # One leaf after the other: a device never holds more than one of them whole.
     leaves, tree = jax.tree.flatten(params)
     arrays = [whole(leaf) for leaf in leaves]
-    return jax.tree.unflatten(tree, arrays) if processes.index() == 0 else None
+    if processes.index() != 0:
+        return None
+    here = sharding.make_mesh(MeshConfig(fsdp=1), jax.local_devices(backend="cpu")[:1])
+    return jax.device_put(jax.tree.unflatten(tree, arrays), sharding.replicated(here))
 
 
 def opened(config: Settings, folder: Path, *, begun: float | None = None) -> Run:
@@ -187,14 +196,19 @@ def opened(config: Settings, folder: Path, *, begun: float | None = None) -> Run
 
 
 def ended(run: Run, values: dict[str, Any]) -> Trained:
-    """Marks a run as complete, with its summary and `values`, and writes its page; process 0 of a job does."""
-    if processes.index() != 0:
-        return Trained(run.folder, values)
-    summary = summary_of(run.folder) | values
-    run.complete(summary)
-    run.close()
-    print(f"{write_page(run.folder)} shows the run")
-    return Trained(run.folder, summary)
+    """Marks a run as complete, with its summary and `values`, and writes its page.
+
+    Process 0 of a job does. The others wait for it: what is started next may read the run.
+    """
+
+    def complete() -> dict[str, Any]:
+        summary = summary_of(run.folder) | values
+        run.complete(summary)
+        run.close()
+        print(f"{write_page(run.folder)} shows the run")
+        return completed(run.folder)
+
+    return Trained(run.folder, processes.first("run ended", complete, timeout=_LONGEST_EXPORT))
 
 
 def keep(checked: Report | None, folder: Path) -> None:

@@ -167,7 +167,7 @@ def _called(due: Sequence[Every], state: TrainState, index: int, step: Step, wat
 def _resumed(state: TrainState, checkpoints: Checkpoints | None, tracker: Run | None, watch: Watch) -> TrainState:
     """Returns the newest good checkpoint, or `state` where there is none; cuts the metrics to its step."""
     seconds = None
-    if checkpoints is not None and latest(checkpoints.folder) is not None:
+    if checkpoints is not None and processes.first("newest", lambda: latest(checkpoints.folder)) is not None:
         started = time.perf_counter()
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         target = dataclasses.replace(target, frozen=state.frozen)

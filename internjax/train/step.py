@@ -297,8 +297,13 @@ def _place(tree: Any, axes: Any, mesh: Mesh | None) -> Any:
 
     def put(leaf):
         placed = getattr(leaf, "sharding", None)
-        stays = isinstance(placed, NamedSharding) and placed.mesh == mesh
-        return leaf if stays else jax.device_put(leaf, sharding.replicated(mesh))
+        if isinstance(placed, NamedSharding) and placed.mesh == mesh:
+            return leaf
+        everywhere = sharding.replicated(mesh)
+        if jax.process_count() > 1 and jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+            # JAX refuses to put typed keys on devices of other processes; a compiled identity does it.
+            return jax.jit(lambda key: key, out_shardings=everywhere)(leaf)
+        return jax.device_put(leaf, everywhere)
 
     return jax.tree.map(put, tree)
 

@@ -131,19 +131,6 @@ def run(folder: Path, plans: list[tuple[str, int]]) -> None:
         tracker.complete({})
 
 
-_device_put = jax.device_put
-
-
-def _put_keys_too(x, device=None, **how):
-    # JAX refuses to put typed keys on devices of other processes; a compiled identity does it.
-    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) and processes.count() > 1:
-        return jax.jit(lambda x: x, out_shardings=device)(x)
-    return _device_put(x, device, **how)
-
-
-jax.device_put = _put_keys_too
-
-
 def main() -> None:
     folder = Path(sys.argv[1])
     plans = [(how + ":0:0").split(":")[:3] for how in sys.argv[2:]]
