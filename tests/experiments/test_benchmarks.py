@@ -1,0 +1,132 @@
+"""The benchmarks of the training step, of attention and of meshes measure what they say, at sizes for a test."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from experiments.benchmarks import attention, scaling, train_step
+from internjax.model.config import INTERNLM2_1_8B, INTERNLM2_7B, ModelConfig
+from internjax.train import flops
+
+SMALL = ModelConfig(
+    vocab_size=64, d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, ffn_dim=32, dtype="float32"
+)
+
+
+# --- the training step -----------------------------------------------------------------------------------------------
+
+
+def test_contenders_get_equal_batches_of_equal_documents():
+    setting = train_step.Setting(SMALL, batch_size=3, seq_len=12, num_segments=4)
+    one, again, next_one = (train_step.batch_at(setting, position) for position in (5, 5, 6))
+    for leaf, other in zip(one, again, strict=True):
+        np.testing.assert_array_equal(leaf, other)
+    assert (one.tokens != next_one.tokens).any()
+    assert flops.segment_lengths(one.segments).tolist() == [3] * 4 * 3
+    np.testing.assert_array_equal(one.positions[0], [0, 1, 2] * 4)
+    np.testing.assert_array_equal(one.loss_mask[0], [1, 1, 0] * 4)  # no document predicts the next one's first token
+    np.testing.assert_array_equal(one.targets[:, :-1], one.tokens[:, 1:])
+    whole = train_step.batch_at(setting._replace(num_segments=1), 5)
+    assert whole.loss_mask.all() and (whole.segments == 1).all()
+
+
+def test_scanned_and_unrolled_layers_train_alike(tmp_path):
+    setting = train_step.Setting(SMALL, batch_size=2, seq_len=16, num_segments=2)
+    train_step.write_model(setting, tmp_path)
+    answers = {}
+    for name, unroll in (("scanned", False), ("unrolled", True)):
+        contender = train_step._internjax(setting, tmp_path, unroll=unroll)
+        answers[name] = {"losses": [contender.step(position) for position in range(2)]}
+        assert contender.peak_bytes() > 0
+    train_step._require_equal(answers, setting)
+    first, second = answers["scanned"]["losses"]
+    assert abs(first - np.log(64)) < 0.3 and first != second
+    np.testing.assert_allclose(answers["scanned"]["losses"], answers["unrolled"]["losses"], rtol=1e-5)
+
+
+def test_contenders_that_train_different_models_are_refused():
+    setting = train_step.Setting(SMALL, batch_size=1, seq_len=8)
+    first = {"scanned": {"losses": [4.1, 4.0]}, "torch-eager": {"losses": [4.1, 4.002]}}
+    with pytest.raises(SystemExit, match="do not train the same model.*4.002"):
+        train_step._require_equal(first, setting)
+    bfloat16 = setting._replace(model=dataclasses.replace(SMALL, dtype="bfloat16"))
+    train_step._require_equal(first, bfloat16)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def test_attention_is_measured_and_refusals_are_written(tmp_path, capsys, monkeypatch):
+    cell = attention.Cell(2, 12, 4, 2, 8, 3, "float32")
+    monkeypatch.setattr(attention, "CPU_CELLS", {"one": cell, "other": cell})
+    output = tmp_path / "attention.json"
+    attention.main(["--cells", "one", "--turns", "1", "--calls", "2", "--output", str(output)])
+    result = json.loads(output.read_text())
+    assert list(result["cells"]) == ["one"] and result["peak_flops"] is None
+    found = result["cells"]["one"]["back_ends"]
+    assert list(found) == ["xla", "chunked", "ring", "cudnn", "cudnn_packed"]
+    for backend in ("xla", "chunked", "ring"):
+        assert max(found[backend]["error"].values()) < 1e-5
+        by_hand = 4 * 8 * 4 * (2 * 3 * (4 * 5 // 2))  # 4 H N pairs: two rows of three documents of four tokens
+        for what, times in (("forward", 1), ("forward_backward", 3)):
+            figures = found[backend][what]
+            rate = times * by_hand / figures["median_seconds"] / 1e12
+            assert figures["tflops_per_second"] == pytest.approx(rate, abs=1e-4)
+            assert figures["temporary_bytes"] > 0 and figures["share_of_peak"] is None
+    for backend in ("cudnn", "cudnn_packed"):
+        assert "cpu platform" in found[backend]["refused"] and "forward" not in found[backend]
+    assert "cudnn_packed   refused: attention back end" in capsys.readouterr().out
+
+
+def test_a_back_end_that_computes_something_else_is_not_timed(monkeypatch):
+    real = attention._both
+    monkeypatch.setattr(
+        attention,
+        "_both",
+        lambda backend: lambda x: real(backend)(x if backend == "xla" else x._replace(segments=x.segments * 0 + 1)),
+    )
+    cell = attention.Cell(1, 8, 2, 1, 8, 2, "float32")
+    found = attention.measure(cell, ["xla", "chunked"], num_turns=1, calls=1)
+    assert "forward" in found["xla"] and found["chunked"]["failed"].startswith("differs from xla")
+    assert list(found["chunked"]) == ["failed"]
+
+
+def test_cells_of_a_gpu_have_the_heads_of_the_published_models():
+    assert len(attention.GPU_CELLS) == 8
+    for name, cell in attention.GPU_CELLS.items():
+        model = INTERNLM2_1_8B if name.startswith("1.8b") else INTERNLM2_7B
+        assert (cell.num_heads, cell.num_kv_heads, cell.head_dim) == (model.num_heads, model.num_kv_heads, 128)
+        assert cell.seq_len in (4096, 32768) and cell.num_documents == (4 if "packed" in name else 1)
+
+
+# --- meshes ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_mesh_fills_its_devices():
+    for count in scaling.COUNTS:
+        for name, layout in scaling.layouts(count).items():
+            assert np.prod(layout.mesh.shape(count)) == count, name
+            assert (layout.attention == "ring") == ("ring" in name)
+    assert list(scaling.layouts(1, "fsdp 4")) == ["one device"] and list(scaling.layouts(4, "fsdp")) == ["fsdp 4"]
+
+
+def test_meshes_that_lose_differently_are_refused():
+    scaling.require_equal({"one device": [3.0, 2.0], "fsdp 2": [3.0001, 2.0]})
+    for wrong in (2.001, float("nan")):
+        with pytest.raises(SystemExit, match="losses differ from those of one device.*'tensor 2'"):
+            scaling.require_equal({"one device": [3.0, 2.0], "tensor 2": [3.0, wrong]})
+
+
+def test_one_and_two_devices_are_compared(tmp_path):
+    output = tmp_path / "scaling.json"
+    sizes = ["--counts", "2", "--meshes", "fsdp 2", "--rows", "2", "--seq-len", "8", "--blocks", "1", "--steps", "1"]
+    scaling.main([*sizes, "--output", str(output)])
+    result = json.loads(output.read_text())
+    one, two = result["meshes"]["one device"], result["meshes"]["fsdp 2"]
+    assert list(result["meshes"]) == ["one device", "fsdp 2"] and "no speed-up" in result["what"]
+    assert (one["devices"], two["devices"], one["overhead"]) == (1, 2, 1.0)
+    assert two["overhead"] == pytest.approx(two["median_seconds"] / one["median_seconds"], rel=1e-2)
+    assert len(one["first_losses"]) == scaling.NUM_CHECKED
+    np.testing.assert_allclose(two["first_losses"], one["first_losses"], atol=scaling.TOLERANCE)
