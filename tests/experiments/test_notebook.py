@@ -66,7 +66,9 @@ def training(said, pages, work):
     (page,) = pages
     assert "srcdoc=" in page and "Where the time went" in page and "steps done twice" in page
     # What is read out of the model is what it computed, and nothing crosses documents.
-    assert re.search(r"layers\.attention\.query +\(3, 1, \d+, 64\) -> \(3, 1, \d+, 64\)", said)
+    assert re.search(r"attention\.query +\(3, 1, \d+, 64\)\n", said) and re.search(r"stream +\(4, 1, \d+, 64\)\n", said)
+    (apart,) = numbers(r"the logits behind the last layer are the decoder's, within (\S+)", said)
+    assert apart < 1e-4
     (error,), (across, merged) = numbers(r"the model computed, within (\S+),", said), numbers(ACROSS, said)
     assert error < 1e-5 and across == 0 and merged > 0.05
     assert "not one bit of the second one's logits differs" in said
@@ -74,7 +76,7 @@ def training(said, pages, work):
     without, with_it = numbers(r"(\S+) without the term, (\S+) with it", said)
     own = read_rows(work / "own" / "metrics.jsonl")
     assert with_it < without and all("log_z_squared" in row for row in own)
-    assert [row["step"] for row in own if "stream/3" in row] == list(range(20, 121, 20))
+    assert [row["step"] for row in own if "stream/3" in row] == list(range(10, 121, 10))
 
 
 STARTS = r"(\d+) starts, from steps \[0, 50, (\d+)\]; (\d+) steps were done twice"
