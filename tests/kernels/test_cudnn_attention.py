@@ -16,10 +16,12 @@ from internjax import sharding
 from internjax.kernels import attention as attention_module
 from internjax.kernels import cudnn_attention as module
 from internjax.kernels.attention import attention, check
-from internjax.model.config import TINY
+from internjax.model import decoder
+from internjax.model.config import TINY, ModelConfig
 from internjax.sharding import MeshConfig, make_mesh
 from internjax.train import preflight
 from internjax.train.batch import Batch
+from internjax.train.losses import next_token
 from internjax.train.memory import Job
 
 B, T, N, K, H, M = 4, 24, 4, 2, 8, 5
@@ -311,6 +313,29 @@ def test_rows_that_the_kernel_cannot_see_right_are_nan(stand_in):
         k_segments_BS=np.ones_like(segments[:B]), backend="cudnn_packed",
     )  # fmt: skip
     assert np.isnan(np.asarray(out)[:3]).all()
+
+
+def test_a_model_trains_with_it_on_a_mesh(stand_in):
+    """Inside scanned, recomputed and sharded layers: loss and gradients are those of the reference, up to rounding."""
+    config = ModelConfig(
+        vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=16, remat="dots"
+    )
+    params = jax.jit(functools.partial(decoder.init, config))(jax.random.key(0))
+    segments, positions = packed(ROWS)
+    tokens = np.random.default_rng(0).integers(1, 32, (B, T), np.int32)
+    batch = Batch(tokens, np.roll(tokens, -1, 1), (segments != 0).astype(np.float32), positions, segments)
+
+    def value_and_gradients(backend):
+        loss = next_token(dataclasses.replace(config, attention=backend), chunk_size=8)
+        run = jax.value_and_grad(lambda params, batch: loss(params, None, batch, jax.random.key(0)).total)
+        return jax.device_get(jax.jit(run)(params, batch))
+
+    wanted, wanted_grads = value_and_gradients("xla")
+    with sharding.use(make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])):
+        given, grads = value_and_gradients("cudnn_packed")
+    assert abs(given / wanted - 1) < 2e-3
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted_grads), strict=True):
+        assert np.linalg.norm(one - other) < 0.05 * np.linalg.norm(other)
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
