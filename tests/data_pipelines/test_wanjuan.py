@@ -156,7 +156,7 @@ def test_a_repository_folder_becomes_one_markdown_text(tmp_path):
 def test_the_readme_holds(tmp_path, monkeypatch, capsys):
     readme = (Path(wanjuan.__file__).parent / "README.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"```sh\npython -m data_pipelines\.wanjuan (.*)\n```", readme)
-    (program,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    program = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
     (tmp_path / "notes.jsonl").write_text(json.dumps({"text": GOOD}) + "\n")
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "area.py").write_text(FUNCTION)

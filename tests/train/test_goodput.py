@@ -12,7 +12,7 @@ import pytest
 from internjax.train.goodput import Goodput, goodput
 from internjax.train.tracking import read_rows
 
-PROGRAM = Path(__file__).with_name("killed_run.py")
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def step(at, number, seconds, *, steps=1, wait=0.0):
@@ -85,8 +85,9 @@ def test_nothing_ran():
 @pytest.mark.slow
 def test_a_killed_run_tells_what_it_lost(tmp_path):
     def start(how):
-        environment = os.environ | {"PYTHONPATH": str(PROGRAM.parent.parent.parent), "WANDB_MODE": "disabled"}
-        command = [sys.executable, str(PROGRAM), str(tmp_path / "run"), how]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
+        program = "import sys; from tests.train import killed_run; killed_run.run(*sys.argv[1:])"
+        command = [sys.executable, "-c", program, str(tmp_path / "run"), how, str(tmp_path / "said")]
         return subprocess.run(command, env=environment, timeout=120).returncode
 
     assert start("step:24") == -signal.SIGKILL
