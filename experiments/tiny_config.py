@@ -10,7 +10,7 @@ from internjax.train.optimizer import AdamW, Cosine
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
-    """The numbers of the chain; `python -m experiments.benchmarks.tiny_sweep` compares them with others."""
+    """The numbers of the chain; benchmarks/results/tiny_sweep.json compares them with others at equal training time."""
 
     run: str = "tiny"
     """Folder of the chain: a path, or a name under runs/."""

@@ -1,4 +1,4 @@
-"""Environment of every test, set before jax is imported: 8 fake CPU devices, quick compilation and its cache, no network, no telemetry.
+"""Environment of every test, set before jax is imported: 8 fake CPU devices, quick compilation, no network.
 
 A variable that is already set wins, so `JAX_PLATFORMS=cuda,cpu pytest -m gpu` reaches the GPU.
 """
