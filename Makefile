@@ -94,7 +94,7 @@ quickstart: setup  ## the whole chain on a tiny model in minutes; DATA=my.jsonl 
 	@$(PY) -m experiments.tiny $(if $(DATA),--data "$$DATA")
 
 test: setup  ## all tests (TESTS=tests/model for a part, WORKERS=2 processes)
-	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --durations 15 $(TESTS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15 $(TESTS)
 
 test-gpu: setup  ## the tests that need an NVIDIA GPU, after `make setup-gpu`
 	@JAX_PLATFORMS=cuda,cpu $(PY) -m pytest -m gpu $(TESTS)

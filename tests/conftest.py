@@ -33,6 +33,12 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 
+def pytest_collection_modifyitems(items):
+    """Puts files with slow tests first: a worker that began one of them last would leave the others waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def free_programs():
     """Drops compiled programs after each file: each holds memory maps, and a process may have some 65,000 of them."""

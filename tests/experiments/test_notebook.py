@@ -23,6 +23,8 @@ def executed(notebook, cells, folder, tmp_path):
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     # As a person's: one device, figures in the page; what a notebook writes goes where pytest clears it away.
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "MPLBACKEND")}
+    # Compiled like the tests around them: most of the time goes there.
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     client.execute(env=environment | {"TMPDIR": str(tmp_path), "WANDB_MODE": "disabled"})
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 

@@ -96,10 +96,10 @@ def test_a_killed_run_tells_what_it_lost(tmp_path):
     rows = read_rows(tmp_path / "run" / "timing.jsonl")
     spent = goodput(rows)
     assert json.loads((tmp_path / "run" / "goodput.json").read_text()) == spent.to_json()
-    # The checkpoint of step 10 was whole for sure, that of step 20 may have been: what came after was done twice.
+    # The checkpoint of step 15 was whole for sure, that of step 20 may have been: what came after was done twice.
     _, again_from = (row["step"] for row in rows if row.get("event") == "start")
     num_lost = 24 - again_from
-    assert again_from in (10, 20) and spent.num_starts == 2 and spent.num_lost_steps == num_lost
+    assert again_from in (15, 20) and spent.num_starts == 2 and spent.num_lost_steps == num_lost
     twice = [row["seconds"] for row in rows if "event" not in row and again_from < row["step"] <= 24]
     assert len(twice) == num_lost + num_lost - 1  # the first of the second time compiled
     assert spent.lost == pytest.approx(sum(twice[:num_lost]), abs=1e-6)
