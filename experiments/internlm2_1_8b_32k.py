@@ -16,20 +16,11 @@ from experiments import internlm2_7b_32k
 from experiments.command_line import launch
 from experiments.stages import pretrain
 
-_SECOND = internlm2_7b_32k.CONFIG.model
-
 CONFIG = replace(
     internlm2_7b_32k.CONFIG,
     run="internlm2_1_8b_32k",
     init="internlm2_1_8b@500000",
-    model=replace(
-        parent.CONFIG.model,
-        rope_theta=_SECOND.rope_theta,
-        rope_scaling=_SECOND.rope_scaling,
-        max_position_embeddings=_SECOND.max_position_embeddings,
-        remat=_SECOND.remat,
-        attention=_SECOND.attention,
-    ),
+    model=internlm2_7b_32k.lengthened(parent.CONFIG.model),
     accumulate=32,
 )
 

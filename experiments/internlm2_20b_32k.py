@@ -19,20 +19,11 @@ from experiments.command_line import launch
 from experiments.stages import pretrain
 from internjax.sharding import MeshConfig
 
-_SECOND = internlm2_7b_32k.CONFIG.model
-
 CONFIG = replace(
     internlm2_7b_32k.CONFIG,
     run="internlm2_20b_32k",
     init="internlm2_20b@400000",
-    model=replace(
-        parent.CONFIG.model,
-        rope_theta=_SECOND.rope_theta,
-        rope_scaling=_SECOND.rope_scaling,
-        max_position_embeddings=_SECOND.max_position_embeddings,
-        remat=_SECOND.remat,
-        attention=_SECOND.attention,
-    ),
+    model=internlm2_7b_32k.lengthened(parent.CONFIG.model),
     data=replace(internlm2_7b_32k.CONFIG.data, batch_size=160),
     num_steps=40_000,
     accumulate=20,

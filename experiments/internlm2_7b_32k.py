@@ -20,24 +20,30 @@ from dataclasses import replace
 from experiments import internlm2_7b as parent
 from experiments.command_line import launch
 from experiments.stages import pretrain
-from internjax.model.config import INTERNLM2_7B
+from internjax.model.config import INTERNLM2_7B, ModelConfig
 from internjax.sharding import MeshConfig
 from internjax.train.optimizer import Constant
 
 _FIRST = parent.CONFIG
 
-CONFIG = replace(
-    _FIRST,
-    run="internlm2_7b_32k",
-    init="internlm2_7b@500000",
-    model=replace(
-        _FIRST.model,
+
+def lengthened(model: ModelConfig) -> ModelConfig:
+    """Returns a first phase's `model` for this phase: rotary base and limits of the releases, rows cut by a ring."""
+    return replace(
+        model,
         rope_theta=INTERNLM2_7B.rope_theta,
         rope_scaling=INTERNLM2_7B.rope_scaling,
         max_position_embeddings=32_768,
         remat="full",
         attention="ring",
-    ),
+    )
+
+
+CONFIG = replace(
+    _FIRST,
+    run="internlm2_7b_32k",
+    init="internlm2_7b@500000",
+    model=lengthened(_FIRST.model),
     data=replace(
         _FIRST.data, batch_size=128, seq_len=32_768, weight=(0.5, 0.5), min_tokens=(0, 4097), max_tokens=(4096, 0)
     ),
