@@ -21,35 +21,10 @@ from internjax.kernels.paged_attention import paged_attention
 from internjax.model import rope
 from internjax.model.cache import KVCache, write
 from internjax.model.config import ModelConfig
+from internjax.model.linear import Linear
 from internjax.model.lora import Lora
-from internjax.model.quantize import QuantArray, matmul
+from internjax.model.quantize import QuantArray
 from internjax.sharding import axis_size, constrain, partition_spec, unconstrained
-
-
-class Linear(nn.Module):
-    """x W (+ adapter). Reads its kernel as a variable, so that a QuantArray may stand in its place."""
-
-    features: int
-    axes: tuple[str, str]
-    config: ModelConfig
-    lora_scale: float = 0.0
-    lora_dropout: float = 0.0
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.is_initializing():
-            kernel_init = nn.with_logical_partitioning(nn.initializers.normal(self.config.initializer_range), self.axes)
-            shape = (x.shape[-1], self.features)
-            kernel = self.param("kernel", kernel_init, shape, jnp.dtype(self.config.param_dtype))
-        else:
-            kernel = self.get_variable("params", "kernel")
-        y = matmul(x, kernel)
-        if self.has_variable("lora", "a"):
-            a, b = (self.get_variable("lora", name).astype(x.dtype) for name in ("a", "b"))
-            if self.lora_dropout and self.has_rng("dropout"):
-                x = nn.Dropout(self.lora_dropout, deterministic=False)(x)
-            y += self.lora_scale * ((x @ a) @ b)
-        return y
 
 
 class Norm(nn.Module):

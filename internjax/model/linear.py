@@ -1,0 +1,34 @@
+"""The one linear layer of the decoder: a kernel, quantised or not, and what stands beside it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from internjax.model.config import ModelConfig
+from internjax.model.quantize import matmul
+
+
+class Linear(nn.Module):
+    """x W (+ adapter). Reads its kernel as a variable, so that a QuantArray may stand in its place."""
+
+    features: int
+    axes: tuple[str, str]
+    config: ModelConfig
+    lora_scale: float = 0.0
+    lora_dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.is_initializing():
+            kernel_init = nn.with_logical_partitioning(nn.initializers.normal(self.config.initializer_range), self.axes)
+            shape = (x.shape[-1], self.features)
+            kernel = self.param("kernel", kernel_init, shape, jnp.dtype(self.config.param_dtype))
+        else:
+            kernel = self.get_variable("params", "kernel")
+        y = matmul(x, kernel)
+        if self.has_variable("lora", "a"):
+            a, b = (self.get_variable("lora", name).astype(x.dtype) for name in ("a", "b"))
+            if self.lora_dropout and self.has_rng("dropout"):
+                x = nn.Dropout(self.lora_dropout, deterministic=False)(x)
+            y += self.lora_scale * ((x @ a) @ b)
+        return y
