@@ -9,11 +9,12 @@ from internjax.model.quantize import matmul
 
 
 class Linear(nn.Module):
-    """x W (+ adapter). Reads its kernel as a variable, so that a QuantArray may stand in its place."""
+    """x W (+ bias) (+ adapter). Reads its kernel as a variable, so that a QuantArray may stand in its place."""
 
     features: int
     axes: tuple[str, str]
     config: ModelConfig
+    use_bias: bool = False
     lora_scale: float = 0.0
     lora_dropout: float = 0.0
 
@@ -26,6 +27,9 @@ class Linear(nn.Module):
         else:
             kernel = self.get_variable("params", "kernel")
         y = matmul(x, kernel)
+        if self.use_bias:
+            bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            y += self.param("bias", bias_init, (self.features,), jnp.dtype(self.config.param_dtype)).astype(y.dtype)
         if self.has_variable("lora", "a"):
             a, b = (self.get_variable("lora", name).astype(x.dtype) for name in ("a", "b"))
             if self.lora_dropout and self.has_rng("dropout"):
