@@ -17,7 +17,7 @@ import dataclasses
 from dataclasses import replace
 
 from experiments.command_line import launch
-from experiments.stages import Pretrain, TokenData, pretrain
+from experiments.pretraining import Pretrain, TokenData, pretrain
 from experiments.training import Trained
 from internjax.hf.families import family_of
 from internjax.hf.resolve import ABOUT, read_json, resolve

@@ -9,7 +9,7 @@ Time: depends on model and data
 """
 
 from experiments.command_line import launch
-from experiments.stages import Finetune, finetune
+from experiments.finetuning import Finetune, finetune
 
 CONFIG = Finetune()
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from experiments import internlm2_1_8b as parent
 from experiments import internlm2_7b_32k
 from experiments.command_line import launch
-from experiments.stages import pretrain
+from experiments.pretraining import pretrain
 
 CONFIG = replace(
     internlm2_7b_32k.CONFIG,

@@ -15,7 +15,7 @@ from dataclasses import replace
 from experiments import internlm2_1_8b_32k as parent
 from experiments import internlm2_7b_enhance
 from experiments.command_line import launch
-from experiments.stages import pretrain
+from experiments.pretraining import pretrain
 
 CONFIG = replace(
     internlm2_7b_enhance.CONFIG,

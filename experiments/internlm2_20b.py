@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from experiments import internlm2_7b
 from experiments.command_line import launch
-from experiments.stages import pretrain
+from experiments.pretraining import pretrain
 from internjax.model.config import INTERNLM2_20B
 from internjax.sharding import MeshConfig
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from experiments import internlm2_7b_32k
 from experiments import internlm2_20b as parent
 from experiments.command_line import launch
-from experiments.stages import pretrain
+from experiments.pretraining import pretrain
 from internjax.sharding import MeshConfig
 
 CONFIG = replace(

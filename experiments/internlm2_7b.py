@@ -16,7 +16,7 @@ Expected result: no run of this length yet, so no loss is given.
 from dataclasses import replace
 
 from experiments.command_line import launch
-from experiments.stages import Pretrain, TokenData, pretrain
+from experiments.pretraining import Pretrain, TokenData, pretrain
 from internjax.model.config import INTERNLM2_7B, NoScaling
 from internjax.train.checkpoint import CheckpointConfig
 from internjax.train.optimizer import AdamW, Cosine

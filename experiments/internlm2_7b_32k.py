@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from experiments import internlm2_7b as parent
 from experiments.command_line import launch
-from experiments.stages import pretrain
+from experiments.pretraining import pretrain
 from internjax.model.config import INTERNLM2_7B, ModelConfig
 from internjax.sharding import MeshConfig
 from internjax.train.optimizer import Constant

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from experiments import internlm2_7b_32k as parent
 from experiments.command_line import launch
-from experiments.stages import pretrain
+from experiments.pretraining import pretrain
 from internjax.train.optimizer import Cosine
 
 CONFIG = replace(

@@ -20,7 +20,7 @@ from dataclasses import replace
 from experiments.command_line import launch
 from experiments.continued_pretraining import CONFIG as PARENT
 from experiments.continued_pretraining import with_architecture
-from experiments.stages import Pretrain, pretrain
+from experiments.pretraining import Pretrain, pretrain
 from experiments.training import Trained
 from internjax.model.config import INTERNLM2_7B, DynamicNTK, ModelConfig, NoScaling
 from internjax.model.rope import ntk_theta

@@ -114,7 +114,8 @@ def _module(name: str) -> Any:
 
 def _config(name: str, rest: list[str]) -> Any:
     from experiments.command_line import parse
-    from experiments.stages import Finetune, Pretrain
+    from experiments.finetuning import Finetune
+    from experiments.pretraining import Pretrain
 
     config = _module(name).CONFIG
     if not isinstance(config, Pretrain | Finetune):
@@ -123,7 +124,7 @@ def _config(name: str, rest: list[str]) -> Any:
 
 
 def _planned(config: Any, options: argparse.Namespace) -> Planned:
-    from experiments.stages import Pretrain
+    from experiments.pretraining import Pretrain
     from internjax.train.memory import Job, Quantised
 
     quantised = None if options.quantise is None else Quantised(options.quantise, options.group)
@@ -163,7 +164,7 @@ def architecture(model: str) -> Any:
     """
     import jax.numpy as jnp
 
-    from experiments.stages import Pretrain
+    from experiments.pretraining import Pretrain
     from internjax.hf.families import family_of
     from internjax.hf.resolve import CONFIG, read_json, resolve
     from internjax.hf.weights import list_tensors

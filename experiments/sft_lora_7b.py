@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from experiments import finetune as parent
 from experiments.command_line import launch
-from experiments.stages import finetune
+from experiments.finetuning import finetune
 from internjax.model.lora import LoraConfig
 
 CONFIG = replace(

@@ -14,7 +14,7 @@ from data_pipelines.ledger import Ledger, save, summary
 from data_pipelines.loading import open_rows
 from data_pipelines.sources import Fact
 from eval.tasks.library import problems
-from experiments import library, stages
+from experiments import finetuning, library, pretraining
 from experiments.tiny_config import Skip, Tiny
 from internjax.text.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from internjax.train.checkpoint import CheckpointConfig
@@ -142,12 +142,12 @@ def tokenizer(config: Tiny, root: Path) -> dict[str, Any]:
     }
 
 
-def pretrain_config(config: Tiny, root: Path) -> stages.Pretrain:
+def pretrain_config(config: Tiny, root: Path) -> pretraining.Pretrain:
     """Returns the pre-training of the chain."""
-    return stages.Pretrain(
+    return pretraining.Pretrain(
         run=str(root / "pretrain"),
         model=config.model,
-        data=stages.TokenData(
+        data=pretraining.TokenData(
             folder=(str(root / "tokenizer" / "train"),),
             tokenizer=str(root / "tokenizer" / "hf"),
             batch_size=config.batch_size,
@@ -164,7 +164,7 @@ def pretrain_config(config: Tiny, root: Path) -> stages.Pretrain:
 
 def pretrain(config: Tiny, root: Path) -> dict[str, Any]:
     """Pre-trains from scratch on packed rows."""
-    return dict(stages.pretrain(pretrain_config(config, root)).summary)
+    return dict(pretraining.pretrain(pretrain_config(config, root)).summary)
 
 
 def seen_tokens(config: Tiny, root: Path) -> list[np.ndarray]:
@@ -187,8 +187,8 @@ def sft(config: Tiny, root: Path) -> dict[str, Any]:
     if config.data is not None and not _is_chat_file(config.data):
         raise Skip(f"{config.data} holds text, not conversations; a chat file (OpenAI, Alpaca, ...) feeds this stage")
     files = (config.data,) if config.data is not None else (str(_write_chats(config, root)),)
-    trained = stages.finetune(
-        stages.Finetune(
+    trained = finetuning.finetune(
+        finetuning.Finetune(
             run=str(root / "sft"),
             model=str(root / "pretrain"),
             data=files,

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.command_line import launch
-from experiments.stages import pretrain
+from experiments.pretraining import pretrain
 from experiments.tiny_config import Tiny
 from experiments.tiny_models import pretrain_config
 from internjax.train.optimizer import Cosine

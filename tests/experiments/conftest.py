@@ -5,7 +5,8 @@ import json
 import pytest
 
 from data_pipelines.tokens import text_documents, write_tokens
-from experiments.stages import Finetune, Pretrain, TokenData
+from experiments.finetuning import Finetune
+from experiments.pretraining import Pretrain, TokenData
 from internjax.model.config import ModelConfig
 from internjax.text.tokenizer import save_tokenizer, train_tokenizer
 from internjax.train.checkpoint import CheckpointConfig

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from experiments.callbacks import HeldOut, Prompts
 from experiments.command_line import guarded
-from experiments.stages import finetune, pretrain
+from experiments.finetuning import finetune
+from experiments.pretraining import pretrain
 from internjax.sharding import MeshConfig
 from tests.experiments.conftest import finetuning, pretraining
 

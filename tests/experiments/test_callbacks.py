@@ -12,8 +12,9 @@ from data_pipelines.tokens import TokenDocument, write_tokens
 from eval.model import local
 from eval.run import evaluate
 from eval.task import ChoiceItem, ChoiceTask, TextItem, TextTask
-from experiments import stages, training
+from experiments import training
 from experiments.callbacks import HeldOut, Prompts, evaluate_tasks, held_out_loss, sample_prompts
+from experiments.pretraining import pretrain
 from internjax import sharding
 from internjax.hf.open import open_model
 from internjax.model import decoder, lora
@@ -21,6 +22,7 @@ from internjax.model.config import ModelConfig
 from internjax.model.lora import LoraConfig
 from internjax.sharding import MeshConfig
 from internjax.text.tokenizer import Tokenizer, load_tokenizer
+from internjax.train.loop import Every
 from internjax.train.optimizer import AdamW, Constant, make_optimizer
 from internjax.train.step import init_state
 from internjax.train.tracking import TrackingConfig, open_run, read_rows
@@ -193,9 +195,9 @@ def test_a_resumed_run_writes_the_same_samples_and_measurements(corpus, tokenize
             callbacks = [
                 sample_prompts(Prompts(PROMPTS, every=4, max_new_tokens=4), SMALL, tokenizer, run=tracked),
                 held_out_loss(held_out, SMALL, tokenizer, batch_size=8, seq_len=32, mesh=mesh),
-                stages.Every(1, stop),
+                Every(1, stop),
             ]
-        return stages.pretrain(config, callbacks=callbacks)
+        return pretrain(config, callbacks=callbacks)
 
     def keep(folder, step, rows):
         (folder / "samples").mkdir(exist_ok=True)

@@ -35,7 +35,8 @@ from experiments import (
 )
 from experiments.__main__ import entries
 from experiments.command_line import guarded, launch, parse
-from experiments.stages import Finetune, Pretrain, pretrain
+from experiments.finetuning import Finetune
+from experiments.pretraining import Pretrain, pretrain
 from internjax import sharding
 from internjax.model import decoder, lora
 from internjax.model.config import INTERNLM2_7B, DynamicNTK

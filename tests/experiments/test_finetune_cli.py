@@ -20,7 +20,7 @@ import pytest
 
 from experiments import finetune as experiment
 from experiments.command_line import launch
-from experiments.stages import finetune
+from experiments.finetuning import finetune
 from internjax.hf.open import logits, open_model
 from internjax.hf.save import save_model
 from internjax.model import decoder

@@ -48,9 +48,7 @@ def the_tour(said, pages, work):
 
 def training(said, pages, work):
     # Shown before anything is trained.
-    assert (
-        said.index("one device holds") < said.index("ok      attention") < said.index("dry run") < said.index("1/60")
-    )
+    assert said.index("one device holds") < said.index("ok      attention") < said.index("dry run") < said.index("1/60")
     # Interrupted twice, and the same bytes as without.
     assert "interrupted: the metrics reach step 29; there are checkpoints of steps [12, 24]" in said
     assert "resumed from step 24" in said and "killed by SIGKILL" in said

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.callbacks import HeldOut
-from experiments.stages import pretrain
+from experiments.pretraining import pretrain
 from internjax.hf.open import open_model
 from internjax.train.tracking import completed, read_rows
 from tests.experiments.conftest import pretraining

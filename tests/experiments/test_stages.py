@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from data_pipelines.loading import batches, open_rows
-from experiments.stages import TokenData, chat_tokens, finetune, pretrain
+from experiments.finetuning import chat_tokens, finetune
+from experiments.pretraining import TokenData, pretrain
 from internjax import sharding
 from internjax.hf.adapter import load_adapter
 from internjax.hf.open import logits, open_model
