@@ -24,11 +24,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from internjax import sharding
 from internjax.sharding import OptimizerState
+from internjax.train import loss_scale
 from internjax.train.losses import Loss, LossOutput
 from internjax.train.moments import beside
 from internjax.train.optimizer import global_norm
 
-STEP_METRICS = ("loss", "grad_norm", "learning_rate", "weight", "finite")
+STEP_METRICS = ("loss", "grad_norm", "learning_rate", "weight", "finite", "loss_scale", "num_overflows")
 """Names that the step itself reports; a loss may not use them for its own metrics."""
 
 
@@ -201,6 +202,10 @@ class Step:
     the loss's own. `finite` False means that the loss or a gradient was not finite and that the update was left out:
     trainable and opt_state are as before, while step and data_position have moved on. `num_traces` counts how often
     the step was traced: 1 in a healthy run.
+
+    An optimizer with a loss scale (train.loss_scale) adds loss_scale, the one this step used, and num_overflows, the
+    run's steps that were left out because a scaled gradient overflowed. Such a step is `finite`: only its grad_norm is
+    not, and all that changed is the scale.
     """
 
     def __init__(self, loss: Loss, optimizer: optax.GradientTransformation, *, accumulate: int, mesh: Mesh | None):
@@ -249,11 +254,19 @@ class Step:
         self.num_traces += 1
         rng = jax.random.fold_in(state.rng, state.step)
         sums, grads = _summed_gradients(
-            self._loss, state.trainable, frozen, batch, rng, num_parts=self._accumulate, place=self._place
+            self._loss,
+            state.trainable,
+            frozen,
+            batch,
+            rng,
+            num_parts=self._accumulate,
+            place=self._place,
+            scale=loss_scale.scale_of(state.opt_state),
         )
         grads = jax.tree.map(lambda g: g / sums.weight, grads)
         loss, grad_norm = sums.total / sums.weight, global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        overflow = loss_scale.overflowed(state.opt_state, loss, grad_norm)
 
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.trainable)
         # On the gradients' shards still: where those are smaller than the parameters', the result is gathered once.
@@ -261,7 +274,9 @@ class Step:
         trainable, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
         )
-        metrics = {"loss": loss, "grad_norm": grad_norm, "weight": sums.weight, "finite": finite}
+        opt_state = loss_scale.adjusted(opt_state, updated=finite, overflow=overflow)
+        metrics = {"loss": loss, "grad_norm": grad_norm, "weight": sums.weight, "finite": finite | overflow}
+        metrics |= loss_scale.metrics(state.opt_state, opt_state)
         rate = optax.tree_utils.tree_get(opt_state, "learning_rate")
         metrics |= {} if rate is None else {"learning_rate": rate}
         metrics |= {name: value / sums.weight for name, value in sums.metrics.items()}
@@ -309,11 +324,12 @@ def _place(tree: Any, axes: Any, mesh: Mesh | None) -> Any:
 
 
 def _summed_gradients(
-    loss: Loss, trainable, frozen, batch, rng, *, num_parts: int, place: Callable[[Any], Any]
+    loss: Loss, trainable, frozen, batch, rng, *, num_parts: int, place: Callable[[Any], Any], scale: jax.Array | None
 ) -> tuple[LossOutput, Any]:
     """Returns the summed LossOutput of the batch and the float32 gradient of its total, part after part.
 
-    `place` puts gradients where they live: each part's are added up over devices into shards at once.
+    `place` puts gradients where they live: each part's are added up over devices into shards at once. With `scale` it
+    is scale x the part's mean loss that is differentiated: a sum over tokens would overflow float16 at any scale.
     """
 
     def part_gradients(part, key):
@@ -323,10 +339,14 @@ def _summed_gradients(
             if taken:
                 raise ValueError(f"the loss names its metrics {taken}, which the step reports itself; rename them")
             out = LossOutput(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tuple(out)))
-            return out.total, out
+            factor = (
+                None if scale is None else jax.lax.stop_gradient(scale / jnp.where(out.weight > 0, out.weight, 1.0))
+            )
+            return out.total if factor is None else out.total * factor, (out, factor)
 
-        grads, out = jax.grad(total, has_aux=True)(trainable)
-        return out, jax.tree.map(lambda g: g.astype(jnp.float32), place(grads))
+        grads, (out, factor) = jax.grad(total, has_aux=True)(trainable)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), place(grads))
+        return out, grads if factor is None else jax.tree.map(lambda g: g / factor, grads)
 
     if num_parts == 1:
         return part_gradients(batch, jax.random.fold_in(rng, 0))

@@ -147,7 +147,8 @@ KINDS = {
     "NVIDIA L40S": 362e12,
     "a100-40": 312e12,
     "cpu": None,
-    "Tesla T4": None,
+    "Tesla T4": 65e12,
+    "Tesla K80": None,
 }
 
 
@@ -161,7 +162,8 @@ def test_devices_are_found_by_kind_and_by_name():
     found = {kind: devices.find(kind) for kind in KINDS}
     names = [device.name if device else None for device in found.values()]
     assert names == [
-        "h100", "h100-pcie", "h200", "gh200", "a100-80", "a100-40", "a100-40", "4090", "l40s", "a100-40", None, None,
+        "h100", "h100-pcie", "h200", "gh200", "a100-80", "a100-40", "a100-40", "4090", "l40s", "a100-40", None, "t4",
+        None,
     ]  # fmt: skip
     assert devices.named("H200") is devices.find("NVIDIA H200")
     with pytest.raises(ValueError, match=r"unknown device 'h300'; known: b200, .*4090"):
