@@ -4,6 +4,7 @@
     python -m experiments.plan sft_lora_7b --model internlm2_7b --device 4090 --devices 1 --batch-size 1 --accumulate 16
     python -m experiments.plan internlm2_1_8b --devices 8 --device h200 --meshes 10 --json plan.json
     python -m experiments.plan internlm2_7b --devices 16 --rlhf --device h100
+    python -m experiments.plan --recipes --device 3090
 
 What is not an option of the plan is a field of the experiment, as on its own command line. Nothing is allocated and no
 device is needed. Exit code: 0 when it fits (or no device is named), 1 when it does not, 2 for a mistake.
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quantise", choices=("int8", "int4", "nf4"), help="frozen kernels in few bits (QLoRA)")
     parser.add_argument("--group", type=int, default=64, help="input rows that share a scale with --quantise")
     parser.add_argument("--meshes", type=int, default=5, help="how many meshes worth trying to list; 0: none")
+    parser.add_argument("--recipes", action="store_true", help="say which experiments fit --devices (1) of --device")
     parser.add_argument("--rlhf", action="store_true", help="plan PPO's four models of this size instead")
     parser.add_argument("--prompt-length", type=int, default=512, help="tokens of a prompt with --rlhf")
     parser.add_argument("--compile", action="store_true", help="compile the step for as many CPU devices, as a check")
@@ -68,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     from internjax.train import devices, plan
 
+    if options.recipes:
+        return _recipes(options, rest)
     if options.help or options.experiment is None:
         _parser().print_help()
         if options.experiment is None:
@@ -75,8 +79,8 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
             return 0 if options.help else 2
         rest = ["--help"]
     config = _config(options.experiment, rest)
-    planned = _planned(config, options)
     device = None if options.device is None else devices.named(options.device)
+    planned = _planned(config, options, device)
     given = {"efficiency": options.efficiency, "memory_share": options.memory_share}
     how = {name: value for name, value in given.items() if value is not None}
     if options.rlhf:
@@ -96,6 +100,18 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.json is not None:
         _write(options.json, found, planned, others, compiled)
     return 1 if found.fits is False else 0
+
+
+def _recipes(options: argparse.Namespace, rest: list[str]) -> int:
+    from experiments import plan_recipes
+    from internjax.train import devices
+
+    if options.experiment is not None or rest or options.device is None:
+        given = " ".join(filter(None, (options.experiment, *rest))) or "no --device"
+        raise ValueError(f"--recipes goes with a --device and plans all experiments as they are; given {given}")
+    device, num_devices = devices.named(options.device), options.devices or 1
+    print(plan_recipes.table(device, num_devices=num_devices, memory_share=options.memory_share))
+    return 0
 
 
 def names() -> list[str]:
@@ -123,18 +139,31 @@ def _config(name: str, rest: list[str]) -> Any:
     return parse(config, rest)
 
 
-def _planned(config: Any, options: argparse.Namespace) -> Planned:
-    from experiments.pretraining import Pretrain
-    from internjax.train.memory import Job, Quantised
+def _planned(config: Any, options: argparse.Namespace, device: Any) -> Planned:
+    from internjax.train import devices
+    from internjax.train.memory import Quantised
 
     quantised = None if options.quantise is None else Quantised(options.quantise, options.group)
+    job = job_of(config, quantised=quantised)
+    if device is not None and (note := devices.dtype_note(device, job.model.dtype)):
+        print(note)
+        job = on_device(job, device)
+    tokens = options.tokens or (config.num_steps or 0) * job.batch_size * job.seq_len or None
+    return Planned(job, options.devices or _devices_of(config.mesh), tokens)
+
+
+def job_of(config: Any, *, quantised: Any = None) -> Any:
+    """Returns what a Pretrain or Finetune config trains; `quantised` says how QLoRA keeps its base."""
+    from experiments.pretraining import Pretrain
+    from internjax.train.memory import Job
+
     if isinstance(config, Pretrain):
         batch_size, seq_len, lora, model = config.data.batch_size, config.data.seq_len, None, config.model
     else:
         batch_size, seq_len = config.batch_size, config.seq_len
         lora = None if config.method == "full" else config.lora
         model = dataclasses.replace(architecture(config.model), remat=config.remat, attention=config.attention)
-    job = Job(
+    return Job(
         model=model,
         batch_size=batch_size,
         seq_len=seq_len,
@@ -144,8 +173,13 @@ def _planned(config: Any, options: argparse.Namespace) -> Planned:
         lora=lora,
         quantised=quantised,
     )
-    tokens = options.tokens or (config.num_steps or 0) * batch_size * seq_len or None
-    return Planned(job, options.devices or _devices_of(config.mesh), tokens)
+
+
+def on_device(job: Any, device: Any) -> Any:
+    """Returns the job in the dtype that the device computes in."""
+    from internjax.train.devices import compute_dtype
+
+    return dataclasses.replace(job, model=dataclasses.replace(job.model, dtype=compute_dtype(device, job.model.dtype)))
 
 
 def _devices_of(mesh: Any) -> int:

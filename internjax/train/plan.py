@@ -21,8 +21,8 @@ from internjax.model.config import num_matmul_params, num_params
 from internjax.model.lora import LoraConfig
 from internjax.sharding import MESH_AXES
 from internjax.train import flops, memory
-from internjax.train.devices import GIB, Device
-from internjax.train.memory import Held, Job, Memory
+from internjax.train.devices import GIB, Device, attention_problem
+from internjax.train.memory import Held, Job, Memory, Quantised
 
 EFFICIENCY = 0.5
 """Share of the peak that products reach when nothing waits, recomputation included; published runs of 7B on 8 H100 in
@@ -96,9 +96,11 @@ def make_plan(
     efficiency: float = EFFICIENCY,
     memory_share: float = MEMORY_SHARE,
 ) -> Plan:
-    """Returns the plan of a job; allocates nothing. Raises ValueError where mesh, model and batch clash."""
+    """Returns the plan of a job; allocates nothing. Raises ValueError where mesh, model, batch and device clash."""
     if not (0 < efficiency <= 1 and 0 < memory_share <= 1):
         raise ValueError(f"efficiency and memory_share lie in (0, 1]; given {efficiency} and {memory_share}")
+    if device is not None and (problem := attention_problem(device, job.model.attention)):
+        raise ValueError(problem)
     shape = job.mesh.shape(num_devices)
     have = memory.held(job, shape)
     estimated = memory.estimate(job, shape, have)
@@ -311,7 +313,8 @@ def describe(plan: Plan) -> str:
     lines += [
         f"{num_params(job.model):,} parameters, {job.method}, {plan.num_devices} x {name} ({size})",
         f"batch {job.batch_size} x {job.seq_len} = {plan.tokens_per_step:,} tokens per step, {job.accumulate} "
-        f"micro-batches of {rows} rows per device; remat {job.model.remat}, attention {job.model.attention}",
+        f"micro-batches of {rows} rows per device; {job.model.dtype}, remat {job.model.remat}, attention "
+        f"{job.model.attention}",
         "",
         f"{'one device holds':34}{'GiB':>9}",
     ]
@@ -366,28 +369,54 @@ def verdict(plan: Plan) -> str:
     return f"does not fit: {have} per {plan.device.name}. {' '.join(remedies(plan))}"
 
 
+class Mended(NamedTuple):
+    """What makes a plan fit, and the bytes that one device then holds."""
+
+    changes: dict[str, str | int]
+    bytes: int
+
+
+def mended(plan: Plan) -> Mended | None:
+    """Returns the smallest change that makes a plan fit: recomputation, attention in chunks, more micro-batches, fewer
+    rows; no change for one that fits. Each was tried. None where not even one row per device fits."""
+    job, limit = plan.job, plan.limit
+    if limit is None or plan.fits:
+        return Mended({}, plan.memory.total)
+    changes = {"remat": "full"} if job.model.remat != "full" else {}
+    changes |= {"attention": "chunked"} if job.model.attention == "xla" else {}
+    for names in [{name: changes[name]} for name in changes] + [changes]:
+        tried = dataclasses.replace(job, model=dataclasses.replace(job.model, **names))
+        total = memory.estimate(tried, plan.shape).total
+        if names and total <= limit:
+            return Mended(names, total)
+    job = dataclasses.replace(job, model=dataclasses.replace(job.model, **changes))
+    fewest = _fewest_parts(job, plan.shape, limit)
+    if fewest is not None:
+        return Mended(changes | {"accumulate": fewest.accumulate}, memory.estimate(fewest, plan.shape).total)
+    if rows := largest_batch(job, plan.shape, limit):
+        fewer = dataclasses.replace(job, batch_size=rows)
+        return Mended(changes | {"batch size": rows}, memory.estimate(fewer, plan.shape).total)
+    return None
+
+
 def remedies(plan: Plan) -> list[str]:
     """Returns what makes a plan that does not fit fit; each was tried, and the first kind that helps is named."""
     job, limit = plan.job, plan.limit
     if limit is None or plan.fits:
         return []
-    changes = {"remat": "full"} if job.model.remat != "full" else {}
-    changes |= {"attention": "chunked"} if job.model.attention == "xla" else {}
-    for names in [{name: changes[name]} for name in changes] + [changes]:
-        tried = dataclasses.replace(job, model=dataclasses.replace(job.model, **names))
-        if names and memory.estimate(tried, plan.shape).total <= limit:
-            return [f"Fits with {_listed(names)}."]
-    job = dataclasses.replace(job, model=dataclasses.replace(job.model, **changes))
-    fewest = _fewest_parts(job, plan.shape, limit)
-    if fewest is not None:
-        return [f"Fits with {_listed(changes | {'accumulate': fewest.accumulate})}."]
-    if rows := largest_batch(job, plan.shape, limit):
-        return [f"Fits with {_listed(changes | {'batch size': rows})}."]
-    found = ["Not even one row per device fits: shard the state over more devices (--mesh)."]
-    adapters = dataclasses.replace(job, lora=LoraConfig())
+    if (found := mended(plan)) is not None:
+        return [f"Fits with {_listed(found.changes)}."]
+    said = ["Not even one row per device fits: shard the state over more devices (--mesh)."]
+    least = {"remat": "full", "attention": "chunked" if job.model.attention == "xla" else job.model.attention}
+    adapters = dataclasses.replace(
+        job, lora=job.lora or LoraConfig(), model=dataclasses.replace(job.model, **least), accumulate=1
+    )
     if job.lora is None and memory.estimate(adapters, plan.shape, rows=1).total <= limit:
-        found.append("Adapters (method lora) would fit.")
-    return found
+        return [*said, "Adapters (method lora) would fit."]
+    quantised = dataclasses.replace(adapters, quantised=Quantised())
+    if job.quantised is None and memory.estimate(quantised, plan.shape, rows=1).total <= limit:
+        said.append("Adapters over a base in four bits (method qlora) would fit.")
+    return said
 
 
 def _listed(changes: dict[str, str | int]) -> str:

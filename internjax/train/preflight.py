@@ -31,7 +31,7 @@ from internjax.kernels import cudnn_attention
 from internjax.kernels.attention import QUERY_CHUNK, attention
 from internjax.model import decoder
 from internjax.model.lora import apply_config, init_lora
-from internjax.train import memory, preview
+from internjax.train import devices, memory, preview
 from internjax.train.batch import Batch
 from internjax.train.devices import GIB
 from internjax.train.memory import Job
@@ -213,7 +213,21 @@ def memory_limit() -> int | None:
     return stats.get("bytes_limit")
 
 
-# --- attention and adapters ------------------------------------------------------------------------------------------
+# --- dtype, attention and adapters -----------------------------------------------------------------------------------
+
+
+def check_dtype(subject: Subject) -> str:
+    """Whether the device computes in the dtype that is asked for."""
+    device, dtype = jax.local_devices()[0], subject.job.model.dtype
+    if devices.compute_dtype(device, dtype) != dtype:
+        major, minor = devices.compute_capability(device)
+        raise ValueError(
+            f"{device.device_kind} (compute capability {major}.{minor}) has no bfloat16: every product would be "
+            "converted. Compute in float16 with a loss scale"
+        )
+    capability = devices.compute_capability(device)
+    about = "" if capability is None else f" (compute capability {capability[0]}.{capability[1]})"
+    return f"{device.device_kind}{about} computes in {dtype}"
 
 
 class _Probe(NamedTuple):
@@ -269,6 +283,8 @@ def _attend(probe: _Probe, positions_BT, segments_BT, *, backend: str):
 def check_attention(subject: Subject) -> str:
     """Whether the attention back end gives the reference's numbers on packed rows, forward and backward."""
     config = subject.job.model
+    if problem := devices.attention_problem(jax.local_devices()[0], config.attention):
+        raise ValueError(problem)
     if config.attention == "cudnn_packed":
         cudnn_attention.check_rows(subject.batch.segments)
     probe, positions_BT, segments_BT = _probe(subject)
@@ -463,6 +479,7 @@ def _attention_key(subject: Subject):
 CHECKS = (
     Check("mesh", check_mesh, key=lambda subject: subject.job),
     Check("memory", check_memory, key=lambda subject: (subject.job, memory_limit())),
+    Check("dtype", check_dtype),
     Check("attention", check_attention, key=_attention_key),
     Check("adapters", check_adapters, key=lambda subject: (subject.job.model, subject.job.lora, subject.seed)),
     Check("tokens", check_tokens),

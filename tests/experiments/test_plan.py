@@ -1,6 +1,7 @@
 """`python -m experiments.plan`: figures of shipped experiments, verdicts as exit codes, mistakes as messages."""
 
 import json
+import sys
 import time
 
 import jax
@@ -12,6 +13,7 @@ from internjax.model import decoder
 from internjax.model.config import INTERNLM2_7B, TINY
 from internjax.text.tokenizer import train_tokenizer
 
+NAMES = plan.names()
 TWENTY = ("internlm2_20b", "--devices", "64", "--device", "h100", "--mesh.fsdp", "16", "--mesh.tensor", "4")
 
 
@@ -86,6 +88,29 @@ def test_adapters_over_four_bits_by_the_name_of_a_size(capsys, tmp_path):
     assert roles["frozen parameters, quantised"] == kernels // 2 + kernels // 64 * 4 + 2 * rest
     assert "qlora, 1 x 4090" in capsys.readouterr().out
     assert plan.main(["sft_lora_7b", *arguments.split(), "--method", "full"]) == 1
+
+
+def test_a_card_without_bfloat16_computes_in_float16(capsys):
+    arguments = "--model internlm2_7b --device t4 --devices 1 --batch-size 1 --accumulate 1 --seq-len 512 --meshes 0"
+    plan.main(["sft_lora_7b", *arguments.split(), "--quantise", "nf4"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("t4 (compute capability 7.5) has no bfloat16: computed in float16, with a loss scale\n")
+    assert "float16, remat full" in printed
+
+
+def test_recipes_are_held_against_a_card(capsys, monkeypatch):
+    shipped = ("internlm2_1_8b", "sft_lora_7b", "tiny", "finetune")
+    monkeypatch.setattr(plan, "names", lambda: shipped if sys._getframe(1).f_code.co_name == "rows" else NAMES)
+    assert plan.main(["--recipes", "--device", "t4", "--memory-share", "1.0"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 x t4: 15.0 GiB, 15.0 of them for jax; compute capability 7.5, float16, 65 TFLOP/s" in printed
+    table = {line.split()[0]: line for line in printed.splitlines() if line.startswith(shipped)}
+    assert set(table) == {"internlm2_1_8b", "sft_lora_7b"}  # the others have no model of their own
+    assert table["sft_lora_7b"].split()[1:3] == ["lora", "no"] and "method qlora" in table["sft_lora_7b"]
+    assert table["internlm2_1_8b"].split()[1:3] == ["full", "no"]
+    assert plan.main(["--recipes", "--device", "3090"]) == 0
+    assert "sft_lora_7b               lora    yes" in capsys.readouterr().out
+    assert plan.main(["--recipes"]) == 2 and "--recipes goes with a --device" in capsys.readouterr().err
 
 
 def test_a_folder_is_read_without_its_weights(tmp_path, capsys):

@@ -238,6 +238,9 @@ def test_remedies_are_tried_before_they_are_named():
     alone = plan.make_plan(dataclasses.replace(job, batch_size=1), num_devices=1, device=H100)
     assert plan.remedies(alone)[0].startswith("Not even one row per device fits")
     assert plan.remedies(alone)[1] == "Adapters (method lora) would fit."
+    small = plan.make_plan(alone.job, num_devices=1, device=devices.named("3080"))
+    assert plan.mended(small) is None
+    assert plan.remedies(small)[1:] == ["Adapters over a base in four bits (method qlora) would fit."]
     assert plan.verdict(plan.make_plan(job, num_devices=8)).endswith("name a --device to hold it against")
 
 
@@ -267,6 +270,13 @@ def test_a_job_that_cannot_be_cut_is_refused(name):
     job, num_devices, said = REFUSED[name]
     with pytest.raises(ValueError, match=said):
         plan.make_plan(job, num_devices=num_devices)
+
+
+def test_a_device_is_refused_for_what_it_cannot_do():
+    fused = Job(dataclasses.replace(SMALL, attention="cudnn"), 8, 16)
+    with pytest.raises(ValueError, match="attention=cudnn needs compute capability 8.0 .* t4 has 7.5"):
+        plan.make_plan(fused, num_devices=1, device=devices.named("t4"))
+    assert plan.make_plan(fused, num_devices=1, device=devices.named("3060")).fits
 
 
 def test_impossible_values_are_refused():

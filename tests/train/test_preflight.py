@@ -104,6 +104,7 @@ def test_a_healthy_run_passes_and_says_what_it_saw(subject, tmp_path):
     assert status(report) == {
         "mesh": "passed",
         "memory": "skipped",
+        "dtype": "passed",
         "attention": "passed",
         "adapters": "skipped",
         "tokens": "passed",
@@ -162,8 +163,19 @@ def test_the_reference_itself_is_held_to_documents(subject, monkeypatch):
     assert "(other documents by" in fault(subject, "attention")
 
 
-def test_a_back_end_that_this_device_lacks(subject):
+def test_a_back_end_that_this_device_lacks(subject, monkeypatch):
     assert "cannot do" in fault(changed(subject, attention="cudnn"), "attention")
+    monkeypatch.setattr(preflight.devices, "compute_capability", lambda device: (7, 5))
+    message = fault(changed(subject, attention="cudnn_packed"), "attention")
+    assert "attention=cudnn_packed needs compute capability 8.0 (Ampere or newer), and cpu has 7.5" in message
+
+
+def test_a_dtype_that_this_device_lacks(subject, monkeypatch):
+    quick(changed(subject, dtype="bfloat16"))
+    monkeypatch.setattr(preflight.devices, "compute_capability", lambda device: (7, 5))
+    quick(changed(subject, dtype="float16"))
+    message = fault(changed(subject, dtype="bfloat16"), "dtype")
+    assert "cpu (compute capability 7.5) has no bfloat16" in message and "float16 with a loss scale" in message
 
 
 @pytest.mark.parametrize(
