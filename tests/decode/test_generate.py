@@ -44,27 +44,53 @@ CONFIG = ModelConfig(
     initializer_range=0.2,
     dtype="float32",
 )
-PARAMS = decoder.init(CONFIG, jax.random.key(0))
+PARAMS = jax.jit(functools.partial(decoder.init, CONFIG))(jax.random.key(0))
 LENGTHS = np.array([5, 1, 9, 3], np.int32)
 # Padding holds real-looking tokens: whatever stands there must not matter.
 PROMPTS = np.random.default_rng(0).integers(0, 64, (4, 9)).astype(np.int32)
 GREEDY = make_sampling(4, temperature=0.0)
+N = 12
+LENGTH_OF_ROWS = 9 + N
+FREQUENCIES = rope.inv_freq(CONFIG)[None]
+
+
+def run(prompts=PROMPTS, lengths=LENGTHS, *, sampling=GREEDY, stop_ids=(), params=PARAMS, **inputs):
+    """Generates at the one shape that these tests share, so that few programs are compiled: N tokens, 3 stop ids."""
+    keywords = {"config": CONFIG, "inv_freq_BF": FREQUENCIES} | inputs
+    stop_ids = np.asarray(stop_ids, np.int32)
+    stop_ids = np.broadcast_to(stop_ids, (len(lengths), stop_ids.shape[-1]))
+    stops = np.pad(stop_ids, ((0, 0), (0, 3 - stop_ids.shape[-1])), constant_values=-1)
+    return generate(params, prompts, lengths, sampling=sampling, max_new_tokens=N, stop_ids=stops, **keywords)
+
+
+@functools.cache
+def greedy():
+    return run()
 
 
 _LOGITS = jax.jit(decoder.logits, static_argnames=("config",))
+_LOGPROBS = jax.jit(logprobs, static_argnames=("config",))
 
 
-def full_forward_greedy(out, *, config=CONFIG, params=PARAMS, length=None, lora=None):
+def whole_rows(out):
+    """Returns `[B, 9 + N]` prompts with what was generated after them."""
+    rows = [np.concatenate([PROMPTS[b, :n], out.tokens_BN[b], np.zeros(9 - n, int)]) for b, n in enumerate(LENGTHS)]
+    return jnp.array(rows, jnp.int32)
+
+
+def generated_part(found_BT):
+    """Returns `[B, N]` what stands at the places of generated tokens."""
+    return np.array([np.asarray(found_BT)[b, n : n + N] for b, n in enumerate(LENGTHS)])
+
+
+def full_forward_greedy(out, *, inv_freq_BF=FREQUENCIES, params=PARAMS, lora=None):
     """Returns `[B, N]` what the forward pass over whole rows would have drawn at every place of `out`.
 
     Equal to out.tokens exactly if `out` is the greedy continuation: the first differing token would show.
     """
-    N = out.tokens_BN.shape[1]
-    rows = [np.concatenate([PROMPTS[b, :n], out.tokens_BN[b], np.zeros(9 - n, int)]) for b, n in enumerate(LENGTHS)]
-    inv_freq_BF = rope.inv_freq(config, length=length)[None]
-    logits_BTV = _LOGITS(params, jnp.array(rows), config=config, inv_freq_BF=inv_freq_BF, lora=lora)
+    logits_BTV = _LOGITS(params, whole_rows(out), config=CONFIG, inv_freq_BF=inv_freq_BF, lora=lora)
     best_BT = np.asarray(logits_BTV).argmax(axis=-1)
-    return np.array([best_BT[b, n - 1 : n - 1 + N] for b, n in enumerate(LENGTHS)])
+    return generated_part(np.pad(best_BT, ((0, 0), (1, 0))))
 
 
 def with_pages(state, *, config, dtype, page_size=4, seed=0):
@@ -77,129 +103,135 @@ def with_pages(state, *, config, dtype, page_size=4, seed=0):
     return dataclasses.replace(state, cache=dataclasses.replace(cache, page_table_BM=jnp.asarray(table, jnp.int32)))
 
 
-def decoded_logits(dtype, paged, *, num_tokens=6):
-    """Returns per step the logits `[N, B, V]` of the decode path, and the tokens `[B, S]` that it was fed."""
-    length = PROMPTS.shape[1] + num_tokens
-    state = init_state(
-        PROMPTS,
-        LENGTHS,
-        config=CONFIG,
-        sampling=GREEDY,
-        max_new_tokens=num_tokens,
-        length=length,
-        cache=dense_cache(CONFIG, 4, length, dtype=dtype),
-    )
-    if paged:
-        state = with_pages(state, config=CONFIG, dtype=dtype)
-    state = jax.jit(lambda p, s: prefill(p, s, config=CONFIG, prompt_length=PROMPTS.shape[1]))(PARAMS, state)
-    steps = []
-    run = jax.jit(lambda p, s: step(p, s, config=CONFIG))
-    read = jax.jit(
-        lambda p, s: decoder.logits(
-            p,
-            s.tokens_BS[jnp.arange(4), s.lengths_B - 1][:, None],
-            config=CONFIG,
-            positions_BT=(s.lengths_B - 1)[:, None],
-            cache=s.cache,
-        )[:, 0]
-    )
-    for _ in range(num_tokens):
-        steps.append(read(PARAMS, state))
-        state = run(PARAMS, state)
-    return np.array(steps), np.array(state.tokens_BS)
+@jax.jit
+def decoded(params, state):
+    """Returns the state after its prompts are read and N steps are done, in one program."""
+    state = prefill(params, state, config=CONFIG, prompt_length=PROMPTS.shape[1])
+    return jax.lax.fori_loop(0, N, lambda _, state: step(params, state, config=CONFIG), state)
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-5), ("bfloat16", 0.05), ("int8", 0.1)])
-def test_cached_decode_equals_the_full_forward(dtype, bound, paged):
-    steps_NBV, tokens_BS = decoded_logits(dtype, paged)
-    full_BSV = np.array(decoder.logits(PARAMS, jnp.asarray(tokens_BS), config=CONFIG))
-    for b, length in enumerate(LENGTHS):
-        wanted_NV = full_BSV[b, length - 1 : length - 1 + len(steps_NBV)]
-        assert np.abs(steps_NBV[:, b] - wanted_NV).max() < bound * np.abs(full_BSV).max()
+@functools.partial(jax.jit, static_argnames=("dtype",))
+def paged_state(max_new_tokens, *, dtype="float32"):
+    cache = dense_cache(CONFIG, 4, LENGTH_OF_ROWS, dtype=dtype)
+    keywords = {"config": CONFIG, "sampling": GREEDY, "length": LENGTH_OF_ROWS, "cache": cache}
+    state = init_state(jnp.asarray(PROMPTS), jnp.asarray(LENGTHS), max_new_tokens=max_new_tokens, **keywords)
+    return with_pages(state, config=CONFIG, dtype=dtype)
+
+
+@functools.cache
+def answers(layout, dtype):
+    """Returns the greedy answers `[B, N]` under a cache, and the log-probabilities that decoding gave its tokens."""
+    if layout == "dense":
+        out = run(cache_dtype=dtype)
+        return out.tokens_BN, np.asarray(out.logprobs_BN)
+    state = decoded(PARAMS, paged_state(jnp.full(4, N), dtype=dtype))
+    return generated_part(state.tokens_BS), generated_part(state.logprobs_BS)
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "bound"),
+    [
+        ("dense", "float32", 2e-5),
+        ("dense", "bfloat16", 0.05),
+        ("dense", "int8", 0.1),
+        ("paged", "float32", 2e-5),
+        ("paged", "int8", 0.1),
+    ],
+)
+def test_cached_decode_equals_the_full_forward(layout, dtype, bound):
+    tokens_BN, values_BN = answers(layout, dtype)
+    rows_BT = whole_rows(greedy()._replace(tokens_BN=tokens_BN))
+    wanted_BN = generated_part(_LOGPROBS(PARAMS, rows_BT, config=CONFIG))
+    assert np.abs(values_BN - wanted_BN).max() < bound
+    # The most likely tokens, but for ties within the rounding of the cache.
+    logits_BTV = np.asarray(_LOGITS(PARAMS, rows_BT, config=CONFIG, inv_freq_BF=FREQUENCIES, lora=None))
+    short_BT = logits_BTV.max(axis=-1) - np.take_along_axis(logits_BTV, np.roll(rows_BT, -1, 1)[..., None], 2)[..., 0]
+    assert generated_part(np.roll(short_BT, 1, axis=1)).max() < 2 * bound
 
 
 def test_lossy_caches_are_really_lossy():
     """The bounds above would also hold for a cache that ignored its dtype."""
-    exact, _ = decoded_logits("float32", False)
-    for dtype in ("bfloat16", "int8"):
-        assert np.abs(decoded_logits(dtype, False)[0][:3] - exact[:3]).max() > 1e-4
+    for layout, dtype in (("dense", "bfloat16"), ("dense", "int8"), ("paged", "int8")):
+        assert np.abs(answers(layout, dtype)[1][:, :3] - answers("dense", "float32")[1][:, :3]).max() > 1e-4
 
 
 def test_generate_equals_repeated_full_forwards_on_ragged_prompts():
-    out = generate(PARAMS, PROMPTS, LENGTHS, config=CONFIG, sampling=GREEDY, max_new_tokens=12)
+    out = greedy()
     np.testing.assert_array_equal(out.tokens_BN, full_forward_greedy(out))
-    assert out.lengths_B.tolist() == [12] * 4 and out.finish_B.tolist() == [LENGTH] * 4
+    assert out.lengths_B.tolist() == [N] * 4 and out.finish_B.tolist() == [LENGTH] * 4
 
 
 def test_what_stands_in_the_padding_does_not_matter():
     other = np.where(np.arange(9) < LENGTHS[:, None], PROMPTS, 63 - PROMPTS)
-    a, b = (
-        generate(PARAMS, p, LENGTHS, config=CONFIG, sampling=make_sampling(4, repetition_penalty=1.3), max_new_tokens=8)
-        for p in (PROMPTS, other)
-    )
+    a, b = (run(p, sampling=make_sampling(4, repetition_penalty=1.3)) for p in (PROMPTS, other))
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_long_prompts_are_read_in_chunks(monkeypatch):
-    whole = generate(PARAMS, PROMPTS, LENGTHS, config=CONFIG, sampling=GREEDY, max_new_tokens=5)
-    monkeypatch.setattr(module, "PREFILL_TOKENS", 4)  # the smallest chunk is 16 tokens a row
+    """The state before the first draw, all that drawing knows of a prompt, is that of prompts read at once."""
     prompts = np.tile(PROMPTS, (1, 5))
     lengths = LENGTHS + np.array([30, 0, 36, 12], np.int32)
-    chunked = generate(PARAMS, prompts, lengths, config=CONFIG, sampling=GREEDY, max_new_tokens=5)
-    monkeypatch.undo()
-    jax.clear_caches()
-    at_once = generate(PARAMS, prompts, lengths, config=CONFIG, sampling=GREEDY, max_new_tokens=5)
-    np.testing.assert_array_equal(chunked.tokens_BN, at_once.tokens_BN)
-    np.testing.assert_array_equal(chunked.tokens_BN[1], whole.tokens_BN[1])
+    states, num_read = [], []
+    read = module.prefill_chunk
+    monkeypatch.setattr(
+        module, "prefill_chunk", lambda p, c, t, **k: (num_read.append(t.shape[1]), read(p, c, t, **k))[1]
+    )
+    for tokens in (4096, 4):  # the smallest chunk is 16 tokens a row
+        monkeypatch.setattr(module, "PREFILL_TOKENS", tokens)
+        start = functools.partial(module._start.__wrapped__, config=CONFIG, max_new_tokens=5, cache_dtype="float32")
+        # A function of its own each time: jit would give back the program of the other chunks.
+        states.append(
+            jax.jit(lambda *args, start=start: start(*args))(PARAMS, prompts, lengths, GREEDY, (), None, None)
+        )
+    assert num_read == [44, 16]
+    caches = [dataclasses.astuple(state.cache) for state in states]
+    whole, chunked = (dataclasses.replace(state, cache=None) for state in states)
+    jax.tree.map(np.testing.assert_array_equal, whole, chunked)
+    written = False
+    for one, other in zip(jax.tree.leaves(caches[0]), jax.tree.leaves(caches[1])):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+        written |= bool(np.abs(one).max() > 0.1)
+    assert written
 
 
 def test_a_stop_token_ends_its_row_and_is_kept_and_counted():
-    free = generate(PARAMS, PROMPTS, LENGTHS, config=CONFIG, sampling=GREEDY, max_new_tokens=12)
+    free = greedy()
     stop = int(free.tokens_BN[2, 4])
-    out = generate(PARAMS, PROMPTS, LENGTHS, config=CONFIG, sampling=GREEDY, max_new_tokens=12, stop_ids=(99, stop))
+    out = run(stop_ids=(99, stop))
     for row in range(4):
         tokens = free.tokens_BN[row].tolist()
         wanted = tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
         assert out.lengths_B[row] == len(wanted)
-        assert out.tokens_BN[row].tolist() == wanted + [0] * (12 - len(wanted))
+        assert out.tokens_BN[row].tolist() == wanted + [0] * (N - len(wanted))
         assert (out.logprobs_BN[row, len(wanted) :] == 0).all() and (out.logprobs_BN[row, : len(wanted)] < 0).all()
         assert out.finish_B[row] == (STOP if stop in tokens else LENGTH)
 
 
 def test_a_stop_token_in_the_last_place_is_a_stop():
-    free = generate(PARAMS, PROMPTS, LENGTHS, config=CONFIG, sampling=GREEDY, max_new_tokens=1)
-    stop_ids = np.where(np.arange(4)[:, None] == 2, free.tokens_BN, -1)
-    out = generate(PARAMS, PROMPTS, LENGTHS, config=CONFIG, sampling=GREEDY, max_new_tokens=1, stop_ids=stop_ids)
-    assert out.finish_B.tolist() == [LENGTH, LENGTH, STOP, LENGTH]
+    free = np.asarray(run(sampling=make_sampling(4, seed=0)).tokens_BN)
+    last = free[:, -1:]
+    assert last[2] not in free[2, :-1], "the last token stands earlier too: choose another seed"
+    out = run(sampling=make_sampling(4, seed=0), stop_ids=np.where(np.arange(4)[:, None] == 2, last, -1))
+    assert out.finish_B.tolist() == [LENGTH, LENGTH, STOP, LENGTH] and out.lengths_B.tolist() == [N] * 4
+
+
+def streamed(sampling, stop_ids):
+    """Returns the steps of a stream at the shape of `run`."""
+    stops = np.broadcast_to(np.asarray(stop_ids, np.int32), (4, 3))
+    return list(stream(PARAMS, PROMPTS, LENGTHS, config=CONFIG, sampling=sampling, max_new_tokens=N, stop_ids=stops))
 
 
 def test_the_loop_ends_when_every_row_is_done():
-    """A row that never stops would need 10^5 steps; all rows stop at their first token."""
-    free = generate(PARAMS, PROMPTS, LENGTHS, config=CONFIG, sampling=GREEDY, max_new_tokens=1)
-    state = module._start(
-        PARAMS,
-        PROMPTS,
-        LENGTHS,
-        GREEDY,
-        jnp.asarray(free.tokens_BN),
-        None,
-        None,
-        config=CONFIG,
-        max_new_tokens=4,
-        cache_dtype="float32",
-    )
-    steps = 0
-    while bool(state.active_B.any()):
-        state, steps = step(PARAMS, state, config=CONFIG), steps + 1
-    assert steps == 1
+    """All rows stop at their first token, long before their length."""
+    (only,) = streamed(GREEDY, np.repeat(greedy().tokens_BN[:, :1], 3, axis=1))
+    assert only.finish_B.tolist() == [STOP] * 4 and only.ids_B.tolist() == greedy().tokens_BN[:, 0].tolist()
 
 
 def test_stream_brings_the_tokens_of_generate():
-    keywords = {"config": CONFIG, "sampling": make_sampling(4, seed=5), "max_new_tokens": 12, "stop_ids": (7, 9, 20)}
-    out = generate(PARAMS, PROMPTS, LENGTHS, **keywords)
+    sampling, stop_ids = make_sampling(4, seed=5), (7, 9, 20)
+    out = run(sampling=sampling, stop_ids=stop_ids)
     rows, values, finish = [[] for _ in range(4)], [[] for _ in range(4)], None
-    for drawn in stream(PARAMS, PROMPTS, LENGTHS, **keywords):
+    for drawn in streamed(sampling, stop_ids):
         for row, token in enumerate(drawn.ids_B):
             if token >= 0:
                 rows[row].append(int(token))
@@ -214,109 +246,80 @@ def test_stream_brings_the_tokens_of_generate():
 
 def test_a_row_draws_the_same_alone_beside_others_and_in_another_slot():
     sampling = make_sampling(4, temperature=0.8, top_k=20, top_p=0.95, repetition_penalty=1.1, seed=[3, 4, 5, 6])
-    together = generate(PARAMS, PROMPTS, LENGTHS, config=CONFIG, sampling=sampling, max_new_tokens=10)
+    together = run(sampling=sampling)
     order = np.array([2, 0, 3, 1])
-    moved = generate(
-        PARAMS,
-        PROMPTS[order],
-        LENGTHS[order],
-        config=CONFIG,
-        sampling=jax.tree.map(lambda x: x[order], sampling),
-        max_new_tokens=10,
-    )
+    moved = run(PROMPTS[order], LENGTHS[order], sampling=jax.tree.map(lambda x: x[order], sampling))
     np.testing.assert_array_equal(moved.tokens_BN, together.tokens_BN[order])
     for row in range(4):
-        alone = generate(
-            PARAMS,
-            PROMPTS[row : row + 1],
-            LENGTHS[row : row + 1],
-            config=CONFIG,
-            sampling=jax.tree.map(lambda x, row=row: x[row : row + 1], sampling),
-            max_new_tokens=10,
-        )
+        one = slice(row, row + 1)
+        alone = run(PROMPTS[one], LENGTHS[one], sampling=jax.tree.map(lambda x, one=one: x[one], sampling))
         np.testing.assert_array_equal(alone.tokens_BN[0], together.tokens_BN[row])
 
 
 def test_equal_prompts_are_answered_differently_under_one_seed():
-    prompts, lengths = np.repeat(PROMPTS[:1], 8, axis=0), np.repeat(LENGTHS[:1], 8)
-    out = generate(PARAMS, prompts, lengths, config=CONFIG, sampling=make_sampling(8, seed=1), max_new_tokens=8)
-    assert len({tuple(row) for row in out.tokens_BN.tolist()}) > 4
+    out = run(np.repeat(PROMPTS[:1], 4, axis=0), np.repeat(LENGTHS[:1], 4), sampling=make_sampling(4, seed=1))
+    assert len({tuple(row) for row in out.tokens_BN.tolist()}) == 4
 
 
 def test_repetition_penalty_sees_prompt_and_answer():
-    """Under an enormous penalty a seen token only wins when no unseen one has a positive logit: not in 20 of 64."""
-    out = generate(
-        PARAMS,
-        PROMPTS,
-        LENGTHS,
-        config=CONFIG,
-        sampling=make_sampling(4, temperature=0.0, repetition_penalty=1e6),
-        max_new_tokens=20,
-    )
+    """Under an enormous penalty a seen token only wins when no unseen one has a positive logit: not in 12 of 64."""
+    out = run(sampling=make_sampling(4, temperature=0.0, repetition_penalty=1e6))
     for row in range(4):
         prompt, answer = PROMPTS[row, : LENGTHS[row]].tolist(), out.tokens_BN[row].tolist()
-        assert len(set(answer)) == 20 and not set(answer) & set(prompt)
+        assert len(set(answer)) == N and not set(answer) & set(prompt)
+        assert len(set(greedy().tokens_BN[row].tolist())) < N or set(greedy().tokens_BN[row].tolist()) & set(prompt)
 
 
 def test_logprobs_are_those_of_the_trainers_forward():
-    sampling = make_sampling(4, temperature=0.7, top_k=8, repetition_penalty=1.2, seed=2)
-    out = generate(PARAMS, PROMPTS, LENGTHS, config=CONFIG, sampling=sampling, max_new_tokens=6)
-    for row, length in enumerate(LENGTHS):
-        tokens = np.concatenate([PROMPTS[row, :length], out.tokens_BN[row]])[None]
-        scored = jax.jit(lambda t: logprobs(PARAMS, t, config=CONFIG, temperature=0.7))(jnp.asarray(tokens))
-        np.testing.assert_allclose(out.logprobs_BN[row], scored[0, length:], atol=2e-5)
+    out = run(sampling=make_sampling(4, temperature=0.7, top_k=8, repetition_penalty=1.2, seed=2))
+    scored = _LOGPROBS(PARAMS, whole_rows(out), config=CONFIG, temperature=0.7)
+    np.testing.assert_allclose(out.logprobs_BN, generated_part(scored), atol=2e-5)
 
 
 def test_generate_compiles_once_per_shape():
-    def run(config=CONFIG, width=9, **changes):
-        keywords = {"sampling": make_sampling(4), "max_new_tokens": 7} | changes
-        return generate(PARAMS, PROMPTS[:, :width], np.minimum(LENGTHS, width), config=config, **keywords)
-
     run()
     before = module._generate._cache_size()
-    run(sampling=make_sampling(4, temperature=0.0, top_k=3))
+    run(sampling=make_sampling(4, temperature=0.0, top_k=3), stop_ids=(5, 6))
     run(sampling=make_sampling(4, top_p=0.5, seed=[1, 2, 3, 4]))
     run(sampling=jax.tree.map(jnp.asarray, make_sampling(4)))
     assert module._generate._cache_size() - before <= 1  # NumPy and JAX arrays may each have an entry, one program
     before = module._generate._cache_size()
-    run(max_new_tokens=8)
-    run(width=6)
-    assert module._generate._cache_size() == before + 2
+    for _ in range(2):
+        run(PROMPTS[:, :1], np.ones(4, np.int32))
+    assert module._generate._cache_size() == before + 1
 
 
 def test_generate_runs_inside_another_jitted_function():
-    inside = jax.jit(
-        lambda params, prompts, lengths: (
-            generate(
-                params, prompts, lengths, config=CONFIG, sampling=make_sampling(4, seed=8), max_new_tokens=5
-            ).tokens_BN
-        )
-    )
-    outside = generate(PARAMS, PROMPTS, LENGTHS, config=CONFIG, sampling=make_sampling(4, seed=8), max_new_tokens=5)
-    np.testing.assert_array_equal(inside(PARAMS, PROMPTS, LENGTHS), outside.tokens_BN)
+    sampling = make_sampling(4, seed=8)
+    inside = jax.jit(lambda params, prompts, lengths: run(prompts, lengths, sampling=sampling, params=params).tokens_BN)
+    np.testing.assert_array_equal(inside(PARAMS, PROMPTS, LENGTHS), run(sampling=sampling).tokens_BN)
 
 
 def test_dynamic_ntk_frequencies_are_those_of_the_declared_length():
     config = dataclasses.replace(CONFIG, max_position_embeddings=8, rope_scaling=DynamicNTK(2.0))
-    out = generate(PARAMS, PROMPTS, LENGTHS, config=config, sampling=GREEDY, max_new_tokens=20)
-    np.testing.assert_array_equal(out.tokens_BN, full_forward_greedy(out, config=config, length=29))
-    assert (out.tokens_BN != full_forward_greedy(out, config=config)).any(), "the scaling changed nothing"
-    chosen = rope.inv_freq(config, length=40)[None]
-    out = generate(PARAMS, PROMPTS, LENGTHS, config=config, sampling=GREEDY, max_new_tokens=20, inv_freq_BF=chosen)
-    np.testing.assert_array_equal(out.tokens_BN, full_forward_greedy(out, config=config, length=40))
+    out = run(config=config, inv_freq_BF=None)
+    declared, chosen = (rope.inv_freq(config, length=length)[None] for length in (LENGTH_OF_ROWS, 40))
+    np.testing.assert_array_equal(out.tokens_BN, full_forward_greedy(out, inv_freq_BF=declared))
+    assert (out.tokens_BN != full_forward_greedy(out)).any(), "the scaling changed nothing"
+    assert (out.tokens_BN != full_forward_greedy(out, inv_freq_BF=chosen)).any(), "the length changed nothing"
+    out = run(inv_freq_BF=chosen)
+    np.testing.assert_array_equal(out.tokens_BN, full_forward_greedy(out, inv_freq_BF=chosen))
 
 
-def test_adapters_and_quantised_weights_decode_like_their_full_forward():
+def test_adapters_over_quantised_weights_decode_like_their_full_forward():
     lora_config = LoraConfig(rank=4)
-    weights = init_lora(lora_config, PARAMS, jax.random.key(1))
-    weights = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), weights)
-    lora = apply_config(weights, lora_config)
-    out = generate(PARAMS, PROMPTS, LENGTHS, config=CONFIG, sampling=GREEDY, max_new_tokens=6, lora=lora)
-    np.testing.assert_array_equal(out.tokens_BN, full_forward_greedy(out, lora=lora))
-    assert (out.tokens_BN != full_forward_greedy(out)).any(), "the adapter changed nothing"
-    packed = quantize_params(PARAMS, scheme="int4")
-    out = generate(packed, PROMPTS, LENGTHS, config=CONFIG, sampling=GREEDY, max_new_tokens=6)
-    np.testing.assert_array_equal(out.tokens_BN, full_forward_greedy(out, params=packed))
+
+    @jax.jit
+    def adapters():
+        weights = init_lora(lora_config, PARAMS, jax.random.key(1))
+        return weights, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), weights)
+
+    zero, lora = (apply_config(weights, lora_config) for weights in adapters())
+    packed = jax.jit(functools.partial(quantize_params, scheme="int4"))(PARAMS)
+    out = run(params=packed, lora=lora)
+    np.testing.assert_array_equal(out.tokens_BN, full_forward_greedy(out, params=packed, lora=lora))
+    assert (out.tokens_BN != full_forward_greedy(out, params=packed, lora=zero)).any(), "the adapter changed nothing"
+    assert (run(params=packed, lora=zero).tokens_BN != greedy().tokens_BN).any(), "int4 changed nothing"
 
 
 def test_decoding_params_change_the_stored_dtype_and_no_result():
@@ -324,47 +327,33 @@ def test_decoding_params_change_the_stored_dtype_and_no_result():
     narrow = decoding_params(PARAMS, config)
     assert narrow["layers"]["ffn"]["up"]["kernel"].dtype == jnp.bfloat16
     assert narrow["head"]["kernel"].dtype == jnp.float32, "rows are normalised in float32 before the cast"
-    run = jax.jit(functools.partial(decoder.logits, config=config))
-    np.testing.assert_array_equal(run(narrow, PROMPTS), run(PARAMS, PROMPTS))
+    np.testing.assert_array_equal(_LOGITS(narrow, PROMPTS, config=config), _LOGITS(PARAMS, PROMPTS, config=config))
 
 
 def test_a_row_whose_logits_break_says_so_and_leaves_the_others_alone():
-    """Token 63 has a NaN embedding; only row 1 has it in its prompt."""
-    embedding = PARAMS["embed"]["embedding"].at[63].set(jnp.nan)
+    """Token 31 has a NaN embedding; only row 1 has it in its prompt."""
+    embedding = PARAMS["embed"]["embedding"].at[31].set(jnp.nan)
     broken = PARAMS | {"embed": {"embedding": embedding}}
-    prompts = np.where(PROMPTS == 63, 0, PROMPTS)
-    sampling = make_sampling(4, temperature=0.0)
-    keywords = {"config": CONFIG, "sampling": sampling, "max_new_tokens": 6}
-    good = generate(PARAMS, prompts, LENGTHS, **keywords)
-    assert not (good.tokens_BN == 63).any(), "the model drew the broken token by itself: choose another seed"
-    prompts[1, 0] = 63
-    out = generate(broken, prompts, LENGTHS, **keywords)
+    prompts = np.where(PROMPTS == 31, 0, PROMPTS)
+    good = run(prompts)
+    assert not (good.tokens_BN == 31).any(), "the model drew the broken token by itself: choose another seed"
+    prompts[1, 0] = 31
+    out = run(prompts, params=broken)
     assert out.finish_B.tolist() == [LENGTH, ERROR, LENGTH, LENGTH] and out.lengths_B[1] == 0
     others = np.array([0, 2, 3])
     np.testing.assert_array_equal(out.tokens_BN[others], good.tokens_BN[others])
 
 
 def test_rows_may_have_their_own_longest_length():
-    length = 9 + 6
-    state = init_state(
-        PROMPTS,
-        LENGTHS,
-        config=CONFIG,
-        sampling=GREEDY,
-        max_new_tokens=jnp.array([1, 6, 3, 2]),
-        length=length,
-        cache=dense_cache(CONFIG, 4, length, dtype="float32"),
-    )
-    state = jax.jit(lambda s: prefill(PARAMS, s, config=CONFIG, prompt_length=9))(state)
-    run = jax.jit(lambda s: step(PARAMS, s, config=CONFIG))
-    for _ in range(8):
-        state = run(state)
-    assert (state.lengths_B - LENGTHS).tolist() == [1, 6, 3, 2]
+    longest = jnp.array([1, N, 3, 2])
+    state = decoded(PARAMS, paged_state(longest))
+    assert (state.lengths_B - LENGTHS).tolist() == longest.tolist()
     assert state.finish_B.tolist() == [LENGTH] * 4 and RUNNING not in state.finish_B
+    for row, n in enumerate(longest):
+        np.testing.assert_array_equal(generated_part(state.tokens_BS)[row, :n], greedy().tokens_BN[row, :n])
 
 
-@pytest.mark.parametrize("layout", ["dense", "paged"])
-@pytest.mark.parametrize("driver", ["step", "generate"])
+@pytest.mark.parametrize(("layout", "driver"), [("paged", "step"), ("dense", "generate")])
 def test_memory_of_a_step_is_about_one_layers_cache(layout, driver):
     """The cache is written in place: temporaries hold one layer's slots, never a copy of all layers.
 
@@ -430,24 +419,24 @@ def test_draws_are_keyed_by_absolute_position():
     """The rest of an answer is drawn alike when its beginning is part of the prompt, and no two places share a draw."""
     flat = PARAMS | {"head": {"kernel": jnp.zeros_like(PARAMS["head"]["kernel"])}}
     sampling = make_sampling(1, seed=[3])
-    whole = generate(flat, PROMPTS[:1], LENGTHS[:1], config=CONFIG, sampling=sampling, max_new_tokens=12)
+    whole = run(PROMPTS[:1], LENGTHS[:1], params=flat, sampling=sampling)
     assert len(set(whole.tokens_BN[0].tolist())) > 6
     longer = np.concatenate([PROMPTS[0, :5], whole.tokens_BN[0, :4]])[None]
-    rest = generate(flat, longer, np.array([9]), config=CONFIG, sampling=sampling, max_new_tokens=8)
-    assert rest.tokens_BN[0].tolist() == whole.tokens_BN[0, 4:].tolist()
+    rest = run(longer, np.array([9], np.int32), params=flat, sampling=sampling)
+    assert rest.tokens_BN[0, : N - 4].tolist() == whole.tokens_BN[0, 4:].tolist()
 
 
 def test_generation_on_a_mesh_draws_the_same_tokens():
     """Parameters over fsdp and tensor, prompts over the batch axes, on 8 devices."""
     sampling = make_sampling(4, temperature=0.7, top_p=0.9, seed=2)
-    alone = generate(PARAMS, PROMPTS, LENGTHS, config=CONFIG, sampling=sampling, max_new_tokens=8)
+    alone = run(sampling=sampling)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
     try:
         places = sharding.shardings(decoder.logical_axes(CONFIG), decoder.abstract_params(CONFIG), mesh)
         with sharding.use(mesh):
             params = jax.device_put(PARAMS, places)
             prompts = jax.device_put(PROMPTS, sharding.batch_sharding(mesh))
-            out = generate(params, prompts, LENGTHS, config=CONFIG, sampling=sampling, max_new_tokens=8)
+            out = run(prompts, params=params, sampling=sampling)
             np.testing.assert_array_equal(out.tokens_BN, alone.tokens_BN)
             np.testing.assert_allclose(out.logprobs_BN, alone.logprobs_BN, atol=2e-5)
     finally:
