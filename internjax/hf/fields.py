@@ -1,9 +1,10 @@
 """Reading a config.json without overlooking anything: every field is honoured, known to have no effect, or refused."""
 
+import dataclasses
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
-from internjax.model.config import DynamicNTK, LinearScaling, ModelConfig, NoScaling, RopeScaling
+from internjax.model.config import DynamicNTK, LinearScaling, Llama3Scaling, ModelConfig, NoScaling, RopeScaling
 
 # Fields of Hugging Face configs that do not change what the model computes.
 BOOKKEEPING = frozenset(
@@ -43,28 +44,44 @@ FIXED: dict[str, Any] = {
 }
 
 
-def check_fields(values: Mapping[str, Any], *, honoured: Collection[str], allow_unknown: Iterable[str] = ()) -> None:
+def check_fields(
+    values: Mapping[str, Any],
+    *,
+    honoured: Collection[str],
+    fixed: Mapping[str, Any] = {},
+    ignored: Collection[str] = (),
+    allow_unknown: Iterable[str] = (),
+) -> None:
     """Raises ValueError naming every field of a config.json that would be ignored although it may matter.
 
-    Passed are the fields in `honoured`, bookkeeping, fields that have the only value supported here, and fields that
-    are null or false (absent features). `allow_unknown` names further fields to read as if they were absent.
+    Passed are the fields in `honoured`, bookkeeping (and the family's own, `ignored`), fields that have the only value
+    supported here (`FIXED`, and the family's own, `fixed`), and fields that are null or false (absent features).
+    `allow_unknown` names further fields to read as if they were absent.
     """
-    allowed = set(allow_unknown)
+    passed = BOOKKEEPING | GENERATION | set(honoured) | set(ignored) | set(allow_unknown)
+    only = FIXED | dict(fixed)
     wrong = {}
     for name, value in values.items():
-        if name in honoured or name in BOOKKEEPING or name in GENERATION or name in allowed:
+        if name in passed:
             continue
-        if name in FIXED:
-            if value not in (FIXED[name], None):
-                wrong[name] = f"{name} is {value!r}, supported is {FIXED[name]!r}"
+        if name in only:
+            if value not in (only[name], None):
+                wrong[name] = f"{name} is {value!r}, supported is {only[name]!r}"
         elif value is not None and value is not False:
             wrong[name] = f"{name} = {value!r} is not known here"
     if wrong:
         names = ", ".join(f"{name!r}" for name in wrong)
         raise ValueError(
             f"config.json: {'; '.join(wrong.values())}. Convert the checkpoint to an architecture that is supported; "
-            f"or, if you know that it changes nothing for your purpose, pass allow_unknown=({names},)"
+            f"or, if you know that it changes nothing for your purpose, pass allow_unknown=({names},) "
+            f"(--allow-unknown {' '.join(wrong)})"
         )
+
+
+def without(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Returns the fields of a config.json but those named."""
+    names = set(names)
+    return {name: value for name, value in values.items() if name not in names}
 
 
 def required(values: Mapping[str, Any], *names: str) -> list[Any]:
@@ -84,6 +101,45 @@ def given(values: Mapping[str, Any], name: str, default: Any) -> Any:
     return default if value is None else value
 
 
+def flag(values: Mapping[str, Any], name: str, default: bool) -> bool:
+    """Returns a field that is true or false; raises ValueError for anything else."""
+    value = given(values, name, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json: {name} is {value!r}; it must be true or false")
+    return value
+
+
+def read_head(values: Mapping[str, Any], heads: Mapping[str, Literal["lm", "scalar"]]) -> Literal["lm", "scalar"]:
+    """Returns the head of the architecture that config.json names, the first of `heads` where it names none.
+
+    Raises ValueError for an architecture that is not in `heads`, and for a classifier of several labels.
+    """
+    architecture = given(values, "architectures", list(heads))[0]
+    if architecture not in heads:
+        raise ValueError(f"config.json names the architecture {architecture!r}; supported are {', '.join(heads)}")
+    num_labels = len(given(values, "id2label", {0: 0, 1: 1}))
+    if architecture.endswith("ForSequenceClassification") and num_labels != 1:
+        raise ValueError(f"{architecture} has {num_labels} labels; a scalar head has 1 (id2label with one entry)")
+    return heads[architecture]
+
+
+def stock_heads(name: str) -> dict[str, Literal["lm", "scalar"]]:
+    """Returns the two architectures of a family in stock transformers, with their heads."""
+    return {f"{name}ForCausalLM": "lm", f"{name}ForSequenceClassification": "scalar"}
+
+
+def head_fields(config: ModelConfig, heads: Mapping[str, str], *, layout: str) -> dict[str, Any]:
+    """Returns `architectures`, and the labels of a classifier of one score: the inverse of `read_head`."""
+    found = [name for name, head in heads.items() if head == config.head]
+    if not found:
+        raise ValueError(f"layout {layout!r} has no architecture with a {config.head} head; use layout='llama'")
+    labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    return {"architectures": found} | (labels if found[0].endswith("ForSequenceClassification") else {})
+
+
+_SCALINGS = {"default": NoScaling, "linear": LinearScaling, "dynamic": DynamicNTK, "llama3": Llama3Scaling}
+
+
 def read_rope(values: Mapping[str, Any], *, default_theta: float) -> tuple[float, RopeScaling]:
     """Returns the rotary base and its scaling, from `rope_parameters` (transformers 5) or the older two fields."""
     scaling = dict(given(values, "rope_parameters", {})) or dict(given(values, "rope_scaling", {}))
@@ -93,34 +149,37 @@ def read_rope(values: Mapping[str, Any], *, default_theta: float) -> tuple[float
     if len(kinds) > 1:
         raise ValueError(f"config.json names two rotary scalings, {sorted(kinds)}; keep the one that was trained with")
     kind = kinds.pop() if kinds else "default"
-    supported = {"default": NoScaling, "linear": LinearScaling, "dynamic": DynamicNTK}
-    if kind not in supported:
-        raise ValueError(f"config.json scales rotary positions by {kind!r}; supported are {', '.join(supported)}")
-    factor = scaling.pop("factor", None)
+    if kind not in _SCALINGS:
+        raise ValueError(
+            f"config.json scales rotary positions by {kind!r}; supported are {', '.join(_SCALINGS)}. Within the "
+            "length that the model was trained with before, remove the scaling"
+        )
+    names = [field.name for field in dataclasses.fields(_SCALINGS[kind])]
+    numbers = {name: scaling.pop(name, None) for name in names}
     partial = scaling.pop("partial_rotary_factor", None)
+    scaling.pop("factor", None)  # kind "default" may carry one, which transformers does not read
     unknown = sorted(name for name, value in scaling.items() if value is not None)
     if unknown or partial not in (None, 1.0):
         raise ValueError(
             f"config.json's rotary scaling {kind!r} has "
             + (f"partial_rotary_factor {partial}, supported is 1.0" if not unknown else f"unknown fields {unknown}")
-            + "; supported are rope_type, rope_theta and factor"
+            + f"; supported are {', '.join(['rope_type', 'rope_theta', *names])}"
         )
-    if kind == "default":
-        return float(theta), NoScaling()
-    if factor is None:
-        raise ValueError(f"config.json's rotary scaling {kind!r} has no factor; add the one that was trained with")
-    return float(theta), supported[kind](float(factor))
+    missing = [name for name, value in numbers.items() if value is None]
+    if missing:
+        raise ValueError(
+            f"config.json's rotary scaling {kind!r} has no {', '.join(missing)}; add what was trained with"
+        )
+    kinds_of = {field.name: type(field.default) for field in dataclasses.fields(_SCALINGS[kind])}
+    return float(theta), _SCALINGS[kind](**{name: kinds_of[name](value) for name, value in numbers.items()})
 
 
 def scaling_to_hf(scaling: RopeScaling) -> dict[str, Any] | None:
-    """Returns {"type", "factor"} as config.json spells it, or None without scaling."""
-    match scaling:
-        case NoScaling():
-            return None
-        case LinearScaling(factor=factor):
-            return {"type": "linear", "factor": factor}
-        case DynamicNTK(factor=factor):
-            return {"type": "dynamic", "factor": factor}
+    """Returns the scaling as config.json spells it, or None without one."""
+    if scaling == NoScaling():
+        return None
+    kind = next(kind for kind, of in _SCALINGS.items() if isinstance(scaling, of))
+    return {"type": kind} | dataclasses.asdict(scaling)
 
 
 # Fields that decoder_config reads, in every layout.
@@ -130,8 +189,10 @@ DECODER_FIELDS = frozenset(
 )
 
 
-def decoder_config(values: Mapping[str, Any], *, head: str, head_dim: int | None = None) -> ModelConfig:
-    """Returns the ModelConfig of the fields that Llama and InternLM2 share, with their defaults where absent."""
+def decoder_config(
+    values: Mapping[str, Any], *, head: Literal["lm", "scalar"], head_dim: int | None = None
+) -> ModelConfig:
+    """Returns the ModelConfig of the fields that most families share, with Llama's defaults where absent."""
     vocab_size, d_model, num_layers, num_heads, ffn_dim = required(
         values, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
     )
@@ -159,10 +220,50 @@ def decoder_config(values: Mapping[str, Any], *, head: str, head_dim: int | None
     )
 
 
+# What only some families have: fields of ModelConfig, their value where a family has no such thing, and the layouts
+# that have a place for another.
+_FEATURES: dict[str, tuple[Any, str]] = {
+    "norm_head": (False, "baichuan"),
+    "positions": ("rotary", "baichuan"),
+    "rotary_dim": (None, "glm, chatglm"),
+    "window": (None, "mistral, qwen2, qwen3"),
+    "attention_bias": ("none", "llama, internlm ('all'), qwen2, glm, chatglm ('qkv')"),
+    "ffn_bias": (False, "llama, chatglm"),
+    "qk_norm": (False, "qwen3"),
+}
+
+
+def check_layout(config: ModelConfig, allowed: Mapping[str, Collection[Any]], *, layout: str) -> None:
+    """Raises ValueError naming what a model has that `layout` has no place for.
+
+    `allowed` holds, by field of ModelConfig, the values that the layout can say; the other fields of `_FEATURES` must
+    be as they are without the feature.
+    """
+    for name, (plain, others) in _FEATURES.items():
+        value, values = getattr(config, name), allowed.get(name, (plain,))
+        if value not in values:
+            raise ValueError(
+                f"layout {layout!r} has no place for {name}={value!r}, only for {', '.join(map(repr, values))}; "
+                f"other values are in layouts {others}"
+            )
+
+
+def check_square(config: ModelConfig, *, layout: str, grouped: bool = True) -> None:
+    """Raises ValueError where the heads are not those of a layout without head_dim, or without key/value groups."""
+    if config.head_dim * config.num_heads != config.d_model:
+        raise ValueError(
+            f"layout {layout!r} has no field for head_dim: it is d_model / num_heads = "
+            f"{config.d_model / config.num_heads:g}, this model has {config.head_dim}. Use layout='llama'"
+        )
+    if not grouped and config.num_kv_heads != config.num_heads:
+        raise ValueError(
+            f"layout {layout!r} has as many key/value heads as query heads; this model has {config.num_kv_heads} and "
+            f"{config.num_heads}. Use layout='llama'"
+        )
+
+
 def decoder_fields(config: ModelConfig) -> dict[str, Any]:
-    """Returns the config.json fields that Llama and InternLM2 share: the inverse of `decoder_config`."""
-    if config.norm_head:
-        raise ValueError("norm_head has no field in config.json: write the normalised rows into the head and unset it")
+    """Returns the config.json fields that most families share: the inverse of `decoder_config`."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,

@@ -4,38 +4,45 @@ G key/value groups, n query heads per group, H head dim. The rows of wqkv are gr
 heads, then its key head, then its value head: [G, n + 2, H].
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from internjax.hf.fields import DECODER_FIELDS, check_fields, decoder_config, decoder_fields, given
-from internjax.hf.mapping import Family, Row
-from internjax.model.config import ModelConfig
+from internjax.hf.fields import (
+    DECODER_FIELDS,
+    check_fields,
+    check_layout,
+    check_square,
+    decoder_config,
+    decoder_fields,
+    flag,
+    head_fields,
+    read_head,
+)
+from internjax.hf.mapping import Family, Row, linear_rows
+from internjax.model.config import Llama3Scaling, ModelConfig
 
 _HEADS = {"InternLM2ForCausalLM": "lm", "InternLM2ForRewardModel": "scalar"}
 
 
 def config_from_hf(values: Mapping[str, Any], *, allow_unknown: Iterable[str] = ()) -> ModelConfig:
-    """Returns the ModelConfig of an InternLM2 config.json (its early ones say model_type "internlm")."""
+    """Returns the ModelConfig of an InternLM2 or InternLM2.5 config.json (early ones say model_type "internlm")."""
+    check_fields(values, honoured=DECODER_FIELDS | {"bias", "reward_token_id"}, allow_unknown=allow_unknown)
+    config = decoder_config(values, head=read_head(values, _HEADS))
     # The published configuration class has biases unless its config.json says otherwise.
-    values = {"bias": True} | dict(values)
-    check_fields(values, honoured=DECODER_FIELDS | {"reward_token_id"}, allow_unknown=allow_unknown)
-    architecture = given(values, "architectures", ["InternLM2ForCausalLM"])[0]
-    if architecture not in _HEADS:
-        raise ValueError(f"config.json names the architecture {architecture!r}; supported are {', '.join(_HEADS)}")
-    return decoder_config(values, head=_HEADS[architecture])
+    return dataclasses.replace(config, attention_bias="all" if flag(values, "bias", True) else "none")
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Returns the config.json of a model in InternLM2's layout."""
-    if config.head_dim * config.num_heads != config.d_model:
-        raise ValueError(
-            f"InternLM2's layout has no field for head_dim: it is d_model / num_heads = "
-            f"{config.d_model / config.num_heads:g}, this model has {config.head_dim}. Use layout='llama'"
-        )
-    architecture = next(name for name, head in _HEADS.items() if head == config.head)
-    return {"architectures": [architecture], "model_type": "internlm2", "bias": False} | decoder_fields(config)
+    check_layout(config, {"attention_bias": ("none", "all")}, layout="internlm2")
+    check_square(config, layout="internlm2")
+    if isinstance(config.rope_scaling, Llama3Scaling):
+        raise ValueError(f"layout 'internlm2' has no place for {config.rope_scaling}; use layout='llama'")
+    values = {"model_type": "internlm2", "bias": config.attention_bias == "all"}
+    return values | head_fields(config, _HEADS, layout="internlm2") | decoder_fields(config)
 
 
 def split_wqkv(rows: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
@@ -55,17 +62,17 @@ def fuse_wqkv(parts: list[np.ndarray], config: ModelConfig) -> np.ndarray:
 def rows(config: ModelConfig) -> tuple[Row, ...]:
     """Returns the table of InternLM2's tensors."""
     layer, attention, ffn = "model.layers.{layer}", "layers.attention", "layers.ffn"
-    fused = tuple(f"{attention}.{name}.kernel" for name in ("query", "key", "value"))
+    fused = tuple(f"{attention}.{name}" for name in ("query", "key", "value"))
     head = "output.weight" if config.head == "lm" else "v_head.weight"
     return (
         Row("model.tok_embeddings.weight", ("embed.embedding",)),
         Row(f"{layer}.attention_norm.weight", ("layers.attention_norm.scale",)),
-        Row(f"{layer}.attention.wqkv.weight", fused, split_wqkv, fuse_wqkv),
-        Row(f"{layer}.attention.wo.weight", (f"{attention}.output.kernel",)),
+        *linear_rows(f"{layer}.attention.wqkv", fused, config, split=split_wqkv, fuse=fuse_wqkv),
+        *linear_rows(f"{layer}.attention.wo", (f"{attention}.output",), config),
         Row(f"{layer}.ffn_norm.weight", ("layers.ffn_norm.scale",)),
-        Row(f"{layer}.feed_forward.w1.weight", (f"{ffn}.gate.kernel",)),
-        Row(f"{layer}.feed_forward.w3.weight", (f"{ffn}.up.kernel",)),
-        Row(f"{layer}.feed_forward.w2.weight", (f"{ffn}.down.kernel",)),
+        *linear_rows(f"{layer}.feed_forward.w1", (f"{ffn}.gate",), config),
+        *linear_rows(f"{layer}.feed_forward.w3", (f"{ffn}.up",), config),
+        *linear_rows(f"{layer}.feed_forward.w2", (f"{ffn}.down",), config),
         Row("model.norm.weight", ("norm.scale",)),
     ) + (() if config.tie_embeddings else (Row(head, ("head.kernel",)),))
 

@@ -34,9 +34,11 @@ def paged_attention(
     k_zeros: jax.Array | None = None,
     v_scales: jax.Array | None = None,
     v_zeros: jax.Array | None = None,
+    window: int | None = None,
+    alibi_slopes_N: jax.Array | None = None,
     scale: float | None = None,
 ) -> jax.Array:
-    """Returns causal attention outputs `[B, T, N, H]` over the slots of each row's pages.
+    """Returns causal attention outputs `[B, T, N, H]` over the slots of each row's pages, the last `window` if given.
 
     Slot i of a row (page i // S of its table, slot i % S) holds the key of absolute position i, so causality alone
     hides what was not written yet. With scales and zeros `[L, P, S, K]` the pages hold 8-bit values.
@@ -53,5 +55,12 @@ def paged_attention(
         k_BSKH, v_BSKH = read(k_LPSKH, k_scales, k_zeros), read(v_LPSKH, v_scales, v_zeros)
         k_positions_BS = jnp.broadcast_to(jnp.arange(k_BSKH.shape[1], dtype=jnp.int32), k_BSKH.shape[:2])
         return attention(
-            q_BTNH, k_BSKH, v_BSKH, q_positions_BT=q_positions_BT, k_positions_BS=k_positions_BS, scale=scale
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            q_positions_BT=q_positions_BT,
+            k_positions_BS=k_positions_BS,
+            window=window,
+            alibi_slopes_N=alibi_slopes_N,
+            scale=scale,
         )

@@ -33,17 +33,39 @@ class DynamicNTK:
         _check_factor(self.factor)
 
 
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Slow frequencies are divided by `factor`, fast ones kept, those between blended (Llama 3.1); at every length."""
+
+    factor: float = 8.0
+    """At least 1; 1 changes nothing."""
+    low_freq_factor: float = 1.0
+    """Frequencies that turn fewer times than this within original_max_position_embeddings are divided."""
+    high_freq_factor: float = 4.0
+    """Frequencies that turn more often than this within original_max_position_embeddings are kept."""
+    original_max_position_embeddings: int = 8192
+    """Length of training before the model was stretched."""
+
+    def __post_init__(self):
+        _check_factor(self.factor)
+        if not 0 < self.low_freq_factor < self.high_freq_factor or self.original_max_position_embeddings < 1:
+            raise ValueError(
+                "llama3 scaling needs 0 < low_freq_factor < high_freq_factor and a positive "
+                f"original_max_position_embeddings, given {self}"
+            )
+
+
 def _check_factor(factor: float) -> None:
     if not factor >= 1.0:
         raise ValueError(f"rotary scaling factor must be a number >= 1.0, given {factor!r}")
 
 
-RopeScaling = NoScaling | LinearScaling | DynamicNTK
+RopeScaling = NoScaling | LinearScaling | DynamicNTK | Llama3Scaling
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A pre-norm decoder with grouped-query attention, rotary positions, RMSNorm and SwiGLU."""
+    """A pre-norm decoder with grouped-query attention, RMSNorm and SwiGLU; the families differ in these fields."""
 
     vocab_size: int
     """Rows of the embedding table, special tokens included."""
@@ -66,10 +88,23 @@ class ModelConfig:
     rope_theta: float = 1e6
     """Rotary base: the slowest frequency turns about once in 2 pi times this many positions."""
     rope_scaling: RopeScaling = NoScaling()
+    rotary_dim: int | None = None
+    """Dimensions of a head that turn, in pairs (j, j + head_dim / 2); the later pairs keep still (ChatGLM3: half of the
+    head). None: all."""
+    positions: Literal["rotary", "alibi"] = "rotary"
+    """How attention knows positions: heads turned by them, or scores falling with the distance (Baichuan2-13B)."""
+    window: int | None = None
+    """A token sees the last `window` ones, itself included (Mistral). None: all."""
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    """Which projections of attention add a bias: none, query, key and value (Qwen2), the output as well (InternLM)."""
+    ffn_bias: bool = False
+    """Gate, up and down add a bias."""
+    qk_norm: bool = False
+    """Every query and key head is RMS-normalised before it is turned (Qwen3)."""
     tie_embeddings: bool = False
     """The output head is the transposed embedding table."""
     norm_head: bool = False
-    """Each vocabulary row of the output head is L2-normalised in the forward pass (InternLM2-1.8B pre-training)."""
+    """Vocabulary rows of the output head are L2-normalised in the forward pass (Baichuan2, native InternLM2-1.8B)."""
     head: Literal["lm", "scalar"] = "lm"
     """lm: one logit per vocabulary entry. scalar: one score per position (reward model, critic)."""
     initializer_range: float = 0.02
@@ -97,6 +132,12 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, given {self.head_dim}")
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_dim):
+            raise ValueError(f"rotary_dim must be even and in 2..{self.head_dim} (head_dim), given {self.rotary_dim}")
+        if self.positions == "alibi" and (self.rope_scaling != NoScaling() or self.rotary_dim is not None):
+            raise ValueError("positions='alibi' turns no heads: leave rope_scaling and rotary_dim unset")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 token or None, given {self.window}")
         if not 1 <= self.unroll_layers <= self.num_layers:
             raise ValueError(f"unroll_layers must be in 1..{self.num_layers} (num_layers), given {self.unroll_layers}")
         if self.tie_embeddings and (self.norm_head or self.head == "scalar"):
@@ -106,9 +147,12 @@ class ModelConfig:
 
 
 def _parameters_per_layer(config: ModelConfig) -> tuple[int, int]:
-    """Returns (matrix parameters, norm parameters) of one layer."""
+    """Returns (matrix parameters, norm and bias parameters) of one layer."""
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return config.d_model * (2 * query + 2 * key + 3 * config.ffn_dim), 2 * config.d_model
+    attention_bias = {"none": 0, "qkv": query + 2 * key, "all": query + 2 * key + config.d_model}[config.attention_bias]
+    ffn_bias = 2 * config.ffn_dim + config.d_model if config.ffn_bias else 0
+    norms = 2 * config.d_model + (2 * config.head_dim if config.qk_norm else 0)
+    return config.d_model * (2 * query + 2 * key + 3 * config.ffn_dim), norms + attention_bias + ffn_bias
 
 
 def num_params(config: ModelConfig) -> int:
@@ -119,7 +163,8 @@ def num_params(config: ModelConfig) -> int:
 
 
 def num_matmul_params(config: ModelConfig) -> int:
-    """Returns the parameters that take part in matrix products: layers and output head, no norms, no embedding table.
+    """Returns the parameters that take part in matrix products: layers and output head; no norms, no biases, no
+    embedding table.
 
     This is the N of the 6 N FLOPs-per-token formula.
     """
@@ -127,7 +172,7 @@ def num_matmul_params(config: ModelConfig) -> int:
     return config.num_layers * _parameters_per_layer(config)[0] + head
 
 
-_SCALINGS = {"none": NoScaling, "linear": LinearScaling, "dynamic": DynamicNTK}
+_SCALINGS = {"none": NoScaling, "linear": LinearScaling, "dynamic": DynamicNTK, "llama3": Llama3Scaling}
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:

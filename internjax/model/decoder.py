@@ -18,11 +18,12 @@ from jax.sharding import PartitionSpec
 
 from internjax.kernels.attention import attention
 from internjax.kernels.paged_attention import paged_attention
-from internjax.model import rope
+from internjax.model import alibi, rope
 from internjax.model.cache import KVCache, write
 from internjax.model.config import ModelConfig
 from internjax.model.linear import Linear
-from internjax.model.lora import Lora
+from internjax.model.lora import Lora, with_gains
+from internjax.model.neftune import add_noise
 from internjax.model.quantize import QuantArray
 from internjax.sharding import axis_size, constrain, partition_spec, unconstrained
 
@@ -46,7 +47,8 @@ class Inputs(NamedTuple):
 
     positions_BT: jax.Array
     segments_BT: jax.Array
-    rotation: rope.Rotation
+    rotation: rope.Rotation | None
+    """None where positions are not rotary."""
 
 
 class Attention(nn.Module):
@@ -60,14 +62,22 @@ class Attention(nn.Module):
         config, B, T = self.config, *x_BTD.shape[:2]
         heads, kv_heads = config.num_heads, config.num_kv_heads
 
-        def project(name, num_heads, axis):
-            y = self.linear(num_heads * config.head_dim, axes=("embed", axis), name=name)(x_BTD)
-            y = y.reshape(B, T, num_heads, config.head_dim)
-            return constrain(y, ("batch", "sequence", f"act_{axis}", None))
+        biased = config.attention_bias != "none"
 
-        q_BTNH = rope.rotate(project("query", heads, "heads"), inputs.rotation)
-        k_BTKH = rope.rotate(project("key", kv_heads, "kv_heads"), inputs.rotation)
+        def project(name, num_heads, axis):
+            y = self.linear(num_heads * config.head_dim, axes=("embed", axis), use_bias=biased, name=name)(x_BTD)
+            y = y.reshape(B, T, num_heads, config.head_dim)
+            y = constrain(y, ("batch", "sequence", f"act_{axis}", None))
+            if name == "value":
+                return y
+            if config.qk_norm:
+                y = Norm(config, name=f"{name}_norm")(y)
+            return y if inputs.rotation is None else rope.rotate(y, inputs.rotation)
+
+        q_BTNH = project("query", heads, "heads")
+        k_BTKH = project("key", kv_heads, "kv_heads")
         v_BTKH = project("value", kv_heads, "kv_heads")
+        slopes_N = jnp.asarray(alibi.slopes(heads)) if config.positions == "alibi" else None
         if cache is None:
             out_BTNH = attention(
                 q_BTNH,
@@ -77,6 +87,8 @@ class Attention(nn.Module):
                 k_positions_BS=inputs.positions_BT,
                 q_segments_BT=inputs.segments_BT,
                 k_segments_BS=inputs.segments_BT,
+                window=config.window,
+                alibi_slopes_N=slopes_N,
                 backend=config.attention,
             )
         else:
@@ -93,9 +105,12 @@ class Attention(nn.Module):
                 k_zeros=cache.k_zeros_LPSK,
                 v_scales=cache.v_scales_LPSK,
                 v_zeros=cache.v_zeros_LPSK,
+                window=config.window,
+                alibi_slopes_N=slopes_N,
             )
-        out = self.linear(config.d_model, axes=("heads", "embed"), name="output")(out_BTNH.reshape(B, T, -1))
-        return out, cache
+        biased = config.attention_bias == "all"
+        output = self.linear(config.d_model, axes=("heads", "embed"), use_bias=biased, name="output")
+        return output(out_BTNH.reshape(B, T, -1)), cache
 
 
 class FeedForward(nn.Module):
@@ -106,10 +121,11 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
-        gate = self.linear(self.config.ffn_dim, axes=("embed", "ffn"), name="gate")(x_BTD)
-        up = self.linear(self.config.ffn_dim, axes=("embed", "ffn"), name="up")(x_BTD)
+        linear = functools.partial(self.linear, use_bias=self.config.ffn_bias)
+        gate = linear(self.config.ffn_dim, axes=("embed", "ffn"), name="gate")(x_BTD)
+        up = linear(self.config.ffn_dim, axes=("embed", "ffn"), name="up")(x_BTD)
         hidden = constrain(nn.silu(gate) * up, ("batch", "sequence", "act_ffn"))
-        return self.linear(self.config.d_model, axes=("ffn", "embed"), name="down")(hidden)
+        return linear(self.config.d_model, axes=("ffn", "embed"), name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -141,6 +157,7 @@ class Decoder(nn.Module):
     config: ModelConfig
     lora_scale: float = 0.0
     lora_dropout: float = 0.0
+    embedding_noise: float = 0.0
 
     def setup(self):
         config = self.config
@@ -173,8 +190,12 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens_BT, positions_BT, segments_BT, inv_freq_BF, cache):
         x_BTD = _look_up(self.embed.embedding, tokens_BT, dtype=jnp.dtype(self.config.dtype))
+        if self.embedding_noise:
+            x_BTD = add_noise(x_BTD, segments_BT, self.make_rng("dropout"), alpha=self.embedding_noise)
         x_BTD = constrain(x_BTD, ("batch", "sequence", "act_embed"))
-        inputs = Inputs(positions_BT, segments_BT, rope.rotation(positions_BT, inv_freq_BF))
+        rotary = self.config.positions == "rotary"
+        rotation = rope.rotation(positions_BT, inv_freq_BF) if rotary else None
+        inputs = Inputs(positions_BT, segments_BT, rotation)
         (x_BTD, cache), _ = self.layers((x_BTD, cache), jnp.arange(self.config.num_layers), inputs)
         return self.norm(x_BTD), cache
 
@@ -228,7 +249,7 @@ def init(config: ModelConfig, rng: jax.Array) -> dict:
     """Returns fresh parameters as a nested dict; layers are stacked on axis 0 of every leaf under `layers`.
 
     Normal with initializer_range; the projections back into the residual stream (attention output, ffn down) of layer
-    i are divided by sqrt(2 (i + 1)) (InternEvo's initialisation, i from 0). Norm scales are 1.
+    i are divided by sqrt(2 (i + 1)) (InternEvo's initialisation, i from 0). Norm scales are 1, biases 0.
     """
     params = nn.unbox(_init_boxed(config, rng))
     depth = jnp.sqrt(2.0 * (jnp.arange(config.num_layers, dtype=jnp.float32) + 1))[:, None, None]
@@ -259,6 +280,7 @@ class Forward(NamedTuple):
 def _variables(params: dict, lora: Lora | None) -> tuple[dict, dict]:
     if lora is None:
         return {"params": params}, {}
+    lora = with_gains(lora, params)
     return {"params": params, "lora": lora.weights}, {"lora_scale": lora.scale, "lora_dropout": lora.dropout}
 
 
@@ -273,11 +295,13 @@ def forward(
     lora: Lora | None = None,
     cache: KVCache | None = None,
     dropout_rng: jax.Array | None = None,
+    embedding_noise: float = 0.0,
 ) -> Forward:
     """Returns the final-normed hidden states `[B, T, D]` and the updated cache.
 
     positions default to 0..T-1, segments to 1 (0 is padding: never attended, never cached), inv_freq to the config's
     frequencies. Under a cache, row b's token at position p is stored in slot p of its pages and attends to slots 0..p.
+    embedding_noise: alpha of NEFTune, drawn from dropout_rng.
     """
     B, T = tokens_BT.shape
     if positions_BT is None:
@@ -288,7 +312,7 @@ def forward(
         inv_freq_BF = rope.inv_freq(config)[None]
     variables, adapter = _variables(params, lora)
     rngs = None if dropout_rng is None else {"dropout": dropout_rng}
-    hidden_BTD, cache = Decoder(config, **adapter).apply(
+    hidden_BTD, cache = Decoder(config, embedding_noise=embedding_noise, **adapter).apply(
         variables, tokens_BT, positions_BT, segments_BT, inv_freq_BF, cache, method=Decoder.hidden, rngs=rngs
     )
     return Forward(hidden_BTD, cache)

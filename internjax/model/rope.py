@@ -1,14 +1,18 @@
 """Rotary position embeddings, half-split form; frequencies are data, so one compiled program serves every scaling.
 
-B batch, T time, N heads, H head dim, F = H / 2 frequencies.
+A model that turns R of H dimensions has zeros as its last (H - R) / 2 frequencies: those pairs keep still. Checkpoints
+that pair neighbours, or turn the first R dimensions, are permuted while they are read (internjax.hf).
+
+B batch, T time, N heads, H head dim, R rotary dim, F = H / 2 frequencies.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from internjax.model.config import DynamicNTK, LinearScaling, ModelConfig
+from internjax.model.config import DynamicNTK, LinearScaling, Llama3Scaling, ModelConfig
 
 
 def ntk_theta(theta: float, factor: float, length: int, max_position: int, head_dim: int) -> float:
@@ -22,20 +26,36 @@ def ntk_theta(theta: float, factor: float, length: int, max_position: int, head_
     return theta * (factor * length / max_position - (factor - 1)) ** (head_dim / (head_dim - 2))
 
 
+def _llama3(inv_freq_F: jax.Array, scaling: Llama3Scaling) -> jax.Array:
+    """Returns the frequencies of Llama 3.1: f / factor where f turns less than `low` times in the original length, f
+    where it turns more than `high` times, and between them a blend that is linear in the number of turns."""
+    turns_F = inv_freq_F * (scaling.original_max_position_embeddings / (2 * math.pi))
+    kept_F = (turns_F - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept_F = jnp.clip(kept_F, 0.0, 1.0)
+    return kept_F * inv_freq_F + (1.0 - kept_F) * inv_freq_F / scaling.factor
+
+
 def inv_freq(config: ModelConfig, *, length: int | None = None) -> jax.Array:
     """Returns the inverse frequencies `[F]`, float32, for sequences declared to be at most `length` long.
 
-    inv_freq_j = theta^(-2j / H). `length` matters under dynamic NTK scaling alone; it is fixed when a sequence or
-    session begins, because keys already cached keep the rotation they were written with.
+    inv_freq_j = theta^(-2j / R) for the R / 2 pairs that turn, 0 for the others. `length` matters under dynamic NTK
+    scaling alone; it is fixed when a sequence or session begins, because keys already cached keep the rotation they
+    were written with.
     """
+    rotary_dim = config.rotary_dim or config.head_dim
     theta, factor = config.rope_theta, 1.0
     match config.rope_scaling:
         case LinearScaling(factor=linear):
             factor = linear
         case DynamicNTK(factor=ntk):
-            theta = ntk_theta(theta, ntk, length or 0, config.max_position_embeddings, config.head_dim)
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    return 1.0 / (theta**exponents) / factor
+            theta = ntk_theta(theta, ntk, length or 0, config.max_position_embeddings, rotary_dim)
+    exponents = jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim
+    inv_freq_F = 1.0 / (theta**exponents) / factor
+    if isinstance(config.rope_scaling, Llama3Scaling):
+        inv_freq_F = _llama3(inv_freq_F, config.rope_scaling)
+    if rotary_dim < config.head_dim:
+        inv_freq_F = jnp.pad(inv_freq_F, (0, (config.head_dim - rotary_dim) // 2))
+    return inv_freq_F
 
 
 class Rotation(NamedTuple):

@@ -5,7 +5,7 @@ import pytest
 from internjax.hf.families import family_of
 from internjax.hf.internlm2 import INTERNLM2
 from internjax.hf.llama import LLAMA
-from internjax.model.config import DynamicNTK, LinearScaling, NoScaling
+from internjax.model.config import DynamicNTK, LinearScaling, Llama3Scaling, NoScaling
 
 # Llama as stock transformers 5 writes it, and the same in the spelling of version 4.
 LLAMA_5 = {
@@ -69,6 +69,15 @@ INTERNLM2_JSON = {
     "vocab_size": 64,
 }
 
+# As published with Llama 3.2.
+LLAMA3_SCALING = {
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
 
 def test_both_spellings_of_rotary_scaling_are_one():
     config = LLAMA.config_from_hf(LLAMA_5)
@@ -89,6 +98,7 @@ def test_a_released_internlm2_config_is_read_as_it_is():
         ({"rope_type": "default"}, NoScaling()),
         ({"type": "linear", "factor": 4}, LinearScaling(4.0)),
         ({"rope_type": "dynamic", "type": "dynamic", "factor": 3.0}, DynamicNTK(3.0)),
+        (LLAMA3_SCALING, Llama3Scaling(32.0, 1.0, 4.0, 8192)),
     ],
 )
 def test_scalings(scaling, wanted):
@@ -98,8 +108,8 @@ def test_scalings(scaling, wanted):
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"rope_type": "llama3", "factor": 8.0}, "'llama3'; supported are default, linear, dynamic"),
-        ({"type": "yarn", "factor": 8.0}, "'yarn'"),
+        ({"rope_type": "llama3", "factor": 8.0}, "'llama3' has no low_freq_factor, high_freq_factor, original_max"),
+        ({"type": "yarn", "factor": 8.0}, "'yarn'; supported are default, linear, dynamic, llama3"),
         ({"type": "linear"}, "no factor"),
         ({"type": "dynamic", "factor": 0.5}, ">= 1.0"),
         ({"type": "dynamic", "rope_type": "linear", "factor": 2.0}, "two rotary scalings"),
@@ -115,8 +125,6 @@ def test_scalings_that_are_refused(scaling, message):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("attention_bias", True),
-        ("mlp_bias", True),
         ("hidden_act", "gelu"),
         ("attention_dropout", 0.1),
         ("partial_rotary_factor", 0.5),
@@ -141,13 +149,20 @@ def test_absent_features_and_bookkeeping_pass(fields):
 
 def test_internlm2_has_biases_unless_it_says_otherwise():
     for values in ({**INTERNLM2_JSON, "bias": True}, {k: v for k, v in INTERNLM2_JSON.items() if k != "bias"}):
-        with pytest.raises(ValueError, match="bias is True, supported is False"):
-            INTERNLM2.config_from_hf(values)
+        assert INTERNLM2.config_from_hf(values).attention_bias == "all"
+    assert INTERNLM2.config_from_hf(INTERNLM2_JSON).attention_bias == "none"
+
+
+def test_biases_of_llama():
+    config = LLAMA.config_from_hf(LLAMA_4 | {"attention_bias": True, "mlp_bias": True})
+    assert (config.attention_bias, config.ffn_bias) == ("all", True)
+    with pytest.raises(ValueError, match="attention_bias is 'no'; it must be true or false"):
+        LLAMA.config_from_hf(LLAMA_4 | {"attention_bias": "no"})
 
 
 def test_all_that_is_wrong_is_told_at_once():
-    with pytest.raises(ValueError, match=r"mlp_bias is True.*logit_scale = 2.*\('mlp_bias', 'logit_scale',\)"):
-        LLAMA.config_from_hf(LLAMA_4 | {"mlp_bias": True, "logit_scale": 2})
+    with pytest.raises(ValueError, match=r"hidden_act is 'gelu'.*logit_scale = 2.*\('hidden_act', 'logit_scale',\)"):
+        LLAMA.config_from_hf(LLAMA_4 | {"hidden_act": "gelu", "logit_scale": 2})
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"])
@@ -171,6 +186,7 @@ def test_what_a_llama_config_leaves_out_has_the_class_default():
         ({"model_type": "llama"}, "llama"),
         ({"model_type": "internlm2"}, "internlm2"),
         ({"model_type": "internlm", "architectures": ["InternLM2ForCausalLM"]}, "internlm2"),
+        ({"model_type": "internlm", "architectures": ["InternLMForCausalLM"]}, "internlm"),
     ],
 )
 def test_families(values, name):
@@ -178,11 +194,20 @@ def test_families(values, name):
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"model_type": "internlm", "architectures": ["InternLMForCausalLM"]}, {"model_type": "qwen2"}]
+    ("kind", "reason"),
+    [
+        (None, "supported are llama, mistral"),
+        ("gpt_neox", "supported are llama, mistral"),
+        ("qwen", "Qwen 1 .* take Qwen 1.5"),
+        ("qwen2_moe", "several experts"),
+        ("qwen3_moe", "several experts"),
+        ("mixtral", "several experts"),
+        ("glm4", "two more norms per layer"),
+    ],
 )
-def test_families_that_are_refused(values):
-    with pytest.raises(ValueError, match="supported are llama and internlm2"):
-        family_of(values)
+def test_families_that_are_refused(kind, reason):
+    with pytest.raises(ValueError, match=reason):
+        family_of({} if kind is None else {"model_type": kind})
 
 
 @pytest.mark.parametrize("family", [LLAMA, INTERNLM2], ids=["llama", "internlm2"])
