@@ -4,6 +4,8 @@ The embedded corpus is the running interpreter's own standard library without it
 topics, and the documentation files of the installed packages. Modules are read with `ast`, never imported.
 """
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -11,7 +13,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from data_pipelines.document import Document, make_document
 from data_pipelines.outline import Definition, Outline, outline, string_table
@@ -269,7 +271,10 @@ def jsonl(
 
 
 def json_rows(path: str | Path, *, on_bad_row: Callable[[str], None] | None = None) -> Iterator[Row]:
-    """JSON objects of a .jsonl file, or of a .json file that holds one array, with "file:line" (array: its index)."""
+    """JSON objects of a .jsonl file, or of a .json file that holds one array, with "file:line" (array: its index).
+
+    Either may be compressed: .jsonl.gz, .json.zst.
+    """
     path = existing(path)
 
     def bad(message: str) -> None:
@@ -277,10 +282,10 @@ def json_rows(path: str | Path, *, on_bad_row: Callable[[str], None] | None = No
             raise ValueError(message)
         on_bad_row(message)
 
-    if path.suffix.lower() == ".json":
+    if uncompressed_suffix(path) == ".json":
         yield from _json_array(path, bad)
         return
-    with path.open("rb") as lines:
+    with opened(path) as lines:
         for number, raw in enumerate(lines, 1):
             if not raw.strip():
                 continue
@@ -297,10 +302,12 @@ def json_rows(path: str | Path, *, on_bad_row: Callable[[str], None] | None = No
 
 
 def _json_array(path: Path, bad: Callable[[str], None]) -> Iterator[Row]:
+    with opened(path) as file:
+        text = file.read()
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if b"\n{" in path.read_bytes().strip():
+        if b"\n{" in text.strip():
             bad(f"{path}: not valid JSON ({error}); one object per line belongs in a file named .jsonl")
         else:
             bad(f"{path}: not valid JSON ({error}); wanted one array of objects")
@@ -310,6 +317,38 @@ def _json_array(path: Path, bad: Callable[[str], None]) -> Iterator[Row]:
             yield Row(f"{path}:{index}", value)
         else:
             bad(f"{path}:{index}: a JSON {type(value).__name__}; wanted an array of objects")
+
+
+def uncompressed_suffix(path: Path) -> str:
+    """The suffix that says what a file holds: ".json" of "a.json.gz"."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in {".gz", ".zst"}:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, decompressed where its name ends in .gz or .zst; ValueError where they are damaged."""
+    suffix = path.suffix.lower()
+    if suffix not in {".gz", ".zst"}:
+        with path.open("rb") as file:
+            yield file
+        return
+    import gzip
+    import zlib
+
+    try:
+        if suffix == ".gz":
+            with gzip.open(path) as file:
+                yield file
+        else:
+            import pyarrow as pa
+
+            with pa.CompressedInputStream(pa.OSFile(str(path)), "zstd") as stream, io.BufferedReader(stream) as file:
+                yield file
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be decompressed ({error}); copy it again") from error
 
 
 def _from_fields(text: str, fields: dict[str, Any], text_field: str, *, path: str, source: str) -> Document:

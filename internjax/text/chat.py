@@ -29,7 +29,13 @@ from internjax.text.message import (
     to_openai,
     tools_message,
 )
-from internjax.text.template import named_specials, render_by_template, render_template, template_stop_ids
+from internjax.text.template import (
+    named_specials,
+    render_by_template,
+    render_template,
+    samples_by_template,
+    template_stop_ids,
+)
 from internjax.text.tokenizer import (
     ACTION_END,
     ACTION_START,
@@ -57,6 +63,7 @@ __all__ = [
     "from_openai",
     "parse",
     "render",
+    "render_samples",
     "render_turn",
     "stop_ids",
     "to_dict",
@@ -68,24 +75,54 @@ _MARKER_OF: dict[str, str] = {"interpreter": INTERPRETER, "plugin": PLUGIN}
 _PROTOCOL = (IM_START, IM_END, ACTION_START, ACTION_END, INTERPRETER, PLUGIN)
 
 
-def render(messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = False) -> Rendered:
+def render(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    add_generation_prompt: bool = False,
+    learned: Sequence[bool] | None = None,
+) -> Rendered:
     """Ids and loss mask of a conversation, ready to train on, or to be continued with `add_generation_prompt`.
 
-    InternLM2's protocol where the tokenizer speaks it, else the tokenizer's own chat template.
+    InternLM2's protocol where the tokenizer speaks it, else the tokenizer's own chat template. `learned` says of every
+    message whether it is learned, if it is the assistant's (None: all of them are).
     """
+    assert learned is None or len(learned) == len(messages)
     if not _speaks_internlm2(tokenizer):
-        return render_by_template(messages, tokenizer, add_generation_prompt=add_generation_prompt)
+        return render_by_template(messages, tokenizer, add_generation_prompt=add_generation_prompt, learned=learned)
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     mask = [0] * len(ids)
-    for message in messages:
+    for number, message in enumerate(messages):
         turn = render_turn(message, tokenizer)
         ids += turn.ids
-        mask += turn.mask
+        mask += turn.mask if learned is None or learned[number] else [0] * len(turn.ids)
     if add_generation_prompt:
         prompt = _header("assistant", None, tokenizer)
         ids += prompt
         mask += [0] * len(prompt)
     return Rendered(ids, mask)
+
+
+def render_samples(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, learned: Sequence[bool] | None = None
+) -> list[Rendered]:
+    """What there is to train on in a conversation: `render` of it, or one sample per assistant turn.
+
+    Several where the tokenizer's template writes earlier turns anew as the conversation goes on (Qwen3 takes the
+    thoughts out of past answers). Raises ValueError where a sample would teach nothing, or its prompt as well.
+    """
+    assert learned is None or len(learned) == len(messages)
+    if _speaks_internlm2(tokenizer):
+        samples = [render(messages, tokenizer, learned=learned)]
+    else:
+        samples = samples_by_template(messages, tokenizer, learned=learned)
+    for sample in samples:
+        if all(sample.mask) or not any(sample.mask):
+            raise ValueError(
+                f"the loss mask marks {sum(sample.mask)} of {len(sample.ids)} tokens: a conversation teaches what the "
+                "assistant says and nothing else. The chat template marks no assistant turn, or none is to be learned"
+            )
+    return samples
 
 
 def render_turn(message: Message, tokenizer: Tokenizer) -> Rendered:

@@ -1,6 +1,7 @@
 """Other people's chat templates: rendered in a Jinja sandbox, then to token ids with the loss mask.
 
-The mask comes from `{% generation %}` blocks where the template has them, else from rendering every prefix.
+The mask comes from `{% generation %}` blocks where the template has them, else from rendering every prefix: an answer
+is what stands behind the prompt that asks for it. Where prefixes change later on, each answer becomes a sample.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from internjax.text.message import Message, Rendered, to_openai
 from internjax.text.tokenizer import Tokenizer
@@ -128,24 +129,132 @@ def named_specials(tokenizer: Tokenizer) -> dict[str, str]:
     return {role: "" if token_id is None else tokenizer.token(token_id) or "" for role, token_id in named.items()}
 
 
-def render_by_template(messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool) -> Rendered:
+def render_by_template(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    add_generation_prompt: bool,
+    learned: Sequence[bool] | None = None,
+) -> Rendered:
     """Ids and mask by the tokenizer's own Jinja template.
 
     The text is encoded in one piece, as transformers does, except for markers that people typed: those stay plain text.
+    With `add_generation_prompt` nothing is learned: the mask is zero. `learned` says of every message whether it is learned, if it is the assistant's.
     """
-    if tokenizer.chat_template is None:
+    drawn = _drawn(messages, tokenizer)
+    whole = drawn.draw(drawn.turns, add_generation_prompt=add_generation_prompt)
+    if add_generation_prompt:  # it is read, never learned
+        return _encoded(whole.text, [], tokenizer)
+    spans = _assistant_spans(drawn, whole, tokenizer)
+    if spans is None:
+        raise ValueError(
+            "the tokenizer's chat template writes earlier turns anew when a later one is added, so one loss mask for "
+            "the whole conversation is not defined; use render_samples, which gives one sample per assistant turn"
+        )
+    return _encoded(whole.text, _learned_spans(spans, learned), tokenizer)
+
+
+def samples_by_template(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, learned: Sequence[bool] | None = None
+) -> list[Rendered]:
+    """What there is to train on in a conversation: one sample, or one per assistant turn.
+
+    Several where the template writes earlier turns anew as the conversation goes on (Qwen3 takes the thoughts out of
+    past answers): then each learned turn stands at the end of a sample of its own, behind the very prompt that the
+    model is given for it. A last turn that the template leaves without an end marker gets the tokenizer's EOS. Raises
+    ValueError where an assistant's turn is not found behind its prompt.
+    """
+    drawn = _drawn(messages, tokenizer)
+    whole = drawn.draw(drawn.turns, add_generation_prompt=False)
+    spans = _assistant_spans(drawn, whole, tokenizer)
+    if spans is not None:
+        return [_ended(_encoded(whole.text, _learned_spans(spans, learned), tokenizer), tokenizer)]
+    samples = []
+    for message, index in drawn.places.items():
+        if drawn.turns[index]["role"] != "assistant" or not (learned is None or learned[message]):
+            continue
+        before = drawn.draw(drawn.turns[:index], add_generation_prompt=True).text
+        text = drawn.draw(drawn.turns[: index + 1], add_generation_prompt=False).text
+        samples.append(
+            _ended(_encoded(text, [_until_end(text, (len(before), len(text)), tokenizer)], tokenizer), tokenizer)
+        )
+    return samples
+
+
+class _Drawn(NamedTuple):
+    """A conversation as its template takes it: its turns, where each message went among them, and the renderer."""
+
+    turns: list[dict]
+    places: dict[int, int]
+    draw: Callable[..., TemplateText]
+    has_generation: bool
+
+
+def _drawn(messages: Sequence[Message], tokenizer: Tokenizer) -> _Drawn:
+    template = tokenizer.chat_template
+    if template is None:
         raise ValueError(
             "this tokenizer has no chat template and not all of InternLM2's markers; add chat_template.jinja to its "
             "folder, or use a chat model's tokenizer"
         )
-    turns, tools = _template_turns(messages, tokenizer)
-    draw = functools.partial(
-        render_template, tokenizer.chat_template, special_tokens=named_specials(tokenizer), tools=tools
-    )
-    text, spans = draw(turns, add_generation_prompt=add_generation_prompt)
-    if not re.search(r"\{%-?\s*generation\b", tokenizer.chat_template):
-        spans = _spans_by_prefix(turns, text, draw)
-    spans = [_without_trailing_newline(text, span, tokenizer) for span in spans]
+    turns, places, tools = _template_turns(messages, tokenizer)
+    draw = functools.partial(render_template, template, special_tokens=named_specials(tokenizer), tools=tools)
+    drawn = _Drawn(turns, places, draw, re.search(r"\{%[-+]?\s*generation\b", template) is not None)
+    _check_tools_are_drawn(drawn, tools or [])
+    return drawn
+
+
+def _check_tools_are_drawn(drawn: _Drawn, tools: Sequence[Mapping]) -> None:
+    """Refuses a template that drops tools or calls in silence: their names must be in the text."""
+    names = {tool.get("function", {}).get("name") for tool in tools}
+    names |= {call["function"]["name"] for turn in drawn.turns for call in turn.get("tool_calls", [])}
+    names = {name for name in names if name}
+    if not names:
+        return
+    text = drawn.draw(drawn.turns, add_generation_prompt=False).text
+    missing = sorted(name for name in names if name not in text)
+    if missing:
+        raise ValueError(
+            f"the tokenizer's chat template leaves the tools {', '.join(missing)} out of the text: it knows no tools. "
+            "Give a tokenizer whose template has them (InternLM2's does), or data without tool turns"
+        )
+
+
+def _assistant_spans(drawn: _Drawn, whole: TemplateText, tokenizer: Tokenizer) -> dict[int, tuple[int, int]] | None:
+    """Message -> where in the text its answer stands, end marker included; None where the template rewrites history."""
+    messages = [message for message, index in drawn.places.items() if drawn.turns[index]["role"] == "assistant"]
+    if drawn.has_generation:
+        spans = [_without_trailing_newline(whole.text, span, tokenizer) for span in whole.spans if span[0] < span[1]]
+        if len(spans) != len(messages):
+            raise ValueError(
+                f"the conversation has {len(messages)} assistant turns, and the chat template's "
+                f"{{% generation %}} blocks mark {len(spans)}; put one around the assistant's text of every turn"
+            )
+        return dict(zip(messages, spans))
+    spans = {}
+    for message in messages:
+        index = drawn.places[message]
+        before = drawn.draw(drawn.turns[:index], add_generation_prompt=True).text
+        after = drawn.draw(drawn.turns[: index + 1], add_generation_prompt=False).text
+        if not after.startswith(before):
+            at = next((i for i, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after)))
+            raise ValueError(
+                f"the chat template's prompt for turn {index} ends {before[at : at + 40]!r} where the turn itself has "
+                f"{after[at : at + 40]!r}, so what the assistant says cannot be told from its prompt. Put "
+                "{% generation %} ... {% endgeneration %} around the assistant's text in the template"
+            )
+        if not whole.text.startswith(after):
+            return None
+        spans[message] = _until_end(whole.text, (len(before), len(after)), tokenizer)
+    return spans
+
+
+def _learned_spans(spans: Mapping[int, tuple[int, int]], learned: Sequence[bool] | None) -> list[tuple[int, int]]:
+    return [span for message, span in spans.items() if learned is None or learned[message]]
+
+
+def _encoded(text: str, spans: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> Rendered:
+    """Ids of a template's text; learned are those that lie in a span."""
     ids, mask, start = [], [], 0
     literal = False
     for piece in split_keeping(text, LITERAL_OPEN + LITERAL_CLOSE):
@@ -155,28 +264,61 @@ def render_by_template(messages: Sequence[Message], tokenizer: Tokenizer, *, add
             encoded = tokenizer.encode_with_offsets(piece, allow_special=not literal)
             ids += encoded.ids
             offsets = [(start + low, start + high) for low, high in encoded.offsets]
-            mask += [int(any(low <= a and b <= high for low, high in spans)) for a, b in offsets]
+            mask += [int(any(low <= a < high and b <= high for low, high in spans)) for a, b in offsets]
         start += len(piece)
     return Rendered(ids, mask)
 
 
-def _template_turns(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[dict], list | None]:
-    """OpenAI-like dicts with parsed arguments (what templates expect), and the declared tools."""
+def _ended(sample: Rendered, tokenizer: Tokenizer) -> Rendered:
+    """The sample with EOS, learned, behind a last turn that is learned and ends without a marker."""
+    if not sample.ids or not sample.mask[-1] or sample.ids[-1] in tokenizer.special.values():
+        return sample
+    return Rendered([*sample.ids, tokenizer.eos_id], [*sample.mask, 1])
+
+
+def _until_end(text: str, span: tuple[int, int], tokenizer: Tokenizer) -> tuple[int, int]:
+    """The span up to its end marker; where it has none, with the marker that follows it (GLM's next `<|user|>`)."""
+    start, end = _without_trailing_newline(text, span, tokenizer)
+    if any(text.endswith(marker, start, end) for marker in tokenizer.special):
+        return start, end
+    following = max((marker for marker in tokenizer.special if text.startswith(marker, end)), key=len, default="")
+    return start, end + len(following)
+
+
+def _template_turns(
+    messages: Sequence[Message], tokenizer: Tokenizer
+) -> tuple[list[dict], dict[int, int], list | None]:
+    """OpenAI-like dicts with parsed arguments (what templates expect), where each message went, the declared tools."""
     tools: list = []
-    turns = []
-    for message in messages:
+    turns: list[dict] = []
+    places: dict[int, int] = {}
+    call_id = ""
+    for number, message in enumerate(messages):
         if message.role == "system" and message.name == "plugin":
-            tools += json.loads(message.content)
+            declared = json.loads(message.content)
+            tools += [tool if "function" in tool else {"type": "function", "function": tool} for tool in declared]
             continue
         turn = to_openai([message])[0] | {"content": _fence_markers(message.content, tokenizer)}
         for call in turn.get("tool_calls", []):
             arguments = json.loads(call["function"]["arguments"])
-            call["function"]["arguments"] = {
-                key: _fence_markers(value, tokenizer) if isinstance(value, str) else value
-                for key, value in arguments.items()
-            }
+            call["function"]["arguments"] = _fenced_values(arguments, tokenizer)
+            call["id"] = call_id = f"call{number:05d}"  # nine letters and digits, as Mistral's template wants
+        if turn["role"] == "tool" and call_id:
+            turn["tool_call_id"] = call_id
+        places[number] = len(turns)
         turns.append(turn)
-    return turns, tools or None
+    return turns, places, tools or None
+
+
+def _fenced_values(value: Any, tokenizer: Tokenizer) -> Any:
+    """JSON values with the markers that their texts spell out fenced."""
+    if isinstance(value, str):
+        return _fence_markers(value, tokenizer)
+    if isinstance(value, list):
+        return [_fenced_values(each, tokenizer) for each in value]
+    if isinstance(value, dict):
+        return {key: _fenced_values(each, tokenizer) for key, each in value.items()}
+    return value
 
 
 def _fence_markers(content: str, tokenizer: Tokenizer) -> str:
@@ -190,23 +332,6 @@ def _fence_markers(content: str, tokenizer: Tokenizer) -> str:
     return re.sub(either, lambda hit: LITERAL_OPEN + hit[0] + LITERAL_CLOSE, content)
 
 
-def _spans_by_prefix(turns: list[dict], text: str, draw) -> list[tuple[int, int]]:
-    """Where each assistant turn stands: between the prompt that asks for it and the text with it."""
-    spans = []
-    for index, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        before = draw(turns[:index], add_generation_prompt=True).text
-        after = draw(turns[: index + 1], add_generation_prompt=False).text
-        if not (after.startswith(before) and text.startswith(after)):
-            raise ValueError(
-                f"the tokenizer's chat template changes earlier text when turn {index} is added, so the loss mask "
-                "is not defined; put {% generation %} ... {% endgeneration %} around the assistant's text in it"
-            )
-        spans.append((len(before), len(after)))
-    return spans
-
-
 def _without_trailing_newline(text: str, span: tuple[int, int], tokenizer: Tokenizer) -> tuple[int, int]:
     """The span without the whitespace behind its end marker, which the model never has to produce."""
     start, end = span
@@ -216,12 +341,13 @@ def _without_trailing_newline(text: str, span: tuple[int, int], tokenizer: Token
 
 @functools.lru_cache(maxsize=64)
 def template_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The special token with which the template closes an assistant's turn, if it uses one."""
+    """The special token with which the template closes an assistant's turn, or opens the next one, if there is one."""
     answer = "probe answer"
     turns = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": answer}]
+    turns.append(turns[0])
     try:
         text = render_template(tokenizer.chat_template, turns, special_tokens=named_specials(tokenizer)).text
-    except ValueError:  # a template that refuses two plain turns cannot be asked
+    except ValueError:  # a template that refuses plain turns cannot be asked
         return ()
     ids = tokenizer.encode(text.rpartition(answer)[2].lstrip(), allow_special=True)
     return tuple(ids[:1]) if ids and ids[0] in tokenizer.special.values() else ()

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.formats import conversations, detect, detect_file, preferences, to_row
+from data_pipelines import moss
+from data_pipelines.formats import conversations, detect, detect_file, preferences, texts, to_row
 from internjax.text import chat
 from internjax.text.chat import Message, ToolCall
 from internjax.text.tokenizer import train_tokenizer
@@ -15,6 +16,8 @@ from internjax.text.tokenizer import train_tokenizer
 WEATHER = {"name": "weather", "description": "Weather of a city", "parameters": {"type": "object"}}
 CALL = '{"name": "weather", "parameters": {"city": "Brno"}}'
 TOOLS = Message("system", json.dumps([WEATHER]), name="plugin")
+TURN = {"role": "user", "content": "q"}
+SAID = {"role": "assistant", "content": "a"}
 
 # Format -> (row, its messages, its rendering with what is learned between ⟦ and ⟧).
 GOLDEN = {
@@ -87,6 +90,24 @@ GOLDEN = {
         f"<|im_start|>system name=<|plugin|>\n{TOOLS.content}<|im_end|>\n<|im_start|>user\nRain in Brno?<|im_end|>\n"
         f"<|im_start|>assistant\n⟦<|action_start|><|plugin|>\n{CALL}<|action_end|><|im_end|>⟧\n"
         "<|im_start|>environment name=<|plugin|>\ndry<|im_end|>\n<|im_start|>assistant\n⟦No.<|im_end|>⟧\n",
+    ),
+    "xtuner": (
+        {
+            "conversation": [
+                {"system": "Be short.", "input": "Hi.", "output": "Hello.", "output_with_loss": False},
+                {"input": "1 + 1?", "output": "2"},
+            ]
+        },
+        [
+            Message("system", "Be short."),
+            Message("user", "Hi."),
+            Message("assistant", "Hello."),
+            Message("user", "1 + 1?"),
+            Message("assistant", "2"),
+        ],
+        "<s><|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHi.<|im_end|>\n"
+        "<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦2<|im_end|>⟧\n",
     ),
     "oasst": (
         {"text": "### Human: Hi.### Assistant: Hello.\n### Human: 1 + 1?### Assistant: 2"},
@@ -173,7 +194,8 @@ def test_a_row_of_every_format(name, tmp_path, tokenizer):
     first, second = conversations(path)
     assert first.messages == second.messages == messages
     assert (first.place, second.place) == (f"{path}:1", f"{path}:2")
-    assert with_marks(chat.render(messages, tokenizer), tokenizer) == rendered
+    (sample,) = chat.render_samples(first.messages, tokenizer, learned=first.learned)
+    assert with_marks(sample, tokenizer) == rendered
 
 
 def test_other_spellings_of_the_same():
@@ -200,6 +222,202 @@ def test_variants_within_a_format(tmp_path):
     assert sample.messages == [Message("user", "q"), Message("assistant", "a")]
 
 
+def test_turns_that_are_read_and_not_learned(tmp_path, tokenizer):
+    """OpenAI's weight, XTuner's loss, axolotl's train; of prompt/completion lists the completion is learned."""
+    user, one, two = ({"role": role, "content": text} for role, text in zip(("user", "assistant", "assistant"), "qab"))
+    rows = [
+        {"messages": [user, one | {"weight": 0}, user, two | {"weight": 1}], "tools": [WEATHER]},
+        {"messages": [user, one | {"loss": False}, user, two]},
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "a", "train": False},
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "b"},
+            ]
+        },
+        {"prompt": [user, one, user], "completion": [two]},
+    ]
+    for number, row in enumerate(rows):
+        (sample,) = conversations(written(tmp_path / f"{number}.jsonl", [row]))
+        (rendered,) = chat.render_samples(sample.messages, tokenizer, learned=sample.learned)
+        text = with_marks(rendered, tokenizer)
+        assert text.endswith(
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n⟦b<|im_end|>⟧\n"
+        )
+
+
+def test_calls_in_older_and_parallel_forms(tmp_path):
+    call = {"name": "weather", "arguments": '{"city": "Brno"}'}
+    other = {"name": "weather", "arguments": '{"city": "Wien"}'}
+    calls = [{"id": "1", "function": call}, {"id": "2", "function": other}]
+    rows = [
+        {
+            "functions": [WEATHER],
+            "messages": [
+                TURN,
+                {"role": "assistant", "content": None, "function_call": call},
+                {"role": "function", "name": "weather", "content": "dry"},
+                SAID,
+            ],
+        },
+        {
+            "messages": [
+                TURN,
+                {"role": "assistant", "content": "I ask.", "tool_calls": calls},
+                {"role": "tool", "tool_call_id": "2", "content": "wet"},
+                {"role": "tool", "tool_call_id": "1", "content": "dry"},
+                SAID,
+            ]
+        },
+    ]  # fmt: skip
+    old, parallel = (sample.messages for sample in conversations(written(tmp_path / "a.jsonl", rows)))
+    assert old == [
+        TOOLS,
+        Message("user", "q"),
+        Message("assistant", "", call=ToolCall("plugin", CALL)),
+        Message("environment", "dry", name="plugin"),
+        Message("assistant", "a"),
+    ]
+    assert parallel == [
+        Message("user", "q"),
+        Message("assistant", "I ask.", call=ToolCall("plugin", CALL)),
+        Message("environment", "dry", name="plugin"),
+        Message("assistant", "", call=ToolCall("plugin", CALL.replace("Brno", "Wien"))),
+        Message("environment", "wet", name="plugin"),
+        Message("assistant", "a"),
+    ]
+
+
+def test_commands_of_moss():
+    turn = {"Human": "q", "Inner Thoughts": "I look.", "MOSS": "a"}
+
+    def calls(command, result):
+        messages = moss.messages_of({"chat": {"turn_1": turn | {"Commands": command, "Tool Responses": result}}})
+        return [(json.loads(m.call.content) if m.call else m.content) for m in messages[1:-1]]
+
+    assert calls('Search("rain, (in) Brno")', "dry") == [
+        {"name": "Search", "parameters": {"arguments": "rain, (in) Brno"}},
+        "dry",
+    ]
+    assert calls('Search("f(x), g(y)")', "-")[0]["parameters"] == {"arguments": "f(x), g(y)"}
+    assert calls('A("x"), B(1, 2)', 'A("x") =>\nfirst\nB(1, 2) =>\nsecond') == [
+        {"name": "A", "parameters": {"arguments": "x"}},
+        'A("x") =>\nfirst',
+        {"name": "B", "parameters": {"arguments": "1, 2"}},
+        "B(1, 2) =>\nsecond",
+    ]
+
+
+# --- trees -----------------------------------------------------------------------------------------------------------
+
+
+def node(text, role, *replies, **fields):
+    return {"message_id": text, "text": text, "role": role, "replies": list(replies)} | fields
+
+
+TREE = node(
+    "q", "prompter",
+    node("worse", "assistant", node("why?", "prompter", node("so", "assistant")), node("open", "prompter"), rank=1),
+    node("best", "assistant", node("thanks", "prompter"), rank=0),
+    node("spam", "assistant", rank=2, review_result=False),
+    node("gone", "assistant", deleted=True),
+)  # fmt: skip
+
+
+def test_trees_give_every_path_and_learn_each_answer_once(tmp_path, tokenizer):
+    path = written(tmp_path / "a.jsonl", [{"message_tree_id": "q", "prompt": TREE}])
+    assert detect_file(path) == "oasst_tree"
+    samples = list(conversations(path))
+    texts = [[message.content for message in sample.messages] for sample in samples]
+    assert texts == [["q", "best"], ["q", "worse", "why?", "so"]]
+    assert [sample.place for sample in samples] == [f"{path}:1#1", f"{path}:1#2"]
+    assert {sample.group for sample in samples} == {"q"}
+    (best,) = conversations(path, format="oasst_best")
+    assert [message.content for message in best.messages] == ["q", "best"]
+
+    shared = node(
+        "q", "prompter", node("a", "assistant", *(node(x, "prompter", node(x * 2, "assistant")) for x in "bc"))
+    )
+    samples = conversations(written(tmp_path / "b.jsonl", [{"prompt": shared}]))
+    marked = [with_marks(chat.render(s.messages, tokenizer, learned=s.learned), tokenizer) for s in samples]
+    assert [text.count("⟦") for text in marked] == [2, 1]
+    assert "⟦a<|im_end|>⟧" in marked[0] and "assistant\na<|im_end|>" in marked[1] and "⟦cc<|im_end|>⟧" in marked[1]
+
+
+def test_trees_of_single_messages(tmp_path):
+    rows = []
+
+    def flatten(message, parent):
+        rows.append({**message, "parent_id": parent, "replies": None})
+        for reply in message["replies"]:
+            flatten(reply, message["message_id"])
+
+    flatten(TREE, None)
+    path = written(
+        tmp_path / "a.jsonl", [*reversed(rows), {"message_id": "x", "parent_id": "?", "text": "", "role": "assistant"}]
+    )
+    bad = []
+    found = [[m.content for m in sample.messages] for sample in conversations(path, on_bad_row=bad.append)]
+    assert found == [["q", "best"], ["q", "worse", "why?", "so"]]
+    assert bad == [f"{path}:{len(rows) + 1}: the parent_id '?' is no message of the data; give whole trees"]
+
+
+# --- where rows come from --------------------------------------------------------------------------------------------
+
+
+def test_the_same_rows_from_every_kind_of_file(tmp_path):
+    import gzip
+
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"ask": f"q{n}", "reply": f"a{n}", "extra": n} for n in range(3)]
+    lines, array = "".join(json.dumps(row) + "\n" for row in rows).encode(), json.dumps(rows).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "a.json").write_bytes(array)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(array))
+    for name, content in (("a.jsonl.zst", lines), ("a.json.zst", array)):
+        (tmp_path / name).write_bytes(pa.compress(content, codec="zstd", asbytes=True))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    data = datasets.Dataset.from_list(rows)
+    data.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"test": data}).save_to_disk(tmp_path / "splits")
+    names = [str(path) for path in sorted(tmp_path.glob("a.*"))]
+    names += [f"datasets:{tmp_path}/saved", f"datasets:{tmp_path}/splits@test"]
+    assert len(names) == 9
+    columns = ("instruction=ask", "output=reply")
+    for name in names:
+        assert detect_file(name, columns=columns) == "alpaca"
+        samples = list(conversations(name, columns=columns))
+        assert [[m.content for m in sample.messages] for sample in samples] == [[f"q{n}", f"a{n}"] for n in range(3)]
+        assert all(sample.place.startswith(f"{name}:") for sample in samples)
+    with pytest.raises(ValueError, match="it has the splits test; name one: .*splits@SPLIT"):
+        detect_file(f"datasets:{tmp_path}/splits")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines)[:-20])
+    with pytest.raises(ValueError, match=r"a.jsonl.gz: cannot be decompressed .*copy it again"):
+        list(conversations(tmp_path / "a.jsonl.gz", columns=columns))
+
+
+def test_columns_that_are_not_there_are_named(tmp_path):
+    path = written(tmp_path / "a.jsonl", [{"ask": "q", "reply": "a"}, {"ask": "q"}])
+    columns, bad = ("instruction=ask", "output=reply"), []
+    assert len(list(conversations(path, columns=columns, on_bad_row=bad.append))) == 1
+    assert bad == [f"{path}:2: it has no column 'reply', which is to be the field 'output'; it has ask"]
+    with pytest.raises(ValueError, match=r"columns has 'ask'; give FIELD=COLUMN"):
+        detect_file(path, columns=("ask",))
+    with pytest.raises(ValueError, match="is a folder, wanted a file; name its files"):
+        detect_file(tmp_path)
+    with pytest.raises(ValueError, match=r"named .xlsx are not read; give .jsonl"):
+        detect_file(written(tmp_path / "a.xlsx", ["x"]))
+    (tmp_path / "a.txt").write_text("Once upon a time.\n")
+    assert detect_file(tmp_path / "a.txt") == "text"
+    assert [text.text for text in texts(tmp_path / "a.txt")] == ["Once upon a time.\n"]
+
+
 # --- preferences -----------------------------------------------------------------------------------------------------
 
 
@@ -217,9 +435,11 @@ def test_preferences(tmp_path):
             "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "good"}],
             "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "bad"}],
         },
+        {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"},
     ]
+    rows.append({name: rows[2][name] for name in ("chosen", "rejected")})
     pairs = list(preferences(written(tmp_path / "a.jsonl", rows)))
-    assert len(pairs) == 3
+    assert len(pairs) == 5
     for pair in pairs:
         assert pair == ([Message("user", "q")], Message("assistant", "good"), Message("assistant", "bad"))
     row = rows[1] | {"system": "S", "tools": json.dumps([WEATHER])}
@@ -249,8 +469,6 @@ def test_a_bad_preference_row_is_named(row, tmp_path):
 # --- bad rows --------------------------------------------------------------------------------------------------------
 
 
-TURN = {"role": "user", "content": "q"}
-SAID = {"role": "assistant", "content": "a"}
 BAD_ROWS = {
     "no output": ("alpaca", {"instruction": "q"}, "field 'output' is missing"),
     "output of a wrong type": ("alpaca", {"instruction": "q", "output": ["a"]}, "output is list, wanted text"),
@@ -265,19 +483,20 @@ BAD_ROWS = {
     "two calls in a turn": (
         "openai",
         {"messages": [TURN, SAID | {"tool_calls": [{}, {}]}]},
-        "message 1 has 2 tool_calls",
+        "message 1 has 2 tool_calls, and the messages behind it are not their results",
     ),
     "an unreadable call": (
         "openai",
         {"messages": [TURN, SAID | {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
         "the tool call of message 1 cannot be read",
     ),
-    "the old form of a call": (
+    "turns that are not to be learned": (
         "openai",
-        {"messages": [TURN, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}]},
-        "message 1 has function_call, which is not read",
+        {"messages": [TURN, SAID | {"weight": 0}]},
+        "every assistant turn is marked as not to be learned",
     ),
-    "a turn that is not to be learned": ("openai", {"messages": [TURN, SAID | {"weight": 0}]}, "has the weight 0"),
+    "half a weight": ("openai", {"messages": [TURN, SAID | {"weight": 0.5}]}, "turn 1 has weight 0.5; a turn is"),
+    "an empty answer": ("alpaca", {"instruction": "q", "output": " "}, "the assistant says nothing"),
     "tools that are no JSON": ("openai", {"messages": [TURN, SAID], "tools": "["}, "Expecting value"),
     "no answer": ("openai", {"messages": [TURN]}, "no assistant turn, so there is nothing to learn"),
     "unknown speaker": (
@@ -295,6 +514,16 @@ BAD_ROWS = {
     "prompt of a wrong type": ("completion", {"prompt": [TURN], "completion": "a"}, "prompt is list, wanted text"),
     "no answer of MOSS": ("moss", {"chat": {"turn_1": {"Human": "q"}}}, "field 'MOSS' is missing"),
     "a turn without number": ("moss", {"chat": {"turn": {"Human": "q", "MOSS": "a"}}}, "invalid literal"),
+    "a command of MOSS that is none": (
+        "moss",
+        {"chat": {"turn_1": {"Human": "q", "MOSS": "a", "Commands": "look it up"}}},
+        "the command 'look it up' is not of the form Name(arguments)",
+    ),
+    "commands of MOSS without results": (
+        "moss",
+        {"chat": {"turn_1": {"Human": "q", "MOSS": "a", "Commands": 'A("x"), B("y")', "Tool Responses": "1"}}},
+        "a turn has 2 commands and its results do not name each of them",
+    ),
     "another format": ("moss", {"messages": [TURN, SAID]}, "field 'chat' is missing"),
 }
 

@@ -278,7 +278,7 @@ def test_templates_that_cannot_be_honoured_are_refused(tokenizer):
     shown = "{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}"
     forgets = "{% for m in messages %}" + shown + "|{% endfor %}"
     talk = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
-    with pytest.raises(ValueError, match=r"changes earlier text when turn 1 is added.*\{% generation %\}"):
+    with pytest.raises(ValueError, match=r"writes earlier turns anew.*use render_samples"):
         chat.render(talk, with_template(tokenizer, forgets))
     picky = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
     with pytest.raises(ValueError, match=r"refuses this conversation: user first. Given roles \['system'\]"):

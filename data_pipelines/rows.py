@@ -1,0 +1,149 @@
+"""Rows of whatever a data set lies in: JSONL, a JSON array, parquet, a text file, a named data set.
+
+FILE.jsonl  FILE.json  (also .gz and .zst)   an object per line; one array of objects
+FILE.parquet                                 a row per object
+FILE.txt  FILE.md                            one row: {"text": the whole file}
+datasets:NAME[:CONFIG][@SPLIT]               a data set of the `datasets` library (split "train"), or a folder that its
+                                             save_to_disk wrote; hf:ORG/NAME is the same
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.sources import TEXT_SUFFIXES, Row, existing, json_rows, opened, uncompressed_suffix
+
+BadRow = Callable[[str], None] | None
+_NAMED = re.compile(r"(?:datasets|hf):(?P<name>[^@:]+)(?::(?P<config>[^@:]+))?(?:@(?P<split>.+))?")
+
+
+def read_rows(name: str | Path, *, columns: Sequence[str] = (), on_bad_row: BadRow = None) -> Iterator[Row]:
+    """Yields the rows of a file or a named data set, with where each stands ("file:line").
+
+    `columns` renames: "instruction=question" makes the column question the field instruction. A row that cannot be
+    read, or lacks such a column, raises ValueError, or its message is handed to `on_bad_row` and it is left out.
+    """
+    renamed = parse_columns(columns)
+    for row in _rows(name, on_bad_row):
+        missing = [column for column in renamed.values() if column not in row.value]
+        if not missing:
+            yield row if not renamed else Row(row.place, _renamed(row.value, renamed))
+            continue
+        message = (
+            f"{row.place}: it has no column {missing[0]!r}, which is to be the field "
+            f"{next(field for field, column in renamed.items() if column == missing[0])!r}; "
+            f"it has {', '.join(row.value) or 'none'}"
+        )
+        if on_bad_row is None:
+            raise ValueError(message)
+        on_bad_row(message)
+
+
+def parse_columns(columns: Sequence[str]) -> dict[str, str]:
+    """Returns field -> column of "field=column" texts."""
+    pairs = [text.partition("=") for text in columns]
+    wrong = [text for text, (field, _, column) in zip(columns, pairs) if not field or not column]
+    if wrong:
+        raise ValueError(f"columns has {wrong[0]!r}; give FIELD=COLUMN, such as instruction=question")
+    fields = [field for field, _, _ in pairs]
+    if len(set(fields)) < len(fields):
+        raise ValueError(f"columns names a field twice: {', '.join(columns)}; give each field once")
+    return {field: column for field, _, column in pairs}
+
+
+def _renamed(value: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    taken = set(renamed.values()) | set(renamed)
+    return {field: value[column] for field, column in renamed.items()} | {
+        name: each for name, each in value.items() if name not in taken
+    }
+
+
+def _rows(name: str | Path, on_bad_row: BadRow) -> Iterator[Row]:
+    if found := _NAMED.fullmatch(str(name)):
+        yield from _named_rows(str(name), found)
+        return
+    path = existing(name)
+    if path.is_dir():
+        files = sorted(item.name for item in path.iterdir())[:8]
+        raise ValueError(
+            f"{path} is a folder, wanted a file; name its files ({', '.join(files) or 'it is empty'}), or "
+            f"datasets:{path} for a folder that the datasets library saved"
+        )
+    suffix = uncompressed_suffix(path)
+    if suffix in {".json", ".jsonl"}:
+        yield from json_rows(path, on_bad_row=on_bad_row)
+    elif suffix == ".parquet":
+        yield from _parquet_rows(path)
+    elif suffix in TEXT_SUFFIXES:
+        with opened(path) as file:
+            text = file.read().decode("utf-8-sig", "replace")
+        if text.strip():
+            yield Row(f"{path}:1", {"text": text})
+    else:
+        raise ValueError(
+            f"{path}: files named {suffix or 'without a suffix'} are not read; give .jsonl, .json, .parquet, .txt, "
+            "or datasets:NAME"
+        )
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: not a readable parquet file ({error}); copy it again, or give a .jsonl") from None
+    number = 0
+    for batch in file.iter_batches():
+        for value in batch.to_pylist():
+            number += 1
+            yield Row(f"{path}:{number}", value)
+
+
+def _named_rows(name: str, found: re.Match) -> Iterator[Row]:
+    for number, value in enumerate(_open_named(name, found), 1):
+        yield Row(f"{name}:{number}", value)
+
+
+def _open_named(name: str, found: re.Match) -> Any:
+    """The split of a data set of the `datasets` library: on disk, in its cache, or fetched by it."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"{name} is read by the datasets library, which is not installed; pip install datasets, or give a file"
+        ) from error
+    split = found["split"] or "train"
+    folder = Path(found["name"])
+    try:
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            saved = datasets.load_from_disk(str(folder))
+            if isinstance(saved, datasets.DatasetDict):
+                if split not in saved:
+                    raise ValueError(f"it has the splits {', '.join(saved)}; name one: {name.partition('@')[0]}@SPLIT")
+                return saved[split]
+            return saved
+        return datasets.load_dataset(found["name"], found["config"], split=split)
+    except Exception as error:  # the library raises its own kinds, and its clients' ones
+        raise ValueError(
+            f"{name} cannot be loaded by the datasets library ({type(error).__name__}: {error}). Without a network, "
+            "fetch it elsewhere, save_to_disk it and give datasets:FOLDER, or give its files"
+        ) from error
+
+
+def digest(name: str | Path) -> str:
+    """Returns the sha256 of a file's bytes, or of a named data set's rows."""
+    if _NAMED.fullmatch(str(name)):
+        found = hashlib.sha256()
+        for row in _rows(name, None):
+            found.update(json.dumps(row.value, sort_keys=True, default=str).encode() + b"\n")
+        return found.hexdigest()
+    path = existing(name)
+    if path.is_dir():
+        next(_rows(path, None))  # says what is wanted instead
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
