@@ -12,15 +12,18 @@ from hypothesis import strategies as st
 from internjax.decode.sample import (
     Sampling,
     SamplingParams,
-    draw,
     first_true,
     greedy,
     make_sampling,
     penalise,
-    sample,
     stack,
-    truncate,
 )
+from internjax.decode.sample import draw as eager_draw
+from internjax.decode.sample import sample as eager_sample
+from internjax.decode.sample import truncate as eager_truncate
+
+# Compiled once per shape; called as they are, each call would compile its branches anew.
+draw, sample, truncate = map(jax.jit, (eager_draw, eager_sample, eager_truncate))
 
 
 def reference_kept(logits_V, *, top_k=0, top_p=1.0, min_p=0.0):
@@ -84,22 +87,23 @@ def test_repetition_penalty_by_hand():
 
 
 def test_temperature_zero_is_the_most_likely_token_and_the_first_of_equals():
-    logits_BV = random_logits(1, 16, 300)
-    logits_BV[3, [7, 200]] = 50.0
-    sampling = make_sampling(16, temperature=0.0, top_k=5, top_p=0.5, seed=3)
-    drawn = sample(jnp.asarray(logits_BV), sampling, positions_B=jnp.arange(16), seen_BV=jnp.zeros((16, 300), bool))
+    logits_BV = random_logits(1, 12, 200)
+    logits_BV[3, [7, 150]] = 50.0
+    sampling = make_sampling(12, temperature=0.0, top_k=5, top_p=0.5, seed=3)
+    drawn = sample(logits_BV, sampling, positions_B=np.arange(12), seen_BV=np.zeros((12, 200), bool))
     np.testing.assert_array_equal(drawn.ids_B, logits_BV.argmax(axis=-1))
     assert drawn.ids_B[3] == 7
     np.testing.assert_array_equal(drawn.processed_logprobs_B, 0.0)
 
 
 def test_greedy_rows_and_drawn_rows_share_a_batch():
-    logits_BV = jnp.asarray(random_logits(2, 2, 50))
-    seen_BV = jnp.zeros((2, 50), bool)
-    mixed = make_sampling(2, temperature=jnp.array([0.0, 1.0]), seed=[0, 9])
-    ids = {int(sample(logits_BV, mixed, positions_B=jnp.full(2, p), seen_BV=seen_BV).ids_B[1]) for p in range(40)}
-    first = [int(sample(logits_BV, mixed, positions_B=jnp.full(2, p), seen_BV=seen_BV).ids_B[0]) for p in range(5)]
-    assert len(ids) > 1 and set(first) == {int(logits_BV[0].argmax())}
+    logits_BV = random_logits(2, 12, 200)
+    mixed = make_sampling(12, temperature=np.arange(12) % 2, seed=np.arange(12))
+    seen_BV = np.zeros((12, 200), bool)
+    ids_PB = [sample(logits_BV, mixed, positions_B=np.full(12, p), seen_BV=seen_BV).ids_B for p in range(20)]
+    ids_BP = np.asarray(ids_PB).T
+    for row, (logits_V, ids_P) in enumerate(zip(logits_BV, ids_BP)):
+        assert len(set(ids_P.tolist())) > 1 if row % 2 else set(ids_P.tolist()) == {int(logits_V.argmax())}
 
 
 def test_logprobs_raw_and_processed_by_hand():
@@ -107,10 +111,9 @@ def test_logprobs_raw_and_processed_by_hand():
     logits_BV = jnp.log(jnp.array([[16.0, 2.0, 1.0, 0.5]]))
     sampling = make_sampling(1, temperature=0.5, top_k=2, repetition_penalty=2.0, seed=[1])
     seen_BV = jnp.array([[True, False, False, False]])
-    at = jax.jit(lambda position: sample(logits_BV, sampling, positions_B=position[None], seen_BV=seen_BV))
     found = {}
     for position in range(64):
-        drawn = at(jnp.int32(position))
+        drawn = sample(logits_BV, sampling, positions_B=np.array([position]), seen_BV=seen_BV)
         found[int(drawn.ids_B[0])] = (float(drawn.logprobs_B[0]), float(drawn.processed_logprobs_B[0]))
     raw = np.array([256.0, 4.0, 1.0, 0.25]) / 261.25
     processed = np.array([16.0, 4.0]) / 20
@@ -125,9 +128,8 @@ def test_draws_follow_the_distribution(vocab):
     logits_V = random_logits(4, 1, vocab)[0] / 2
     logits_V[1] = -np.inf
     n = 40_000
-    logits_BV = jnp.broadcast_to(logits_V, (n, vocab))
-    seed_B = jnp.full(n, 5, jnp.uint32)
-    ids_B = np.asarray(draw(logits_BV, seed_B=seed_B, positions_B=jnp.arange(n)))
+    logits_BV = np.broadcast_to(logits_V, (n, vocab))
+    ids_B = np.asarray(draw(logits_BV, seed_B=np.full(n, 5, np.uint32), positions_B=np.arange(n)))
     counts = np.bincount(ids_B, minlength=vocab)
     expected = n * np.exp(logits_V.astype(np.float64)) / np.exp(logits_V.astype(np.float64)).sum()
     assert counts[1] == 0
@@ -150,20 +152,19 @@ def test_draws_follow_the_seed_and_not_the_row():
     def ids(order):
         order = np.array(order)
         sampling = stack([rows[b] for b in order])
-        return sample(
-            jnp.asarray(logits_BV[order]), sampling, positions_B=positions_B[order], seen_BV=seen_BV[order]
-        ).ids_B
+        drawn = sample(logits_BV[order], sampling, positions_B=positions_B[order], seen_BV=seen_BV[order])
+        return np.asarray(drawn.ids_B)
 
-    together = np.asarray(ids(range(12)))
+    together = ids(range(12))
     order = np.random.default_rng(1).permutation(12)
     np.testing.assert_array_equal(ids(order), together[order])
     np.testing.assert_array_equal([ids([b])[0] for b in range(12)], together)
 
 
 def test_seed_and_position_both_matter():
-    logits_BV = jnp.zeros((64, 1000))
-    by_position = draw(logits_BV, seed_B=jnp.zeros(64, jnp.uint32), positions_B=jnp.arange(64))
-    by_seed = draw(logits_BV, seed_B=jnp.arange(64, dtype=jnp.uint32), positions_B=jnp.zeros(64, jnp.int32))
+    logits_BV, zeros_B, count_B = np.zeros((64, 1000), np.float32), np.zeros(64, np.uint32), np.arange(64)
+    by_position = draw(logits_BV, seed_B=zeros_B, positions_B=count_B)
+    by_seed = draw(logits_BV, seed_B=count_B.astype(np.uint32), positions_B=0 * count_B)
     assert len(set(by_position.tolist())) > 50 and len(set(by_seed.tolist())) > 50
 
 
@@ -175,10 +176,11 @@ def test_one_seed_gives_every_row_its_own_whatever_the_batch():
 
 
 def test_broken_logits_give_valid_ids_and_a_logprob_that_says_so():
-    logits_BV = jnp.full((3, 40), jnp.nan)
-    sampling = make_sampling(3, temperature=jnp.array([0.0, 1.0, 1.0]), top_p=jnp.array([1.0, 1.0, 0.5]))
-    drawn = sample(logits_BV, sampling, positions_B=jnp.zeros(3, jnp.int32), seen_BV=jnp.zeros((3, 40), bool))
-    assert ((drawn.ids_B >= 0) & (drawn.ids_B < 40)).all()
+    logits_BV = np.full((12, 200), np.nan, np.float32)
+    kinds = np.arange(12) % 3
+    sampling = make_sampling(12, temperature=np.minimum(kinds, 1), top_p=np.where(kinds == 2, 0.5, 1.0))
+    drawn = sample(logits_BV, sampling, positions_B=np.zeros(12, int), seen_BV=np.zeros((12, 200), bool))
+    assert ((drawn.ids_B >= 0) & (drawn.ids_B < 200)).all()
     assert np.isnan(drawn.logprobs_B).all()
 
 

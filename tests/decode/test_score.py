@@ -1,12 +1,13 @@
 """Scores of given tokens against log-softmax written out, packed rows against rows alone."""
 
+import functools
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internjax.decode.score import logprobs
+from internjax.decode import score
 from internjax.model import decoder
 from internjax.model.config import DynamicNTK, ModelConfig
 from internjax.model.lora import LoraConfig, apply_config, init_lora
@@ -23,22 +24,26 @@ CONFIG = ModelConfig(
     initializer_range=0.2,
     dtype="float32",
 )
-PARAMS = decoder.init(CONFIG, jax.random.key(0))
-TOKENS = jax.random.randint(jax.random.key(1), (3, 12), 0, 50)
+PARAMS = jax.jit(functools.partial(decoder.init, CONFIG))(jax.random.key(0))
+TOKENS = np.random.default_rng(1).integers(0, 50, (3, 12)).astype(np.int32)
+logits = jax.jit(decoder.logits, static_argnames="config")
+logprobs = jax.jit(score.logprobs, static_argnames=("config", "chunk_size"))
 
 
 def by_hand(tokens_BT, temperature, **inputs):
-    logits_BTV = np.asarray(decoder.logits(PARAMS, tokens_BT, config=CONFIG, **inputs), np.float64) / temperature
+    logits_BTV = np.asarray(logits(PARAMS, tokens_BT, config=CONFIG, **inputs), np.float64) / temperature
     logits_BTV -= np.log(np.exp(logits_BTV).sum(axis=-1, keepdims=True))
     chosen_BT = np.take_along_axis(logits_BTV[:, :-1], np.asarray(tokens_BT)[:, 1:, None], axis=-1)[..., 0]
     return np.concatenate([np.zeros((len(tokens_BT), 1)), chosen_BT], axis=1)
 
 
 def test_scores_equal_log_softmax():
-    score = jax.jit(lambda p, t, temperature: logprobs(p, t, config=CONFIG, temperature=temperature))
-    np.testing.assert_allclose(score(PARAMS, TOKENS, 1.0), by_hand(TOKENS, 1.0), atol=1e-5)
-    rows = jnp.array([0.5, 1.0, 2.0])
-    np.testing.assert_allclose(score(PARAMS, TOKENS, rows), by_hand(TOKENS, np.array(rows)[:, None, None]), atol=1e-5)
+    np.testing.assert_allclose(logprobs(PARAMS, TOKENS, config=CONFIG), by_hand(TOKENS, 1.0), atol=1e-5)
+    rows = np.array([0.5, 1.0, 2.0], np.float32)
+    scores = logprobs(PARAMS, TOKENS, config=CONFIG, temperature=rows)
+    np.testing.assert_allclose(scores, by_hand(TOKENS, rows[:, None, None]), atol=1e-5)
+    one = logprobs(PARAMS, TOKENS, config=CONFIG, temperature=2.0)
+    np.testing.assert_allclose(one, by_hand(TOKENS, 2.0), atol=1e-5)
 
 
 def test_scores_in_chunks_are_the_same():
@@ -49,19 +54,21 @@ def test_scores_in_chunks_are_the_same():
 
 def test_packed_rows_score_like_rows_alone():
     lengths = (5, 4)
-    packed = jnp.concatenate([TOKENS[0, :5], TOKENS[1, :4], jnp.zeros(3, jnp.int32)])[None]
-    positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]])
-    segments = jnp.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0]])
+    packed = np.concatenate([TOKENS[0, :5], TOKENS[1, :4], np.zeros(3, np.int32)])[None]
+    positions = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]])
+    segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0]])
     scores = logprobs(PARAMS, packed, config=CONFIG, positions_BT=positions, segments_BT=segments)[0]
-    np.testing.assert_allclose(scores[:5], by_hand(TOKENS[:1, :5], 1.0)[0], atol=1e-5)
-    np.testing.assert_allclose(scores[5:9], by_hand(TOKENS[1:2, :4], 1.0)[0], atol=1e-5)
+    wanted = by_hand(TOKENS, 1.0)  # of rows alone; what stands after a token does not matter
+    np.testing.assert_allclose(scores[:5], wanted[0, :5], atol=1e-5)
+    np.testing.assert_allclose(scores[5:9], wanted[1, :4], atol=1e-5)
     np.testing.assert_array_equal(scores[9:], 0.0)
     assert scores[5] == 0.0 and sum(lengths) == 9
 
 
 def test_adapters_and_frequencies_reach_the_model():
     lora_config = LoraConfig(rank=2)
-    weights = jax.tree.map(lambda x: x + 0.2, init_lora(lora_config, PARAMS, jax.random.key(2)))
+    make = jax.jit(lambda key: jax.tree.map(lambda x: x + 0.2, init_lora(lora_config, PARAMS, key)))
+    weights = make(jax.random.key(2))
     lora = apply_config(weights, lora_config)
     np.testing.assert_allclose(
         logprobs(PARAMS, TOKENS, config=CONFIG, lora=lora), by_hand(TOKENS, 1.0, lora=lora), atol=1e-5
@@ -85,5 +92,5 @@ def test_rows_longer_than_the_model_was_trained_for_are_scaled_by_their_length()
 
 
 def test_gradients_reach_every_parameter():
-    grads = jax.grad(lambda p: logprobs(p, TOKENS, config=CONFIG).sum())(PARAMS)
+    grads = jax.jit(jax.grad(lambda p: score.logprobs(p, TOKENS, config=CONFIG).sum()))(PARAMS)
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
