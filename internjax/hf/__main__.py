@@ -8,6 +8,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code. What a person can mend is one line on stderr, not a traceback."""
     options = _parser().parse_args(arguments)
     from internjax.hf.convert import check, convert
+    from internjax.hf.hub import push
 
     try:
         if options.command == "convert":
@@ -18,12 +19,15 @@ def main(arguments: list[str] | None = None) -> int:
                 dtype=options.dtype,
                 shard_size=options.shard_size,
                 overwrite=options.overwrite,
+                merge_adapters=options.merge_adapter,
                 allow_unknown=tuple(options.allow_unknown),
             )
             print(
                 f"{options.folder}: written and read back, largest logit difference {proof.max_logit_difference:.3g} "
                 f"(to the source: {proof.max_logit_difference_to_source:.3g})"
             )
+            if options.push is not None:
+                print(f"pushed to {push(options.folder, options.push, private=not options.public)}")
         else:
             checked = check(options.folder)
             print(
@@ -52,6 +56,15 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--layout", choices=("llama", "internlm2"), default="llama", help="names of the tensors")
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in the source")
     convert.add_argument("--shard-size", default="5GB", help="largest weight file (default: 5GB)")
+    convert.add_argument(
+        "--merge-adapter",
+        metavar="ADAPTER",
+        nargs="+",
+        default=[],
+        help="adapter folders to merge on top of those that MODEL names",
+    )
+    convert.add_argument("--push", metavar="ORG/NAME", help="upload FOLDER to the Hugging Face hub (private) when done")
+    convert.add_argument("--public", action="store_true", help="a repository that --push makes is public")
     convert.add_argument("--overwrite", action="store_true", help="replace FOLDER if it is a model folder")
     convert.add_argument(
         "--allow-unknown", metavar="FIELD", nargs="+", default=[], help="fields of config.json to read as absent"

@@ -13,6 +13,13 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```"""
 
+_CLASSIFIER = """```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("FOLDER")  # one label: the score of the last token
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```"""
+
 _INTERNJAX = """```python
 import internjax
 
@@ -46,8 +53,8 @@ def model_card(name: str, config: ModelConfig, about: Mapping[str, Any], values:
     if about["provenance"]:
         sections.append("## How it was made\n\n" + _table(about["provenance"]))
     usage = [_INTERNJAX]
-    if about["layout"] == "llama" and config.head == "lm":
-        usage.insert(0, _TRANSFORMERS)
+    if about["layout"] == "llama":
+        usage.insert(0, _TRANSFORMERS if config.head == "lm" else _CLASSIFIER)
     sections.append("## Use\n\n" + "\n\n".join(usage))
     sections.append("`python -m internjax.hf check FOLDER` verifies every file and the recorded logits.")
     return "\n\n".join(sections) + "\n"

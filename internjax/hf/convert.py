@@ -1,18 +1,23 @@
 """Conversion of any MODEL into a Hugging Face folder, and the check of a folder that was written so."""
 
+import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from internjax.hf.families import Layout, family_of
+from internjax.hf.loading import placer
+from internjax.hf.mapping import get_leaf, set_leaf
 from internjax.hf.open import open_model
 from internjax.hf.resolve import ABOUT, CONFIG, read_json
 from internjax.hf.save import Proof, file_hashes, proof_logits, save_model
 from internjax.model.config import DType
-from internjax.model.lora import merge
+from internjax.model.lora import Lora, merge
 
 # Logits in float32 on another device or with another number of threads: sums in another order, nothing more.
 TOLERANCE = 1e-3
@@ -26,14 +31,22 @@ def convert(
     dtype: DType | None = None,
     shard_size: str | int = "5GB",
     overwrite: bool = False,
+    merge_adapters: Iterable[str | os.PathLike] = (),
     allow_unknown: tuple[str, ...] = (),
 ) -> Proof:
-    """Writes MODEL `source` as a Hugging Face folder and returns the proof. Adapters are merged; this is printed."""
-    model = open_model(source, allow_unknown=allow_unknown)
+    """Writes MODEL `source` as a Hugging Face folder and returns the proof. Adapters are merged; this is printed.
+
+    `merge_adapters` are adapter folders on top of those that MODEL names. Memory holds one model at a time, and besides
+    it two tensors on the host. A run that is going on is only read from.
+    """
+    merge_adapters = [os.fspath(adapter) for adapter in merge_adapters]
+    model = open_model(source, adapters=merge_adapters, allow_unknown=allow_unknown)
     params, provenance = model.params, _provenance(model.source.folder)
+    source_logits = proof_logits(model.config, params, lora=model.lora)
     if model.lora is not None:
-        params = merge(params, model.lora)
+        merge_in_place(params, model.lora)
         print(f"adapters are merged into the weights of {folder}")
+    provenance |= {"converted from": "+".join([str(source), *merge_adapters])}
     return save_model(
         folder,
         config=model.config,
@@ -43,9 +56,37 @@ def convert(
         layout=layout,
         dtype=dtype,
         shard_size=shard_size,
-        provenance=provenance | {"converted from": str(source)},
+        provenance=provenance,
         overwrite=overwrite,
+        source_logits=source_logits,
+        use_up=True,
     )
+
+
+def merge_in_place(params: dict, lora: Lora) -> None:
+    """Merges adapters into the parameters, whose buffers are used up; layer by layer, so that no second copy is made.
+
+    Raises ValueError for an adapter that does not fit the parameters.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(lora.weights)
+    for place in dict.fromkeys(tuple(entry.key for entry in path[:-1]) for path, _ in leaves):
+        path = ".".join((*place, "kernel"))
+        node, kernel = get_leaf(lora.weights, ".".join(place)), get_leaf(params, path)
+        if kernel.ndim == 2:
+            set_leaf(params, path, _merged(path, kernel, node, lora))
+            continue
+        for layer in range(kernel.shape[0]):
+            one = _merged(path, kernel[layer : layer + 1], jax.tree.map(lambda x: x[layer : layer + 1], node), lora)  # noqa: B023
+            kernel = placer(None)(kernel, one[0], layer)
+        set_leaf(params, path, kernel)
+
+
+def _merged(path: str, kernel: jax.Array, node: dict, lora: Lora) -> jax.Array:
+    tree: dict = {}
+    weights: dict = {}
+    set_leaf(tree, path, kernel)
+    set_leaf(weights, path.removesuffix(".kernel"), node)
+    return get_leaf(merge(tree, dataclasses.replace(lora, weights=weights)), path)
 
 
 class Checked(NamedTuple):

@@ -6,7 +6,7 @@ there if wished, and written into its layer of the stacked leaf, which is update
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -69,52 +69,80 @@ def load_params(
                 f"{where}: config.json ties the embeddings, but {family.head} differs from {table_name}; "
                 "set tie_word_embeddings to false, or remove the one that was not trained"
             )
-    axes = _axes(config, mesh)
+    axes = logical_axes(config, mesh)
+    largest = max(tensors[name].nbytes for name in wanted)
     params: dict = {}
     for row in table:
-        _load_row(params, row, tensors, config, mesh=mesh, axes=axes, quantize=quantize)
+        _load_row(params, row, tensors, config, largest=largest, mesh=mesh, axes=axes, quantize=quantize)
     return params
 
 
-def _load_row(params: dict, row: Row, tensors, config: ModelConfig, *, mesh, axes, quantize) -> None:
+def _load_row(params: dict, row: Row, tensors, config: ModelConfig, *, largest: int, mesh, axes, quantize) -> None:
     """Fills the leaves of one row."""
     names = tensor_names(row, config)
     dtype = functools.reduce(jnp.promote_types, (DTYPES[tensors[name].dtype] for name in names))
-    homes = [_home(leaf, config, dtype, row.per_layer, mesh, axes, quantize) for leaf in row.leaves]
-    # A leaf that is small is put together on the host: nothing has to be compiled for it.
-    if sum(tensors[name].nbytes for name in names) <= HOST_STACK_BYTES:
-        layers = [row.split(read_tensor(tensors[name]), config) for name in names]
-        leaves = [_whole([parts[i] for parts in layers], home, row.per_layer, dtype) for i, home in enumerate(homes)]
-    else:
-        leaves = [_zeros(home) if row.per_layer else None for home in homes]
-        for layer, name in enumerate(names):
-            for index, part in enumerate(row.split(read_tensor(tensors[name]), config)):
-                home = homes[index]
-                part = jnp.asarray(part) if home.raw is None else jax.device_put(part, home.raw)
-                part = _prepare(part, str(dtype), transpose=home.transpose, scheme=home.scheme, group=home.group)
-                leaves[index] = (
-                    _placer(home.shardings)(leaves[index], part, layer) if row.per_layer else _put(part, home)
-                )
-            jax.block_until_ready(leaves)  # else reading runs ahead, and the host holds many tensors
+    homes = [home_of(leaf, config, dtype, mesh=mesh, axes=axes, quantize=quantize) for leaf in row.leaves]
+
+    def read(layer: int) -> list[np.ndarray]:
+        return row.split(read_tensor(tensors[names[layer]]), config)
+
+    leaves = fill(homes, read, on_host=on_host(sum(tensors[name].nbytes for name in names), largest))
     for path, leaf in zip(row.leaves, leaves, strict=True):
         set_leaf(params, path, leaf)
 
 
-def _whole(layers: list[np.ndarray], home: "_Home", per_layer: bool, dtype):
-    """Returns a leaf of all its layers at once."""
-    array = np.stack(layers) if per_layer else layers[0]
-    array = np.ascontiguousarray(array.swapaxes(-1, -2) if home.transpose else array, dtype)
-    return _quantized(jnp.asarray(array) if home.full is None else jax.device_put(array, home.full), home)
+def on_host(num_bytes: int, largest: int) -> bool:
+    """Whether a leaf of so many bytes is put together on the host, where nothing has to be compiled for it.
+
+    Only where that takes no more memory than the largest tensor does, which is held once in any case.
+    """
+    return num_bytes <= min(HOST_STACK_BYTES, max(largest, 1 << 20))
 
 
-def _quantized(leaf: jax.Array, home: "_Home"):
+def fill(homes: list["Home"], read: Callable[[int], list[np.ndarray]], *, on_host: bool) -> list:
+    """Returns leaves of equally many layers, each in its home. `read(layer)` gives one array of each leaf.
+
+    Beside the leaves the host holds one result of `read` and one copy of it.
+    """
+    if on_host:
+        stacks = [np.empty(home.shape, home.dtype) for home in homes]
+        for layer in range(homes[0].num_layers or 1):
+            for stack, home, part in zip(stacks, homes, read(layer), strict=True):
+                (stack if home.num_layers is None else stack[layer])[...] = part.T if home.transpose else part
+        return [
+            _quantized(jnp.asarray(s) if h.full is None else jax.device_put(s, h.full), h)
+            for s, h in zip(stacks, homes)
+        ]
+    leaves = [None if home.num_layers is None else _zeros(home) for home in homes]
+    for layer in range(homes[0].num_layers or 1):
+        parts = read(layer)[::-1]
+        for index, home in enumerate(homes):
+            # Each step ends before the next begins, and nothing keeps what it was made of: else the host holds many.
+            leaf = _prepare(
+                _transfer(parts.pop(), home),
+                str(home.dtype),
+                transpose=home.transpose,
+                scheme=home.scheme,
+                group=home.group,
+            )
+            leaf = _put(leaf, home) if home.num_layers is None else placer(home.shardings)(leaves[index], leaf, layer)
+            leaves[index] = jax.block_until_ready(leaf)
+            del leaf
+    return leaves
+
+
+def _transfer(part: np.ndarray, home: "Home") -> jax.Array:
+    return jax.block_until_ready(jnp.asarray(part) if home.raw is None else jax.device_put(part, home.raw))
+
+
+def _quantized(leaf: jax.Array, home: "Home"):
     """Returns a leaf that is in place, quantised if its home says so."""
     if home.scheme is None:
         return leaf
     return _put(quantize_array(leaf, scheme=home.scheme, group=home.group), home)
 
 
-def _put(leaf, home: "_Home"):
+def _put(leaf, home: "Home"):
     """Returns the arrays of a leaf on their shardings."""
     if home.shardings is None:
         return leaf
@@ -122,29 +150,24 @@ def _put(leaf, home: "_Home"):
     return jax.tree.unflatten(structure, [jax.device_put(a, s) for a, s in zip(arrays, home.shardings, strict=True)])
 
 
-def quantize_in_place(params: dict, config: ModelConfig, *, scheme: Scheme, mesh: Mesh | None) -> dict:
-    """Returns parameters that are on their shardings with every kernel quantised, on its shardings again."""
-    axes = _axes(config, mesh)
-    result: dict = {}
-    for path in leaf_shapes(config):
-        leaf = get_leaf(params, path)
-        home = _home(path, config, leaf.dtype, path.startswith("layers."), mesh, axes, scheme)
-        set_leaf(result, path, _quantized(leaf, home))
-    return result
-
-
-def _axes(config: ModelConfig, mesh: Mesh | None) -> dict | None:
+def logical_axes(config: ModelConfig, mesh: Mesh | None) -> dict | None:
+    """Returns the logical axes of the parameters on a mesh; None without one."""
     if mesh is None:
         return None
     with sharding.use(mesh):
         return decoder.logical_axes(config)
 
 
-class _Home(NamedTuple):
+class Home(NamedTuple):
     """Where and how one leaf will live."""
 
-    shape: Any
-    """Abstract leaf (an array or a QuantArray), stacked layers included."""
+    shape: tuple[int, ...]
+    """Of the leaf before it is quantised, stacked layers included."""
+    dtype: np.dtype
+    num_layers: int | None
+    """Of a stacked leaf; None for one that stands alone."""
+    abstract: Any
+    """The leaf as it will be, an array or a QuantArray."""
     shardings: tuple | None
     """Of its arrays in order; None without a mesh."""
     full: NamedSharding | None
@@ -152,28 +175,35 @@ class _Home(NamedTuple):
     raw: NamedSharding | None
     """Of one layer's tensor as it is read, a kernel still transposed."""
     transpose: bool
+    """Whether it is read as Hugging Face stores it, and so is to be turned around."""
     scheme: Scheme | None
     group: int
     """Input rows per scale."""
 
 
-def _home(leaf: str, config: ModelConfig, dtype, per_layer: bool, mesh: Mesh | None, axes, quantize) -> _Home:
-    shape = leaf_shapes(config)[leaf]
-    scheme = quantize if is_kernel(leaf) else None
-    group = fitting_group(shape[0], largest=GROUP)
-    full = jax.ShapeDtypeStruct((config.num_layers, *shape) if per_layer else shape, dtype)
+def home_of(
+    leaf: str, config: ModelConfig, dtype, *, mesh: Mesh | None, axes, quantize: Scheme | None, turned: bool = True
+) -> Home:
+    """Returns the home of the leaf at a path. `turned`: kernels are read as Hugging Face stores them, [O, I]."""
+    own = leaf_shapes(config)[leaf]
+    num_layers = config.num_layers if leaf.startswith("layers.") else None
+    shape = own if num_layers is None else (num_layers, *own)
+    scheme, transpose = (quantize, turned) if is_kernel(leaf) else (None, False)
+    group = fitting_group(own[0], largest=GROUP)
+    abstract = jax.ShapeDtypeStruct(shape, dtype)
     if scheme is not None:
-        full = jax.eval_shape(functools.partial(quantize_array, scheme=scheme, group=group), full)
-    if mesh is None:
-        return _Home(full, None, None, None, is_kernel(leaf), scheme, group)
-    leaf_axes = get_leaf(axes, leaf)
-    # Every array of a QuantArray is split as its kernel is.
-    arrays = {f"{leaf}[{i}]": array for i, array in enumerate(jax.tree.leaves(full))}
-    placed = sharding.shardings(dict.fromkeys(arrays, leaf_axes), arrays, mesh)
-    spec = sharding.partition_spec(leaf_axes[1:] if per_layer else leaf_axes)
-    raw = NamedSharding(mesh, PartitionSpec(*(reversed(spec) if is_kernel(leaf) else spec)))
-    whole = NamedSharding(mesh, sharding.partition_spec(leaf_axes))
-    return _Home(full, tuple(placed[name] for name in arrays), whole, raw, is_kernel(leaf), scheme, group)
+        abstract = jax.eval_shape(functools.partial(quantize_array, scheme=scheme, group=group), abstract)
+    placed = full = raw = None
+    if mesh is not None:
+        leaf_axes = get_leaf(axes, leaf)
+        # Every array of a QuantArray is split as its kernel is.
+        arrays = {f"{leaf}[{i}]": array for i, array in enumerate(jax.tree.leaves(abstract))}
+        found = sharding.shardings(dict.fromkeys(arrays, leaf_axes), arrays, mesh)
+        placed = tuple(found[name] for name in arrays)
+        spec = sharding.partition_spec(leaf_axes if num_layers is None else leaf_axes[1:])
+        raw = NamedSharding(mesh, PartitionSpec(*(reversed(spec) if transpose else spec)))
+        full = NamedSharding(mesh, sharding.partition_spec(leaf_axes))
+    return Home(shape, np.dtype(dtype), num_layers, abstract, placed, full, raw, transpose, scheme, group)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "transpose", "scheme", "group"))
@@ -183,8 +213,8 @@ def _prepare(tensor: jax.Array, dtype: str, *, transpose: bool, scheme: Scheme |
     return tensor if scheme is None else quantize_array(tensor, scheme=scheme, group=group)
 
 
-def _zeros(home: _Home):
-    arrays, structure = jax.tree.flatten(home.shape)
+def _zeros(home: Home):
+    arrays, structure = jax.tree.flatten(home.abstract)
     return jax.tree.unflatten(structure, _zero_arrays(tuple((a.shape, str(a.dtype)) for a in arrays), home.shardings)())
 
 
@@ -195,7 +225,7 @@ def _zero_arrays(shapes: tuple, shardings: tuple | None):
 
 
 @functools.cache
-def _placer(shardings: tuple | None):
+def placer(shardings: tuple | None):
     """Returns the function that writes one layer into its stack, in place. Cached, so that layers share a program."""
 
     def write(stack_arrays, layer_arrays, index):

@@ -19,8 +19,7 @@ from internjax import sharding
 from internjax.hf import adapter
 from internjax.hf.families import family_of
 from internjax.hf.generation import GenerationConfig, read_generation
-from internjax.hf.loading import load_params, quantize_in_place
-from internjax.hf.mapping import get_leaf, leaf_shapes
+from internjax.hf.loading import load_params
 from internjax.hf.resolve import ABOUT, CONFIG, Source, read_json, resolve
 from internjax.hf.weights import list_tensors
 from internjax.kernels.quant_matmul import Scheme
@@ -73,9 +72,10 @@ def open_model(
     generation = read_generation(source.folder, values, tokenizer)
     origin, tensors = str(source.folder), {}
     if source.checkpoints is not None and source.trained_adapter is None:
-        params, step = _restore_params(source, config, mesh)
-        if quantize is not None:
-            params = quantize_in_place(params, config, scheme=quantize, mesh=mesh)
+        from internjax.hf.restore import good_step, stream_params
+
+        step = good_step(source.checkpoints, source.step)
+        params = stream_params(source.checkpoints, step, config, mesh=mesh, quantize=quantize)
         origin = f"{source.checkpoints}/{step}"
     else:
         tensors = list_tensors(source.folder)
@@ -131,7 +131,7 @@ def _default_dtype() -> DType:
 
 
 def _read_tokenizer(folder: Path, config: ModelConfig, values: dict) -> Tokenizer | None:
-    if not (folder / "tokenizer.json").is_file():
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return None
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
@@ -154,29 +154,6 @@ def _restore_adapter(source: Source, config: ModelConfig) -> tuple[adapter.Adapt
 
     restored = checkpoint.restore_params(source.checkpoints, source.step)
     return adapter.from_collection(source.trained_adapter, restored.params, model_config=config), restored.step
-
-
-def _restore_params(source: Source, config: ModelConfig, mesh: Mesh | None) -> tuple[dict, int]:
-    """Returns the parameters of a checkpoint, on the mesh, and its step; refuses a checkpoint of something else."""
-    from internjax.train import checkpoint
-
-    placed = None
-    if mesh is not None:
-        with sharding.use(mesh):
-            placed = sharding.shardings(decoder.logical_axes(config), decoder.abstract_params(config), mesh)
-    restored = checkpoint.restore_params(source.checkpoints, source.step, shardings=placed)
-    for leaf, shape in leaf_shapes(config).items():
-        wanted = (config.num_layers, *shape) if leaf.startswith("layers.") else shape
-        try:
-            found = get_leaf(restored.params, leaf).shape
-        except (KeyError, TypeError):
-            found = None
-        if found != wanted:
-            raise ValueError(
-                f"the checkpoint {source.checkpoints}/{restored.step} has {found or 'nothing'} as {leaf}, the model in "
-                f"{source.folder} wants {wanted}; its state is not this model's parameters. Open the run's model/"
-            )
-    return restored.params, restored.step
 
 
 def _place_lora(lora: Lora | None, mesh: Mesh | None) -> Lora | None:

@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 from internjax.hf.adapter import CONFIG as ADAPTER_CONFIG
 from internjax.hf.adapter import read_adapter_config
+from internjax.hf.hub import fetch_model, on_hub
 
 RUNS = Path("runs")
 CONFIG, ABOUT, EXPERIMENT = "config.json", "internjax.json", "experiment.json"
 MODEL, ARCHITECTURE, CHECKPOINTS = "model", "architecture", "checkpoints"
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
 
 
 class Source(NamedTuple):
@@ -62,8 +62,8 @@ def _resolve(text: str, *, seen: tuple[str, ...]) -> Source:
     path = _existing(text)
     if path is not None:
         return _resolve_folder(path, seen=seen)
-    if found := re.fullmatch(r"(hf|modelscope):([^@+]+)(?:@([^+]+))?", text):
-        return _resolve_folder(_download(found[1], found[2], found[3]), seen=seen)
+    if on_hub(text):
+        return _resolve_folder(fetch_model(text), seen=seen)
     if found := re.fullmatch(r"(.+)@(\d+)", text):
         run = _existing(found[1])
         if run is not None and _kind(run) == "run":
@@ -166,31 +166,6 @@ def _listing(text: str, path: Path | None) -> str:
     listed = ", ".join(names[:12]) + (", ..." if names[12:] else "")
     runs = ", ".join(sorted(entry.name for entry in RUNS.iterdir() if entry.is_dir())[:12]) if RUNS.is_dir() else ""
     return f"found in {folder}: {listed or 'nothing'}" + (f"; runs: {runs}" if runs else "")
-
-
-def _download(hub: str, name: str, revision: str | None) -> Path:
-    """Returns the local folder of a hub's model, fetched by its own client (which honours its own variables)."""
-    manual = (
-        f"Without it: download the files of {name} (config.json, *.safetensors, tokenizer files) by any means into a "
-        "folder and give that folder"
-    )
-    try:
-        if hub == "hf":
-            from huggingface_hub import snapshot_download
-        else:
-            from modelscope import snapshot_download
-    except ImportError:
-        package = {"hf": "huggingface_hub", "modelscope": "modelscope"}[hub]
-        raise ValueError(f"{hub}:{name} needs the package {package} (pip install {package}). {manual}") from None
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
-    except Exception as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise ValueError(f"{hub}:{name} could not be fetched ({reason}). {manual}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "no reason given")
 
 
 def read_json(path: Path) -> dict:

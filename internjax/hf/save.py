@@ -1,13 +1,14 @@
 """save_model: a Hugging Face folder with proof that it reads back as what was written."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from internjax.hf.open import Model, logits, mesh_of
 from internjax.hf.resolve import ABOUT, ARCHITECTURE, CONFIG
 from internjax.hf.weights import list_tensors, write_model, write_text
 from internjax.model.config import DType, ModelConfig, to_json
-from internjax.model.lora import LoraConfig
+from internjax.model.lora import Lora, LoraConfig
 from internjax.model.quantize import QuantArray
 from internjax.text.tokenizer import REWARD, Tokenizer, save_tokenizer
 
@@ -59,15 +60,21 @@ def save_model(
     shard_size: str | int = "5GB",
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    source_logits: np.ndarray | None = None,
+    use_up: bool = False,
 ) -> Proof:
     """Writes a Hugging Face folder, reads it back, and returns the proof, which also stands in its internjax.json.
 
     layout "llama" loads in stock transformers; "internlm2" has InternLM2's fused names. dtype None keeps every tensor's
     own. A norm_head is written as normalised rows. provenance (JSON values: data, run, steps, scores) goes into
     internjax.json and the model card. The folder appears by an atomic rename when the proof holds; an existing one is
-    replaced only with `overwrite` and only if it is a model folder.
+    replaced only with `overwrite` and only if it is a model folder. source_logits: `proof_logits` of what the
+    parameters were made of, where that is something else (a base and its adapters). use_up: the buffers of `params` are
+    deleted once they are written, so that one model is in memory at a time, not two.
     """
     family = layout_family(layout)
+    if dtype is not None and dtype not in get_args(DType):
+        raise ValueError(f"weights are stored as {', '.join(get_args(DType))}; given {dtype!r}")
     given_config, given_params = config, params
     config, params = bake_norm_head(config, params)
     values = family.config_to_hf(config) | token_ids(config, tokenizer, layout)
@@ -77,10 +84,12 @@ def save_model(
     if generation is None and tokenizer is not None:
         generation = default_generation(tokenizer)
     provenance = _plain_json(provenance or {})
+    if source_logits is None:
+        source_logits = proof_logits(given_config, given_params)
     with new_folder(folder, overwrite=overwrite, marker=CONFIG) as new:
         write_model(new, plans, shard_size=shard_size)
         _write_texts(new, values, tokenizer, generation)
-        proof = prove(new, config, params, proof_logits(given_config, given_params), dtype=saved)
+        proof = prove(new, config, params, source_logits, dtype=saved, use_up=use_up)
         about = {
             "format": 1,
             "made_by": f"internjax {_version()}",
@@ -122,10 +131,13 @@ def save_architecture(
         write_text(new / ABOUT, json.dumps({"format": 1, "model_config": to_json(config)}, indent=1) + "\n")
 
 
-def prove(folder: Path, config: ModelConfig, params: dict, source: np.ndarray, *, dtype: np.dtype | None) -> Proof:
+def prove(
+    folder: Path, config: ModelConfig, params: dict, source: np.ndarray, *, dtype: np.dtype | None, use_up: bool = False
+) -> Proof:
     """Returns the proof of a folder against what it was written from; raises ValueError where it fails.
 
-    `source` are the proof's logits of the model as given, before anything was cast or normalised for writing.
+    `source` are the proof's logits of the model as given, before anything was cast or normalised for writing. use_up:
+    `params` are deleted before the folder is read.
     """
     values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     family = family_of(values)
@@ -134,8 +146,10 @@ def prove(folder: Path, config: ModelConfig, params: dict, source: np.ndarray, *
     if differing:
         raise ValueError(f"{folder} reads back with another config ({'; '.join(differing)}); nothing was kept")
     if dtype is not None:
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        params = jax.tree.map(functools.partial(_cast, dtype=dtype, use_up=use_up), params)
     written, mesh = proof_logits(config, params), mesh_of(params)
+    if use_up:
+        jax.tree.map(lambda leaf: leaf.delete(), params)
     del params  # a cast copy need not live beside the one that is read back
     back = load_params(list_tensors(folder), family, config, where=folder, mesh=mesh if mesh.size > 1 else None)
     read = proof_logits(config, back)
@@ -147,6 +161,15 @@ def prove(folder: Path, config: ModelConfig, params: dict, source: np.ndarray, *
         )
     sample = [[float(value) for value in row[:NUM_PROOF_LOGITS]] for row in read[0]]
     return Proof(proof_token_ids(config), difference, float(np.abs(read - source).max()), sample)
+
+
+def _cast(leaf: jax.Array, *, dtype: np.dtype, use_up: bool) -> jax.Array:
+    if leaf.dtype == dtype:
+        return leaf
+    cast = leaf.astype(dtype)
+    if use_up:
+        leaf.delete()
+    return cast
 
 
 # Fields of ModelConfig that say how to compute, not what; config.json does not hold them.
@@ -163,10 +186,12 @@ def proof_token_ids(config: ModelConfig) -> list[int]:
     return [(7919 * index + 1) % config.vocab_size for index in range(NUM_PROOF_TOKENS)]
 
 
-def proof_logits(config: ModelConfig, params: dict, *, token_ids: list[int] | None = None) -> np.ndarray:
-    """Returns float32 logits `[1, T, V]` of the proof's token ids, or of those given."""
+def proof_logits(
+    config: ModelConfig, params: dict, *, token_ids: list[int] | None = None, lora: Lora | None = None
+) -> np.ndarray:
+    """Returns float32 logits `[1, T, V]` of the proof's token ids, or of those given; adapters act."""
     exact = dataclasses.replace(config, dtype="float32", attention="xla", remat="none")
-    model = Model(exact, params, None, GenerationConfig(()), None, None)
+    model = Model(exact, params, None, GenerationConfig(()), lora, None)
     with jax.default_matmul_precision("highest"):
         return np.asarray(logits(model, [token_ids or proof_token_ids(config)]))
 

@@ -186,11 +186,22 @@ def write_file(file: Path, plans: Mapping[str, Plan]) -> None:
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, plan in ordered:
-            values = np.ascontiguousarray(plan.fetch(), plan.dtype)
+            values = _cast(name, plan.fetch(), plan.dtype)
             assert values.shape == plan.shape, f"{name}: {values.shape} was planned as {plan.shape}"
             stream.write(values.reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns the values as they are written; raises ValueError where float16 is too small for them."""
+    if dtype == np.float16 and values.dtype != dtype and values.size:
+        largest = max(float(values.max()), -float(values.min()))
+        if np.finfo(np.float16).max < largest < np.inf:
+            raise ValueError(
+                f"{name} has values up to {largest:.3g}, float16 ends at 65504; store the model as bfloat16 or float32"
+            )
+    return np.ascontiguousarray(values, dtype)
 
 
 def write_text(file: Path, text: str) -> None:

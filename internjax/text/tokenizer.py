@@ -268,7 +268,9 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
         if path.is_file():
             source = path.read_text(encoding="utf-8")
         else:
-            source = json.dumps(tokenizer_spec((folder / "tokenizer.model").read_bytes()), ensure_ascii=False)
+            spec = tokenizer_spec((folder / "tokenizer.model").read_bytes())
+            spec["post_processor"] = _first_token(spec, config)
+            source = json.dumps(spec, ensure_ascii=False)
         return _build(source, config, template)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
@@ -290,6 +292,26 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
     _write(folder / "special_tokens_map.json", json.dumps(special_tokens_map, indent=2, ensure_ascii=False) + "\n")
     # A template file left from an earlier tokenizer would win over the one just written.
     (folder / "chat_template.jinja").unlink(missing_ok=True)
+
+
+def _first_token(spec: dict, config: Mapping[str, Any]) -> dict | None:
+    """What puts the first token before a text for those who read tokenizer.json elsewhere; `encode` adds nothing.
+
+    The classes that come with tokenizer.model (InternLM2's, Llama's) add it unless the config says otherwise.
+    """
+    token = _token_text(config.get("bos_token"))
+    if token not in spec["model"]["vocab"] or not config.get("add_bos_token", True):
+        return None
+    first = [
+        [{"SpecialToken": {"id": token, "type_id": i}}, {"Sequence": {"id": "AB"[i], "type_id": i}}] for i in (0, 1)
+    ]
+    named = {"id": token, "ids": [spec["model"]["vocab"][token]], "tokens": [token]}
+    return {
+        "type": "TemplateProcessing",
+        "single": first[0],
+        "pair": first[0] + first[1],
+        "special_tokens": {token: named},
+    }
 
 
 def _build(source: str, config: dict, chat_template: str | None) -> Tokenizer:
