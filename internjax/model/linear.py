@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from internjax.model.config import ModelConfig
+from internjax.model.lora import NODE_LEAVES, adapted
 from internjax.model.quantize import matmul
 
 
@@ -27,12 +28,14 @@ class Linear(nn.Module):
         else:
             kernel = self.get_variable("params", "kernel")
         y = matmul(x, kernel)
+        if self.has_variable("lora", "a"):
+            node = {name: self.get_variable("lora", name) for name in NODE_LEAVES if self.has_variable("lora", name)}
+            dropped = x
+            if self.lora_dropout and self.has_rng("dropout"):
+                dropped = nn.Dropout(self.lora_dropout, deterministic=False)(x)
+            y = adapted(y, dropped, node, scale=self.lora_scale)
         if self.use_bias:
+            # After the adapter: DoRA scales the columns of the matrix, not the bias.
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             y += self.param("bias", bias_init, (self.features,), jnp.dtype(self.config.param_dtype)).astype(y.dtype)
-        if self.has_variable("lora", "a"):
-            a, b = (self.get_variable("lora", name).astype(x.dtype) for name in ("a", "b"))
-            if self.lora_dropout and self.has_rng("dropout"):
-                x = nn.Dropout(self.lora_dropout, deterministic=False)(x)
-            y += self.lora_scale * ((x @ a) @ b)
         return y

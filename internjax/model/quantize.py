@@ -5,7 +5,7 @@ I input features, O output features, g groups along I.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ class QuantArray:
     """A frozen matrix `[..., I, O]` in few bits; leading axes (layers) are on every field.
 
     values: int8 `[..., I, O]`, or uint8 `[..., I / 2, O]` with two 4-bit values per byte. scales and zeros:
-    float32 `[..., I / group, O]`; zeros is None for the symmetric schemes int8 and nf4.
+    float32 `[..., I / group, O]`; zeros is None for the symmetric schemes int8 and nf4. Doubly quantised, both are
+    uint8, and a scale is offset + step * code with float32 steps and offsets `[..., I / group, O / block]`.
     """
 
     values: jax.Array
@@ -31,6 +32,8 @@ class QuantArray:
     in_features: int = dataclasses.field(metadata={"static": True})
     out_features: int = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(metadata={"static": True})
+    steps: jax.Array | None = None
+    offsets: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -38,8 +41,7 @@ class QuantArray:
 
     @property
     def nbytes(self) -> int:
-        fields = (self.values, self.scales, self.zeros)
-        return sum(field.size * field.dtype.itemsize for field in fields if field is not None)
+        return sum(field.size * field.dtype.itemsize for field in jax.tree.leaves(self))
 
 
 def fitting_group(in_features: int, *, largest: int = 128) -> int:
@@ -47,12 +49,20 @@ def fitting_group(in_features: int, *, largest: int = 128) -> int:
     return min(largest, in_features & -in_features)
 
 
-@functools.partial(jax.jit, static_argnames=("scheme", "group"))
-def quantize_array(kernel: jax.Array, *, scheme: Scheme, group: int = 128) -> QuantArray:
+SCALE_BLOCK = 256
+"""Scales that share a step and an offset where they are quantised themselves: neighbours along the output features."""
+
+
+@functools.partial(jax.jit, static_argnames=("scheme", "group", "double"))
+def quantize_array(kernel: jax.Array, *, scheme: Scheme, group: int = 128, double: bool = False) -> QuantArray:
     """Returns `kernel` `[..., I, O]` rounded to nearest, one scale per `group` input rows and output column.
 
     int8: symmetric, scale = max|w| / 127. int4: asymmetric, scale = (max - min) / 15 over a range that holds zero.
     nf4: nearest NormalFloat level of w / max|w|. Raises ValueError when `group` does not divide I.
+
+    double: scales take 8 bits, per block of 256 (the largest power of two up to it that divides O) between its least
+    and its largest. With nf4 and group=64 that is QLoRA's double quantisation (arXiv:2305.14314, section 3), which
+    rounds the blocks' scales to an 8-bit float around their mean instead; its cost, .127 bits per weight, becomes .129.
     """
     *lead, I, O = kernel.shape
     if I % group or (scheme != "int8" and group % 2):
@@ -62,23 +72,60 @@ def quantize_array(kernel: jax.Array, *, scheme: Scheme, group: int = 128) -> Qu
         )
     groups = kernel.astype(jnp.float32).reshape(*lead, I // group, group, O)
     zeros = None
+    # Values are rounded by the scale that will be read back.
     if scheme == "int8":
-        scales = _nonzero(jnp.abs(groups).max(axis=-2) / 127.0)
+        stored = _store_scales(_nonzero(jnp.abs(groups).max(axis=-2) / 127.0), double=double)
+        scales = _read_scales(stored)
         values = jnp.clip(jnp.round(groups / scales[..., None, :]), -127, 127).astype(jnp.int8)
     elif scheme == "int4":
         low, high = jnp.minimum(groups.min(axis=-2), 0.0), jnp.maximum(groups.max(axis=-2), 0.0)
-        scales = _nonzero((high - low) / 15.0)
-        zeros = jnp.round(-low / scales)
+        stored = _store_scales(_nonzero((high - low) / 15.0), double=double)
+        scales = _read_scales(stored)
+        zeros = jnp.clip(jnp.round(-low / scales), 0, 15)
         values = jnp.clip(jnp.round(groups / scales[..., None, :]) + zeros[..., None, :], 0, 15)
     elif scheme == "nf4":
-        scales = _nonzero(jnp.abs(groups).max(axis=-2))
+        stored = _store_scales(_nonzero(jnp.abs(groups).max(axis=-2)), double=double)
+        scales = _read_scales(stored)
         levels = jnp.array(kernels.NF4_LEVELS, jnp.float32)
         values = jnp.searchsorted((levels[1:] + levels[:-1]) / 2, groups / scales[..., None, :])
     else:
         raise ValueError(f"unknown quantisation scheme {scheme!r}; known: int8, int4, nf4")
     values = values.reshape(*lead, I, O)
     values = values if scheme == "int8" else kernels.pack_nibbles(values)
-    return QuantArray(values, scales, zeros, scheme, group, I, O, kernel.dtype.name)
+    zeros = zeros.astype(jnp.uint8) if double and zeros is not None else zeros
+    return QuantArray(values, stored.codes, zeros, scheme, group, I, O, kernel.dtype.name, stored.steps, stored.offsets)
+
+
+class _Scales(NamedTuple):
+    """Scales as they are kept: themselves, or uint8 codes with the step and the offset of every block along O."""
+
+    codes: jax.Array
+    steps: jax.Array | None
+    offsets: jax.Array | None
+
+
+def _store_scales(scales: jax.Array, *, double: bool) -> _Scales:
+    if not double:
+        return _Scales(scales, None, None)
+    *lead, O = scales.shape
+    blocks = scales.reshape(*lead, -1, fitting_group(O, largest=SCALE_BLOCK))
+    offsets = blocks.min(axis=-1)
+    steps = (blocks.max(axis=-1) - offsets) / 255.0
+    codes = jnp.round((blocks - offsets[..., None]) / _nonzero(steps)[..., None])
+    return _Scales(codes.reshape(scales.shape).astype(jnp.uint8), steps, offsets)
+
+
+def _read_scales(stored: _Scales) -> jax.Array:
+    codes, steps, offsets = stored
+    if steps is None:
+        return codes
+    blocks = codes.reshape(*steps.shape, -1).astype(jnp.float32)
+    return (offsets[..., None] + steps[..., None] * blocks).reshape(codes.shape)
+
+
+def full_scales(array: QuantArray) -> jax.Array:
+    """Returns the scales `[..., I / group, O]`, float32, that the values are multiplied by."""
+    return _read_scales(_Scales(array.scales, array.steps, array.offsets))
 
 
 def _nonzero(scales: jax.Array) -> jax.Array:
@@ -87,23 +134,32 @@ def _nonzero(scales: jax.Array) -> jax.Array:
 
 def dequantize(array: QuantArray) -> jax.Array:
     """Returns the full matrix `[..., I, O]` in the dtype that was quantised."""
-    return kernels.dequantize(
-        array.values, array.scales, array.zeros, scheme=array.scheme, dtype=jnp.dtype(array.dtype)
-    )
+    return _restored(array, jnp.dtype(array.dtype))
 
 
-def quantize_params(params: dict, *, scheme: Scheme, group: int = 128, head: bool = True) -> dict:
+def _restored(array: QuantArray, dtype: jnp.dtype) -> jax.Array:
+    return kernels.dequantize(array.values, full_scales(array), array.zeros, scheme=array.scheme, dtype=dtype)
+
+
+def column_squares(kernel: Any) -> jax.Array:
+    """Returns the sum of squares of every column `[..., O]` of a kernel, an array or a QuantArray, in float32."""
+    kernel = _restored(kernel, jnp.float32) if isinstance(kernel, QuantArray) else kernel
+    return jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=-2)
+
+
+def quantize_params(params: dict, *, scheme: Scheme, group: int = 128, double: bool = False, head: bool = True) -> dict:
     """Returns the parameters with every `kernel` quantised (naming law); norms and the embedding table stay.
 
-    Each kernel uses `group`, or the largest power of two below it that divides its input features. With head=False the
-    output head keeps its precision.
+    Each kernel uses `group`, or the largest power of two below it that divides its input features. double: scales are
+    quantised too (`quantize_array`). With head=False the output head keeps its precision.
     """
 
     def leaf(path, value):
         names = [entry.key for entry in path]
         if names[-1] != "kernel" or (names[0] == "head" and not head):
             return value
-        return quantize_array(value, scheme=scheme, group=fitting_group(value.shape[-2], largest=group))
+        group_here = fitting_group(value.shape[-2], largest=group)
+        return quantize_array(value, scheme=scheme, group=group_here, double=double)
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 
@@ -111,21 +167,22 @@ def quantize_params(params: dict, *, scheme: Scheme, group: int = 128, head: boo
 def logical_axes(params: dict, params_axes: dict) -> dict:
     """Returns the axes tree for quantised `params`: every field of a QuantArray follows its kernel's (in, out) axes.
 
-    Group rows shard with the input axis, so a mesh must divide in / group as well as in; `sharding.shardings` refuses
-    one that does not.
+    Group rows shard with the input axis, so a mesh must divide in / group as well as in, and with doubly quantised
+    scales out / block as well as out; `sharding.shardings` refuses one that does not.
     """
 
     def leaf(value, axes):
         if not isinstance(value, QuantArray):
             return axes
-        return dataclasses.replace(value, values=axes, scales=axes, zeros=None if value.zeros is None else axes)
+        fields = {name: getattr(value, name) for name in ("values", "scales", "zeros", "steps", "offsets")}
+        return dataclasses.replace(value, **{name: None if x is None else axes for name, x in fields.items()})
 
     return jax.tree.map(leaf, params, params_axes, is_leaf=lambda node: isinstance(node, QuantArray))
 
 
 @jax.custom_vjp
 def _quant_matmul(x: jax.Array, array: QuantArray) -> jax.Array:
-    return kernels.quant_matmul(x, array.values, array.scales, array.zeros, scheme=array.scheme)
+    return kernels.quant_matmul(x, array.values, full_scales(array), array.zeros, scheme=array.scheme)
 
 
 def _quant_matmul_forward(x, array):
@@ -135,8 +192,7 @@ def _quant_matmul_forward(x, array):
 def _quant_matmul_backward(array, grad):
     # The residual is the packed leaf: the matrix is restored again here, so at most one layer's is alive at a time.
     # The quantised matrix is frozen, hence no cotangent for it.
-    weights = kernels.dequantize(array.values, array.scales, array.zeros, scheme=array.scheme, dtype=grad.dtype)
-    return grad @ weights.T, None
+    return grad @ _restored(array, grad.dtype).T, None
 
 
 _quant_matmul.defvjp(_quant_matmul_forward, _quant_matmul_backward)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from internjax import sharding
 from internjax.model import decoder, quantize
 from internjax.model.config import ModelConfig
 from internjax.model.lora import LoraConfig, apply_config, init_lora
@@ -38,6 +39,32 @@ def test_rounding_error_is_at_most_half_a_level(scheme):
     slack = 1.0 if scheme == "int4" else 0.5
     assert (error <= slack * step[:, :, None] + 1e-6).all()
     assert error.max() > 1e-4
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+def test_doubly_quantised_scales_cost_little_and_nearly_fit(scheme):
+    """QLoRA: 8 bits per scale, and its step and offset for 256 of them; the values are rounded by what is read back."""
+    kernel = 0.02 * jax.random.normal(jax.random.key(0), (2, 128, 768))
+    plain = quantize.quantize_array(kernel, scheme=scheme, group=64)
+    double = quantize.quantize_array(kernel, scheme=scheme, group=64, double=True)
+    scales = quantize.full_scales(double)
+    blocks = np.asarray(plain.scales).reshape(2, 2, 3, 256)
+    bound = (blocks.max(-1) - blocks.min(-1))[..., None] / 510
+    assert (np.abs(np.asarray(scales).reshape(blocks.shape) - blocks) <= bound * 1.01).all()
+    assert np.abs(scales - plain.scales).max() > 0
+    assert double.scales.dtype == jnp.uint8 and double.steps.shape == double.offsets.shape == (2, 2, 3)
+    zeros = double.scales.size if scheme == "int4" else 0
+    assert double.nbytes == double.values.nbytes + double.scales.size + zeros + 2 * 4 * 12
+    if scheme == "nf4":
+        assert 8 * (double.nbytes - double.values.nbytes) / kernel.size == pytest.approx(0.129, abs=5e-4)
+    errors = [np.asarray(quantize.dequantize(array) - kernel) for array in (plain, double)]
+    assert np.sqrt((errors[1] ** 2).mean()) < 1.01 * np.sqrt((errors[0] ** 2).mean())
+
+
+def test_scales_of_an_odd_number_of_outputs_share_smaller_blocks():
+    array = quantize.quantize_array(jnp.eye(8, 12), scheme="nf4", group=8, double=True)
+    assert array.steps.shape == (1, 3)
+    np.testing.assert_allclose(quantize.dequantize(array), jnp.eye(8, 12), atol=1e-6)
 
 
 def test_int4_by_hand():
@@ -72,12 +99,16 @@ def test_gradient_through_a_quantised_product():
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_adapter_gradients_hold_fewer_than_two_dequantised_layers(remat):
+@pytest.mark.parametrize(
+    ("remat", "scheme", "kind"),
+    [("none", "int4", "lora"), ("dots", "int4", "lora"), ("full", "int4", "lora"), ("full", "nf4", "dora")],
+)
+def test_adapter_gradients_hold_fewer_than_two_dequantised_layers(remat, scheme, kind):
     config = dataclasses.replace(SMALL, d_model=256, ffn_dim=1024, num_layers=6, remat=remat)
-    params = quantize.quantize_params(decoder.init(config, jax.random.key(0)), scheme="int4")
-    lora = LoraConfig(rank=2)
-    weights = init_lora(lora, params, jax.random.key(1))
+    how = dict(scheme=scheme, double=scheme == "nf4")
+    params = jax.eval_shape(lambda: quantize.quantize_params(decoder.init(config, jax.random.key(0)), **how))
+    lora = LoraConfig(rank=2, kind=kind)
+    weights = jax.eval_shape(lambda: init_lora(lora, params, jax.random.key(1)))
     inputs = jnp.zeros((1, 8), jnp.int32)
 
     def loss(weights, params):
@@ -98,8 +129,18 @@ def test_a_group_that_does_not_divide_is_refused_with_one_that_does():
         quantize.quantize_array(jnp.ones((96, 4)), scheme="int4", group=64)
 
 
-def test_fields_follow_the_axes_of_their_kernel():
+def test_fields_follow_the_axes_of_their_kernel(monkeypatch):
+    monkeypatch.setattr(sharding, "_configured_mesh", None)
     params = quantize.quantize_params(decoder.init(SMALL, jax.random.key(0)), scheme="int4", group=32)
     axes = quantize.logical_axes(params, decoder.logical_axes(SMALL))
     kernel = axes["layers"]["ffn"]["down"]["kernel"]
     assert kernel.values == kernel.scales == kernel.zeros == ("layers", "ffn", "embed")
+    assert kernel.steps is None
+    how = dict(scheme="nf4", group=32, double=True)
+    double = jax.eval_shape(lambda: quantize.quantize_params(decoder.init(SMALL, jax.random.key(0)), **how))
+    axes = quantize.logical_axes(double, decoder.logical_axes(SMALL))
+    kernel = axes["layers"]["ffn"]["down"]["kernel"]
+    assert kernel.values == kernel.scales == kernel.steps == kernel.offsets == ("layers", "ffn", "embed")
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=2))
+    with pytest.raises(ValueError, match=r"output.*steps.*does not divide its dimension 2"):
+        sharding.shardings(axes, double, mesh)
