@@ -27,11 +27,18 @@ Loss = Callable[[Any, Any, Any, jax.Array], LossOutput]
 """(trainable, frozen, batch, rng) -> LossOutput. Gradients are taken with respect to `trainable` alone."""
 
 
-def next_token(model_config: ModelConfig, *, lora_config: LoraConfig | None = None, chunk_size: int = 512) -> Loss:
+def next_token(
+    model_config: ModelConfig,
+    *,
+    lora_config: LoraConfig | None = None,
+    chunk_size: int = 512,
+    neftune_alpha: float = 0.0,
+) -> Loss:
     """Returns the loss of predicting the next token of a `Batch`: -sum(mask * log p(target)), weight sum(mask).
 
     Without `lora_config` the trainable part is the parameter tree and the frozen part is None; with it, the trainable
     part is the adapter collection (`init_lora`) and the frozen part the base's parameters, quantised or not.
+    neftune_alpha adds noise to the embeddings (`internjax.model.neftune`); leave it out where nothing is learned.
     """
     if model_config.head != "lm":
         raise ValueError(f"next_token needs a model with head='lm'; given head={model_config.head!r}")
@@ -45,7 +52,8 @@ def next_token(model_config: ModelConfig, *, lora_config: LoraConfig | None = No
             positions_BT=batch.positions,
             segments_BT=batch.segments,
             lora=lora,
-            dropout_rng=rng if lora is not None and lora.dropout else None,
+            dropout_rng=rng if neftune_alpha or (lora is not None and lora.dropout) else None,
+            embedding_noise=neftune_alpha,
         ).hidden_BTD
         logprobs_BT = decoder.target_logprobs(
             params, hidden_BTD, batch.targets, config=model_config, lora=lora, chunk_size=chunk_size
