@@ -1,0 +1,184 @@
+"""What only some families have: each is felt, decodes as it reads, and lives with adapters and quantised kernels."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from internjax.model import alibi, decoder, rope
+from internjax.model.cache import paged_cache
+from internjax.model.config import Llama3Scaling, ModelConfig, NoScaling, num_params
+from internjax.model.lora import LoraConfig, apply_config, init_lora, merge
+from internjax.model.quantize import QuantArray, dequantize, quantize_params
+
+PLAIN = ModelConfig(
+    vocab_size=37,
+    d_model=24,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=28,
+    initializer_range=0.3,
+    dtype="float32",
+)
+# As many features as go together, so that two programs check them all.
+TURNED = dataclasses.replace(
+    PLAIN,
+    window=5,
+    rotary_dim=4,
+    attention_bias="all",
+    ffn_bias=True,
+    qk_norm=True,
+    rope_scaling=Llama3Scaling(4.0, 1.0, 4.0, 64),
+)
+SLOPED = dataclasses.replace(PLAIN, positions="alibi", attention_bias="qkv", norm_head=True)
+BOTH = pytest.mark.parametrize("config", [TURNED, SLOPED], ids=["turned", "sloped"])
+T = 12
+
+
+def random_params(config):
+    """Parameters whose norms are not ones and whose biases are not zeros."""
+
+    def leaf(path, value):
+        key = jax.random.key(len(str(path)))
+        match path[-1].key:
+            case "scale":
+                return jax.random.uniform(key, value.shape, minval=0.5, maxval=1.5)
+            case "bias":
+                return 0.3 * jax.random.normal(key, value.shape)
+            case _:
+                return value
+
+    return jax.tree_util.tree_map_with_path(leaf, decoder.init(config, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.randint(jax.random.key(1), (2, T), 3, PLAIN.vocab_size)
+
+
+full = jax.jit(decoder.logits, static_argnames="config")
+
+
+@BOTH
+def test_parameters_have_axes_and_are_counted(config):
+    shapes, axes = decoder.abstract_params(config), decoder.logical_axes(config)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == num_params(config)
+    jax.tree.map(lambda shape, names: np.testing.assert_equal(len(names), len(shape.shape)), shapes, axes)
+    assert axes["layers"]["attention"]["key"]["bias"] == ("layers", "kv_heads")
+    assert ("bias" in axes["layers"]["attention"]["output"]) == (config.attention_bias == "all")
+
+
+def test_features_that_are_off_leave_no_parameters():
+    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(decoder.abstract_params(PLAIN))}
+    assert names == {"kernel", "scale", "embedding"}
+
+
+@BOTH
+def test_decoding_with_a_cache_is_the_full_forward(tokens, config):
+    params = random_params(config)
+    cache = paged_cache(config, 9, 4, batch=2, pages_per_row=4, dtype="float32")
+    cache = dataclasses.replace(cache, page_table_BM=jnp.array([[7, 1, 4, 9], [0, 8, 3, 9]], jnp.int32))
+    got = []
+    step = jax.jit(decoder.forward, static_argnames="config")
+    for start, stop in [(0, 8), *((t, t + 1) for t in range(8, T))]:
+        positions = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
+        out = step(params, tokens[:, start:stop], config=config, positions_BT=positions, cache=cache)
+        cache = out.cache
+        got.append(out.hidden_BTD)
+    logits = decoder.unembed(params, jnp.concatenate(got, axis=1), config=config)
+    np.testing.assert_allclose(logits, full(params, tokens, config=config), atol=2e-5)
+
+
+@BOTH
+def test_packed_documents_are_the_separate_ones(tokens, config):
+    params = random_params(config)
+    positions = jnp.array([[*range(5), *range(7)]] * 2)
+    segments = jnp.array([[1] * 5 + [2] * 7] * 2)
+    packed = full(params, tokens, config=config, positions_BT=positions, segments_BT=segments)
+    first = full(params, tokens.at[:, 5:].set(3), config=config)[:, :5]
+    second = full(params, jnp.roll(tokens, -5, axis=1), config=config)[:, :7]
+    np.testing.assert_allclose(packed, jnp.concatenate([first, second], axis=1), atol=2e-5)
+
+
+def test_a_window_is_felt_exactly_where_it_ends(tokens):
+    """Two layers of a window of 5 reach 2 * 4 tokens back and no further."""
+    params = random_params(TURNED)
+    changed = tokens.at[:, 2].set(tokens[:, 2] + 1)
+    difference = np.abs(full(params, tokens, config=TURNED) - full(params, changed, config=TURNED)).max(axis=(0, 2))
+    assert (difference[:2] == 0).all() and (difference[2:11] > 1e-4).all() and difference[11] == 0
+
+
+@BOTH
+def test_adapters_and_quantised_kernels_stand_beside_biases(tokens, config):
+    params = random_params(config)
+    lora_config = LoraConfig(rank=2, alpha=4.0)
+    weights = init_lora(lora_config, params, jax.random.key(3))
+    lora = apply_config(jax.tree.map(lambda leaf: leaf + 0.05, weights), lora_config)
+    want = full(merge(params, lora), tokens, config=config)
+    np.testing.assert_allclose(full(params, tokens, config=config, lora=lora), want, atol=3e-5)
+    packed = quantize_params(params, scheme="int8", group=8, head=False)
+    assert isinstance(packed["layers"]["attention"]["query"]["kernel"], QuantArray)
+    assert not isinstance(packed["layers"]["attention"]["query"]["bias"], QuantArray)
+    unpacked = jax.tree.map(
+        lambda leaf: dequantize(leaf) if isinstance(leaf, QuantArray) else leaf,
+        packed,
+        is_leaf=lambda leaf: isinstance(leaf, QuantArray),
+    )
+    want = full(unpacked, tokens, config=config)
+    np.testing.assert_allclose(full(packed, tokens, config=config), want, atol=3e-5)
+
+
+def test_slopes_by_hand():
+    np.testing.assert_allclose(alibi.slopes(4), [1 / 4, 1 / 16, 1 / 64, 1 / 256])
+    np.testing.assert_allclose(alibi.slopes(6), [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8])
+    forty = alibi.slopes(40)  # Baichuan2-13B
+    np.testing.assert_allclose(forty[[0, 31, 32, 39]], 2.0 ** np.array([-1 / 4, -8, -1 / 8, -15 / 8]), rtol=1e-6)
+
+
+def test_frequencies_of_llama_3_by_hand():
+    # 128 dimensions, base 500000: kept above 4 turns in 8192 positions, an eighth below 1 turn, a blend between.
+    sizes = {"head_dim": 128, "rope_theta": 500_000.0}
+    config = dataclasses.replace(PLAIN, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192), **sizes)
+    plain = np.asarray(rope.inv_freq(dataclasses.replace(config, rope_scaling=NoScaling())), np.float64)
+    scaled = np.asarray(rope.inv_freq(config), np.float64)
+    turns = plain * 8192 / (2 * np.pi)
+    np.testing.assert_allclose(scaled[turns > 4], plain[turns > 4])
+    np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8, rtol=1e-6)
+    between = (turns > 1) & (turns < 4)
+    share = (turns[between] - 1) / 3
+    assert between.sum() == 6
+    np.testing.assert_allclose(scaled[between], plain[between] * (share + (1 - share) / 8), rtol=1e-5)
+
+
+def test_pairs_beyond_the_rotary_dimensions_keep_still():
+    config = dataclasses.replace(PLAIN, rotary_dim=4, rope_theta=100.0)
+    np.testing.assert_allclose(rope.inv_freq(config), [1.0, 0.1, 0.0, 0.0])
+    x = jax.random.normal(jax.random.key(0), (1, 1, 1, 8))
+    turned = rope.rotate(x, rope.rotation(jnp.array([[3]]), rope.inv_freq(config)[None]))
+    still = jnp.array([2, 3, 6, 7])
+    np.testing.assert_array_equal(turned[..., still], x[..., still])
+    assert np.abs(turned - x)[..., jnp.array([0, 1, 4, 5])].min() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rotary_dim": 10}, "in 2..8"),
+        ({"rotary_dim": 3}, "must be even"),
+        ({"window": 0}, "at least 1 token"),
+        ({"positions": "alibi", "rotary_dim": 4}, "turns no heads"),
+        ({"positions": "alibi", "rope_scaling": Llama3Scaling()}, "turns no heads"),
+    ],
+)
+def test_features_that_cannot_be(fields, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PLAIN, **fields)
+
+
+def test_llama3_scaling_that_cannot_be():
+    with pytest.raises(ValueError, match="low_freq_factor < high_freq_factor"):
+        Llama3Scaling(low_freq_factor=4.0, high_freq_factor=1.0)
