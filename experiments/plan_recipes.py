@@ -57,7 +57,8 @@ def _row(name: str, config: Any, device: Any, num_devices: int, memory_share: fl
         return Row(name, job.method, None, None, str(error))
     mended = plan.mended(found)
     if mended is None:
-        return Row(name, job.method, False, found.memory.total / devices.GIB, " ".join(plan.remedies(found)))
+        said = " ".join(["Not one row: more --devices.", *plan.remedies(found)[1:]])
+        return Row(name, job.method, False, found.memory.total / devices.GIB, said)
     text = ", ".join(f"{key}={value}" for key, value in (changes | mended.changes).items())
     return Row(name, job.method, True, mended.bytes / devices.GIB, f"with {text}" if text else "as it is")
 

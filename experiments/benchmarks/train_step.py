@@ -16,28 +16,21 @@ MFU = (6 x matmul parameters + 6 x layers x d x segment length) x tokens per sec
 
 import argparse
 import dataclasses
-import json
 import os
-import resource
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.benchmarks import record
+from experiments.benchmarks import contest, record
+from experiments.benchmarks.contest import Contender
 from internjax.model.config import INTERNLM2_1_8B, INTERNLM2_7B, TINY, ModelConfig
 from internjax.train.batch import Batch
-from internjax.train.flops import FORMULA, mfu, training_flops
+from internjax.train.flops import FORMULA, training_flops
 
 PEAK_LR, CLIP = 1e-4, 1.0
-NUM_CHECKED = 3
-"""Steps whose losses all contenders must agree on."""
 
 
 class Setting(NamedTuple):
@@ -83,13 +76,6 @@ def batch_at(setting: Setting, position: int) -> Batch:
 # --- contenders ------------------------------------------------------------------------------------------------------
 
 
-class Contender(NamedTuple):
-    """step(position) trains on that batch and returns its loss once it is on the host; peak_bytes() of memory."""
-
-    step: Callable[[int], float]
-    peak_bytes: Callable[[], int]
-
-
 def _internjax(setting: Setting, folder: Path, *, unroll: bool) -> Contender:
     import jax
 
@@ -110,7 +96,7 @@ def _internjax(setting: Setting, folder: Path, *, unroll: bool) -> Contender:
         state, metrics = step(state, batch_at(setting, position))
         return float(metrics["loss"])
 
-    return Contender(run, lambda: (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or _peak_rss())
+    return Contender(run, contest.peak_bytes)
 
 
 def _torch(setting: Setting, folder: Path, *, compiled: bool) -> Contender:
@@ -124,7 +110,16 @@ def _torch(setting: Setting, folder: Path, *, compiled: bool) -> Contender:
     model = model.to(device).train()
     if setting.model.remat == "full":
         model.gradient_checkpointing_enable()
-    parameters = list(model.parameters())
+    return torch_contender(model, setting, compiled=compiled)
+
+
+def torch_contender(model: Any, setting: Setting, *, compiled: bool) -> Contender:
+    """Returns the step of a transformers model on torch: the parameters that ask for gradients are trained."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=PEAK_LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
 
     def loss_of(tokens, targets, mask, positions, visible):
@@ -152,31 +147,15 @@ def _torch(setting: Setting, folder: Path, *, compiled: bool) -> Contender:
         optimizer.step()
         return loss.item()
 
-    return Contender(run, lambda: torch.cuda.max_memory_allocated() if cuda else _peak_rss())
-
-
-def _peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Contender(run, lambda: torch.cuda.max_memory_allocated() if cuda else contest.peak_rss())
 
 
 def worker(name: str, setting: Setting, folder: Path) -> None:
-    """Trains blocks of steps when told to ("N" on a line of the input) and answers with a line of JSON."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints goes to stderr; stdout is the answers'
+    """Is the contender `name`, in a process of its own."""
     if name in ("scanned", "unrolled"):
-        contender = _internjax(setting, folder, unroll=name == "unrolled")
+        contest.work(lambda: _internjax(setting, folder, unroll=name == "unrolled"))
     else:
-        contender = _torch(setting, folder, compiled=name == "torch-compile")
-    position = 0
-    for line in sys.stdin:
-        seconds, losses = [], []
-        for _ in range(int(line)):
-            started = time.perf_counter()
-            losses.append(contender.step(position))
-            seconds.append(time.perf_counter() - started)
-            position += 1
-        answer = {"seconds": seconds, "losses": losses, "peak_bytes": contender.peak_bytes()}
-        print(json.dumps(answer), file=out, flush=True)
+        contest.work(lambda: _torch(setting, folder, compiled=name == "torch-compile"))
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -185,20 +164,20 @@ def worker(name: str, setting: Setting, folder: Path) -> None:
 def measure(names: Sequence[str], name: str, *, num_blocks: int, block: int) -> dict[str, Any]:
     """Returns the figures of the contenders `names` on a setting."""
     setting = SETTINGS[name]
+    tolerance = 1e-3 if setting.model.dtype == "float32" else 3e-2
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "model"
         write_model(setting, folder)
-        workers = {who: _started(who, name, folder) for who in names}
-        try:
-            first = {who: _ask(process, who, NUM_CHECKED) for who, process in workers.items()}
-            _require_equal(first, setting)
-            for who, process in workers.items():
-                _ask(process, who, 2)  # what a framework still does lazily is done now
-            blocks = [{who: _ask(process, who, block) for who, process in workers.items()} for _ in range(num_blocks)]
-        finally:
-            for process in workers.values():
-                process.kill()
-    return {who: _figures(setting, first[who], [block[who] for block in blocks]) for who in names}
+        start = ["-m", "experiments.benchmarks.train_step", "--setting", name, "--folder", str(folder), "--worker"]
+        answers = contest.measure(
+            {who: contest.Entry([*start, who]) for who in names},
+            num_blocks=num_blocks,
+            block=block,
+            check=lambda losses: contest.require_equal(losses, tolerance=tolerance),
+        )
+    tokens, length = setting.batch_size * setting.seq_len, setting.seq_len // setting.num_segments
+    flops = training_flops(setting.model, seq_len=length) * tokens
+    return {who: contest.figures(each, tokens=tokens, flops=flops) for who, each in answers.items()}
 
 
 def write_model(setting: Setting, folder: Path) -> None:
@@ -212,49 +191,6 @@ def write_model(setting: Setting, folder: Path) -> None:
     with jax.default_device(jax.devices("cpu")[0]):
         params = jax.jit(lambda key: decoder.init(plain, key))(jax.random.key(0))
     save_model(folder, config=plain, params=params, tokenizer=None)
-
-
-def _started(who: str, setting: str, folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "experiments.benchmarks.train_step", "--setting", setting]
-    command += ["--worker", who, "--folder", str(folder)]
-    # Two frameworks share one card: neither may take all of it at the start.
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def _ask(process: subprocess.Popen, who: str, num_steps: int) -> dict[str, Any]:
-    process.stdin.write(f"{num_steps}\n")
-    process.stdin.flush()
-    line = process.stdout.readline()
-    if not line:
-        raise SystemExit(f"error: the contender {who} ended with code {process.wait()}; its message stands above")
-    return json.loads(line)
-
-
-def _require_equal(first: dict[str, dict], setting: Setting) -> None:
-    tolerance = 1e-3 if setting.model.dtype == "float32" else 3e-2
-    losses = {who: answer["losses"] for who, answer in first.items()}
-    reference = next(iter(losses.values()))
-    if not all(np.allclose(given, reference, atol=tolerance, rtol=0) for given in losses.values()):
-        raise SystemExit(f"error: the contenders do not train the same model; losses of the first steps: {losses}")
-
-
-def _figures(setting: Setting, first: dict, blocks: Sequence[dict]) -> dict[str, Any]:
-    import jax
-
-    seconds = sorted(second for block in blocks for second in block["seconds"])
-    median, tokens = statistics.median(seconds), setting.batch_size * setting.seq_len
-    length = setting.seq_len // setting.num_segments
-    used = mfu(training_flops(setting.model, seq_len=length) * tokens, median, 1, jax.devices()[0].device_kind)
-    return {
-        "first_step_seconds": round(first["seconds"][0], 2),
-        "median_seconds": round(median, 5),
-        "p99_seconds": round(seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))], 5),
-        "tokens_per_second": round(tokens / median),
-        "mfu": None if used is None else round(used, 4),
-        "peak_bytes": blocks[-1]["peak_bytes"],
-        "first_losses": first["losses"],
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -275,23 +211,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.worker:
         worker(args.worker, SETTINGS[args.setting], args.folder)
         return
+    # This process looks at the card as well, and must leave it to the contenders.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     about = record.environment()
     found = measure(args.contenders, args.setting, num_blocks=args.blocks, block=args.steps)
     ours = [who for who in found if not who.startswith("torch")]
     peers = [who for who in found if who.startswith("torch")]
-    best = min(ours or found, key=lambda who: found[who]["median_seconds"])
+    best = min(ours or found, key=lambda who: found[who].get("median_seconds", float("inf")))
     result = {
         "what": "seconds of one training step (forward, backward, clip, AdamW), medians of interleaved blocks",
         "setting": {"name": args.setting, **SETTINGS[args.setting]._asdict()},
         "formula": FORMULA,
         **about,
         "contenders": found,
-        "ratio": {who: round(found[who]["median_seconds"] / found[best]["median_seconds"], 3) for who in peers},
+        "ratio": contest.ratio(found, ours=best, peers=peers),
     }
     result["setting"]["model"] = dataclasses.asdict(SETTINGS[args.setting].model)
-    for who, figures in found.items():
-        used = "" if figures["mfu"] is None else f", MFU {figures['mfu']:.1%}"
-        print(f"{who:14} {figures['median_seconds'] * 1e3:9.1f} ms  {figures['tokens_per_second']:,} tokens/s{used}")
+    contest.show(found)
     print(f"torch over {best}: {result['ratio']}")
     record.write(args.output or record.RESULTS / f"train_step_{args.setting}.json", result)
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.benchmarks import attention, scaling, train_step
+from experiments.benchmarks import attention, contest, finetune_step, scaling, train_step
 from internjax.model.config import INTERNLM2_1_8B, INTERNLM2_7B, ModelConfig
 from internjax.train import flops
 
@@ -40,19 +40,70 @@ def test_scanned_and_unrolled_layers_train_alike(tmp_path):
         contender = train_step._internjax(setting, tmp_path, unroll=unroll)
         answers[name] = {"losses": [contender.step(position) for position in range(2)]}
         assert contender.peak_bytes() > 0
-    train_step._require_equal(answers, setting)
+    contest.require_equal({name: each["losses"] for name, each in answers.items()}, tolerance=1e-3)
     first, second = answers["scanned"]["losses"]
     assert abs(first - np.log(64)) < 0.3 and first != second
     np.testing.assert_allclose(answers["scanned"]["losses"], answers["unrolled"]["losses"], rtol=1e-5)
 
 
 def test_contenders_that_train_different_models_are_refused():
-    setting = train_step.Setting(SMALL, batch_size=1, seq_len=8)
-    first = {"scanned": {"losses": [4.1, 4.0]}, "torch-eager": {"losses": [4.1, 4.002]}}
+    losses = {"scanned": [4.1, 4.0], "torch-eager": [4.1, 4.002]}
     with pytest.raises(SystemExit, match="do not train the same model.*4.002"):
-        train_step._require_equal(first, setting)
-    bfloat16 = setting._replace(model=dataclasses.replace(SMALL, dtype="bfloat16"))
-    train_step._require_equal(first, bfloat16)
+        contest.require_equal(losses, tolerance=1e-3)
+    contest.require_equal(losses, tolerance=3e-2)
+    adapters = {"lora": [4.1], "peft-lora": [4.1], "qlora": [4.3], "peft-qlora": [4.33]}
+    finetune_step.require_equal(adapters)  # a base in four bits is another base
+    with pytest.raises(SystemExit, match="do not train the same model.*peft-lora"):
+        finetune_step.require_equal(adapters | {"peft-lora": [4.15]})
+
+
+CHILD = """
+import sys
+from experiments.benchmarks import contest
+def step(position):
+    if sys.argv[1] == "ends" and position == 4:
+        sys.exit(3)
+    return position / 2
+def build():
+    print("a library talks")
+    return contest.Contender(step, lambda: 7)
+contest.work(build)
+"""
+
+
+def test_contenders_take_turns_and_one_that_ends_is_told(tmp_path):
+    checked = []
+    entries = {who: contest.Entry(["-c", CHILD, who], {"PYTHONPATH": "."}) for who in ("stays", "ends")}
+    found = contest.measure(entries, num_blocks=2, block=2, check=checked.append)
+    assert checked == [{"stays": [0.0, 0.5, 1.0], "ends": [0.0, 0.5, 1.0]}]
+    stays, ends = (contest.figures(found[who], tokens=100, flops=1.0) for who in entries)
+    assert [block["losses"] for block in found["stays"].blocks] == [[2.5, 3.0], [3.5, 4.0]]
+    assert stays["peak_bytes"] == 7 and len(stays["first_losses"]) == 3 and stays["mfu"] is None
+    assert ends == {"failed": "ended with code 3; its message stands in the log"}
+    assert contest.ratio({"stays": stays, "ends": ends}, ours="stays", peers=["ends"]) == {}
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_over_a_whole_and_a_quantised_base_are_trained(tmp_path):
+    setting = finetune_step.Setting(train_step.Setting(SMALL, batch_size=2, seq_len=16), ("lora", "qlora"))
+    finetune_step.write_inputs(setting, tmp_path)
+    losses = {}
+    for name, scheme in finetune_step.OURS.items():
+        contender = finetune_step._internjax(setting, tmp_path / "base", tmp_path / "adapter", scheme=scheme)
+        losses[name] = [contender.step(position) for position in range(2)]
+    finetune_step.require_equal(losses)
+    assert losses["lora"][0] != losses["qlora"][0] and abs(losses["lora"][0] - losses["qlora"][0]) < 0.1
+
+
+def test_a_limit_is_a_share_of_the_card(monkeypatch):
+    monkeypatch.setattr(finetune_step, "device_memory", lambda: 160 * 10**9)
+    variables = finetune_step.environment(finetune_step.SETTINGS["7b-qlora"])
+    assert variables == {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.050000", "XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
+    assert finetune_step.environment(finetune_step.SETTINGS["7b-lora"]) == {}
+    with pytest.raises(SystemExit, match="the device gave more than the limit of 1000 bytes"):
+        finetune_step.prove_limit(1000)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
