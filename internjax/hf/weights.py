@@ -197,7 +197,7 @@ def _cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Returns the values as they are written; raises ValueError where float16 is too small for them."""
     if dtype == np.float16 and values.dtype != dtype and values.size:
         largest = max(float(values.max()), -float(values.min()))
-        if np.finfo(np.float16).max < largest < np.inf:
+        if float(np.finfo(np.float16).max) < largest < np.inf:
             raise ValueError(
                 f"{name} has values up to {largest:.3g}, float16 ends at 65504; store the model as bfloat16 or float32"
             )

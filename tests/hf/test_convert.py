@@ -12,11 +12,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from internjax.hf import hub
 from internjax.hf.__main__ import main
 from internjax.hf.adapter import save_adapter
 from internjax.hf.open import logits, open_model
 from internjax.hf.save import save_model
-from internjax.model.lora import LoraConfig, init_lora
+from internjax.model.lora import LoraConfig, apply_config, init_lora, merge
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOKENS = [[1, 5, 9, 200]]
@@ -74,6 +75,33 @@ def test_an_adapter_is_merged(base, tmp_path, config, params, capsys):
     assert merged.lora is None
     np.testing.assert_allclose(logits(merged, TOKENS), logits(apart, TOKENS), atol=2e-5)
     assert np.abs(logits(merged, TOKENS) - logits(open_model(base), TOKENS)).max() > 0.1
+
+
+def test_adapters_are_merged_on_top_layer_by_layer(base, tmp_path, config, params, read_folder, capsys):
+    lora = LoraConfig(rank=2, targets=("query", "down", "head"))
+    weights = jax.tree.map(lambda leaf: leaf + 0.1, init_lora(lora, params, jax.random.key(0)))
+    save_adapter(tmp_path / "one", lora, weights, base, model_config=config)
+    command = ["convert", str(base), str(tmp_path / "merged"), "--merge-adapter", str(tmp_path / "one")]
+    assert main([*command, "--dtype", "bfloat16"]) == 0
+    wanted = merge(params, apply_config(weights, lora))
+    save_model(tmp_path / "wanted", config=config, params=wanted, tokenizer=None, dtype="bfloat16")
+    found, wanted = read_folder(tmp_path / "merged"), read_folder(tmp_path / "wanted")
+    for name, tensor in wanted.items():
+        np.testing.assert_allclose(found[name].astype(np.float32), tensor.astype(np.float32), rtol=1e-2, atol=1e-6)
+    about = json.loads((tmp_path / "merged" / "internjax.json").read_text())
+    assert about["provenance"]["converted from"] == f"{base}+{tmp_path / 'one'}"
+    # The saved dtype rounds, merging does not: the proof tells the two apart.
+    assert about["proof"]["max_logit_difference"] == 0 < about["proof"]["max_logit_difference_to_source"] < 0.5
+
+
+def test_a_folder_is_pushed_when_asked_and_only_then(base, tmp_path, monkeypatch, capsys):
+    pushed = []
+    monkeypatch.setattr(hub, "push", lambda folder, repo, *, private: pushed.append((folder, repo, private)) or "there")
+    command = ["convert", str(base), str(tmp_path / "new"), "--overwrite"]
+    assert main(command) == 0 and pushed == []
+    assert main([*command, "--push", "lab/mine"]) == 0 and main([*command, "--push", "lab/mine", "--public"]) == 0
+    assert pushed == [(str(tmp_path / "new"), "lab/mine", True), (str(tmp_path / "new"), "lab/mine", False)]
+    assert "pushed to there" in capsys.readouterr().out
 
 
 def test_the_dtype_is_a_choice(base, tmp_path, read_folder, params):

@@ -1,11 +1,13 @@
 """MODEL, the one argument: every form of it, and what a wrong one says."""
 
+import base64
 import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ import pytest
 import internjax
 from internjax import sharding
 from internjax.hf import resolve as resolving
+from internjax.hf import restore as restoring
 from internjax.hf.adapter import save_adapter
 from internjax.hf.open import logits, mesh_of, open_model
 from internjax.hf.resolve import adapter_base, resolve
@@ -26,6 +29,7 @@ from internjax.train.checkpoint import open_checkpoints
 from internjax.train.optimizer import AdamW, Constant, make_optimizer
 from internjax.train.step import init_state
 
+GOLDEN_TEXT = Path(__file__).resolve().parent.parent / "text"
 TOKENS = np.arange(40).reshape(2, 20)  # beyond max_position_embeddings = 16: dynamic scaling acts
 LORA = LoraConfig(rank=4, alpha=8.0, targets=("query", "value", "down"))
 
@@ -109,6 +113,62 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(params, tmp_path, 
     largest.write_bytes(b"broken")
     assert_params(open_model(tmp_path / "run"), half(params))
     assert "step 5 is skipped" in capsys.readouterr().err
+
+
+def test_a_run_is_only_read_and_a_step_that_it_removes_meanwhile_is_told(tmp_path, params, monkeypatch):
+    def state(folder):
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+    shutil.copytree("runs/running", tmp_path / "run")
+    with open_checkpoints(tmp_path / "run" / "checkpoints"):  # as the run has it that is going on
+        before = state(tmp_path / "run")
+        assert_params(open_model(f"{tmp_path}/run@3"), half(params))
+        assert state(tmp_path / "run") == before
+    opened = []
+
+    def gone(folder, path):
+        opened.append(path)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "3", ignore_errors=True)
+        return _open(folder, path)
+
+    _open = restoring._open
+    monkeypatch.setattr(restoring, "_open", gone)
+    with pytest.raises(ValueError, match=r"checkpoints/3 was removed while it was read .*; take a newer step"):
+        open_model(f"{tmp_path}/run@3")
+    assert len(opened) == 1
+
+
+def test_a_checkpoint_is_read_in_blocks_of_layers_as_it_was_written(params, monkeypatch):
+    """Written by two shards of layers, and placed layer by layer: more blocks than one, and the same parameters."""
+    store = np.arange(7 * 2 * 3).reshape(7, 2, 3)
+    reads = []
+
+    class Chunked:
+        chunk_layout = types.SimpleNamespace(read_chunk=types.SimpleNamespace(shape=(3, 2, 3)))
+
+        def __getitem__(self, layers):
+            reads.append((layers.start, layers.stop))
+            return types.SimpleNamespace(read=lambda: types.SimpleNamespace(result=lambda: store[layers]))
+
+    read = restoring._blocks(Chunked(), 7)
+    np.testing.assert_array_equal([read(layer)[0] for layer in range(7)], store)
+    assert reads == [(0, 3), (3, 6), (6, 9)]
+    monkeypatch.setattr("internjax.hf.loading.HOST_STACK_BYTES", 0)
+    assert_params(open_model("running"), params)
+
+
+def test_a_tokenizer_model_is_a_tokenizer(tmp_path, config, make_params):
+    """A folder of InternLM2's kind: tokenizer.model alone, with remote code that nobody runs."""
+    golden = json.loads((GOLDEN_TEXT / "sentencepiece_golden.json").read_text(encoding="utf-8"))[0]
+    large = dataclasses.replace(config, vocab_size=420)
+    save_model(tmp_path / "model", config=large, params=make_params(large), tokenizer=None)
+    (tmp_path / "model" / "tokenizer.model").write_bytes(base64.b64decode(golden["model"]))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = open_model(tmp_path / "model")
+    assert model.generation.eos_ids == (2,)
+    for text, ids in golden["ids"].items():
+        assert model.tokenizer.encode(text) == ids
 
 
 def test_an_adapter_folder_and_its_base(params):

@@ -129,12 +129,36 @@ def test_parameters_that_cannot_be_exported(tmp_path, config, params, change, me
 def test_options_that_are_wrong(tmp_path, config, params):
     for options, message in (
         ({"layout": "gguf"}, "layout is 'gguf'"),
+        ({"dtype": "int8"}, "weights are stored as float32, .*; given 'int8'"),
         ({"shard_size": "many"}, "a size is a positive number"),
         ({"provenance": {"when": object()}}, "provenance holds a value"),
     ):
         with pytest.raises(ValueError, match=message):
             save_model(tmp_path / "model", config=config, params=params, tokenizer=None, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_values_beyond_float16_are_refused_by_name(tmp_path, config, params):
+    large = params | {"norm": {"scale": params["norm"]["scale"].at[3].set(-70_000.0)}}
+    with pytest.raises(ValueError, match=r"model.norm.weight has values up to 7e\+04, float16 ends at 65504"):
+        save_model(tmp_path / "model", config=config, params=large, tokenizer=None, dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("layout", "head"), [("llama", "score.weight"), ("internlm2", "v_head.weight")])
+def test_reward_models_are_written_and_read_back(tmp_path, config, make_params, tokenizer, read_folder, layout, head):
+    scalar = dataclasses.replace(config, head="scalar")
+    params = make_params(scalar)
+    proof = save_model(tmp_path / "model", config=scalar, params=params, tokenizer=tokenizer, layout=layout)
+    tensors = read_folder(tmp_path / "model")
+    assert tensors[head].shape == (1, 32) and not {"lm_head.weight", "output.weight"} & set(tensors)
+    values = json.loads((tmp_path / "model" / "config.json").read_text())
+    names = {"llama": "LlamaForSequenceClassification", "internlm2": "InternLM2ForRewardModel"}
+    assert values["architectures"] == [names[layout]] and np.shape(proof.logits) == (16, 1)
+    back = open_model(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, back.params, params)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert ("AutoModelForSequenceClassification" in card) == (layout == "llama") and "AutoModelForCausalLM" not in card
 
 
 def test_a_folder_that_reads_back_as_something_else_is_not_kept(tmp_path, config, params, monkeypatch):

@@ -35,6 +35,38 @@ def test_ids_and_texts_are_sentencepieces(index, tmp_path):
         assert tokenizer.decode(ids) == text
 
 
+def test_mixed_chinese_english_code_and_emoji_are_sentencepieces(tmp_path):
+    """A model that has pieces for all of them; made by make_sentencepiece_golden.py."""
+    golden = json.loads(Path(__file__).with_name("sentencepiece_mixed.json").read_text(encoding="utf-8"))
+    tokenizer = tok.load_tokenizer(folder_of(tmp_path, base64.b64decode(golden["model"]), CONFIG))
+    assert len(golden["rows"]) > 60
+    for text, wanted in golden["rows"].items():
+        assert tokenizer.encode(text) == wanted["ids"], text
+        assert tokenizer.decode(wanted["ids"], skip_special=False) == wanted["text"], text
+    used = {token_id for row in golden["rows"].values() for token_id in row["ids"]}
+    pieces = {tokenizer.token(token_id) for token_id in used}
+    assert {"模型", "训练", "▁the", "▁▁▁▁", "[UNUSED_TOKEN_131]", "<0xF0>"} <= pieces and len(used) > 250
+    assert {"<unk>", "<s>", "</s>", tok.REWARD} <= set(tokenizer.special)
+    # Every special token, said to be one, is its id and nothing else.
+    for text, token_id in tokenizer.special.items():
+        assert tokenizer.encode(text, allow_special=True) == [token_id]
+        assert tokenizer.encode(f"训练{text}x", allow_special=True).count(token_id) == 1
+
+
+@pytest.mark.parametrize("add_bos", [None, True, False])
+def test_readers_elsewhere_get_the_first_token_as_with_the_original_class(tmp_path, add_bos):
+    from transformers import AutoTokenizer
+
+    config = CONFIG | {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}}
+    config |= {} if add_bos is None else {"add_bos_token": add_bos}
+    tokenizer = tok.load_tokenizer(folder_of(tmp_path, MODELS[0], config))
+    tok.save_tokenizer(tokenizer, tmp_path / "saved")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved", trust_remote_code=False)
+    text, ids = next(iter(GOLDEN[0]["ids"].items()))
+    assert tokenizer.encode(text) == ids
+    assert theirs(text)["input_ids"] == ([] if add_bos is False else [1]) + ids
+
+
 def test_saved_as_json_it_stays_the_same(tmp_path):
     from transformers import AutoTokenizer
 
