@@ -1,6 +1,7 @@
 """The engine: its tokens are those of `generate`, whoever else is served; pages come back; nothing compiles twice."""
 
 import dataclasses
+import functools
 import logging
 import random
 import threading
@@ -33,7 +34,10 @@ CONFIG = ModelConfig(
     initializer_range=0.2,
     dtype="float32",
 )
-PARAMS = decoder.init(CONFIG, jax.random.key(0))
+PARAMS = jax.jit(functools.partial(decoder.init, CONFIG))(jax.random.key(0))
+# The longest context is 16 tokens: what is longer has frequencies of its own.
+SCALED = dataclasses.replace(CONFIG, max_position_embeddings=16, rope_scaling=DynamicNTK(2.0))
+_LOGPROBS = jax.jit(logprobs, static_argnames="config")
 GREEDY = SamplingParams(temperature=0.0)
 DRAWN = SamplingParams(temperature=0.9, top_k=30, top_p=0.95, repetition_penalty=1.1, seed=7)
 
@@ -109,8 +113,7 @@ def test_tokens_are_those_of_generate(engine, sampling):
 def test_logprobs_are_those_of_the_trainers_forward(engine):
     request = Request(prompt(20), 10, dataclasses.replace(DRAWN, temperature=0.5), logprobs=True)
     (result,) = answer(engine, request)
-    score = jax.jit(lambda tokens_BT: logprobs(PARAMS, tokens_BT, config=CONFIG, temperature=0.5))
-    scored = score(jnp.array([request.tokens + result.ids]))
+    scored = _LOGPROBS(PARAMS, jnp.array([request.tokens + result.ids]), config=CONFIG, temperature=0.5)
     np.testing.assert_allclose(result.logprobs, scored[0, 20:], atol=2e-5)
 
 
@@ -150,9 +153,9 @@ def test_logprobs_are_reported_only_on_request(engine):
 
 
 def test_more_requests_than_pages_wait_in_order():
-    """10 pages; the first and third request need 6 each, the second 3: one after another, none overtakes."""
-    engine = build(num_pages=10)
-    requests = [Request(prompt(10, seed=s), n, GREEDY) for s, n in ((0, 14), (1, 2), (2, 14), (3, 2))]
+    """14 pages; the first and third request need 10 each, the second 3: one after another, none overtakes."""
+    engine = build(num_pages=14)
+    requests = [Request(prompt(10, seed=s), n, GREEDY) for s, n in ((0, 30), (1, 2), (2, 30), (3, 2))]
     handles = [engine.submit(request) for request in requests]
     order = []
     lows = []
@@ -162,16 +165,16 @@ def test_more_requests_than_pages_wait_in_order():
     assert min(lows) == 1 and order.index(1) < order.index(2) and order.index(2) <= order.index(3)
     for request, handle in zip(requests, handles):
         assert handle.result().ids == generated(request)[0]
-    assert engine.stats().num_free_pages == 10
+    assert engine.stats().num_free_pages == 14
 
 
 def test_what_can_never_fit_is_refused_at_once():
-    engine = build(num_pages=10)
+    engine = build(num_pages=14)
     for request, message in (
         (Request((), 4), "prompt is empty"),
         (Request((1, 2), 0), "max_new_tokens must be at least 1, given 0"),
         (Request(prompt(50), 15), r"50 tokens and 15 new ones make 65; this engine serves up to 64\. Shorten"),
-        (Request(prompt(40), 2), r"42 tokens need 11 pages of 4; the whole cache has 10\. Shorten"),
+        (Request(prompt(56), 2), r"58 tokens need 15 pages of 4; the whole cache has 14\. Shorten"),
         (Request((1, 64), 4), r"token ids must be in 0\.\.63.*given \[64\]"),
         (Request((1, -1), 4), r"given \[-1\]"),
         (Request((1,), 4, stop_ids=(99,)), r"given \[99\]"),
@@ -180,7 +183,7 @@ def test_what_can_never_fit_is_refused_at_once():
         with pytest.raises(ValueError, match=message):
             engine.submit(request)
     assert engine.stats().num_waiting == 0
-    engine.submit(Request(prompt(40), 1, GREEDY))  # the last token needs no place: exactly 10 pages
+    engine.submit(Request(prompt(56), 1, GREEDY))  # the last token needs no place: exactly 14 pages
     drive(engine)
 
 
@@ -231,7 +234,7 @@ def test_a_failure_on_the_host_ends_one_request_only(engine, monkeypatch):
 def test_broken_logits_end_one_request_and_poison_no_page():
     """Token 63 embeds to NaN. Its row's pages are used again at once by the next request in the queue."""
     params = PARAMS | {"embed": {"embedding": PARAMS["embed"]["embedding"].at[63].set(jnp.nan)}}
-    engine = build(params, num_slots=2, num_pages=14)
+    engine = build(params, num_pages=14)
     clean = [Request(tuple(token % 63 for token in prompt(n)), 8, GREEDY, logprobs=True) for n in (18, 19, 17)]
     wanted = [generated(request) for request in clean]
     assert all(63 not in ids for ids, _ in wanted), "the model drew the broken token by itself"
@@ -253,8 +256,8 @@ def test_broken_logits_end_one_request_and_poison_no_page():
 
 def test_an_aborted_prompt_leaves_no_nan_behind():
     params = PARAMS | {"embed": {"embedding": PARAMS["embed"]["embedding"].at[63].set(jnp.nan)}}
-    engine = build(params, num_slots=1)
-    handle = engine.submit(Request((63,) * 40, 8, GREEDY))
+    engine = build(params, num_pages=14)
+    handle = engine.submit(Request((63,) * 40, 8, GREEDY))  # 12 of the 14 pages
     engine.tick()
     handle.abort()
     request = Request(tuple(token % 63 for token in prompt(18)), 8, GREEDY)
@@ -303,13 +306,19 @@ class CompileCounter(logging.Handler):
         self._log_compiles.__exit__(*error)
 
 
-def test_nothing_compiles_after_warm_up():
-    config = dataclasses.replace(CONFIG, max_position_embeddings=32, rope_scaling=DynamicNTK(2.0))
-    engine = build(config=config, num_slots=2, prefill_chunk=32, context_buckets=(16, 40), tokens_per_dispatch=3)
+@pytest.fixture(scope="module")
+def bucketed():
+    """An engine with contexts of 16, 40 and 64 tokens and scaled frequencies; with what warming it up reported."""
+    engine = build(config=SCALED, num_slots=2, prefill_chunk=32, context_buckets=(16, 40), tokens_per_dispatch=3)
     reported = []
     with CompileCounter() as compiled:
         engine.warmup(lambda name, seconds: reported.append(name))
-    assert compiled.names, "the counter sees nothing"
+    return engine, reported, compiled.names
+
+
+def test_nothing_compiles_after_warm_up(bucketed):
+    engine, reported, names = bucketed
+    assert names, "the counter sees nothing"
     # A small chunk; a full chunk and a block for each of three contexts; admission with clearing.
     assert len(reported) == len(set(reported)) == 1 + 3 + 3 + 1
     warm = engine.stats().num_compiled
@@ -331,35 +340,37 @@ def test_nothing_compiles_after_warm_up():
     assert {handle.result().finish for handle in handles} == {"length", "stop", "aborted"}
 
 
-def test_context_buckets_change_no_token():
-    engine = build(context_buckets=(16, 32))
+def test_context_buckets_change_no_token(bucketed):
+    engine, *_ = bucketed
     requests = [Request(prompt(n), m, DRAWN) for n, m in ((3, 5), (10, 30), (25, 4), (40, 20))]
     for request, result in zip(requests, answer(engine, *requests)):
-        assert result.ids == generated(request)[0]
+        assert result.ids == generated(request, config=SCALED)[0]
+
+
+def test_dynamic_ntk_is_fixed_by_each_requests_own_length(bucketed):
+    engine, *_ = bucketed
+    requests = [Request(prompt(n), m, GREEDY) for n, m in ((4, 8), (20, 10), (20, 40))]
+    results = answer(engine, *requests)
+    for request, result in zip(requests, results):
+        assert result.ids == generated(request, config=SCALED)[0]
+    assert results[1].ids != results[2].ids[:10], "the declared length changed nothing"
 
 
 def test_cache_dtypes_and_adapters_reach_the_model():
     lora_config = LoraConfig(rank=4)
-    weights = jax.tree.map(lambda x: x + 0.1, init_lora(lora_config, PARAMS, jax.random.key(1)))
-    lora = apply_config(weights, lora_config)
+    make = jax.jit(functools.partial(init_lora, lora_config))
+    zero = make(PARAMS, jax.random.key(1))
+    lora = apply_config(jax.tree.map(lambda x: np.asarray(x) + np.float32(0.1), zero), lora_config)
     engine = build(cache_dtype="int8", lora=lora)
     request = Request(prompt(20), 16, GREEDY, logprobs=True)
     (result,) = answer(engine, request)
     ids, values = generated(request, cache_dtype="int8", lora=lora)
     assert result.ids == ids
     np.testing.assert_allclose(result.logprobs, values, atol=1e-3)
-    assert np.abs(values - generated(request, lora=lora)[1]).max() > 1e-4, "the cache dtype changed nothing"
-    assert ids != generated(request, cache_dtype="int8")[0], "the adapter changed nothing"
-
-
-def test_dynamic_ntk_is_fixed_by_each_requests_own_length():
-    config = dataclasses.replace(CONFIG, max_position_embeddings=16, rope_scaling=DynamicNTK(2.0))
-    engine = build(config=config)
-    requests = [Request(prompt(n), m, GREEDY) for n, m in ((4, 8), (20, 10), (20, 40))]
-    results = answer(engine, *requests)
-    for request, result in zip(requests, results):
-        assert result.ids == generated(request, config=config)[0]
-    assert results[1].ids != results[2].ids[:10], "the declared length changed nothing"
+    scored = _LOGPROBS(PARAMS, jnp.array([request.tokens + ids]), config=CONFIG, lora=lora)[0, 20:]
+    assert np.abs(values - scored).max() > 1e-4, "the cache dtype changed nothing"
+    without = generated(request, cache_dtype="int8", lora=apply_config(zero, lora_config))
+    assert ids != without[0], "the adapter changed nothing"
 
 
 def test_pages_come_back_after_any_traffic(engine):
