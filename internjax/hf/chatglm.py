@@ -162,6 +162,7 @@ def glm_to_hf(config: ModelConfig) -> dict[str, Any]:
         | stock_fields(config)
         | {"attention_bias": config.attention_bias == "qkv"}
         | {"partial_rotary_factor": (config.rotary_dim or config.head_dim) / config.head_dim}
+        | {"pad_token_id": None}  # absent means one of the released vocabulary, which a smaller table does not have
     )
 
 
