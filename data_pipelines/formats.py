@@ -120,6 +120,12 @@ def detect_file(path: str | Path, *, columns: Sequence[str] = ()) -> Format:
     return found
 
 
+def unread_columns(path: str | Path, *, format: Format, columns: Sequence[str] = ()) -> list[str]:
+    """Returns the columns of a file's first row that its format does not read: with texts in them, worth a look."""
+    first = next(read_rows(path, columns=columns, on_bad_row=lambda message: None), None)
+    return [] if first is None else [name for name in first.value if name not in _READ[format]]
+
+
 def conversations(
     path: str | Path,
     *,
@@ -412,4 +418,21 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], list[_Talk]]] = {
     "oasst_best": lambda row: _paths(row, trees.best_path),
     "completion": _completion,
     "moss": lambda row: [_Talk(moss.messages_of(row))],
+}
+
+_READ: dict[str, frozenset[str]] = {
+    "alpaca": frozenset({"instruction", "input", "output", "system", "history"}),
+    "openai": frozenset({"messages", "tools", "functions"}),
+    "sharegpt": frozenset({"conversations", "system", "tools"}),
+    "xtuner": frozenset({"conversation"}),
+    "oasst": frozenset({"text"}),
+    "oasst_tree": frozenset({"prompt", "message_id", "parent_id", "text", "role", "rank", "deleted", "review_result"}),
+    "oasst_best": frozenset({"prompt", "message_id", "parent_id", "text", "role", "rank", "deleted", "review_result"}),
+    "completion": frozenset({"prompt", "completion", "question", "answer", "tools"}),
+    "moss": frozenset({"chat", "meta_instruction"}),
+    "preference": frozenset(
+        {"conversations", "messages", "prompt", "instruction", "input", "history", "system", "tools"}
+        | {"chosen", "rejected"}
+    ),
+    "text": frozenset({"text"}),
 }

@@ -139,7 +139,8 @@ def render_by_template(
     """Ids and mask by the tokenizer's own Jinja template.
 
     The text is encoded in one piece, as transformers does, except for markers that people typed: those stay plain text.
-    With `add_generation_prompt` nothing is learned: the mask is zero. `learned` says of every message whether it is learned, if it is the assistant's.
+    With `add_generation_prompt` nothing is learned: the mask is zero. `learned` says of every message whether it is
+    learned, if it is the assistant's.
     """
     drawn = _drawn(messages, tokenizer)
     whole = drawn.draw(drawn.turns, add_generation_prompt=add_generation_prompt)

@@ -10,19 +10,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from internjax.text.marked import Marked, as_html, marked, terminal
 from internjax.train.batch import Batch
 
 if TYPE_CHECKING:
     from internjax.text.tokenizer import Tokenizer
 
 MAX_TOKENS = 400
-_LEARNED, _READ, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
-
-
-class Sample(NamedTuple):
-    """One document of a batch: stretches of its text, and whether they are learned."""
-
-    parts: tuple[tuple[str, bool], ...]
 
 
 class Result(NamedTuple):
@@ -39,10 +33,10 @@ class Report(NamedTuple):
     """All results, and the first samples with what is learned of them."""
 
     results: tuple[Result, ...]
-    preview: tuple[Sample, ...]
+    preview: tuple[Marked, ...]
 
 
-def samples(batch: Batch, tokenizer: "Tokenizer", *, num_samples: int = 2) -> tuple[Sample, ...]:
+def samples(batch: Batch, tokenizer: "Tokenizer", *, num_samples: int = 2) -> tuple[Marked, ...]:
     """Returns the first documents of a batch as text, each at most MAX_TOKENS long."""
     segments_BT = np.asarray(batch.segments)
     places = [
@@ -53,42 +47,11 @@ def samples(batch: Batch, tokenizer: "Tokenizer", *, num_samples: int = 2) -> tu
     return tuple(_sample(batch, tokenizer, row, segments_BT[row] == segment) for row, segment in places[:num_samples])
 
 
-def _sample(batch: Batch, tokenizer: "Tokenizer", row: int, inside_T: np.ndarray) -> Sample:
-    from internjax.text.tokenizer import StreamDecoder
-
+def _sample(batch: Batch, tokenizer: "Tokenizer", row: int, inside_T: np.ndarray) -> Marked:
     at = np.nonzero(inside_T)[0][:MAX_TOKENS]
     tokens_T, targets_T, mask_T = (np.asarray(field)[row] for field in (batch.tokens, batch.targets, batch.loss_mask))
     # A position's mask is that of the token after it, which is its target.
-    ids, learned = [tokens_T[at[0]], *targets_T[at]], [False, *(mask_T[at] > 0)]
-    decoder, parts = StreamDecoder(tokenizer, skip_special=False), []
-    for token, learn in zip(ids, learned, strict=True):
-        piece = _printable(decoder.push([int(token)]))
-        if parts and parts[-1][1] == bool(learn):
-            parts[-1] = (parts[-1][0] + piece, bool(learn))
-        else:
-            parts.append((piece, bool(learn)))
-    rest = _printable(decoder.flush())
-    return Sample(tuple(part for part in [*parts, (rest, learned[-1])] if part[0]))
-
-
-def _printable(text: str) -> str:
-    """Returns the text without control characters: data must not steer the terminal."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
-
-
-def terminal(sample: Sample, *, colour: bool) -> str:
-    """Returns the text with what is learned in green (the rest dim), or between brackets without colour."""
-    if colour:
-        return "".join(f"{_LEARNED if learned else _READ}{text}{_PLAIN}" for text, learned in sample.parts)
-    return "".join(f"⟦{text}⟧" if learned else text for text, learned in sample.parts)
-
-
-def marked(sample: Sample) -> str:
-    """Returns the text as HTML, escaped, with what is learned in `mark` elements."""
-    return "".join(
-        f"<mark>{html.escape(text)}</mark>" if learned else f"<span>{html.escape(text)}</span>"
-        for text, learned in sample.parts
-    )
+    return marked([tokens_T[at[0]], *targets_T[at]], [False, *(mask_T[at] > 0)], tokenizer)
 
 
 _SIGNS = {"passed": "ok     ", "failed": "FAILED ", "skipped": "skipped"}
@@ -112,7 +75,7 @@ def page(report: Report) -> str:
         f"<tr><td>{each.status}</td><td>{html.escape(each.name)}</td><td>{html.escape(each.message)}</td></tr>"
         for each in report.results
     )
-    shown = "".join(f"<pre>{marked(sample)}</pre>" for sample in report.preview)
+    shown = "".join(f"<pre>{as_html(sample)}</pre>" for sample in report.preview)
     style = (
         "body{font:15px system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
         "pre{white-space:pre-wrap;border:1px solid #8886;padding:1rem}mark{background:#2a92;color:inherit;"
