@@ -14,7 +14,7 @@ import optax
 from internjax.train import moments
 from internjax.train.moments import MomentDType
 
-VECTORS = ("scale", "bias")
+VECTORS = ("scale", "bias", "magnitude")
 """Leaf names that are one vector per layer; all others are one matrix per layer."""
 
 
