@@ -1,22 +1,25 @@
 """Adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors, both ways.
 
-PEFT keeps, per adapted module, lora_A.weight [r, I] and lora_B.weight [O, r]; the tree keeps a [I, r] and b [r, O].
+PEFT keeps, per adapted module, lora_A.weight [r, I], lora_B.weight [O, r] and with DoRA lora_magnitude_vector [O]; the
+tree keeps a [I, r], b [r, O] and magnitude [O]. One module may hold several kernels (InternLM2's wqkv).
 """
 
 import json
+import math
 import os
+import re
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from internjax.hf.families import Layout, layout_family
 from internjax.hf.folder import new_folder
-from internjax.hf.internlm2 import INTERNLM2
-from internjax.hf.llama import LLAMA
-from internjax.hf.mapping import Row, get_leaf, leaf_shapes, set_leaf, tensor_names
+from internjax.hf.mapping import Family, Row, get_leaf, is_kernel, leaf_shapes, set_leaf, tensor_names
 from internjax.hf.weights import (
     DTYPES,
     Plan,
@@ -32,11 +35,12 @@ from internjax.model.lora import Lora, LoraConfig, apply_config, target_path
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_FACTORS = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 # Fields of adapter_config.json that say nothing about what is computed, or that the tensors themselves answer.
 _BOOKKEEPING = frozenset(
-    "auto_mapping base_model_name_or_path ensure_weight_tying inference_mode layers_pattern lora_dropout megatron_core "
-    "peft_version qalora_group_size revision runtime_config target_modules task_type".split()
+    "auto_mapping base_model_name_or_path ensure_weight_tying exclude_modules inference_mode layers_pattern "
+    "lora_dropout megatron_core peft_version qalora_group_size revision runtime_config target_modules task_type".split()
 )
 # Fields that change the computation, with the value under which it is the one built here.
 _FIXED: dict[str, tuple] = {
@@ -45,7 +49,7 @@ _FIXED: dict[str, tuple] = {
     # Other initialisations (pissa, olora, loftq) change the base as well, so the adapter alone means something else.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
-_HONOURED = {"r", "lora_alpha", "use_rslora"}
+_HONOURED = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
 
 
 class Adapter(NamedTuple):
@@ -66,41 +70,92 @@ def save_adapter(
     base: str | os.PathLike,
     *,
     model_config: ModelConfig,
+    layout: Layout = "llama",
     overwrite: bool = False,
 ) -> None:
-    """Writes an adapter folder that PEFT loads onto `base`: a Hugging Face folder in Llama's layout, or a hub name.
+    """Writes an adapter folder that PEFT loads onto `base`: a Hugging Face folder in `layout`, or a hub name.
 
     `weights` is the collection that `lora_config` was trained with. A base that is a folder is written as its absolute
-    path. The folder appears by an atomic rename.
+    path. Where the layout fuses several kernels in a module, their adapters become one: of the same rank where they
+    share a, else of the sum of their ranks. The folder appears by an atomic rename.
     """
-    folder = Path(folder)
-    plans = {}
-    for row in LLAMA.rows(model_config):
-        target = _target(row.leaves[0])
-        if target not in lora_config.targets:
-            continue
-        node = _node(weights, target)
-        for layer, name in enumerate(tensor_names(row, model_config)):
-            stem = _PREFIX + name.removesuffix("weight")
-            for factor, leaf in (("lora_A", node["a"]), ("lora_B", node["b"])):
-                shape = (leaf.shape[-1], leaf.shape[-2])
-                plans[f"{stem}{factor}.weight"] = Plan(
-                    shape, np.dtype(leaf.dtype), _fetcher(leaf, layer, row.per_layer)
-                )
-    extra = set(_flat(weights)) - {t for target in lora_config.targets for t in (f"{target}.a", f"{target}.b")}
+    if lora_config.initialisation == "pissa":
+        raise ValueError(
+            "PiSSA's adapter stands on a residual, not on the model: save what internjax.model.lora.of_original_base "
+            "makes of it; or, for the residual as its base, give the config with initialisation='zero'"
+        )
+    leaves = ("a", "b", "magnitude") if lora_config.kind == "dora" else ("a", "b")
+    extra = set(_flat(weights)) - {f"{target}.{leaf}" for target in lora_config.targets for leaf in leaves}
     if extra:
         raise ValueError(f"the adapter has weights of {sorted(extra)}, which its config does not target; give its own")
-    with new_folder(folder, overwrite=overwrite, marker=CONFIG) as new:
+    plans, ranks = {}, {}
+    for row in _kernel_rows(layout_family(layout), model_config):
+        nodes = [_node(weights, t, leaves) if t in lora_config.targets else None for t in map(_target, row.leaves)]
+        if not any(nodes):
+            continue
+        module = _module(row, nodes, model_config)
+        if module["a"].shape[-1] != lora_config.rank:
+            ranks[row.name.removesuffix(".weight").split(".")[-1]] = module["a"].shape[-1]
+        for layer, name in enumerate(tensor_names(row, model_config)):
+            for leaf in leaves:
+                shape = module[leaf].shape[1:] if row.per_layer else module[leaf].shape
+                plans[_PREFIX + name.removesuffix("weight") + _FACTORS[leaf]] = Plan(
+                    shape[::-1], np.dtype(module[leaf].dtype), _fetcher(module[leaf], layer, row.per_layer)
+                )
+    values = adapter_json(lora_config, base, model_config=model_config, layout=layout, ranks=ranks)
+    with new_folder(Path(folder), overwrite=overwrite, marker=CONFIG) as new:
         write_file(new / WEIGHTS, plans)
-        write_text(new / CONFIG, adapter_json(lora_config, base, model_config=model_config))
+        write_text(new / CONFIG, values)
 
 
-def adapter_json(lora_config: LoraConfig, base: str | os.PathLike, *, model_config: ModelConfig) -> str:
-    """Returns the text of adapter_config.json for an adapter of `base` in Llama's layout."""
+def _module(row: Row, nodes: list[dict | None], config: ModelConfig) -> dict:
+    """Returns the adapter of a whole module from those of its kernels, None for one that has none."""
+    if len(nodes) == 1:
+        return nodes[0]
+    present = [jax.tree.map(np.asarray, node) for node in nodes if node is not None]
+    if any("magnitude" in node for node in present) and len(present) < len(nodes):
+        missing = [_target(leaf) for leaf, node in zip(row.leaves, nodes, strict=True) if node is None]
+        raise ValueError(
+            f"{row.name} holds {', '.join(map(_target, row.leaves))}, and a DoRA adapter of it has a magnitude for "
+            f"every column, but {missing} has no adapter; target all of them, or save in layout='llama'"
+        )
+    shared = len(present) == len(nodes) and all(np.array_equal(node["a"], present[0]["a"]) for node in present)
+    widths = [leaf_shapes(config)[leaf][1] for leaf in row.leaves]
+    a = present[0]["a"] if shared else np.concatenate([node["a"] for node in present], axis=-1)
+    parts, start = [], 0
+    for node, width in zip(nodes, widths, strict=True):
+        b = np.zeros((*a.shape[:-2], a.shape[-1], width), present[0]["b"].dtype)
+        if node is not None:
+            rank = node["b"].shape[-2]
+            b[..., start : start + rank, :] = node["b"]
+            start += 0 if shared else rank
+        parts.append(b)
+    module = {"a": a, "b": _fused(row, parts, config)}
+    if "magnitude" in present[0]:
+        module["magnitude"] = _fused(row, [node["magnitude"] for node in present], config)
+    return module
+
+
+def _fused(row: Row, parts: list[np.ndarray], config: ModelConfig) -> np.ndarray:
+    """Returns parts `[..., O]` of the kernels of a row as one; a row fuses along the first axis."""
+    return np.moveaxis(row.fuse([np.moveaxis(part, -1, 0) for part in parts], config), 0, -1)
+
+
+def adapter_json(
+    lora_config: LoraConfig,
+    base: str | os.PathLike,
+    *,
+    model_config: ModelConfig,
+    layout: Layout = "llama",
+    ranks: Mapping[str, int] = {},
+) -> str:
+    """Returns the text of adapter_config.json for an adapter of `base`; `ranks` of modules that have another one."""
     if Path(base).is_dir():
         list_tensors(Path(base))  # refuses a folder without weights now, not when the adapter is opened
         base = Path(base).resolve()
+    power = 1.0 if lora_config.scaling == "lora" else 0.5
     values = {
+        "alpha_pattern": {name: lora_config.alpha * (rank / lora_config.rank) ** power for name, rank in ranks.items()},
         "base_model_name_or_path": str(base),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -111,14 +166,15 @@ def adapter_json(lora_config: LoraConfig, base: str | os.PathLike, *, model_conf
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": lora_config.rank,
+        "rank_pattern": dict(ranks),
         "target_modules": [
             row.name.removesuffix(".weight").split(".")[-1]
-            for row in LLAMA.rows(model_config)
-            if _target(row.leaves[0]) in lora_config.targets
+            for row in _kernel_rows(layout_family(layout), model_config)
+            if any(_target(leaf) in lora_config.targets for leaf in row.leaves)
         ],
         "task_type": "CAUSAL_LM" if model_config.head == "lm" else "SEQ_CLS",
-        "use_dora": False,
-        "use_rslora": False,
+        "use_dora": lora_config.kind == "dora",
+        "use_rslora": lora_config.scaling == "rslora",
     }
     return json.dumps(values, indent=2) + "\n"
 
@@ -139,17 +195,19 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     ]
     if wrong:
         raise ValueError(
-            f"{path}: {', '.join(wrong)} is not supported; supported is plain LoRA (or rsLoRA) of one rank without "
-            "biases. Merge the adapter into its base with the library that made it"
+            f"{path}: {', '.join(wrong)} is not supported; supported are LoRA, rsLoRA and DoRA of all layers, without "
+            "biases. Merge the adapter into its base with the library that made it; an adapter of PiSSA, OLoRA or "
+            "CorDA can be saved with PEFT's path_initial_model_for_weight_conversion"
         )
     return values | {"r": rank, "lora_alpha": alpha}
 
 
 def load_adapter(folder: str | os.PathLike, *, model_config: ModelConfig) -> Adapter:
-    """Returns the adapter of a PEFT folder for a model of `model_config`; module names of either layout are read.
+    """Returns the adapter of a PEFT folder for a model of `model_config`; module names of every layout are read.
 
-    One B factor over InternLM2's fused wqkv becomes those of query, key and value, which share its A. Raises ValueError
-    for keys that match nothing, layers that are missing and shapes of another base.
+    One B factor over InternLM2's fused wqkv becomes those of query, key and value, which share its A. Ranks and scales
+    of single modules (rank_pattern, alpha_pattern) become the largest rank, filled with zeros, and one scale. Raises
+    ValueError for keys that match nothing, layers that are missing and shapes of another base.
     """
     folder = Path(folder)
     values = read_adapter_config(folder)
@@ -157,35 +215,93 @@ def load_adapter(folder: str | os.PathLike, *, model_config: ModelConfig) -> Ada
         found = ", ".join(sorted(path.name for path in folder.iterdir()))
         raise ValueError(f"{folder} has no {WEIGHTS} (found: {found}); save the adapter with safe_serialization=True")
     tensors = read_header(folder / WEIGHTS)
-    family = INTERNLM2 if any(".attention.w" in name or ".feed_forward." in name for name in tensors) else LLAMA
-    weights: dict = {}
-    targets: list[str] = []
+    # PEFT keeps a DoRA vector in a module of its own, whose .weight some versions leave in the name.
+    tensors = {key.removesuffix(".weight") if "_magnitude_" in key else key: info for key, info in tensors.items()}
+    family = _family_of(tensors, model_config)
+    leaves = tuple(_FACTORS) if values.get("use_dora") else ("a", "b")
+    modules: list[tuple[Row, list[dict]]] = []
     used: set[str] = set()
-    for row in family.rows(model_config):
+    for row in _kernel_rows(family, model_config):
         stems = [_PREFIX + name.removesuffix("weight") for name in tensor_names(row, model_config)]
-        keys = [(f"{stem}lora_A.weight", f"{stem}lora_B.weight") for stem in stems]
-        missing = [key for pair in keys for key in pair if key not in tensors]
-        if len(missing) == 2 * len(keys):
+        keys = [{leaf: stem + _FACTORS[leaf] for leaf in leaves} for stem in stems]
+        missing = [key for module in keys for key in module.values() if key not in tensors]
+        if len(missing) == len(leaves) * len(keys):
             continue
         if missing:
             raise ValueError(f"{folder / WEIGHTS} has adapters for some layers and lacks {missing[0]}; it is not whole")
-        used |= {key for pair in keys for key in pair}
-        factors = [(read_tensor(tensors[a]), read_tensor(tensors[b])) for a, b in keys]
-        _take(weights, row, factors, model_config, rank=values["r"], where=folder)
-        targets += [_target(leaf) for leaf in row.leaves]
+        used |= {key for module in keys for key in module.values()}
+        modules.append((row, [{leaf: read_tensor(tensors[key]) for leaf, key in each.items()} for each in keys]))
     copies = _base_copies(family.rows(model_config), tensors)
     unmatched = sorted(set(tensors) - used - {key for key, _ in copies})
-    if unmatched or not targets:
+    if unmatched or not modules:
+        example = _kernel_rows(family, model_config)[0].name.removesuffix("weight")
         raise ValueError(
             f"{folder / WEIGHTS} has {len(unmatched)} tensors that match nothing in the {family.name} layout"
             f"{f', the first is {unmatched[0]}' if unmatched else ''}; wanted are names like "
-            f"{_PREFIX}{family.rows(model_config)[2].name.removesuffix('weight')}lora_A.weight"
+            f"{_PREFIX}{example}lora_A.weight"
         )
-    rank, alpha = values["r"], values["lora_alpha"]
-    alpha = alpha * rank**0.5 if values.get("use_rslora") else alpha
-    config = LoraConfig(rank=rank, alpha=alpha, targets=tuple(targets), dropout=values.get("lora_dropout") or 0.0)
+    config, weights = _assemble(modules, values, model_config, where=folder)
     named = {name: tensors[key] for key, name in copies}
     return Adapter(config, weights, values.get("base_model_name_or_path") or None, named)
+
+
+def _assemble(modules: list, values: dict, config: ModelConfig, *, where: Path) -> tuple[LoraConfig, dict]:
+    """Returns the config and the collection of modules as they were read, one dict of tensors per layer."""
+    scales, ranks = [], []
+    power = 0.5 if values.get("use_rslora") else 1.0
+    for row, layers in modules:
+        for name, tensors in zip(tensor_names(row, config), layers, strict=True):
+            name = name.removesuffix(".weight")
+            rank = _by_pattern(values.get("rank_pattern"), name, values["r"])
+            _check_shapes(row, tensors, rank, config, where=where)
+            alpha = _by_pattern(values.get("alpha_pattern"), name, values["lora_alpha"])
+            scales.append(alpha / rank**power)
+            ranks.append(rank)
+    rank, scale = max(ranks), statistics.mode(scales)
+    same = scale == values["lora_alpha"] / rank**power
+    lora_config = LoraConfig(
+        rank=rank,
+        alpha=values["lora_alpha"] if same else scale * rank**power,
+        targets=tuple(_target(leaf) for row, _ in modules for leaf in row.leaves),
+        dropout=values.get("lora_dropout") or 0.0,
+        scaling="rslora" if values.get("use_rslora") else "lora",
+        kind="dora" if values.get("use_dora") else "lora",
+    )
+    weights: dict = {}
+    own = iter(scales)
+    for row, layers in modules:
+        for tensors in layers:
+            factor = next(own) / scale if scale else 1.0
+            missing = lora_config.rank - tensors["a"].shape[0]
+            tensors["a"] = np.pad(tensors["a"], ((0, missing), (0, 0)))
+            tensors["b"] = np.pad(tensors["b"], ((0, 0), (0, missing)))
+            if not math.isclose(factor, 1.0):
+                tensors["b"] = (tensors["b"].astype(np.float32) * factor).astype(tensors["b"].dtype)
+        _take(weights, row, layers, config)
+    return lora_config, weights
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """Returns the value of the first pattern that matches a module's name to its end, as PEFT looks it up."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _family_of(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> Family:
+    """Returns the layout that knows most of an adapter's modules; Llama's where none does."""
+
+    def num_known(family):
+        names = {name for row in _kernel_rows(family, config) for name in tensor_names(row, config)}
+        return sum(f"{key.removeprefix(_PREFIX).rsplit('.lora_', 1)[0]}.weight" in names for key in tensors)
+
+    return max((layout_family(layout) for layout in get_args(Layout)), key=num_known)
+
+
+def _kernel_rows(family: Family, config: ModelConfig) -> list[Row]:
+    """Returns the rows that hold kernels: what an adapter can stand beside."""
+    return [row for row in family.rows(config) if is_kernel(row.leaves[0])]
 
 
 def from_collection(folder: Path, weights: dict, *, model_config: ModelConfig) -> Adapter:
@@ -193,7 +309,7 @@ def from_collection(folder: Path, weights: dict, *, model_config: ModelConfig) -
     values = read_adapter_config(folder)
     shapes = leaf_shapes(model_config)
     targets = []
-    for leaf, (in_features, out_features) in ((leaf, s) for leaf, s in shapes.items() if leaf.endswith(".kernel")):
+    for leaf, (in_features, out_features) in ((leaf, s) for leaf, s in shapes.items() if is_kernel(leaf)):
         try:
             node = get_leaf(weights, leaf.removesuffix(".kernel"))
         except KeyError:
@@ -204,9 +320,20 @@ def from_collection(folder: Path, weights: dict, *, model_config: ModelConfig) -
                 f"{folder}: the adapter of {leaf} has factors {node['a'].shape} and {node['b'].shape}; rank "
                 f"{values['r']} on this base asks for {(in_features, values['r'])} and {(values['r'], out_features)}"
             )
+        if ("magnitude" in node) != bool(values.get("use_dora")):
+            raise ValueError(
+                f"{folder}: the adapter of {leaf} has {sorted(node)}, and {CONFIG} says use_dora = "
+                f"{values.get('use_dora', False)}; they are of different runs"
+            )
     if not targets:
         raise ValueError(f"{folder}: the checkpoint beside it holds no adapter but {sorted(weights)}")
-    config = LoraConfig(rank=values["r"], alpha=values["lora_alpha"], targets=tuple(targets))
+    config = LoraConfig(
+        rank=values["r"],
+        alpha=values["lora_alpha"],
+        targets=tuple(targets),
+        scaling="rslora" if values.get("use_rslora") else "lora",
+        kind="dora" if values.get("use_dora") else "lora",
+    )
     return Adapter(config, weights, values.get("base_model_name_or_path"), {})
 
 
@@ -216,11 +343,16 @@ def combine(adapters: list[Adapter]) -> Lora | None:
         return None
     if len(adapters) == 1:
         return apply_config(adapters[0].weights, adapters[0].config)
+    if any(adapter.config.kind == "dora" for adapter in adapters):
+        raise ValueError(
+            "DoRA adapters scale what stands below them and do not add up: merge them one after the other "
+            "(internjax.model.lora.merge), or open one of them"
+        )
     weights: dict = {}
     for target in dict.fromkeys(target for adapter in adapters for target in adapter.config.targets):
         parts = [(_node(x.weights, target), x.config) for x in adapters if target in x.config.targets]
         a = jnp.concatenate([node["a"] for node, _ in parts], axis=-1)
-        b = jnp.concatenate([node["b"] * (config.alpha / config.rank) for node, config in parts], axis=-2)
+        b = jnp.concatenate([node["b"] * config.scale for node, config in parts], axis=-2)
         set_leaf(weights, ".".join(target_path(target)), {"a": a, "b": b})
     return Lora(weights, 1.0)
 
@@ -244,22 +376,31 @@ def check_copies(adapter: Adapter, base: Mapping[str, TensorInfo], *, where: Pat
             )
 
 
-def _take(weights: dict, row: Row, factors: list, config: ModelConfig, *, rank: int, where: Path) -> None:
-    """Puts the factors of one row, one pair per layer, into the collection."""
+def _check_shapes(row: Row, tensors: dict, rank: int, config: ModelConfig, *, where: Path) -> None:
     shapes = leaf_shapes(config)
     in_features = shapes[row.leaves[0]][0]
     out_features = sum(shapes[leaf][1] for leaf in row.leaves)
-    for a, b in factors:
-        if a.shape != (rank, in_features) or b.shape != (out_features, rank):
-            raise ValueError(
-                f"{where}: the adapter of {row.name} has factors {a.shape} and {b.shape}; rank {rank} on this base "
-                f"asks for {(rank, in_features)} and {(out_features, rank)}. It was trained on another base"
-            )
-    split = [row.split(b, config) for _, b in factors]
+    a, b, magnitude = tensors["a"], tensors["b"], tensors.get("magnitude")
+    if a.shape != (rank, in_features) or b.shape != (out_features, rank):
+        raise ValueError(
+            f"{where}: the adapter of {row.name} has factors {a.shape} and {b.shape}; rank {rank} on this base "
+            f"asks for {(rank, in_features)} and {(out_features, rank)}. It was trained on another base"
+        )
+    if magnitude is not None and magnitude.shape != (out_features,):
+        raise ValueError(
+            f"{where}: the magnitude of {row.name} has shape {magnitude.shape}, its {out_features} outputs ask for "
+            f"{(out_features,)}. It was trained on another base"
+        )
+
+
+def _take(weights: dict, row: Row, layers: list[dict], config: ModelConfig) -> None:
+    """Puts the tensors of one row, one dict per layer, into the collection."""
     for index, leaf in enumerate(row.leaves):
-        a, b = [a.T for a, _ in factors], [parts[index].T for parts in split]
-        stacked = (np.stack(a), np.stack(b)) if row.per_layer else (a[0], b[0])
-        set_leaf(weights, leaf.removesuffix(".kernel"), dict(zip("ab", map(jnp.asarray, stacked))))
+        node = {"a": [tensors["a"].T for tensors in layers]}
+        for name in layers[0].keys() - {"a"}:
+            node[name] = [row.split(tensors[name], config)[index].T for tensors in layers]
+        node = {name: jnp.asarray(np.stack(each) if row.per_layer else each[0]) for name, each in node.items()}
+        set_leaf(weights, leaf.removesuffix(".kernel"), node)
 
 
 def _fetcher(leaf: jax.Array, layer: int, per_layer: bool):
@@ -270,11 +411,14 @@ def _target(leaf: str) -> str:
     return leaf.split(".")[-2]
 
 
-def _node(weights: Mapping[str, Any], target: str) -> dict:
+def _node(weights: Mapping[str, Any], target: str, leaves: tuple[str, ...] = ("a", "b")) -> dict:
     try:
-        return get_leaf(weights, ".".join(target_path(target)))
-    except KeyError:
-        raise ValueError(f"the adapter's config targets {target!r}, its weights have none; give its own") from None
+        node = get_leaf(weights, ".".join(target_path(target)))
+        return {leaf: node[leaf] for leaf in leaves}
+    except KeyError as error:
+        raise ValueError(
+            f"the adapter's config targets {target!r}, its weights have none ({error}); give its own"
+        ) from None
 
 
 def _flat(weights: dict) -> list[str]:

@@ -14,7 +14,7 @@ from internjax.hf.open import open_model
 from internjax.hf.save import save_model
 from internjax.hf.weights import Plan, read_header, read_tensor, write_file
 from internjax.model import decoder
-from internjax.model.lora import LoraConfig, apply_config, init_lora, merge
+from internjax.model.lora import LoraConfig, apply_config, init_lora, initialise, merge, of_original_base
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets=("query", "key", "value", "output", "gate", "up", "down", "head"))
 TOKENS = jnp.arange(10).reshape(1, 10)
@@ -109,6 +109,101 @@ def test_one_factor_over_fused_wqkv_is_that_of_query_key_and_value(tmp_path, con
         np.testing.assert_allclose(after - before, delta, atol=1e-4)
 
 
+DORA = LoraConfig(rank=3, alpha=6.0, targets=ALL.targets, scaling="rslora", kind="dora")
+TWO = LoraConfig(rank=2, alpha=3.0, targets=("key", "value", "output"))
+
+
+@pytest.mark.parametrize("lora", [ALL, DORA, TWO], ids=["all", "dora", "without query"])
+def test_adapters_go_through_the_fused_layout(tmp_path, config, params, lora):
+    """Query, key and value of their own A are one adapter of wqkv of the summed rank, which computes the same."""
+    weights = trained(lora, params)
+    save_adapter(tmp_path / "fused", lora, weights, "base", model_config=config, layout="internlm2")
+    tensors = read_header(tmp_path / "fused" / WEIGHTS)
+    stem = "base_model.model.model.layers.2.attention.wqkv."
+    rank = lora.rank * (2 if lora is TWO else 3)
+    assert tensors[stem + "lora_A.weight"].shape == (rank, 32)
+    assert tensors[stem + "lora_B.weight"].shape == (64, rank)
+    values = json.loads((tmp_path / "fused" / CONFIG).read_text())
+    assert values["rank_pattern"] == {"wqkv": rank} and "wqkv" in values["target_modules"]
+    scale = values["alpha_pattern"]["wqkv"] / (rank**0.5 if lora is DORA else rank)
+    assert scale == pytest.approx(lora.scale)
+    back = load_adapter(tmp_path / "fused", model_config=config)
+    got = merge(params, apply_config(back.weights, back.config))
+    jax.tree.map(
+        lambda g, w: np.testing.assert_allclose(g, w, atol=2e-6), got, merge(params, apply_config(weights, lora))
+    )
+    # What shares its A already (an adapter of wqkv that was read) keeps its rank, and every byte.
+    save_adapter(tmp_path / "again", back.config, back.weights, "base", model_config=config, layout="internlm2")
+    again = read_header(tmp_path / "again" / WEIGHTS)
+    if lora is not TWO:
+        for factor in ("lora_A.weight", "lora_B.weight"):
+            np.testing.assert_array_equal(read_tensor(again[stem + factor]), read_tensor(tensors[stem + factor]))
+    assert again[stem + "lora_A.weight"].shape == (rank, 32)
+
+
+def test_dora_of_a_part_of_a_fused_module_is_refused(tmp_path, config, params):
+    lora = LoraConfig(rank=2, kind="dora", targets=("query", "value"))
+    with pytest.raises(ValueError, match=r"but \['key'\] has no adapter; target all of them"):
+        save_adapter(tmp_path / "a", lora, trained(lora, params), "base", model_config=config, layout="internlm2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dora_vectors_are_saved_and_read_under_either_name(tmp_path, config, params):
+    lora = LoraConfig(rank=3, alpha=6.0, targets=("up", "head"), kind="dora")
+    weights = trained(lora, params)
+    save_adapter(tmp_path / "a", lora, weights, "base", model_config=config)
+    tensors = {name: read_tensor(info) for name, info in read_header(tmp_path / "a" / WEIGHTS).items()}
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_magnitude_vector"
+    np.testing.assert_array_equal(tensors[key], weights["layers"]["ffn"]["up"]["magnitude"][1])
+    renamed = {f"{name}.weight" if "magnitude" in name else name: array for name, array in tensors.items()}
+    for folder in (tmp_path / "a", write_peft(tmp_path / "b", renamed, use_dora=True)):
+        loaded = load_adapter(folder, model_config=config)
+        assert loaded.config == lora
+        jax.tree.map(np.testing.assert_array_equal, loaded.weights, weights)
+    plain = {name: array for name, array in tensors.items() if "magnitude" not in name}
+    other = load_adapter(write_peft(tmp_path / "plain", plain), model_config=config)
+    with pytest.raises(ValueError, match="DoRA adapters scale what stands below them"):
+        combine([loaded, other])
+
+
+def test_ranks_and_scales_of_single_modules_are_honoured(tmp_path, config, params):
+    """rank_pattern and alpha_pattern as PEFT reads them: the first that matches the end of a module's name."""
+    random = np.random.default_rng(0)
+    ranks, alphas = (
+        {"down_proj": 5, r"layers\.1\.mlp\.up_proj": 2},
+        {"down_proj": 4.0, "^model.layers.0.mlp.up_proj": 1.5},
+    )
+    tensors, deltas = {}, {}
+    for layer in range(config.num_layers):
+        for name, sides in (("down", (48, 32)), ("up", (32, 48))):
+            rank = 5 if name == "down" else 2 if layer == 1 else 3
+            alpha = 4.0 if name == "down" else 1.5 if layer == 0 else 6.0
+            a, b = random.normal(size=(rank, sides[0])), random.normal(size=(sides[1], rank))
+            stem = f"base_model.model.model.layers.{layer}.mlp.{name}_proj."
+            tensors |= {stem + "lora_A.weight": a, stem + "lora_B.weight": b}
+            deltas[name, layer] = alpha / rank * (b @ a).T
+    folder = write_peft(tmp_path / "adapter", tensors, rank_pattern=ranks, alpha_pattern=alphas)
+    loaded = load_adapter(folder, model_config=config)
+    assert loaded.config.rank == 5
+    merged = merge(params, apply_config(loaded.weights, loaded.config))
+    for (name, layer), delta in deltas.items():
+        got = merged["layers"]["ffn"][name]["kernel"][layer] - params["layers"]["ffn"][name]["kernel"][layer]
+        np.testing.assert_allclose(got, delta, atol=2e-5)
+
+
+def test_pissa_is_saved_as_an_adapter_of_the_original_or_not_at_all(tmp_path, config, params):
+    lora = LoraConfig(rank=3, targets=("down",), initialisation="pissa")
+    start = initialise(lora, params, jax.random.key(0))
+    with pytest.raises(ValueError, match="stands on a residual.*of_original_base"):
+        save_adapter(tmp_path / "a", lora, start.weights, "base", model_config=config)
+    plain = of_original_base(lora, start.weights, start.weights)
+    save_adapter(tmp_path / "a", plain.config, plain.weights, "base", model_config=config)
+    loaded = load_adapter(tmp_path / "a", model_config=config)
+    assert loaded.config.rank == 6
+    merged = merge(params, apply_config(loaded.weights, loaded.config))  # untrained: nothing is added
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged, params)
+
+
 def test_adapters_of_other_internlm2_modules_are_read(tmp_path, config):
     tensors = {}
     for layer in range(config.num_layers):
@@ -138,12 +233,13 @@ def test_adapters_together_are_the_sum_of_each(config, params, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"use_dora": True}, "use_dora = True is not supported"),
+        ({"use_dora": True}, r"lacks base_model.model.model.layers.0.mlp.down_proj.lora_magnitude_vector"),
         ({"bias": "all"}, "bias = 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"rank_pattern": {"down_proj": 8}}, r"factors \(3, 48\) and \(32, 3\); rank 8 on this base"),
+        ({"lora_bias": True}, "lora_bias = True is not supported"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'.*path_initial_model_for_weight_conversion"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
         ({"r": None}, "PEFT writes r and lora_alpha"),
         ({"r": 4}, r"factors \(3, 48\) and \(32, 3\); rank 4 on this base asks for \(4, 48\) and \(32, 4\)"),
