@@ -1,6 +1,5 @@
 """The benchmarks of the training step, of attention and of meshes measure what they say, at sizes for a test."""
 
-import dataclasses
 import json
 
 import numpy as np
