@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internjax.hf.families import Layout, layout_family
+from internjax.hf.families import Layout, family_of, fitting_layout, layout_family
 from internjax.hf.folder import new_folder
 from internjax.hf.mapping import Family, Row, get_leaf, is_kernel, leaf_shapes, set_leaf, tensor_names
 from internjax.hf.weights import (
@@ -70,14 +70,15 @@ def save_adapter(
     base: str | os.PathLike,
     *,
     model_config: ModelConfig,
-    layout: Layout = "llama",
+    layout: Layout | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes an adapter folder that PEFT loads onto `base`: a Hugging Face folder in `layout`, or a hub name.
+    """Writes an adapter folder that PEFT loads onto `base`, a Hugging Face folder or a hub name.
 
     `weights` is the collection that `lora_config` was trained with. A base that is a folder is written as its absolute
-    path. Where the layout fuses several kernels in a module, their adapters become one: of the same rank where they
-    share a, else of the sum of their ranks. The folder appears by an atomic rename.
+    path. layout None: that of the base where it is a folder, else the first that holds the model. Where it fuses
+    several kernels in a module, their adapters become one: of the same rank where they share a, else of the sum of
+    their ranks. The folder appears by an atomic rename.
     """
     if lora_config.initialisation == "pissa":
         raise ValueError(
@@ -88,8 +89,10 @@ def save_adapter(
     extra = set(_flat(weights)) - {f"{target}.{leaf}" for target in lora_config.targets for leaf in leaves}
     if extra:
         raise ValueError(f"the adapter has weights of {sorted(extra)}, which its config does not target; give its own")
+    family = _written_for(base, layout, model_config)
     plans, ranks = {}, {}
-    for row in _kernel_rows(layout_family(layout), model_config):
+    for row in _kernel_rows(family, model_config):
+        _check_fused(row, lora_config)
         nodes = [_node(weights, t, leaves) if t in lora_config.targets else None for t in map(_target, row.leaves)]
         if not any(nodes):
             continue
@@ -102,7 +105,7 @@ def save_adapter(
                 plans[_PREFIX + name.removesuffix("weight") + _FACTORS[leaf]] = Plan(
                     shape[::-1], np.dtype(module[leaf].dtype), _fetcher(module[leaf], layer, row.per_layer)
                 )
-    values = adapter_json(lora_config, base, model_config=model_config, layout=layout, ranks=ranks)
+    values = adapter_json(lora_config, base, model_config=model_config, layout=family.name, ranks=ranks)
     with new_folder(Path(folder), overwrite=overwrite, marker=CONFIG) as new:
         write_file(new / WEIGHTS, plans)
         write_text(new / CONFIG, values)
@@ -113,12 +116,6 @@ def _module(row: Row, nodes: list[dict | None], config: ModelConfig) -> dict:
     if len(nodes) == 1:
         return nodes[0]
     present = [jax.tree.map(np.asarray, node) for node in nodes if node is not None]
-    if any("magnitude" in node for node in present) and len(present) < len(nodes):
-        missing = [_target(leaf) for leaf, node in zip(row.leaves, nodes, strict=True) if node is None]
-        raise ValueError(
-            f"{row.name} holds {', '.join(map(_target, row.leaves))}, and a DoRA adapter of it has a magnitude for "
-            f"every column, but {missing} has no adapter; target all of them, or save in layout='llama'"
-        )
     shared = len(present) == len(nodes) and all(np.array_equal(node["a"], present[0]["a"]) for node in present)
     widths = [leaf_shapes(config)[leaf][1] for leaf in row.leaves]
     a = present[0]["a"] if shared else np.concatenate([node["a"] for node in present], axis=-1)
@@ -146,10 +143,16 @@ def adapter_json(
     base: str | os.PathLike,
     *,
     model_config: ModelConfig,
-    layout: Layout = "llama",
+    layout: Layout | None = None,
     ranks: Mapping[str, int] = {},
 ) -> str:
-    """Returns the text of adapter_config.json for an adapter of `base`; `ranks` of modules that have another one."""
+    """Returns the text of adapter_config.json for an adapter of `base`; `ranks` of modules that have another one.
+
+    Raises ValueError for an adapter that the base's layout cannot hold.
+    """
+    rows = _kernel_rows(_written_for(base, layout, model_config), model_config)
+    for row in rows:
+        _check_fused(row, lora_config)
     if Path(base).is_dir():
         list_tensors(Path(base))  # refuses a folder without weights now, not when the adapter is opened
         base = Path(base).resolve()
@@ -169,7 +172,7 @@ def adapter_json(
         "rank_pattern": dict(ranks),
         "target_modules": [
             row.name.removesuffix(".weight").split(".")[-1]
-            for row in _kernel_rows(layout_family(layout), model_config)
+            for row in rows
             if any(_target(leaf) in lora_config.targets for leaf in row.leaves)
         ],
         "task_type": "CAUSAL_LM" if model_config.head == "lm" else "SEQ_CLS",
@@ -177,6 +180,23 @@ def adapter_json(
         "use_rslora": lora_config.scaling == "rslora",
     }
     return json.dumps(values, indent=2) + "\n"
+
+
+def _check_fused(row: Row, config: LoraConfig) -> None:
+    targets = [_target(leaf) for leaf in row.leaves]
+    missing = [target for target in targets if target not in config.targets]
+    if config.kind == "dora" and missing and len(missing) < len(targets):
+        raise ValueError(
+            f"{row.name} holds {', '.join(targets)}, and a DoRA adapter of it has a magnitude for every column, but "
+            f"{missing} has no adapter; target all of them, or train on a base in the llama layout"
+        )
+
+
+def _written_for(base: str | os.PathLike, layout: Layout | None, config: ModelConfig) -> Family:
+    """Returns the family whose module names an adapter of `base` has."""
+    if layout is None and (Path(base) / "config.json").is_file():
+        return family_of(json.loads((Path(base) / "config.json").read_text(encoding="utf-8")))
+    return layout_family(layout or fitting_layout(config))
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -148,6 +148,19 @@ def test_dora_of_a_part_of_a_fused_module_is_refused(tmp_path, config, params):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_adapter_has_the_module_names_of_its_base(tmp_path, config, params):
+    lora = LoraConfig(rank=2, targets=("query", "key", "value"))
+    weights = trained(lora, params)
+    for layout, module in (("llama", "q_proj"), ("internlm2", "wqkv")):
+        save_model(tmp_path / layout, config=config, params=params, tokenizer=None, layout=layout)
+        save_adapter(tmp_path / f"on {layout}", lora, weights, tmp_path / layout, model_config=config)
+        values = json.loads((tmp_path / f"on {layout}" / CONFIG).read_text())
+        assert module in values["target_modules"]
+    got, want = (open_model(tmp_path / f"on {layout}").lora for layout in ("internlm2", "llama"))
+    got, want = merge(params, got), merge(params, want)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-6), got, want)
+
+
 def test_dora_vectors_are_saved_and_read_under_either_name(tmp_path, config, params):
     lora = LoraConfig(rank=3, alpha=6.0, targets=("up", "head"), kind="dora")
     weights = trained(lora, params)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from internjax.hf.adapter import save_adapter
+from internjax.hf.internlm2 import INTERNLM2
+from internjax.hf.mapping import get_leaf, tensor_names
 from internjax.hf.open import logits, open_model
 from internjax.hf.save import save_model
 from internjax.model.config import NoScaling
-from internjax.model.lora import LoraConfig, initialise, of_original_base
+from internjax.model.lora import LoraConfig, apply_config, initialise, merge, of_original_base
 
 pytestmark = pytest.mark.parity
 
@@ -130,3 +132,36 @@ def test_pissa_trained_and_converted_by_peft_computes_the_same_here(torch, peft,
     assert json.loads((tmp_path / "trained" / "adapter_config.json").read_text())["r"] == 6
     ours = open_model(f"{folder}+{tmp_path / 'trained'}")
     np.testing.assert_allclose(logits(ours, tokens), logits_of(torch, model, tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_an_adapter_of_fused_modules_is_the_same_in_peft(torch, peft, tmp_path, base, kind):
+    """PEFT merges it into matrices with InternLM2's names; cut apart, they are those that are merged here."""
+    _, config, params = base
+    lora = dataclasses.replace(KINDS[kind], targets=TARGETS)
+    fresh = initialise(lora, params, jax.random.key(0)).weights
+    weights = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), fresh)
+    save_adapter(tmp_path / "adapter", lora, weights, "base", model_config=config, layout="internlm2")
+    table = [row for row in INTERNLM2.rows(config) if row.leaves[0].endswith(".kernel")]
+
+    def tensors(params):
+        for row in table:
+            for layer, name in enumerate(tensor_names(row, config)):
+                leaves = [np.asarray(get_leaf(params, leaf)) for leaf in row.leaves]
+                yield name, row.fuse([(leaf[layer] if row.per_layer else leaf).T for leaf in leaves], config)
+
+    model = torch.nn.Module()
+    model.config, model.prepare_inputs_for_generation = {"model_type": "internlm2"}, None
+    for name, array in tensors(params):
+        *parents, last = name.removesuffix(".weight").split(".")
+        node = model
+        for parent in parents:
+            if not hasattr(node, parent):
+                node.add_module(parent, torch.nn.Module())
+            node = getattr(node, parent)
+        linear = torch.nn.Linear(*array.shape[::-1], bias=False)
+        linear.weight.data = torch.from_numpy(array.copy())
+        node.add_module(last, linear)
+    merged = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().state_dict()
+    for name, want in tensors(merge(params, apply_config(weights, lora))):
+        np.testing.assert_allclose(merged[name].numpy(), want, rtol=0, atol=1e-5)
