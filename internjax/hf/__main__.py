@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import get_args
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from internjax.hf.families import Layout
+
     parser = argparse.ArgumentParser(
         prog="python -m internjax.hf", description="Write and verify Hugging Face folders."
     )
@@ -53,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("source", metavar="MODEL")
     convert.add_argument("folder", metavar="FOLDER")
-    convert.add_argument("--layout", choices=("llama", "internlm2"), default="llama", help="names of the tensors")
+    convert.add_argument(
+        "--layout",
+        choices=get_args(Layout),
+        help="names of the tensors (default: the first that holds the model; llama for InternLM2)",
+    )
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in the source")
     convert.add_argument("--shard-size", default="5GB", help="largest weight file (default: 5GB)")
     convert.add_argument(

@@ -4,7 +4,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from internjax.hf.fields import scaling_to_hf
 from internjax.model.config import ModelConfig, num_params
+
+# Layouts whose classes transformers has itself, without remote code.
+_STOCK = ("llama", "mistral", "qwen2", "qwen3", "glm")
 
 _TRANSFORMERS = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,7 +43,7 @@ def model_card(name: str, config: ModelConfig, about: Mapping[str, Any], values:
         "feed-forward width": config.ffn_dim,
         "vocabulary": config.vocab_size,
         "trained length": config.max_position_embeddings,
-        "rotary base, scaling": f"{config.rope_theta:g}, {_scaling(values)}",
+        "rotary base, scaling": f"{config.rope_theta:g}, {_scaling(config)}",
         "stored as": values["torch_dtype"],
         "largest logit difference after reading back": f"{proof['max_logit_difference']:.2g}",
         "largest logit difference to the source": f"{proof['max_logit_difference_to_source']:.2g}",
@@ -53,15 +57,15 @@ def model_card(name: str, config: ModelConfig, about: Mapping[str, Any], values:
     if about["provenance"]:
         sections.append("## How it was made\n\n" + _table(about["provenance"]))
     usage = [_INTERNJAX]
-    if about["layout"] == "llama":
+    if about["layout"] in _STOCK:
         usage.insert(0, _TRANSFORMERS if config.head == "lm" else _CLASSIFIER)
     sections.append("## Use\n\n" + "\n\n".join(usage))
     sections.append("`python -m internjax.hf check FOLDER` verifies every file and the recorded logits.")
     return "\n\n".join(sections) + "\n"
 
 
-def _scaling(values: Mapping[str, Any]) -> str:
-    scaling = values["rope_scaling"]
+def _scaling(config: ModelConfig) -> str:
+    scaling = scaling_to_hf(config.rope_scaling)
     return "none" if scaling is None else f"{scaling['type']} x {scaling['factor']:g}"
 
 

@@ -27,7 +27,7 @@ def convert(
     source: str | os.PathLike,
     folder: str | os.PathLike,
     *,
-    layout: Layout = "llama",
+    layout: Layout | None = None,
     dtype: DType | None = None,
     shard_size: str | int = "5GB",
     overwrite: bool = False,

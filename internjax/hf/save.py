@@ -17,7 +17,7 @@ import numpy as np
 from internjax.hf.adapter import CONFIG as ADAPTER_CONFIG
 from internjax.hf.adapter import adapter_json
 from internjax.hf.card import model_card
-from internjax.hf.families import Layout, family_of, layout_family
+from internjax.hf.families import Layout, family_of, fitting_layout, layout_family
 from internjax.hf.folder import new_folder
 from internjax.hf.generation import FILE as GENERATION_FILE
 from internjax.hf.generation import GenerationConfig, default_generation, generation_to_hf
@@ -55,7 +55,7 @@ def save_model(
     params: dict,
     tokenizer: Tokenizer | None,
     generation: GenerationConfig | None = None,
-    layout: Layout = "llama",
+    layout: Layout | None = None,
     dtype: DType | None = None,
     shard_size: str | int = "5GB",
     provenance: Mapping[str, Any] | None = None,
@@ -65,18 +65,21 @@ def save_model(
 ) -> Proof:
     """Writes a Hugging Face folder, reads it back, and returns the proof, which also stands in its internjax.json.
 
-    layout "llama" loads in stock transformers; "internlm2" has InternLM2's fused names. dtype None keeps every tensor's
-    own. A norm_head is written as normalised rows. provenance (JSON values: data, run, steps, scores) goes into
+    layout: by default the first that holds the model, one that stock transformers loads where there is any ("llama" for
+    InternLM2, whose own "internlm2" has fused names). dtype None keeps every tensor's own. A norm_head is written as
+    normalised rows where the layout has no place for it. provenance (JSON values: data, run, steps, scores) goes into
     internjax.json and the model card. The folder appears by an atomic rename when the proof holds; an existing one is
     replaced only with `overwrite` and only if it is a model folder. source_logits: `proof_logits` of what the
     parameters were made of, where that is something else (a base and its adapters). use_up: the buffers of `params` are
     deleted once they are written, so that one model is in memory at a time, not two.
     """
+    layout = fitting_layout(config) if layout is None else layout
     family = layout_family(layout)
     if dtype is not None and dtype not in get_args(DType):
         raise ValueError(f"weights are stored as {', '.join(get_args(DType))}; given {dtype!r}")
     given_config, given_params = config, params
-    config, params = bake_norm_head(config, params)
+    if not family.norm_head:
+        config, params = bake_norm_head(config, params)
     values = family.config_to_hf(config) | token_ids(config, tokenizer, layout)
     saved = jnp.dtype(dtype) if dtype is not None else None
     plans = plan_tensors(params, family, config, dtype=saved)
@@ -123,11 +126,12 @@ def save_architecture(
         with new_folder(folder, overwrite=True, marker=ADAPTER_CONFIG) as new:
             write_text(new / ADAPTER_CONFIG, adapter_json(lora_config, base, model_config=config))
         return
-    plain = dataclasses.replace(config, norm_head=False)
-    values = layout_family("llama").config_to_hf(plain) | token_ids(config, tokenizer, "llama")
+    layout = fitting_layout(config)
+    plain = config if layout_family(layout).norm_head else dataclasses.replace(config, norm_head=False)
+    values = layout_family(layout).config_to_hf(plain) | token_ids(config, tokenizer, layout)
     with new_folder(folder, overwrite=True, marker=CONFIG) as new:
         _write_texts(new, values, tokenizer, None if tokenizer is None else default_generation(tokenizer))
-        # A checkpoint keeps the head as it is trained, and config.json has no field for norm_head.
+        # A checkpoint keeps the head as it is trained, and most layouts have no field for norm_head.
         write_text(new / ABOUT, json.dumps({"format": 1, "model_config": to_json(config)}, indent=1) + "\n")
 
 

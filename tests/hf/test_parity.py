@@ -129,6 +129,25 @@ def test_a_scalar_head_is_a_stock_sequence_classifier(torch, tmp_path, config, m
     np.testing.assert_allclose(logits(open_model(tmp_path / "back"), tokens), scores, rtol=0, atol=1e-6)
 
 
+def test_the_hf_back_end_of_lm_eval_scores_the_same(torch, tmp_path, config, make_params, tokenizer):
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    config = dataclasses.replace(config, rope_scaling=NoScaling())
+    save_model(tmp_path / "model", config=config, params=make_params(config), tokenizer=tokenizer)
+    back_end = HFLM(pretrained=str(tmp_path / "model"), device="cpu", batch_size=2, dtype="float32")
+    pairs = [("the cat sat on", " the mat"), ("the dog", " sat on the cat")]
+    theirs = back_end.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
+    model = open_model(tmp_path / "model")
+    for (context, text), (log_likelihood, _) in zip(pairs, theirs, strict=True):
+        first, ids = len(tokenizer.encode(context)), tokenizer.encode(context + text)
+        logprobs_TV = jax.nn.log_softmax(logits(model, [ids])[0])
+        ours = sum(float(logprobs_TV[t - 1, ids[t]]) for t in range(first, len(ids)))
+        assert log_likelihood == pytest.approx(ours, abs=1e-4) and ours < -5
+
+
 @pytest.mark.parametrize("layout", ["llama", "internlm2"])
 def test_the_tokenizer_loads_without_remote_code_and_renders_the_same(tmp_path, config, params, tokenizer, layout):
     from transformers import AutoTokenizer

@@ -15,8 +15,9 @@ from internjax.hf.convert import check
 from internjax.hf.folder import new_folder
 from internjax.hf.generation import GenerationConfig, default_generation, generation_to_hf, read_generation
 from internjax.hf.open import logits, open_model
-from internjax.hf.save import proof_logits, proof_token_ids, save_model
+from internjax.hf.save import proof_logits, proof_token_ids, save_architecture, save_model
 from internjax.model import decoder
+from internjax.model.config import NoScaling
 from internjax.model.quantize import quantize_params
 from internjax.text.tokenizer import load_tokenizer
 
@@ -136,6 +137,29 @@ def test_options_that_are_wrong(tmp_path, config, params):
         with pytest.raises(ValueError, match=message):
             save_model(tmp_path / "model", config=config, params=params, tokenizer=None, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "layout", "stock"),
+    [
+        (dict(attention_bias="qkv"), "qwen2", True),
+        (dict(norm_head=True, num_kv_heads=4), "llama", True),
+        (dict(norm_head=True, num_kv_heads=4, positions="alibi", rope_scaling=NoScaling()), "baichuan", False),
+    ],
+)
+def test_the_layout_is_one_that_holds_the_model(tmp_path, config, make_params, tokenizer, fields, layout, stock):
+    config = dataclasses.replace(config, **fields)
+    params = make_params(config)
+    proof = save_model(tmp_path / "model", config=config, params=params, tokenizer=tokenizer)
+    about = json.loads((tmp_path / "model" / "internjax.json").read_text())
+    assert about["layout"] == layout and proof.max_logit_difference_to_source < 1e-5
+    assert ("AutoModelForCausalLM" in (tmp_path / "model" / "README.md").read_text()) == stock
+    assert open_model(tmp_path / "model").config.norm_head == (layout == "baichuan")
+    save_architecture(tmp_path / "run", config=config, tokenizer=tokenizer)
+    assert json.loads((tmp_path / "run/architecture/config.json").read_text())["model_type"] == layout
+    with pytest.raises(ValueError, match="layout"):
+        save_model(tmp_path / "other", config=config, params=params, tokenizer=None, layout="qwen3")
+    assert not (tmp_path / "other").exists()
 
 
 def test_values_beyond_float16_are_refused_by_name(tmp_path, config, params):
