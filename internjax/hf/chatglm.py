@@ -90,7 +90,8 @@ def chatglm_from_hf(values: Mapping[str, Any], *, allow_unknown: Iterable[str] =
             f"config.json is of ChatGLM2 ({name}) with rope_ratio {ratio}: there it divides positions, and the "
             "rotary base is multiplied by it in ChatGLM3; supported are ChatGLM3, GLM-4 and ChatGLM2 without rope_ratio"
         )
-    check_fields(values, honoured=_CHAT_HONOURED, fixed=_CHAT_FIXED, ignored=_CHAT_IGNORED, allow_unknown=allow_unknown)
+    fixed = _CHAT_FIXED | {"num_hidden_layers": values.get("num_layers")}  # later releases repeat it under this name
+    check_fields(values, honoured=_CHAT_HONOURED, fixed=fixed, ignored=_CHAT_IGNORED, allow_unknown=allow_unknown)
     required(values, "padded_vocab_size", "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
     shared = {_NAMES[name]: value for name, value in values.items() if name in _NAMES}
     if flag(values, "multi_query_attention", False):

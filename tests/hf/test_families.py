@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from internjax import sharding
+from internjax.hf import loading
 from internjax.hf.families import family_of, fitting_layout
 from internjax.hf.loading import plan_tensors
 from internjax.hf.mapping import leaf_shapes
@@ -139,6 +141,19 @@ def test_logits_are_those_of_the_numpy_reference(make_folder, case):
     check_round_trip(model, values, tensors)
 
 
+def test_on_a_mesh_biases_and_windows_are_the_same(make_folder, monkeypatch):
+    values = STOCK["qwen2 tied"]["config"] | {"vocab_size": 40, "tie_word_embeddings": False}
+    folder = make_folder("stock", values, tensors_of(shapes_of(values)))
+    alone = logits(open_model(folder), [TOKENS] * 4)
+    monkeypatch.setattr(sharding, "_configured_mesh", None)  # put back at the end
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    monkeypatch.setattr(loading, "HOST_STACK_BYTES", 0)
+    model = open_model(folder, mesh=mesh)
+    bias = model.params["layers"]["attention"]["query"]["bias"]
+    assert bias.sharding.spec == jax.sharding.PartitionSpec(None, "tensor")
+    np.testing.assert_allclose(logits(model, [TOKENS] * 4), alone, atol=1e-5)
+
+
 def test_the_names_of_chatglm3_and_baichuan2_are_the_published_ones():
     names = {name: tuple(shape) for name, shape in shapes_of(CHATGLM3).items()}
     layer = "transformer.encoder.layers.1."
@@ -201,7 +216,13 @@ def released(name):
     if name == "ChatGLM3 6B":
         return 6_243_584_000, _CHAT | chat | {"num_layers": 28, "padded_vocab_size": 65024, "seq_length": 8192}
     if name == "GLM-4 9B":
-        sizes = {"num_layers": 40, "padded_vocab_size": 151552, "vocab_size": 151552, "seq_length": 131072}
+        sizes = {
+            "num_layers": 40,
+            "num_hidden_layers": 40,
+            "padded_vocab_size": 151552,
+            "vocab_size": 151552,
+            "seq_length": 131072,
+        }
         return 9_399_951_360, _CHAT | chat | sizes | {"rope_ratio": 500, "layernorm_epsilon": 1.5625e-07}
     total, kind, sizes, more = RELEASED[name]
     sizes = {field: size for field, size in zip(_SHARED, sizes, strict=True) if size is not None}
@@ -256,6 +277,7 @@ def test_windows_of_qwen(fields, window):
         (BAICHUAN_7B | {"z_loss_weight": 1e-4}, "z_loss_weight is 0.0001, supported is 0"),
         (CHATGLM3 | {"_name_or_path": "THUDM/chatglm2-6b-32k"}, "ChatGLM2.*rope_ratio 50"),
         (CHATGLM3 | {"position_encoding_2d": True}, "first ChatGLM"),
+        (CHATGLM3 | {"num_hidden_layers": 3}, "num_hidden_layers is 3, supported is 2"),
         (CHATGLM3 | {"rmsnorm": False}, "rmsnorm is False, supported is True"),
         (CHATGLM3 | {"quantization_bit": 4}, "quantization_bit is 4"),
         (INTERNLM | {"rotary": {"type": "ntk"}}, "types 'origin' and 'dynamic'"),
