@@ -14,6 +14,7 @@ from internjax.hf.families import Layout, family_of
 from internjax.hf.loading import placer
 from internjax.hf.mapping import get_leaf, set_leaf
 from internjax.hf.open import open_model
+from internjax.hf.provenance import provenance_of
 from internjax.hf.resolve import ABOUT, CONFIG, read_json
 from internjax.hf.save import Proof, file_hashes, proof_logits, save_model
 from internjax.model.config import DType
@@ -41,7 +42,7 @@ def convert(
     """
     merge_adapters = [os.fspath(adapter) for adapter in merge_adapters]
     model = open_model(source, adapters=merge_adapters, allow_unknown=allow_unknown)
-    params, provenance = model.params, _provenance(model.source.folder)
+    params, provenance = model.params, provenance_of(model.source)
     source_logits = proof_logits(model.config, params, lora=model.lora)
     if model.lora is not None:
         merge_in_place(params, model.lora)
@@ -140,11 +141,3 @@ def _about(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / ABOUT} cannot be read ({error!r}); export the folder again") from error
     return about
-
-
-def _provenance(folder: Path) -> dict[str, Any]:
-    """Returns what the source says about how it was made, so that it is handed on."""
-    try:
-        return dict(json.loads((folder / ABOUT).read_text(encoding="utf-8"))["provenance"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}

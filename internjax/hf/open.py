@@ -41,7 +41,7 @@ class Model:
     lora: Lora | None
     """Adapters, not merged; `internjax.model.lora.merge` makes them part of the parameters."""
     source: Source
-    """Where it came from."""
+    """Where it came from, the step of a checkpoint included."""
 
 
 def open_model(
@@ -75,6 +75,7 @@ def open_model(
         from internjax.hf.restore import good_step, stream_params
 
         step = good_step(source.checkpoints, source.step)
+        source = source._replace(step=step)
         params = stream_params(source.checkpoints, step, config, mesh=mesh, quantize=quantize)
         origin = f"{source.checkpoints}/{step}"
     else:
@@ -85,6 +86,7 @@ def open_model(
         adapter.check_copies(each, tensors, where=folder)
     if source.trained_adapter is not None:
         trained, step = _restore_adapter(source, config)
+        source = source._replace(step=step)
         loaded.append(trained)
         origin += f" + {source.checkpoints}/{step}"
     config = dataclasses.replace(config, param_dtype=str(params["embed"]["embedding"].dtype))

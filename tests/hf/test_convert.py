@@ -1,5 +1,6 @@
 """python -m internjax.hf: conversions between layouts, dtypes and shard sizes, checks, and errors of one line."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -16,8 +18,12 @@ from internjax.hf import hub
 from internjax.hf.__main__ import main
 from internjax.hf.adapter import save_adapter
 from internjax.hf.open import logits, open_model
-from internjax.hf.save import save_model
+from internjax.hf.provenance import run_facts
+from internjax.hf.save import save_architecture, save_model
 from internjax.model.lora import LoraConfig, apply_config, init_lora, merge
+from internjax.train.checkpoint import open_checkpoints
+from internjax.train.optimizer import Adafactor, Constant, make_optimizer
+from internjax.train.step import init_state
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOKENS = [[1, 5, 9, 200]]
@@ -92,6 +98,29 @@ def test_adapters_are_merged_on_top_layer_by_layer(base, tmp_path, config, param
     assert about["provenance"]["converted from"] == f"{base}+{tmp_path / 'one'}"
     # The saved dtype rounds, merging does not: the proof tells the two apart.
     assert about["proof"]["max_logit_difference"] == 0 < about["proof"]["max_logit_difference_to_source"] < 0.5
+
+
+def test_a_step_of_a_run_carries_the_facts_of_its_training(tmp_path, config, params, tokenizer, monkeypatch):
+    run = tmp_path / "runs" / "mine"
+    save_architecture(run, config=config, tokenizer=tokenizer)
+    with open_checkpoints(run / "checkpoints") as checkpoints:
+        state = init_state(jax.tree.map(jnp.copy, params), make_optimizer(Adafactor(), Constant(), 10))
+        checkpoints.save(dataclasses.replace(state, step=jnp.asarray(4, jnp.int32)))
+    experiment = {"type": "Finetune", "run": "x", "data": ["a.jsonl"], "optimizer": {"type": "AdamW"}, "fresh": False}
+    (run / "experiment.json").write_text(json.dumps(experiment))
+    (run / "versions.json").write_text('{"git_commit": "abc"}')
+    (run / "metrics.jsonl").write_text(
+        '{"step": 2, "loss": 3.5}\n{"step": 4, "loss": 2.5}\n{"step": 6, "loss": 1.5}\n{"st'
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "mine@4", "new"]) == 0
+    about = json.loads((tmp_path / "new" / "internjax.json").read_text())
+    facts = {"run": "mine", "type": "Finetune", "data": ["a.jsonl"], "optimizer": {"type": "AdamW"}, "step": 4}
+    facts |= {"metrics at step 4": {"loss": 2.5}, "git commit": "abc", "converted from": "mine@4"}
+    assert about["provenance"] == facts
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert '| metrics at step 4 | {"loss": 2.5} |' in card and "| git commit | abc |" in card
+    assert run_facts(run)["step"] == 6 and run_facts(tmp_path) == {}
 
 
 def test_a_folder_is_pushed_when_asked_and_only_then(base, tmp_path, monkeypatch, capsys):
