@@ -59,13 +59,23 @@ def fitting_layout(config: ModelConfig) -> Layout:
 
     Raises ValueError with every layout's reason where none does.
     """
-    reasons = []
-    for layout in get_args(Layout):
-        family = _FAMILIES[layout]
-        try:
-            family.config_to_hf(config if family.norm_head else dataclasses.replace(config, norm_head=False))
-        except ValueError as error:
-            reasons.append(str(error))
-        else:
+    reasons = {layout: _why_not(layout, config) for layout in get_args(Layout)}
+    for layout, reason in reasons.items():
+        if reason is None:
             return layout
-    raise ValueError("no layout holds this model: " + "; ".join(reasons))
+    raise ValueError("no layout holds this model: " + "; ".join(map(str, reasons.values())))
+
+
+def holding_layouts(config: ModelConfig) -> list[Layout]:
+    """Returns all layouts that hold a model, the one it is written in first."""
+    return [layout for layout in get_args(Layout) if _why_not(layout, config) is None]
+
+
+def _why_not(layout: Layout, config: ModelConfig) -> ValueError | None:
+    """Returns what a layout has no place for, None where it holds the model."""
+    family = _FAMILIES[layout]
+    try:
+        family.config_to_hf(config if family.norm_head else dataclasses.replace(config, norm_head=False))
+    except ValueError as error:
+        return error
+    return None

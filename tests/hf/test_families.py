@@ -9,7 +9,7 @@ import pytest
 
 from internjax import sharding
 from internjax.hf import loading
-from internjax.hf.families import family_of, fitting_layout
+from internjax.hf.families import family_of, fitting_layout, holding_layouts
 from internjax.hf.loading import plan_tensors
 from internjax.hf.mapping import leaf_shapes
 from internjax.hf.open import logits, open_model
@@ -309,6 +309,12 @@ PLAIN = ModelConfig(vocab_size=37, d_model=24, num_layers=2, num_heads=3, num_kv
 )
 def test_a_model_is_written_in_the_first_layout_that_holds_it(fields, layout):
     assert fitting_layout(dataclasses.replace(PLAIN, **fields)) == layout
+
+
+def test_all_layouts_that_hold_a_model():
+    assert holding_layouts(PLAIN) == ["llama", "mistral", "glm", "internlm2", "internlm"]
+    half = dataclasses.replace(PLAIN, rotary_dim=4, attention_bias="qkv")
+    assert holding_layouts(half) == ["glm", "chatglm"]
 
 
 def test_a_model_that_no_layout_holds_is_told_why():
