@@ -12,7 +12,7 @@ from data_pipelines.mixing import Mixture
 from data_pipelines.tokens import open_tokens
 from internjax.text import chat
 from internjax.text.chat import Message
-from internjax.text.tokenizer import save_tokenizer, train_tokenizer
+from internjax.text.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +65,20 @@ def test_tokens_are_kept_until_anything_that_matters_changes(tmp_path, tokenizer
         (name,) = tokenise([path], tokenizer, reading=reading(**how), seq_len=64)["folders"]
         return name
 
+    save_tokenizer(tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + ' ' + m.content + '</s>' }}{% endfor %}"
+        "{{ '<|im_start|>assistant ' if add_generation_prompt }}"
+    )
+    other_tokenizers = [train_tokenizer(["abc"] * 4, vocab_size=320), load_tokenizer(tmp_path / "model")]
     first = folder()
     written = open_tokens(first).path.stat().st_mtime_ns
     assert folder() == first and open_tokens(first).path.stat().st_mtime_ns == written
     assert folder(validation=()) == first
     others = [folder(bad_rows="skip"), folder(too_long="split"), folder(max_samples=(2,)), folder(validation_share=0.3)]
+    others += [tokenise([path], each, reading=reading(), seq_len=64)["folders"][0] for each in other_tokenizers]
     pairs(tmp_path / "a.jsonl", range(6))
-    assert len({first, folder(), *others}) == 6
+    assert len({first, folder(), *others}) == 8
     assert "a.jsonl: completion (detected), 5 conversations; tokens in" in capsys.readouterr().out
 
 
