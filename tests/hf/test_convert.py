@@ -162,6 +162,12 @@ def test_unknown_fields_are_a_choice(base, tmp_path, capsys):
     [
         (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda f: (f / "model.safetensors").open("r+b").truncate(9000), "cut short"),
+        (lambda f: change_header(f, b'"F32"', b'"I32"'), "holds I32 values; weights of F32, BF16, F16 are read"),
+        (lambda f: change_header(f, b'"F32"', b'"F16"'), r"a tensor .* of F16 cannot have \d+ bytes"),
+        (
+            lambda f: change_header(f, b"model.norm", b"model.nrom"),
+            "missing: model.norm.weight; unexpected: model.nrom",
+        ),
         (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "holds no JSON object"),
         (lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'), "model_type 'gpt2'"),
@@ -179,6 +185,11 @@ def test_broken_folders_are_one_line_on_stderr_and_leave_nothing(base, tmp_path,
     assert error.startswith("error: ") and error.count("\n") == 1
     assert re.search(message, error), error
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def change_header(folder, old, new):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data.replace(old, new))
 
 
 def change_config(folder, **fields):
