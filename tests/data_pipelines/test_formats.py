@@ -402,6 +402,28 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path):
         list(conversations(tmp_path / "a.jsonl.gz", columns=columns))
 
 
+def test_a_named_data_set_is_asked_of_its_library(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(name, config, *, split):
+        asked.append((name, config, split))
+        if name == "org/none":
+            raise ConnectionError("no network")
+        return [{"prompt": "q", "completion": "a"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for name in ("datasets:org/name", "hf:org/name:main@test[:10]"):
+        (sample,) = conversations(name, format="completion")
+        assert sample.place == f"{name}:1"
+    assert asked == [("org/name", None, "train"), ("org/name", "main", "test[:10]")]
+    with pytest.raises(
+        ValueError, match=r"datasets:org/none cannot be loaded .*no network.*Without a network, fetch it"
+    ):
+        detect_file("datasets:org/none")
+
+
 def test_columns_that_are_not_there_are_named(tmp_path):
     path = written(tmp_path / "a.jsonl", [{"ask": "q", "reply": "a"}, {"ask": "q"}])
     columns, bad = ("instruction=ask", "output=reply"), []

@@ -233,3 +233,20 @@ def test_generation_blocks_decide_and_are_counted(base):
     nothing = with_template("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
     with pytest.raises(ValueError, match=r"the loss mask marks 0 of \d+ tokens"):
         chat.render_samples(TALK[:2], nothing)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_renders_the_same_ids(name, family, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = family(name)
+    tok.save_tokenizer(tokenizer, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for talk in (TALK, TALK[:3], TOOL_TALK[1:2]):
+        asked = talk[-1].role == "user"
+        wanted = theirs.apply_chat_template(chat.to_openai(talk), add_generation_prompt=asked, return_dict=False)
+        if asked:
+            assert chat.render(talk, tokenizer, add_generation_prompt=True).ids == wanted
+        else:  # behind the last turn of a template without end markers stands EOS
+            ours = chat.render_samples(talk, tokenizer)[-1].ids
+            assert ours in (wanted, [*wanted, tokenizer.eos_id])
