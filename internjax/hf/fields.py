@@ -4,7 +4,15 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
-from internjax.model.config import DynamicNTK, LinearScaling, Llama3Scaling, ModelConfig, NoScaling, RopeScaling
+from internjax.model.config import (
+    DynamicNTK,
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    NoScaling,
+    RopeScaling,
+    YarnScaling,
+)
 
 # Fields of Hugging Face configs that do not change what the model computes.
 BOOKKEEPING = frozenset(
@@ -137,7 +145,15 @@ def head_fields(config: ModelConfig, heads: Mapping[str, str], *, layout: str) -
     return {"architectures": found} | (labels if found[0].endswith("ForSequenceClassification") else {})
 
 
-_SCALINGS = {"default": NoScaling, "linear": LinearScaling, "dynamic": DynamicNTK, "llama3": Llama3Scaling}
+_SCALINGS = {
+    "default": NoScaling,
+    "linear": LinearScaling,
+    "dynamic": DynamicNTK,
+    "llama3": Llama3Scaling,
+    "yarn": YarnScaling,
+}
+# What a scaling need not say: the default of our class is that of transformers.
+_OPTIONAL = {"beta_fast", "beta_slow", "attention_factor"}
 
 
 def read_rope(values: Mapping[str, Any], *, default_theta: float) -> tuple[float, RopeScaling]:
@@ -165,13 +181,15 @@ def read_rope(values: Mapping[str, Any], *, default_theta: float) -> tuple[float
             + (f"partial_rotary_factor {partial}, supported is 1.0" if not unknown else f"unknown fields {unknown}")
             + f"; supported are {', '.join(['rope_type', 'rope_theta', *names])}"
         )
-    missing = [name for name, value in numbers.items() if value is None]
+    numbers = {name: value for name, value in numbers.items() if value is not None}
+    missing = [name for name in names if name not in numbers and name not in _OPTIONAL]
     if missing:
         raise ValueError(
             f"config.json's rotary scaling {kind!r} has no {', '.join(missing)}; add what was trained with"
         )
-    kinds_of = {field.name: type(field.default) for field in dataclasses.fields(_SCALINGS[kind])}
-    return float(theta), _SCALINGS[kind](**{name: kinds_of[name](value) for name, value in numbers.items()})
+    whole = {"original_max_position_embeddings"}
+    numbers = {name: int(value) if name in whole else float(value) for name, value in numbers.items()}
+    return float(theta), _SCALINGS[kind](**numbers)
 
 
 def scaling_to_hf(scaling: RopeScaling) -> dict[str, Any] | None:
@@ -179,7 +197,7 @@ def scaling_to_hf(scaling: RopeScaling) -> dict[str, Any] | None:
     if scaling == NoScaling():
         return None
     kind = next(kind for kind, of in _SCALINGS.items() if isinstance(scaling, of))
-    return {"type": kind} | dataclasses.asdict(scaling)
+    return {"type": kind} | {name: value for name, value in dataclasses.asdict(scaling).items() if value is not None}
 
 
 # Fields that decoder_config reads, in every layout.

@@ -22,7 +22,7 @@ from internjax.hf.fields import (
     read_head,
 )
 from internjax.hf.mapping import Family, Row, linear_rows
-from internjax.model.config import Llama3Scaling, ModelConfig
+from internjax.model.config import Llama3Scaling, ModelConfig, YarnScaling
 
 _HEADS = {"InternLM2ForCausalLM": "lm", "InternLM2ForRewardModel": "scalar"}
 
@@ -39,7 +39,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Returns the config.json of a model in InternLM2's layout."""
     check_layout(config, {"attention_bias": ("none", "all")}, layout="internlm2")
     check_square(config, layout="internlm2")
-    if isinstance(config.rope_scaling, Llama3Scaling):
+    if isinstance(config.rope_scaling, Llama3Scaling | YarnScaling):
         raise ValueError(f"layout 'internlm2' has no place for {config.rope_scaling}; use layout='llama'")
     values = {"model_type": "internlm2", "bias": config.attention_bias == "all"}
     return values | head_fields(config, _HEADS, layout="internlm2") | decoder_fields(config)

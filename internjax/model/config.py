@@ -55,12 +55,37 @@ class Llama3Scaling:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """Slow frequencies are divided by `factor`, fast ones kept, those between blended, and scores sharpened (YaRN,
+    arXiv:2309.00071); at every length."""
+
+    factor: float = 4.0
+    """At least 1; 1 changes nothing."""
+    original_max_position_embeddings: int = 32768
+    """Length of training before the model was stretched."""
+    beta_fast: float = 32.0
+    """Frequencies that turn more often than this within original_max_position_embeddings are kept."""
+    beta_slow: float = 1.0
+    """Frequencies that turn fewer times than this within original_max_position_embeddings are divided."""
+    attention_factor: float | None = None
+    """Queries and keys are multiplied by it. None: 0.1 ln(factor) + 1."""
+
+    def __post_init__(self):
+        _check_factor(self.factor)
+        if not 0 < self.beta_slow < self.beta_fast or self.original_max_position_embeddings < 1:
+            raise ValueError(
+                "yarn scaling needs 0 < beta_slow < beta_fast and a positive original_max_position_embeddings, given "
+                f"{self}"
+            )
+
+
 def _check_factor(factor: float) -> None:
     if not factor >= 1.0:
         raise ValueError(f"rotary scaling factor must be a number >= 1.0, given {factor!r}")
 
 
-RopeScaling = NoScaling | LinearScaling | DynamicNTK | Llama3Scaling
+RopeScaling = NoScaling | LinearScaling | DynamicNTK | Llama3Scaling | YarnScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +197,13 @@ def num_matmul_params(config: ModelConfig) -> int:
     return config.num_layers * _parameters_per_layer(config)[0] + head
 
 
-_SCALINGS = {"none": NoScaling, "linear": LinearScaling, "dynamic": DynamicNTK, "llama3": Llama3Scaling}
+_SCALINGS = {
+    "none": NoScaling,
+    "linear": LinearScaling,
+    "dynamic": DynamicNTK,
+    "llama3": Llama3Scaling,
+    "yarn": YarnScaling,
+}
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:

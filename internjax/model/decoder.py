@@ -193,8 +193,9 @@ class Decoder(nn.Module):
         if self.embedding_noise:
             x_BTD = add_noise(x_BTD, segments_BT, self.make_rng("dropout"), alpha=self.embedding_noise)
         x_BTD = constrain(x_BTD, ("batch", "sequence", "act_embed"))
-        rotary = self.config.positions == "rotary"
-        rotation = rope.rotation(positions_BT, inv_freq_BF) if rotary else None
+        rotation = None
+        if self.config.positions == "rotary":
+            rotation = rope.rotation(positions_BT, inv_freq_BF, magnitude=rope.magnitude(self.config))
         inputs = Inputs(positions_BT, segments_BT, rotation)
         (x_BTD, cache), _ = self.layers((x_BTD, cache), jnp.arange(self.config.num_layers), inputs)
         return self.norm(x_BTD), cache

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from internjax.model.config import DynamicNTK, LinearScaling, Llama3Scaling, ModelConfig
+from internjax.model.config import DynamicNTK, LinearScaling, Llama3Scaling, ModelConfig, YarnScaling
 
 
 def ntk_theta(theta: float, factor: float, length: int, max_position: int, head_dim: int) -> float:
@@ -35,6 +35,29 @@ def _llama3(inv_freq_F: jax.Array, scaling: Llama3Scaling) -> jax.Array:
     return kept_F * inv_freq_F + (1.0 - kept_F) * inv_freq_F / scaling.factor
 
 
+def _yarn(inv_freq_F: jax.Array, scaling: YarnScaling, theta: float) -> jax.Array:
+    """Returns the frequencies of YaRN: f up to the pair that turns beta_fast times in the original length, f / factor
+    from the one that turns beta_slow times on, and between them a blend that is linear in the pair's index."""
+    R = 2 * len(inv_freq_F)
+
+    def pair(turns):
+        return R * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = max(math.floor(pair(scaling.beta_fast)), 0), min(math.ceil(pair(scaling.beta_slow)), R - 1)
+    divided_F = jnp.clip((jnp.arange(R // 2, dtype=jnp.float32) - first) / max(last - first, 1e-3), 0.0, 1.0)
+    return (1.0 - divided_F) * inv_freq_F + divided_F * inv_freq_F / scaling.factor
+
+
+def magnitude(config: ModelConfig) -> float:
+    """Returns what queries and keys are multiplied by while they are turned; 1 but for YaRN."""
+    match config.rope_scaling:
+        case YarnScaling(attention_factor=None, factor=factor):
+            return 0.1 * math.log(factor) + 1.0
+        case YarnScaling(attention_factor=given):
+            return given
+    return 1.0
+
+
 def inv_freq(config: ModelConfig, *, length: int | None = None) -> jax.Array:
     """Returns the inverse frequencies `[F]`, float32, for sequences declared to be at most `length` long.
 
@@ -51,8 +74,11 @@ def inv_freq(config: ModelConfig, *, length: int | None = None) -> jax.Array:
             theta = ntk_theta(theta, ntk, length or 0, config.max_position_embeddings, rotary_dim)
     exponents = jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim
     inv_freq_F = 1.0 / (theta**exponents) / factor
-    if isinstance(config.rope_scaling, Llama3Scaling):
-        inv_freq_F = _llama3(inv_freq_F, config.rope_scaling)
+    match config.rope_scaling:
+        case Llama3Scaling() as scaling:
+            inv_freq_F = _llama3(inv_freq_F, scaling)
+        case YarnScaling() as scaling:
+            inv_freq_F = _yarn(inv_freq_F, scaling, theta)
     if rotary_dim < config.head_dim:
         inv_freq_F = jnp.pad(inv_freq_F, (0, (config.head_dim - rotary_dim) // 2))
     return inv_freq_F
@@ -65,10 +91,11 @@ class Rotation(NamedTuple):
     sin_BTF: jax.Array
 
 
-def rotation(positions_BT: jax.Array, inv_freq_BF: jax.Array) -> Rotation:
-    """Returns the rotation of each position, float32; computed once and shared by all layers."""
+def rotation(positions_BT: jax.Array, inv_freq_BF: jax.Array, *, magnitude: float = 1.0) -> Rotation:
+    """Returns the rotation of each position, float32, times `magnitude`; computed once and shared by all layers."""
     angles_BTF = positions_BT[:, :, None].astype(jnp.float32) * inv_freq_BF[:, None, :]
-    return Rotation(jnp.cos(angles_BTF), jnp.sin(angles_BTF))
+    cos_BTF, sin_BTF = jnp.cos(angles_BTF), jnp.sin(angles_BTF)
+    return Rotation(cos_BTF, sin_BTF) if magnitude == 1.0 else Rotation(cos_BTF * magnitude, sin_BTF * magnitude)
 
 
 def rotate(x_BTNH: jax.Array, by: Rotation) -> jax.Array:

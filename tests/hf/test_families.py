@@ -270,7 +270,7 @@ def test_windows_of_qwen(fields, window):
     [
         (QWEN2 | {"use_sliding_window": True, "max_window_layers": 1}, "1 of 2 layers have a sliding window"),
         (QWEN2 | {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 2}, "does not fit 2 layers"),
-        (QWEN2 | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'; supported are default"),
+        (QWEN2 | {"rope_parameters": {"rope_type": "longrope"}}, "'longrope'; supported are default"),
         (BAICHUAN_7B | {"vocab_size": 64000}, "Baichuan 1"),
         (BAICHUAN_7B | {"architectures": ["BaiChuanForCausalLM"]}, "Baichuan 1"),
         (BAICHUAN_7B | {"hidden_size": 5120}, "ALiBi"),

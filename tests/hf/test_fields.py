@@ -5,7 +5,7 @@ import pytest
 from internjax.hf.families import family_of
 from internjax.hf.internlm2 import INTERNLM2
 from internjax.hf.llama import LLAMA
-from internjax.model.config import DynamicNTK, LinearScaling, Llama3Scaling, NoScaling
+from internjax.model.config import DynamicNTK, LinearScaling, Llama3Scaling, NoScaling, YarnScaling
 
 # Llama as stock transformers 5 writes it, and the same in the spelling of version 4.
 LLAMA_5 = {
@@ -78,6 +78,9 @@ LLAMA3_SCALING = {
     "rope_type": "llama3",
 }
 
+# As Qwen 2.5 and 3 say to add for long texts.
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
 
 def test_both_spellings_of_rotary_scaling_are_one():
     config = LLAMA.config_from_hf(LLAMA_5)
@@ -99,6 +102,8 @@ def test_a_released_internlm2_config_is_read_as_it_is():
         ({"type": "linear", "factor": 4}, LinearScaling(4.0)),
         ({"rope_type": "dynamic", "type": "dynamic", "factor": 3.0}, DynamicNTK(3.0)),
         (LLAMA3_SCALING, Llama3Scaling(32.0, 1.0, 4.0, 8192)),
+        (YARN, YarnScaling(4.0, 32768)),
+        (YARN | {"beta_fast": 16, "attention_factor": 1}, YarnScaling(4.0, 32768, 16.0, 1.0, 1.0)),
     ],
 )
 def test_scalings(scaling, wanted):
@@ -109,7 +114,10 @@ def test_scalings(scaling, wanted):
     ("scaling", "message"),
     [
         ({"rope_type": "llama3", "factor": 8.0}, "'llama3' has no low_freq_factor, high_freq_factor, original_max"),
-        ({"type": "yarn", "factor": 8.0}, "'yarn'; supported are default, linear, dynamic, llama3"),
+        ({"type": "longrope", "factor": 8.0}, "'longrope'; supported are default, linear, dynamic, llama3, yarn"),
+        ({"type": "yarn", "factor": 8.0}, "no original_max_position_embeddings"),
+        (YARN | {"mscale": 0.7}, "mscale"),
+        (YARN | {"beta_slow": 64}, "beta_slow < beta_fast"),
         ({"type": "linear"}, "no factor"),
         ({"type": "dynamic", "factor": 0.5}, ">= 1.0"),
         ({"type": "dynamic", "rope_type": "linear", "factor": 2.0}, "two rotary scalings"),

@@ -10,7 +10,7 @@ from internjax.hf.save import save_model
 
 pytestmark = pytest.mark.parity
 
-CASES = ["llama3", "llama biased", "mistral", "qwen2", "qwen2 tied", "qwen3", "qwen3 tied", "glm"]
+CASES = ["llama3", "llama biased", "mistral", "qwen2", "qwen2 tied", "qwen3", "qwen3 yarn", "qwen3 tied", "glm"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -69,7 +69,7 @@ def test_json_with_unknown_and_missing_fields_names_them():
     with pytest.raises(ValueError, match=r"unknown fields \['d_modle'\] and lacks \['ffn_dim'\]"):
         from_json(values)
     with pytest.raises(ValueError, match="rope_scaling.type must be one of none, linear, dynamic"):
-        from_json(to_json(TINY) | {"rope_scaling": {"type": "yarn"}})
+        from_json(to_json(TINY) | {"rope_scaling": {"type": "longrope"}})
 
 
 @pytest.mark.parametrize(

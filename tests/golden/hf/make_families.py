@@ -34,6 +34,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN |= {"beta_fast": 8.0}
 WINDOW = dict(use_sliding_window=True, sliding_window=5, max_window_layers=0)
 CASES = {
     "llama3": ("Llama", dict(head_dim=16, rope_parameters=LLAMA3)),
@@ -42,6 +44,7 @@ CASES = {
     "qwen2": ("Qwen2", dict()),
     "qwen2 tied": ("Qwen2", dict(tie_word_embeddings=True) | WINDOW),
     "qwen3": ("Qwen3", dict(head_dim=8)),
+    "qwen3 yarn": ("Qwen3", dict(head_dim=16, rope_parameters=YARN)),
     "qwen3 tied": ("Qwen3", dict(head_dim=8, attention_bias=True, tie_word_embeddings=True)),
     "glm": ("Glm", dict(head_dim=8, pad_token_id=0)),
 }
