@@ -30,7 +30,7 @@ from internjax import sharding
 from internjax.kernels import cudnn_attention
 from internjax.kernels.attention import QUERY_CHUNK, attention
 from internjax.model import decoder
-from internjax.model.lora import apply_config, init_lora
+from internjax.model.lora import apply_config, initialise
 from internjax.train import devices, memory, preview
 from internjax.train.batch import Batch
 from internjax.train.devices import GIB
@@ -347,20 +347,22 @@ def check_adapters(subject: Subject) -> str:
         raise Skipped("the base's parameters were not given")
     # Not of the batch: each process has other rows, and this is computed by all of them together.
     tokens = (7919 * np.arange(16, dtype=np.int32)[None] + 1) % job.model.vocab_size
-    weights = init_lora(job.lora, params, jax.random.key(subject.seed))
+    # The first layer stands for all of them: PiSSA needs a second base.
+    params = params | {"layers": jax.tree.map(lambda leaf: leaf[:1], params["layers"])}
+    config = dataclasses.replace(job.model, attention="xla", num_layers=1, unroll_layers=1)
+    base, weights = initialise(job.lora, params, jax.random.key(subject.seed))
     adapters = apply_config(weights, dataclasses.replace(job.lora, dropout=0.0))
-    config = dataclasses.replace(job.model, attention="xla")
     place = _everywhere(subject.mesh)
     logits = jax.jit(functools.partial(decoder.logits, config=config), out_shardings=place)
     with _meshed(subject.mesh):
         tokens, adapters = jax.device_put((tokens, adapters), place)
         plain = np.asarray(logits(params, tokens))
-        adapted = np.asarray(logits(params, tokens, lora=adapters))
+        adapted = np.asarray(logits(base, tokens, lora=adapters))
     found, tolerance = _difference(adapted, plain), TOLERANCE[job.model.dtype]
     if not found <= tolerance:
         raise ValueError(
             f"the logits with fresh adapters differ from the base's by {found:.2g} of the largest (allowed "
-            f"{tolerance:g}): the run would not start from its base. The factor b must start at zero"
+            f"{tolerance:g}): the run would not start from its base. What an adapter adds must be what the base lacks"
         )
     return f"fresh adapters change no logit (largest difference {found:.1e})"
 

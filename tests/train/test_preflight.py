@@ -15,7 +15,7 @@ from internjax import sharding
 from internjax.kernels.attention import attention
 from internjax.model import decoder
 from internjax.model.config import TINY
-from internjax.model.lora import LoraConfig
+from internjax.model.lora import LoraConfig, initialise
 from internjax.sharding import MeshConfig
 from internjax.text.tokenizer import train_tokenizer
 from internjax.train import preflight, preview
@@ -193,15 +193,17 @@ def test_attention_and_adapters_on_a_mesh(subject, mesh, backend, dtype):
 
 
 def test_adapters_that_change_something(subject, monkeypatch):
-    subject = changed(subject, lora=LoraConfig(rank=2), params=params_of(SMALL))
-    report = quick(subject)
+    params = params_of(SMALL)
+    for kind in ({"kind": "dora"}, {"initialisation": "pissa"}, {}):
+        subject = changed(subject, lora=LoraConfig(rank=2, **kind), params=params)
+        report = quick(subject)
     assert "fresh adapters change no logit" in next(each.message for each in report.results if each.name == "adapters")
 
-    def init(config, params, rng):
-        return jax.tree.map(lambda x: x + 0.1, preflight_init(config, params, rng))
+    def moved(config, params, rng):
+        start = initialise(config, params, rng)
+        return start._replace(weights=jax.tree.map(lambda x: x + 0.1, start.weights))
 
-    preflight_init = preflight.init_lora
-    monkeypatch.setattr(preflight, "init_lora", init)
+    monkeypatch.setattr(preflight, "initialise", moved)
     assert "the run would not start from its base" in fault(subject, "adapters")
 
 
