@@ -1,6 +1,6 @@
 """One process of a training run on 8 devices: the program that test_processes.py starts, alone or twice.
 
-python process_run.py RUN_FOLDER HOW [HOW ...], with HOW one of
+python process_run.py RUN_FOLDER[:RUN_FOLDER ...] HOW [HOW ...] runs them one after the other, with HOW one of
     end              run to the end
     step:N:P         process P is killed when step N is done
     write:N:P        process P is killed while the checkpoint of step N is written
@@ -14,6 +14,7 @@ Each happens once, however often the run is started again. The environment says 
 (internjax.train.processes), and how many devices it has.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -94,10 +95,17 @@ def arrange(folder: Path, how: str, at: int) -> list[Every]:
     return [Every(1, at_step)]
 
 
-def run(folder: Path, plans: list[tuple[str, int]]) -> None:
+@functools.cache
+def program():
+    """Returns (mesh, optimizer, step), which are the same for all runs."""
     mesh = sharding.make_mesh(MeshConfig(fsdp=8))
-    axes = decoder.logical_axes(CONFIG)
     optimizer = make_optimizer(AdamW(peak_lr=0.01), Cosine(warmup_steps=2), NUM_STEPS)
+    return mesh, optimizer, make_step(next_token(CONFIG), optimizer, mesh=mesh)
+
+
+def run(folder: Path, plans: list[tuple[str, int]]) -> None:
+    mesh, optimizer, step = program()
+    axes = decoder.logical_axes(CONFIG)
     places = sharding.shardings(axes, decoder.abstract_params(CONFIG), mesh)
     with sharding.use(mesh):
         params = jax.jit(lambda key: decoder.init(CONFIG, key), out_shardings=places)(jax.random.key(0))
@@ -109,7 +117,6 @@ def run(folder: Path, plans: list[tuple[str, int]]) -> None:
         open_run(folder, {"steps": NUM_STEPS}, tracking=tracking) as tracker,
         open_checkpoints(tracker.checkpoints, CheckpointConfig(every=2, max_to_keep=2)) as checkpoints,
     ):
-        step = make_step(next_token(CONFIG), optimizer, mesh=mesh)
         rows = sharding.process_rows(mesh, BATCH_SIZE)
         state = train(
             state,
@@ -132,11 +139,12 @@ def run(folder: Path, plans: list[tuple[str, int]]) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folders = map(Path, sys.argv[1].split(os.pathsep))
     plans = [(how + ":0:0").split(":")[:3] for how in sys.argv[2:]]
     with processes.job():
         try:
-            run(folder, [(how, int(at)) for how, at, who in plans if int(who) == processes.index()])
+            for folder in folders:
+                run(folder, [(how, int(at)) for how, at, who in plans if int(who) == processes.index()])
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from error

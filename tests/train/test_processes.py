@@ -24,9 +24,9 @@ ROOT = PROGRAM.parent.parent.parent
 SILENCE = 5
 
 
-def start(folder: Path, *plans: str, num_processes: int = 2, restarts: int = 0) -> subprocess.Popen:
+def start(*folders: Path, plans: tuple[str, ...] = (), num_processes: int = 2, restarts: int = 0) -> subprocess.Popen:
     """Starts the program in one process with 8 devices, or as a job of several that share them."""
-    command = [sys.executable, str(PROGRAM), str(folder), *plans]
+    command = [sys.executable, str(PROGRAM), os.pathsep.join(map(str, folders)), *plans]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "WANDB_MODE": "disabled",
@@ -58,7 +58,7 @@ def losses(folder: Path) -> np.ndarray:
 
 @pytest.mark.slow
 def test_two_processes_train_save_and_resume_as_one(tmp_path):
-    whole, alone, broken, other = (tmp_path / name for name in ("whole", "alone", "broken", "other"))
+    whole, alone, broken, other, full = (tmp_path / name for name in ("whole", "alone", "broken", "other", "full"))
     code, said = ended(start(whole))
     assert code == 0, said
     assert committed_steps(whole / "checkpoints") == [4, 6]
@@ -66,45 +66,42 @@ def test_two_processes_train_save_and_resume_as_one(tmp_path):
     writers = {part for name in listed for part in name.split("/") if part.startswith("ocdbt.process_")}
     assert writers == {"ocdbt.process_0", "ocdbt.process_1"} and problem(whole / "checkpoints", 6) is None
 
-    # Process 1 is killed while step 4 is saved, then stopped after step 5; each time the job ends and starts again.
-    code, said = ended(start(broken, "commit:4:1", "stop:5:1", restarts=2))
-    assert code == 0, said
-    assert said.count("started again") == 2 and "process 1 ended with exit code 137" in said
-    assert f"process 0 ended with exit code {EXIT_PEER_LOST}" in said
-    assert said.count("process 0 ends: process 1 has given no sign of life for") == 2
-    # Step 4 is committed in the background: whether before the stop or not is left open.
-    assert re.findall(r"resumed from step (\d)", said) in (["2", "2"], ["2", "4"]), said
-    assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    assert json.loads((broken / "end.json").read_text()) == json.loads((whole / "end.json").read_text())
-    assert len(order_of(whole)) == 6 * 8 and order_of(broken) == order_of(whole)
-
     # One process with all 8 devices: from the start, and from what two have saved.
-    code, said = ended(start(alone, num_processes=1))
-    assert code == 0, said
+    for folder in (other, full):
+        shutil.copytree(whole, folder)
+        shutil.rmtree(folder / "checkpoints" / "6")
+        (folder / "complete.json").unlink()
+    code, said = ended(start(alone, other, num_processes=1))
+    assert code == 0 and said.count("resumed from step") == said.count("resumed from step 4") == 1, said
     np.testing.assert_allclose(losses(alone), losses(whole), rtol=1e-5)
-    assert order_of(alone) == order_of(whole)
-    shutil.copytree(whole, other)
-    shutil.rmtree(other / "checkpoints" / "6")
-    (other / "complete.json").unlink()
-    code, said = ended(start(other, num_processes=1))
-    assert code == 0 and "resumed from step 4" in said, said
+    assert order_of(alone) == order_of(whole) and len(order_of(whole)) == 6 * 8
     np.testing.assert_allclose(losses(other), losses(whole), rtol=1e-5)
     assert set(order_of(other)) == {f"{position}-{row}" for position in range(4, 6) for row in range(8)}
     assert order_of(other).items() <= order_of(whole).items()
 
+    # Process 0 gets SIGTERM; process 1 is killed while step 4 is saved, then stopped after step 5. Each time the job
+    # ends and starts again.
+    code, said = ended(start(broken, plans=("term:1:0", "commit:4:1", "stop:5:1"), restarts=3))
+    assert code == 0, said
+    assert said.count("started again") == 3 and "process 1 ended with exit code 137" in said
+    assert said.count(f"exit code {EXIT_PREEMPTED}: started again") == 1
+    assert f"process 0 ended with exit code {EXIT_PEER_LOST}" in said
+    assert said.count("process 0 ends: process 1 has given no sign of life for") == 2
+    # Both stopped after the same step and saved it. Step 4 is committed in the background: whether before process 1 is
+    # stopped is left open.
+    saved = re.search(r"SIGTERM: step (\d) is saved", said)[1]
+    first, second, third = re.findall(r"resumed from step (\d)", said)
+    assert first == saved and int(saved) < 4 and second in (saved, "2") and third in (second, "4"), said
+    assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert json.loads((broken / "end.json").read_text()) == json.loads((whole / "end.json").read_text())
+    assert order_of(broken) == order_of(whole)
 
-@pytest.mark.slow
-def test_sigterm_to_one_and_a_full_disk_of_one_end_both(tmp_path):
-    code, said = ended(start(tmp_path / "run", "term:1:0", "full:5:1", restarts=1))
-    # Both stop after the same step, save it, and are started again.
-    assert said.count(f"exit code {EXIT_PREEMPTED}: started again") == 1, said
-    saved = int(re.search(r"SIGTERM: step (\d) is saved", said)[1])
-    assert saved < 5 and f"resumed from step {saved}" in said, said
     # What one process cannot write ends the job with its message, and both with its exit code.
-    assert code == 1, said
+    code, said = ended(start(full, plans=("full:5:1",)))
+    assert code == 1 and "resumed from step 4" in said, said
     assert "[1] error: the checkpoint of step 6 could not be written" in said and "the disk is full" in said
     assert re.search(r"^\[0\] process 0 ends: (process 1 ended with )?exit code 1", said, re.MULTILINE), said
-    assert committed_steps(tmp_path / "run" / "checkpoints")[-1] == 4
+    assert committed_steps(full / "checkpoints") == [4]
 
 
 def beat(count=1, doing="trains", step=5, seconds=1.0, **more) -> Beat:
