@@ -1,5 +1,6 @@
 """Looking at a run while it trains: the same samples and losses as the finished model gives, resumed or not."""
 
+import functools
 import json
 import math
 from typing import NamedTuple
@@ -46,7 +47,7 @@ def tokenizer(corpus):
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.device_get(decoder.init(SMALL, jax.random.key(3)))
+    return jax.device_get(jax.jit(functools.partial(decoder.init, SMALL))(jax.random.key(3)))
 
 
 def state_of(params, **how):
@@ -107,8 +108,7 @@ def test_held_out_loss_is_that_of_the_texts(params, tokenizer, tmp_path):
     state = state_of(params)
     found = held_out_loss(config, SMALL, tokenizer, batch_size=1, seq_len=32).call(state, 1)
     tokens = np.array([ids], np.int32)
-    hidden = decoder.forward(state.trainable, tokens[:, :-1], config=SMALL).hidden_BTD
-    logits = decoder.unembed(state.trainable, hidden, config=SMALL)
+    logits = jax.jit(functools.partial(decoder.logits, config=SMALL))(state.trainable, tokens[:, :-1])
     nats = -float(np.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).sum())
     num_bytes = len(tokenizer.decode(ids[1:]).encode())
     assert found == pytest.approx(
@@ -124,8 +124,14 @@ def test_held_out_loss_is_that_of_the_texts(params, tokenizer, tmp_path):
 
 def test_adapters_are_part_of_what_is_looked_at(params, tokenizer, corpus, run):
     config = LoraConfig(rank=4)
-    adapters = lora.init_lora(config, params, jax.random.key(0))
-    noise = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape, x.dtype), adapters)
+
+    @jax.jit
+    def made():
+        adapters = lora.init_lora(config, params, jax.random.key(0))
+        noise = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape, x.dtype), adapters)
+        return adapters, noise
+
+    adapters, noise = made()
     base = state_of(params)
     # Copies: a state takes over what it trains.
     plain, changed = (state_of(jax.tree.map(np.array, tree), frozen=base.trainable) for tree in (adapters, noise))
@@ -187,7 +193,7 @@ def test_a_resumed_run_writes_the_same_samples_and_measurements(corpus, tokenize
             if step == stop_at:
                 raise Stop
 
-        config = pretraining(corpus, tmp_path / name)
+        config = pretraining(corpus, tmp_path / name, preflight=False)
         folder = tmp_path / name
         tracked = type("Samples", (), {"sample": lambda self, step, rows: keep(folder, step, rows)})()
         held_out = HeldOut(str(corpus / "tokens"), every=4, num_batches=1)
