@@ -406,7 +406,7 @@ def _per_shard(function: Callable, head: dict, hidden_BTD, targets_BT, temperatu
         return constrain(x, ("batch", "sequence") + (None,) * (x.ndim - 2))
 
     def copied(path, leaf):
-        axes = ("act_vocab", None) if path[-1].key == "embedding" else (None, "act_vocab")
+        axes = ("act_vocab", None) if path[0].key == "embedding" else (None, "act_vocab")
         return constrain(jnp.broadcast_to(leaf, (R, S, *leaf.shape)), ("batch", "sequence", *axes))
 
     function = jax.vmap(function, in_axes=(0, 0, 0, None), spmd_axis_name=time)

@@ -161,12 +161,18 @@ def test_shapes_are_enough_for_shapes(params):
     assert of_shapes == given
 
 
-def test_a_sharded_model_with_dora_is_the_unsharded_one(params, logits, monkeypatch):
+def test_a_sharded_quantised_model_with_dora_is_the_unsharded_one(params, monkeypatch):
     monkeypatch.setattr(sharding, "_configured_mesh", None)
     config = dataclasses.replace(KINDS["dora"], targets=("query", "value", "down"))
     base = quantize.quantize_params(params, scheme="nf4", group=8)
     weights = trained(init_lora(config, base, jax.random.key(1)))
-    want = logits(base, apply_config(weights, config))
+
+    def computed(params, lora):
+        hidden_BTD = decoder.forward(params, inputs, config=SMALL, lora=lora).hidden_BTD
+        return decoder.target_logprobs(params, hidden_BTD, inputs, config=SMALL)
+
+    inputs = jnp.arange(32).reshape(4, 8)
+    want = jax.jit(computed)(base, apply_config(weights, config))
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
     axes = decoder.logical_axes(SMALL)
     with sharding.use(mesh):
@@ -174,9 +180,7 @@ def test_a_sharded_model_with_dora_is_the_unsharded_one(params, logits, monkeypa
         layers = {"layers": base["layers"]}
         layer_axes = quantize.logical_axes(layers, {"layers": axes["layers"]})
         base |= jax.device_put(layers, sharding.shardings(layer_axes, layers, mesh))
-        got = jax.jit(lambda *given: decoder.logits(given[0], INPUTS, config=SMALL, lora=given[1]))(
-            base, apply_config(placed, config)
-        )
+        got = jax.jit(computed)(base, apply_config(placed, config))
     magnitude = placed["layers"]["attention"]["query"]["magnitude"]
     assert magnitude.addressable_shards[0].data.shape == (2, 16)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
