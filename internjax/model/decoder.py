@@ -24,7 +24,7 @@ from internjax.model.config import ModelConfig
 from internjax.model.linear import Linear
 from internjax.model.lora import Lora, with_gains
 from internjax.model.neftune import add_noise
-from internjax.model.quantize import QuantArray
+from internjax.model.quantize import QuantArray, column_squares, full_scales
 from internjax.sharding import axis_size, constrain, partition_spec, unconstrained
 
 
@@ -323,10 +323,13 @@ def _with_normalised_head(params: dict, config: ModelConfig) -> dict:
     if not config.norm_head:
         return params
     kernel = params["head"]["kernel"]
+    shrunk_O = jax.lax.rsqrt(column_squares(kernel) + 1e-12)
     if isinstance(kernel, QuantArray):
-        raise ValueError("norm_head needs the head in full precision; write normalised rows into it before quantising")
-    kernel = kernel.astype(jnp.float32)
-    kernel = kernel * jax.lax.rsqrt(jnp.sum(jnp.square(kernel), axis=0, keepdims=True) + 1e-12)
+        # Dividing a column's scales divides the column, so the head stays in few bits.
+        scales = full_scales(kernel) * shrunk_O
+        kernel = dataclasses.replace(kernel, scales=scales, steps=None, offsets=None)
+    else:
+        kernel = kernel.astype(jnp.float32) * shrunk_O
     return params | {"head": {"kernel": kernel}}
 
 
