@@ -128,7 +128,7 @@ def two_rounds():
             model_reward(Weights(scorer), conditions, config=scorer_config, reward_token_id=REWARD),
             reference=Weights(params),
             round_index=round_index,
-            num_iterations=20,
+            num_iterations=10,
             warm_up_iterations=2,
             log=logged.append,
         )
@@ -155,11 +155,11 @@ def test_a_round_compiles_once_and_logs_every_iteration():
     rounds, _, ppo, logged = two_rounds()
     assert ppo.actor_step.num_traces == ppo.critic_step.num_traces == 1
     assert logged == [row for result in rounds for row in result.metrics]
-    assert [(row["round"], row["iteration"]) for row in logged] == [(r, i) for r in range(2) for i in range(22)]
+    assert [(row["round"], row["iteration"]) for row in logged] == [(r, i) for r in range(2) for i in range(12)]
     assert [row["warm_up"] for row in logged[:3]] == [1.0, 1.0, 0.0]
     assert "loss" not in logged[0] and "loss" in logged[2]
     assert all(np.isfinite(list(row.values())).all() for row in logged)
-    assert int(rounds[1].state.actor.step) == 2 * 20 * 2 and int(rounds[1].state.critic.step) == 22 * 2
+    assert int(rounds[1].state.actor.step) == 2 * 10 * 2 and int(rounds[1].state.critic.step) == 12 * 2
     # The critic of the second round is new; the policy goes on where the first round left it.
     assert [response[-1] == EOS for response in rounds[0].late.responses] == rounds[0].late.ended.tolist()
     assert rounds[0].late.responses != rounds[1].early.responses

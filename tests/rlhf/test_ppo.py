@@ -235,27 +235,27 @@ def judged_iteration(mesh=None, accumulate=1):
 
 @pytest.mark.slow
 def test_an_update_is_the_same_in_parts_and_on_a_mesh():
-    one = judged_iteration()
+    parts = judged_iteration(accumulate=2)
     # On the first update the ratio is 1: the loss is -mean A + 0.3 mean k3 + 0.5 * the text's own mean loss.
-    metrics = one.metrics
+    metrics = parts.metrics
     advantage = metrics["return"] - metrics["value"]
     wanted = -advantage + 0.3 * metrics["token_kl"] + 0.5 * metrics["pretrain_loss"]
     np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-4)
-    assert 2.0 < metrics["pretrain_loss"] < 4.0 and np.std(one.scores_B) > 0.01
+    assert 2.0 < metrics["pretrain_loss"] < 4.0 and np.std(parts.scores_B) > 0.01
     try:
-        parts = judged_iteration(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2)), accumulate=2)
+        meshed = judged_iteration(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2)))
     finally:
         sharding.make_mesh(devices=jax.devices()[:1])
-    np.testing.assert_array_equal(one.drawn.tokens_BT, parts.drawn.tokens_BT)
-    np.testing.assert_allclose(one.scores_B, parts.scores_B, atol=1e-4)
+    np.testing.assert_array_equal(parts.drawn.tokens_BT, meshed.drawn.tokens_BT)
+    np.testing.assert_allclose(parts.scores_B, meshed.scores_B, atol=1e-4)
     for name in ("loss", "grad_norm", "pretrain_loss", "critic_loss", "critic_grad_norm", "kl", "entropy"):
-        np.testing.assert_allclose(metrics[name], parts.metrics[name], rtol=2e-4, err_msg=name)
+        np.testing.assert_allclose(metrics[name], meshed.metrics[name], rtol=2e-4, err_msg=name)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
-        one.state.critic.trainable,
         parts.state.critic.trainable,
+        meshed.state.critic.trainable,
     )
-    kernel = parts.state.actor.trainable["layers"]["ffn"]["gate"]["kernel"]
+    kernel = meshed.state.actor.trainable["layers"]["ffn"]["gate"]["kernel"]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
 
 
