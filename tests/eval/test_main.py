@@ -1,5 +1,6 @@
 """`python -m eval` on a folder that was written by save_model, as a person would run it; and the README's code."""
 
+import functools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from eval.__main__ import main
 from internjax.hf.save import save_model
 from internjax.model import decoder
 from internjax.model.config import ModelConfig
@@ -32,8 +34,9 @@ def folder(tmp_path_factory):
         max_position_embeddings=128,
         dtype="float32",
     )
+    params = jax.jit(functools.partial(decoder.init, config))(jax.random.key(0))
     folder = tmp_path_factory.mktemp("models") / "tiny model"
-    save_model(folder, config=config, params=decoder.init(config, jax.random.key(0)), tokenizer=tokenizer)
+    save_model(folder, config=config, params=params, tokenizer=tokenizer)
     return folder
 
 
@@ -70,11 +73,19 @@ def test_the_command_scores_files_and_keeps_samples(folder, tmp_path):
         (("--text", "empty.txt", "--ask", "chat"), "empty documents"),
     ],
 )
-def test_bad_input_gives_one_line_and_a_non_zero_exit(arguments, wanted, folder, tmp_path):
+def test_bad_input_is_said_in_one_line(arguments, wanted, folder, tmp_path, monkeypatch):
     (tmp_path / "empty.txt").touch()
-    result = run(folder, *arguments, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["eval", str(folder), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code.startswith("error: ") and wanted in ended.value.code and "\n" not in ended.value.code
+
+
+def test_bad_input_ends_the_process_with_one_line_and_a_non_zero_exit(folder, tmp_path):
+    result = run(folder, cwd=tmp_path)
     assert result.returncode == 1
-    assert result.stderr.startswith("error: ") and wanted in result.stderr and result.stderr.count("\n") == 1
+    assert re.fullmatch("error: nothing to score.*\n", result.stderr)
 
 
 def test_the_code_in_the_readme_runs():

@@ -1,6 +1,7 @@
 """Scores of the local model against full logits of one sequence at a time, without buckets or windows."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -35,7 +36,7 @@ def model():
         initializer_range=0.4,  # far from uniform, so that greedy choices are not ties
         dtype="float32",
     )
-    params = decoder.init(config, jax.random.key(0))
+    params = jax.jit(functools.partial(decoder.init, config))(jax.random.key(0))
     return SimpleNamespace(config=config, params=params, tokenizer=tokenizer, lora=None)
 
 

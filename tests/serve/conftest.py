@@ -1,5 +1,6 @@
 """A tokenizer, and an engine that answers from a script: what the model says is exact, everything around it is real."""
 
+import functools
 import itertools
 import threading
 import time
@@ -127,7 +128,7 @@ def tiny_model(tokenizer) -> Model:
         initializer_range=0.2,
         dtype="float32",
     )
-    params = decoder.init(config, jax.random.key(0))
+    params = jax.jit(functools.partial(decoder.init, config))(jax.random.key(0))
     generation = GenerationConfig(eos_ids=stop_ids(tokenizer))
     return Model(config, params, tokenizer, generation, lora=None, source=None)
 

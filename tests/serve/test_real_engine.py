@@ -12,11 +12,12 @@ from serve.pipeline import ContextTooLong, Params, Pipeline, chat_callable
 from serve.server import start_server
 
 NUM_SLOTS = 4
+SIZES = {"num_slots": NUM_SLOTS, "max_context": 128, "tokens_per_dispatch": 2}
 
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_model):
-    with Pipeline(tiny_model, num_slots=NUM_SLOTS, max_context=128, tokens_per_dispatch=2) as pipeline:
+    with Pipeline(tiny_model, **SIZES) as pipeline:
         yield pipeline
 
 
@@ -103,9 +104,9 @@ def test_an_agent_s_chat_over_the_real_engine(pipeline):
 
 
 def test_closing_ends_answers_under_way_and_is_seen_by_the_health_check(tiny_model):
-    pipeline = Pipeline(tiny_model, num_slots=1, max_context=256)
+    pipeline = Pipeline(tiny_model, **SIZES)
     assert pipeline.fault() is None
-    answer = pipeline.complete("x", Params(max_tokens=250, seed=1))
+    answer = pipeline.complete("x", Params(max_tokens=120, seed=1))
     results = []
     reader = threading.Thread(target=lambda: results.append(answer.result()))
     reader.start()
