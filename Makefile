@@ -7,10 +7,11 @@ SHELL := /bin/bash
 PYTHON ?=
 DATA ?=
 CUDA ?= cuda12
-WORKERS ?= 2
+WORKERS ?= 3
 TESTS ?= tests
 UPGRADE ?=
 TORCH := 2.13.0
+PEFT := 0.21.2
 PY := .venv/bin/python
 
 # Settings of the caller's shell that would send packages or imports elsewhere than .venv.
@@ -101,9 +102,9 @@ test: setup  ## all tests (TESTS=tests/model for a part, WORKERS=2 processes)
 test-gpu: setup  ## the tests that need an NVIDIA GPU, after `make setup-gpu`
 	@JAX_PLATFORMS=cuda,cpu $(PY) -m pytest -m gpu $(TESTS)
 
-parity: setup  ## installs torch with pip and compares with it live
-	@$(PY) -c 'import torch, sys; sys.exit(torch.__version__.split("+")[0] != "$(TORCH)")' 2>/dev/null \
-	  || $(PY) -m pip install -qq torch==$(TORCH)
+parity: setup  ## installs torch and peft with pip and compares with them live
+	@$(PY) -c 'import peft, torch, sys; sys.exit((torch.__version__.split("+")[0], peft.__version__) != ("$(TORCH)", "$(PEFT)"))' \
+	  2>/dev/null || $(PY) -m pip install -qq torch==$(TORCH) peft==$(PEFT)
 	@$(PY) -m pytest -m parity $(TESTS)
 
 setup-gpu:  ## adds JAX for NVIDIA GPUs (CUDA=cuda12 or cuda13) and prints devices and driver

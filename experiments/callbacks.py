@@ -32,6 +32,7 @@ from internjax.model.lora import Lora, LoraConfig, apply_config
 from internjax.text.tokenizer import Tokenizer
 from internjax.train import processes
 from internjax.train.batch import Batch
+from internjax.train.freezing import join, joined
 from internjax.train.loop import Every
 from internjax.train.losses import next_token
 from internjax.train.step import TrainState, put_batch
@@ -84,7 +85,7 @@ class Weights(NamedTuple):
 def weights_of(state: TrainState, lora_config: LoraConfig | None) -> Weights:
     """Returns the weights of a state as decoding and evaluation take them."""
     if lora_config is None:
-        return Weights(state.trainable, None)
+        return Weights(join(state.trainable, state.frozen), None)
     return Weights(state.frozen, apply_config(state.trainable, lora_config))
 
 
@@ -168,6 +169,7 @@ def held_out_loss(
         )
     own = sharding.process_rows(mesh, batch_size)
     loss = next_token(model_config, lora_config=lora_config)
+    loss = joined(loss) if lora_config is None else loss
     summed = jax.jit(lambda trainable, frozen, batch: loss(trainable, frozen, batch, jax.random.key(0))[:2])
     num_bytes = _bytes_of((row_batch(rows, [index]) for index in range(num_batches * batch_size)), tokenizer)
 

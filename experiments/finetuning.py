@@ -5,18 +5,18 @@ other command can open. The same function serves a laptop and the recipes for la
 """
 
 import dataclasses
-import hashlib
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
-from data_pipelines.loading import Rows, batches, open_rows
-from data_pipelines.sources import existing
+from data_pipelines.conversations import Reading, conversation_rows
+from data_pipelines.loading import batches
 from experiments.callbacks import HeldOut, Prompts
 from experiments.training import (
     Task,
@@ -35,24 +35,36 @@ from experiments.training import (
 )
 from internjax.hf.adapter import save_adapter
 from internjax.hf.open import Model, open_model
+from internjax.hf.resolve import resolve
 from internjax.hf.save import save_architecture, save_model
 from internjax.kernels.attention import Backend
-from internjax.model import decoder, lora
+from internjax.model import decoder, lora, quantize
+from internjax.model.config import DType
 from internjax.model.lora import LoraConfig
+from internjax.model.quantize import Quantised
 from internjax.sharding import MeshConfig, process_rows
-from internjax.text import chat
-from internjax.text.tokenizer import Tokenizer
-from internjax.train import processes
+from internjax.train import devices, processes
 from internjax.train.checkpoint import CheckpointConfig
 from internjax.train.checks import check_run
+from internjax.train.freezing import join, joined, split
 from internjax.train.guard import Guard
 from internjax.train.loop import Every
-from internjax.train.losses import next_token
+from internjax.train.loss_scale import LossScale, scaled
+from internjax.train.losses import Loss, next_token
 from internjax.train.memory import Job
 from internjax.train.optimizer import AdamW, Cosine, Optimizer, Schedule, make_optimizer
 from internjax.train.profile import ProfileConfig
-from internjax.train.step import init_state, make_step
+from internjax.train.step import TrainState, init_state, make_step
 from internjax.train.tracking import TrackingConfig
+
+_OPTIONS = {
+    "lora": {},
+    "rslora": {"scaling": "rslora"},
+    "dora": {"kind": "dora"},
+    "pissa": {"initialisation": "pissa"},
+    "qlora": {},
+}
+"""What a method's name says about its adapters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,24 +75,38 @@ class Finetune:
     """Run folder: a path, or a name under runs/."""
     model: str = ""
     """MODEL: a Hugging Face folder, an adapter folder, BASE+ADAPTER, a run folder, RUN@STEP, hf:ORG/NAME."""
+    allow_unknown: tuple[str, ...] = ()
+    """Fields of the model's config.json that are read as if they were absent."""
     data: tuple[str, ...] = ()
-    """Files of conversations; the format is detected (Alpaca, OpenAI messages, ShareGPT, MOSS, prompt/completion)."""
-    bad_rows: Literal["refuse", "skip"] = "refuse"
-    """A row that is no conversation ends the run before it begins, or is left out and counted."""
+    """Files of conversations; the format is detected (Alpaca, OpenAI messages, ShareGPT, OASST, MOSS, texts, ...)."""
+    reading: Reading = Reading()
     seq_len: int = 2048
-    """Tokens of a packed row; a conversation that is longer is left out and counted."""
+    """Tokens of a packed row."""
     batch_size: int = 8
     """Rows of a batch over all devices."""
     num_epochs: float = 1.0
     """Passes over the data; sets the number of steps where num_steps is not given."""
     num_steps: int | None = None
     """Updates of the run; None: num_epochs of the data."""
-    method: Literal["full", "lora"] = "lora"
-    """All parameters are trained, or adapters on the frozen model."""
+    method: Literal["full", "lora", "rslora", "dora", "pissa", "qlora"] = "lora"
+    """full: all parameters are trained. lora: adapters on the frozen model, of the kind that `lora` says; rslora, dora,
+    pissa: with that option; qlora: over the model in nf4 (or in what `quantize` says)."""
     lora: LoraConfig = LoraConfig()
-    """Adapters of method=lora."""
+    """Adapters of all methods but full."""
+    quantize: Literal["none", "int8", "int4", "nf4"] = "none"
+    """What the frozen model is held in under adapters; 4 bits in groups of 64 with scales quantised again."""
+    freeze: tuple[str, ...] = ()
+    """method=full: parameters that are not trained, as patterns of names (embed.*, layers.attention.*, *norm.scale)."""
+    neftune_alpha: float = 0.0
+    """Noise on the embeddings of tokens (NEFTune); 5 is its authors' choice, 0 is none."""
     merge: bool = True
     """Write the merged model beside the adapter, as the run's model/."""
+    dtype: Literal["auto"] | DType = "auto"
+    """Computation; auto: float32 on CPUs, bfloat16 on GPUs that have it, else float16."""
+    param_dtype: DType = "float32"
+    """method=full: what parameters are trained in. A small update is lost in 16 bits."""
+    loss_scale: LossScale = LossScale()
+    """Of a computation in float16."""
     optimizer: Optimizer = AdamW(peak_lr=2e-4, weight_decay=0.0)
     schedule: Schedule = Cosine(warmup_steps=10)
     """A warm-up longer than a tenth of the run is shortened to it."""
@@ -96,72 +122,42 @@ class Finetune:
     tracking: TrackingConfig = TrackingConfig()
     prompts: Prompts = Prompts()
     held_out: HeldOut = HeldOut()
+    """Without a folder: the conversations that `reading` keeps for validation, if any."""
     profile: ProfileConfig = ProfileConfig()
     preflight: bool = True
     """Look at mesh, memory, attention, masks, adapters, files and disk before step 0."""
     dry_run: bool = False
     """Stop after plan and preflight; no run folder is made."""
-    token_cache: str = "runs/.tokens"
-    """Where tokenised conversations are kept, by the hash of files, tokenizer and template."""
     seed: int = 0
-    """Of initial weights, order of the data and dropout."""
+    """Of initial weights, order of the data, dropout and noise."""
     fresh: bool = False
     """Remove an existing run folder first."""
 
     def __post_init__(self):
-        if self.method == "full" and self.lora != LoraConfig():
-            raise ValueError(f"method=full trains no adapters, but lora is set to {self.lora}; use --method lora")
-        if self.method == "full" and not self.merge:
-            raise ValueError("merge=False leaves the adapter alone, and method=full has none; use --method lora")
+        if self.method == "full":
+            if self.lora != LoraConfig():
+                raise ValueError(f"method=full trains no adapters, but lora is set to {self.lora}; use --method lora")
+            if not self.merge:
+                raise ValueError("merge=False leaves the adapter alone, and method=full has none; use --method lora")
+            if self.quantize != "none":
+                raise ValueError(f"quantize={self.quantize} holds a frozen model; method=full trains it: use qlora")
+        elif self.freeze:
+            raise ValueError(f"freeze={self.freeze} is for method=full; under adapters the whole model is frozen")
 
 
-def chat_tokens(config: Finetune, tokenizer: Tokenizer) -> Path:
-    """Returns the token folder of a fine-tuning's conversations, written now or found by its hash.
+def adapters_of(config: Finetune) -> LoraConfig | None:
+    """Returns the adapters that a config trains; None for method=full."""
+    return None if config.method == "full" else dataclasses.replace(config.lora, **_OPTIONS[config.method])
 
-    Prints the detected formats, what was left out and why, and one rendered sample.
-    """
-    from data_pipelines import formats
-    from data_pipelines.tokens import MANIFEST, TokenDocument, write_tokens
 
-    if not config.data:
-        raise ValueError("no data given; name at least one file of conversations: --data my.jsonl")
-    digest = hashlib.sha256(f"{tokenizer.fingerprint} {tokenizer.chat_template} {config.bad_rows}".encode())
-    for name in config.data:
-        digest.update(hashlib.sha256(existing(name).read_bytes()).digest())
-    folder = Path(config.token_cache) / digest.hexdigest()[:16]
-    if (folder / MANIFEST).is_file():
-        return folder
-    bad: list[str] = []
-    documents, found = [], {}
-    for name in config.data:
-        found[name] = formats.detect_file(name)
-        for sample in formats.conversations(name, format=found[name], on_bad_row=bad.append):
-            try:
-                rendered = chat.render(sample.messages, tokenizer)
-            except ValueError as error:
-                bad.append(f"{sample.place}: {error}")
-                continue
-            documents.append(TokenDocument(sample.place, list(rendered.ids), list(rendered.mask)))
-    if bad and config.bad_rows == "refuse":
-        others = f" (and {len(bad) - 1} more rows)" if bad[1:] else ""
-        raise ValueError(f"{bad[0]}{others}. Mend the file, or leave such rows out with --bad-rows skip")
-    for message in bad[:5]:
-        print(f"left out: {message}", file=sys.stderr)
-    if not documents:
-        raise ValueError(
-            f"{', '.join(config.data)} hold no conversation; the first reason: {bad[0] if bad else 'empty'}"
-        )
-    print(f"{len(documents)} conversations from {found}, {len(bad)} rows left out")
-    write_tokens(folder, documents, tokenizer=tokenizer, about={"formats": found, "left_out": len(bad)})
-    first = documents[0]
-    learned = [token for token, learn in zip(first.ids, first.mask, strict=True) if learn]
-    print(f"first sample: {tokenizer.decode(first.ids, skip_special=False)!r}")
-    print(f"  learned of it: {tokenizer.decode(learned, skip_special=False)!r}")
-    return folder
+def base_of(config: Finetune) -> Quantised | None:
+    """Returns how the frozen model is held; None: as it is stored."""
+    scheme = "nf4" if config.method == "qlora" and config.quantize == "none" else config.quantize
+    return None if scheme == "none" else Quantised(scheme, group=64, double=scheme != "int8")
 
 
 def finetune(config: Finetune, *, callbacks: Sequence[Every] = ()) -> Trained:
-    """Returns the run folder of a fine-tuning: adapter/ (PEFT layout) for lora, and the whole model as model/."""
+    """Returns the run folder of a fine-tuning: adapter/ (PEFT layout) for adapters, and the whole model as model/."""
     if not config.model:
         raise ValueError("no model given; name one: --model FOLDER (a Hugging Face folder or a run)")
     folder = run_path(config.run)
@@ -175,8 +171,10 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
     begun = time.time()
     # All that can be wrong is read before the folder is made, or an earlier one removed.
     model = _whole_model(config, mesh)
-    rows = _conversation_rows(config, model)
-    num_steps = config.num_steps or max(1, round(config.num_epochs * rows.plan(0).num_rows / config.batch_size))
+    read = conversation_rows(
+        config.data, model.tokenizer, reading=config.reading, seq_len=config.seq_len, seed=config.seed
+    )
+    num_steps = config.num_steps or max(1, round(config.num_epochs * read.rows.num_rows / config.batch_size))
     warmup = min(config.schedule.warmup_steps, max(1, num_steps // 10))
     schedule = dataclasses.replace(config.schedule, warmup_steps=warmup)
     check_run(
@@ -190,7 +188,9 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
         num_steps=num_steps,
     )
     optimizer = make_optimizer(config.optimizer, schedule, num_steps)
-    data = batches(rows, batch_size=config.batch_size, only_rows=process_rows(mesh, config.batch_size))
+    if model.config.dtype == "float16":
+        optimizer = scaled(optimizer, config.loss_scale)
+    data = batches(read.rows, batch_size=config.batch_size, only_rows=process_rows(mesh, config.batch_size))
     job = Job(
         model.config,
         config.batch_size,
@@ -198,36 +198,46 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
         config.mesh,
         config.accumulate,
         optimizer=config.optimizer,
-        lora=config.lora if config.method == "lora" else None,
+        lora=adapters_of(config),
+        quantised=base_of(config),
     )
-    task = Task(job, model.tokenizer, num_steps, rows, data, mesh, conversations=True)
+    task = Task(job, model.tokenizer, num_steps, read.rows, data, mesh, conversations=read.is_chat)
     checked = plan_and_check(config, task, folder, base=model.params)
-    callbacks = [*callbacks, *held_out_callbacks(config, task)]
+    if read.validation and not config.held_out.folder:
+        measured = dataclasses.replace(config.held_out, folder=read.validation)
+        callbacks = [*callbacks, *held_out_callbacks(dataclasses.replace(config, held_out=measured), task)]
+    else:
+        callbacks = [*callbacks, *held_out_callbacks(config, task)]
     if config.dry_run:
         return dry(folder)
-    state, loss = _finetune_state(config, model, optimizer, mesh)
-    step = make_step(loss, optimizer, accumulate=config.accumulate, mesh=mesh)
+    start = _start(config, model, optimizer, mesh)
+    step = make_step(start.loss, optimizer, accumulate=config.accumulate, mesh=mesh)
     with opened(config, folder, begun=begun) as run:
         keep(checked, folder)
-        base = _base(config, model, folder)
+        base = _base(config, model, start, folder)
         _save_architecture(config, model, folder, base)
-        state = run_training(config, task, run, state, step, callbacks)
-        _export_finetuned(folder, config, model, state.trainable, base)
-        read = rows.plan(0)
-        return ended(
-            run,
-            {
-                "method": config.method,
-                "base": config.model,
-                "num_left_out": read.num_left_out,
-                "num_rows": read.num_rows,
-            },
-        )
+        state = run_training(config, task, run, start.state, step, callbacks)
+        _export(config, model, start, state, folder)
+        return ended(run, {"method": config.method, "base": config.model} | read.summary)
 
 
 def _whole_model(config: Finetune, mesh: Mesh | None) -> Model:
-    """Returns the model with its adapters, if any, merged: what is trained next stands on them."""
-    model = open_model(config.model, mesh=mesh)
+    """Returns the model with its adapters, if any, merged: what is trained next stands on them.
+
+    It is quantised while it is read, unless its own weights are wanted first: to merge, to write or to part them.
+    """
+    source = resolve(config.model)
+    whole_first = config.method == "pissa" or source.checkpoints is not None or bool(source.adapters)
+    wanted = None if config.dtype == "auto" else config.dtype
+    if wanted is None and jax.default_backend() == "gpu":
+        wanted = devices.compute_dtype(jax.devices()[0])
+    model = open_model(
+        config.model,
+        mesh=mesh,
+        quantize=None if whole_first else base_of(config),
+        dtype=wanted,
+        allow_unknown=config.allow_unknown,
+    )
     how = dataclasses.replace(model.config, remat=config.remat, attention=config.attention)
     model = dataclasses.replace(model, config=how)
     if model.tokenizer is None:
@@ -239,89 +249,115 @@ def _whole_model(config: Finetune, mesh: Mesh | None) -> Model:
     return dataclasses.replace(model, params=lora.merge(model.params, model.lora), lora=None)
 
 
-def _conversation_rows(config: Finetune, model: Model) -> Rows:
-    # One process renders and writes them; a mistake in a row ends all of them.
-    folder = processes.first("conversations", lambda: str(chat_tokens(config, model.tokenizer)))
-    rows = open_rows(
-        folder,
-        seq_len=config.seq_len,
-        packing="whole",
-        seed=config.seed,
-        tokenizer_sha256=model.tokenizer.fingerprint,
-    )
-    if left_out := rows.plan(0).num_left_out:
-        print(f"{left_out} conversations are longer than {config.seq_len} tokens and were left out", file=sys.stderr)
-    return rows
+class _Start(NamedTuple):
+    """Where training begins."""
+
+    state: TrainState
+    loss: Loss
+    residual: dict | None
+    """What PiSSA leaves of the model: the base of its checkpoints."""
+    factors: dict | None
+    """PiSSA's first factors, without which its adapter is none of the model."""
 
 
-def _finetune_state(config: Finetune, model: Model, optimizer, mesh: Mesh | None):
+def _start(config: Finetune, model: Model, optimizer: optax.GradientTransformation, mesh: Mesh | None) -> _Start:
     axes = decoder.logical_axes(model.config)
-    if config.method == "full":
+    adapters = adapters_of(config)
+    common = {"seed": config.seed, "mesh": mesh, "optimizer_state": config.mesh.optimizer_state}
+    loss = next_token(model.config, lora_config=adapters, neftune_alpha=config.neftune_alpha)
+    if adapters is None:
+        # Released checkpoints are bfloat16; trained is what the config says.
+        params = jax.tree.map(lambda leaf: leaf.astype(config.param_dtype), model.params)
+        parts, places = split(params, config.freeze), split(axes, config.freeze)
         state = init_state(
-            model.params, optimizer, seed=config.seed, mesh=mesh, axes=axes, optimizer_state=config.mesh.optimizer_state
+            parts.trainable,
+            optimizer,
+            frozen=parts.frozen or None,
+            axes=places.trainable,
+            frozen_axes=places.frozen or None,
+            **common,
         )
-        return state, next_token(model.config)
-    weights = lora.init_lora(config.lora, model.params, jax.random.key(config.seed))
+        return _Start(state, joined(loss), None, None)
+    begun = lora.initialise(adapters, model.params, jax.random.key(config.seed))
+    frozen, is_pissa = begun.params, adapters.initialisation == "pissa"
+    if (how := base_of(config)) is not None:
+        frozen = quantize.quantize_params(frozen, **dataclasses.asdict(how))
+    # The state takes its arrays over.
+    factors = jax.tree.map(jnp.copy, begun.weights) if is_pissa else None
     state = init_state(
-        weights,
+        begun.weights,
         optimizer,
-        frozen=model.params,
-        seed=config.seed,
-        mesh=mesh,
-        axes=lora.logical_axes(weights, axes),
-        frozen_axes=axes,
-        optimizer_state=config.mesh.optimizer_state,
+        frozen=frozen,
+        axes=lora.logical_axes(begun.weights, axes),
+        frozen_axes=quantize.logical_axes(frozen, axes),
+        **common,
     )
-    return state, next_token(model.config, lora_config=config.lora)
+    return _Start(state, loss, begun.params if is_pissa else None, factors)
 
 
-def _base(config: Finetune, model: Model, folder: Path) -> Path:
-    """Returns the folder that the new adapter stands on: the model's own, or RUN/base where that is not the model."""
+def _base(config: Finetune, model: Model, start: _Start, folder: Path) -> Path:
+    """Returns the folder that the run's adapters stand on: the model's own, or RUN/base where that is not the model."""
     source = model.source
-    if config.method == "full" or (source.checkpoints is None and not source.adapters):
+    is_plain = source.checkpoints is None and not source.adapters and start.residual is None
+    if config.method == "full" or is_plain:
         return source.folder
     if not processes.first("base", (folder / "base").is_dir):
-        print(f"{config.model} is written to {folder / 'base'}: the new adapter stands on it")
-        params = exported(model.params)
-        if params is not None:
-            save_model(
-                folder / "base",
-                config=model.config,
-                params=params,
-                tokenizer=model.tokenizer,
-                generation=model.generation,
-                provenance={"from": config.model},
-            )
+        print(f"what the adapter is trained on is written to {folder / 'base'}")
+        _save(
+            folder / "base", model, model.params if start.residual is None else start.residual, {"from": config.model}
+        )
     return folder / "base"
+
+
+def _save(folder: Path, model: Model, params: dict, provenance: dict, *, dtype: DType | None = None) -> None:
+    """Writes a model folder; all processes take part, and process 0 writes."""
+    params = exported(params)
+    if params is not None:
+        save_model(
+            folder,
+            config=model.config,
+            params=params,
+            tokenizer=model.tokenizer,
+            generation=model.generation,
+            dtype=dtype,
+            provenance=provenance,
+            overwrite=True,
+        )
 
 
 def _save_architecture(config: Finetune, model: Model, folder: Path, base: Path) -> None:
     """Writes what `open_model(RUN@STEP)` reads the run's checkpoints by; process 0 of a job does."""
     if processes.index() != 0:
         return
-    if config.method == "full":
+    adapters = adapters_of(config)
+    if adapters is None:
         save_architecture(folder, config=model.config, tokenizer=model.tokenizer)
-    else:
-        save_architecture(folder, config=model.config, tokenizer=model.tokenizer, lora_config=config.lora, base=base)
+        return
+    # PiSSA's checkpoints are plain adapters of what it left of the model.
+    adapters = dataclasses.replace(adapters, initialisation="zero")
+    save_architecture(folder, config=model.config, tokenizer=model.tokenizer, lora_config=adapters, base=base)
 
 
-def _export_finetuned(folder: Path, config: Finetune, model: Model, trained: dict, base: Path) -> None:
-    """Writes the adapter (method=lora) and, unless merge is off, the whole model."""
-    # All processes take part in what is computed on the mesh, and process 0 writes.
-    adapter, params = None, trained
-    if config.method == "lora":
-        params = lora.merge(model.params, lora.apply_config(trained, config.lora)) if config.merge else None
-        adapter = exported(trained)
-    params = None if params is None else exported(params)
-    if adapter is not None:
-        save_adapter(folder / "adapter", config.lora, adapter, base=base, model_config=model.config, overwrite=True)
-    if params is not None:
-        save_model(
-            folder / "model",
-            config=model.config,
-            params=params,
-            tokenizer=model.tokenizer,
-            generation=model.generation,
-            provenance={"base": config.model, "data": list(config.data), "method": config.method, "seed": config.seed},
-            overwrite=True,
-        )
+def _export(config: Finetune, model: Model, start: _Start, state: TrainState, folder: Path) -> None:
+    """Writes the adapter, where one was trained, and the whole model, unless merge is off."""
+    facts = {"base": config.model, "data": list(config.data), "method": config.method, "seed": config.seed}
+    if (adapters := adapters_of(config)) is None:
+        # As it was stored: the precision that training wants is not what is handed on.
+        _save(folder / "model", model, join(state.trainable, state.frozen), facts, dtype=model.config.param_dtype)
+        return
+    source, base = model.source, folder / "base"
+    plain = lora.Plain(dataclasses.replace(adapters, initialisation="zero"), state.trainable)
+    if source.checkpoints is None and not source.adapters:
+        base = source.folder
+        if start.factors is not None:
+            plain = lora.of_original_base(adapters, state.trainable, start.factors)
+    weights = exported(plain.weights)
+    if weights is not None:
+        save_adapter(folder / "adapter", plain.config, weights, base=base, model_config=model.config, overwrite=True)
+    if config.merge:
+        trained, frozen = state.trainable, state.frozen
+        if base_of(config) is not None and jax.device_count() == 1:
+            # A device that was chosen for a model in few bits may not hold the whole one.
+            trained, frozen = jax.device_put((trained, frozen), jax.local_devices(backend="cpu")[0])
+        merged = lora.merge(frozen, lora.apply_config(trained, adapters))
+        _save(folder / "model", model, quantize.dequantize_params(merged), facts)

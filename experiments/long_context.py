@@ -18,8 +18,8 @@ Expected result: not run yet; the loss of late positions of a long row should fa
 from dataclasses import replace
 
 from experiments.command_line import launch
-from experiments.continued_pretraining import CONFIG as PARENT
-from experiments.continued_pretraining import with_architecture
+from experiments.continue_7b import CONFIG as PARENT
+from experiments.continue_7b import with_architecture
 from experiments.pretraining import Pretrain, pretrain
 from experiments.training import Trained
 from internjax.model.config import INTERNLM2_7B, DynamicNTK, ModelConfig, NoScaling

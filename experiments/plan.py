@@ -12,14 +12,14 @@ device is needed. Exit code: 0 when it fits (or no device is named), 1 when it d
 
 import argparse
 import dataclasses
-import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from experiments import jobs
 
 RESULTS = Path(__file__).parent / "benchmarks" / "results" / "plan_error.json"
 
@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.help or options.experiment is None:
         _parser().print_help()
         if options.experiment is None:
-            print(f"\nexperiments: {', '.join(names())}")
+            print(f"\nexperiments: {', '.join(jobs.names())}")
             return 0 if options.help else 2
         rest = ["--help"]
     config = _config(options.experiment, rest)
@@ -111,21 +111,8 @@ def _recipes(options: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError(f"--recipes goes with a --device and plans all experiments as they are; given {given}")
     device, num_devices = devices.named(options.device), options.devices or 1
     print(plan_recipes.table(device, num_devices=num_devices, memory_share=options.memory_share))
+    print(f"\n{measured_error()}")
     return 0
-
-
-def names() -> list[str]:
-    """Returns the experiments of this folder that have a CONFIG, found without importing them."""
-    folder = Path(__file__).parent
-    files = sorted(folder.glob("*.py"))
-    return [path.stem for path in files if re.search("^CONFIG =", path.read_text(encoding="utf-8"), re.MULTILINE)]
-
-
-def _module(name: str) -> Any:
-    name = name.removeprefix("experiments.").removesuffix(".py")
-    if name not in names():
-        raise ValueError(f"no experiment {name!r} with a CONFIG; there are: {', '.join(names())}")
-    return importlib.import_module(f"experiments.{name}")
 
 
 def _config(name: str, rest: list[str]) -> Any:
@@ -133,53 +120,23 @@ def _config(name: str, rest: list[str]) -> Any:
     from experiments.finetuning import Finetune
     from experiments.pretraining import Pretrain
 
-    config = _module(name).CONFIG
+    config = jobs.module(name).CONFIG
     if not isinstance(config, Pretrain | Finetune):
         raise ValueError(f"{name} is a {type(config).__name__}; plans are made of Pretrain and Finetune configs")
     return parse(config, rest)
 
 
 def _planned(config: Any, options: argparse.Namespace, device: Any) -> Planned:
+    from internjax.model.quantize import Quantised
     from internjax.train import devices
-    from internjax.train.memory import Quantised
 
     quantised = None if options.quantise is None else Quantised(options.quantise, options.group)
-    job = job_of(config, quantised=quantised)
+    job = jobs.job_of(config, quantised=quantised)
     if device is not None and (note := devices.dtype_note(device, job.model.dtype)):
         print(note)
-        job = on_device(job, device)
+        job = jobs.on_device(job, device)
     tokens = options.tokens or (config.num_steps or 0) * job.batch_size * job.seq_len or None
     return Planned(job, options.devices or _devices_of(config.mesh), tokens)
-
-
-def job_of(config: Any, *, quantised: Any = None) -> Any:
-    """Returns what a Pretrain or Finetune config trains; `quantised` says how QLoRA keeps its base."""
-    from experiments.pretraining import Pretrain
-    from internjax.train.memory import Job
-
-    if isinstance(config, Pretrain):
-        batch_size, seq_len, lora, model = config.data.batch_size, config.data.seq_len, None, config.model
-    else:
-        batch_size, seq_len = config.batch_size, config.seq_len
-        lora = None if config.method == "full" else config.lora
-        model = dataclasses.replace(architecture(config.model), remat=config.remat, attention=config.attention)
-    return Job(
-        model=model,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        mesh=config.mesh,
-        accumulate=config.accumulate,
-        optimizer=config.optimizer,
-        lora=lora,
-        quantised=quantised,
-    )
-
-
-def on_device(job: Any, device: Any) -> Any:
-    """Returns the job in the dtype that the device computes in."""
-    from internjax.train.devices import compute_dtype
-
-    return dataclasses.replace(job, model=dataclasses.replace(job.model, dtype=compute_dtype(device, job.model.dtype)))
 
 
 def _devices_of(mesh: Any) -> int:
@@ -188,35 +145,6 @@ def _devices_of(mesh: Any) -> int:
         return sizes[0] * sizes[1] * sizes[2] * sizes[3]
     fixed = -sizes[0] * sizes[1] * sizes[2] * sizes[3]
     return 8 if 8 % fixed == 0 else fixed
-
-
-def architecture(model: str) -> Any:
-    """Returns the ModelConfig of a MODEL, read from its config and the headers of its weights, or of an experiment.
-
-    A name of a pre-training experiment stands for its architecture in bfloat16, so that a fine-tuning is planned before
-    anything is downloaded. The computation is in bfloat16.
-    """
-    import jax.numpy as jnp
-
-    from experiments.pretraining import Pretrain
-    from internjax.hf.families import family_of
-    from internjax.hf.resolve import CONFIG, read_json, resolve
-    from internjax.hf.weights import list_tensors
-
-    if model in names() and isinstance(found := _module(model).CONFIG, Pretrain):
-        return dataclasses.replace(found.model, param_dtype="bfloat16", dtype="bfloat16")
-    if not model:
-        raise ValueError("no model given; name a folder, or a size by its experiment: --model internlm2_7b")
-    if model.startswith(("hf:", "modelscope:")):
-        raise ValueError(f"{model} would be downloaded to be planned; name its size instead: --model internlm2_7b")
-    folder = resolve(model).folder
-    values = read_json(folder / CONFIG)
-    config = family_of(values).config_from_hf(values)
-    try:
-        stored = {"F32": "float32", "F16": "float16"}.get(next(iter(list_tensors(folder).values())).dtype, "bfloat16")
-    except (ValueError, StopIteration):  # a folder of config and tokenizer alone
-        stored = str(jnp.dtype(values.get("torch_dtype") or "bfloat16"))
-    return dataclasses.replace(config, param_dtype=stored, dtype="bfloat16")
 
 
 def measured_error(path: Path = RESULTS) -> str:

@@ -15,6 +15,7 @@ def main() -> None:
     from internjax import sharding
     from internjax.model.config import from_json
     from internjax.model.lora import LoraConfig
+    from internjax.model.quantize import Quantised
     from internjax.train import memory, optimizer
     from internjax.train.losses import next_token
     from internjax.train.step import make_step
@@ -31,7 +32,7 @@ def main() -> None:
             "optimizer": optimizer_value,
             "mesh": sharding.MeshConfig(**values["mesh"]),
             "lora": lora,
-            "quantised": values["quantised"] and memory.Quantised(**values["quantised"]),
+            "quantised": values["quantised"] and Quantised(**values["quantised"]),
         }
     )
     mesh = sharding.make_mesh(job.mesh)

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Any, NamedTuple
 
-from experiments import plan as planning
+from experiments import jobs
 
 # Published checkpoints whose architecture stands in this folder, so that nothing is downloaded to be planned.
 _PUBLISHED = re.compile(r"(?:hf|modelscope):.*/internlm2[^/]*[-_](1_8b|7b|20b)(?:[-_].*)?$", re.IGNORECASE)
@@ -29,8 +29,8 @@ def rows(device: Any, *, num_devices: int, memory_share: float | None = None) ->
     from experiments.pretraining import Pretrain
 
     found = []
-    for name in planning.names():
-        config = planning._module(name).CONFIG
+    for name in jobs.names():
+        config = jobs.module(name).CONFIG
         if isinstance(config, Finetune) and (published := _PUBLISHED.match(config.model)):
             config = dataclasses.replace(config, model=f"internlm2_{published[1].lower()}")
         # An experiment without a model of its own takes the user's: there is nothing to plan yet.
@@ -43,7 +43,7 @@ def _row(name: str, config: Any, device: Any, num_devices: int, memory_share: fl
     from internjax.train import devices, plan
 
     try:
-        job = planning.on_device(planning.job_of(config), device)
+        job = jobs.on_device(jobs.job_of(config), device)
     except (ValueError, OSError) as error:
         return Row(name, getattr(config, "method", "full"), None, None, f"cannot be planned here: {error}")
     changes: dict[str, Any] = {}
@@ -86,4 +86,4 @@ def table(device: Any, *, num_devices: int, memory_share: float | None = None) -
         fits = "?" if row.fits is None else "yes" if row.fits else "no"
         size = "" if row.gib is None else f"{row.gib:.1f}"
         lines.append(f"{row.name:26}{row.method:8}{fits:6}{size:>7}  {row.how}")
-    return "\n".join([*lines, "", planning.measured_error()])
+    return "\n".join(lines)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines import formats, sources, tokens, wanjuan
+from data_pipelines.conversations import Reading
 from data_pipelines.document import Document, fingerprint, make_document, split_by_file
 from data_pipelines.ledger import Ledger, save, summary
 from data_pipelines.loading import open_rows
@@ -192,7 +193,8 @@ def sft(config: Tiny, root: Path) -> dict[str, Any]:
             run=str(root / "sft"),
             model=str(root / "pretrain"),
             data=files,
-            bad_rows="skip",  # named and counted by the first stage
+            # Bad rows were named and counted by the first stage.
+            reading=Reading(bad_rows="skip", cache=str(root / ".tokens")),
             seq_len=config.seq_len,
             batch_size=config.sft_batch_size,
             num_steps=config.sft_steps,
@@ -201,7 +203,6 @@ def sft(config: Tiny, root: Path) -> dict[str, Any]:
             schedule=Cosine(warmup_steps=10),
             checkpoint=CheckpointConfig(every=config.sft_steps, max_to_keep=1),
             tracking=TrackingConfig(log_every=10, wandb="disabled"),
-            token_cache=str(root / ".tokens"),
             seed=config.seed,
         )
     )

@@ -28,8 +28,9 @@ from typing import Any
 from experiments.benchmarks import record
 from internjax.model.config import INTERNLM2_1_8B, INTERNLM2_7B, ModelConfig
 from internjax.model.lora import LoraConfig
+from internjax.model.quantize import Quantised
 from internjax.sharding import MeshConfig
-from internjax.train.memory import Job, Quantised, estimate
+from internjax.train.memory import Job, estimate
 from internjax.train.optimizer import AdamW
 
 RESULT = record.RESULTS / "plan_error.json"
@@ -80,7 +81,7 @@ def measure(job: Job) -> dict[str, Any]:
         params = decoder.init(job.model, key)
         if job.quantised is None:
             return params
-        return quantize.quantize_params(params, scheme=job.quantised.scheme, group=job.quantised.group)
+        return quantize.quantize_params(params, **dataclasses.asdict(job.quantised))
 
     optimizer = make_optimizer(job.optimizer, Constant(), NUM_STEPS)
     params = jax.jit(params_of)(jax.random.key(0))

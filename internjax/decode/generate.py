@@ -22,7 +22,7 @@ from internjax.decode.sample import Sampling, sample
 from internjax.model import decoder, rope
 from internjax.model.cache import CacheDType, KVCache, dense_cache
 from internjax.model.config import ModelConfig
-from internjax.model.lora import Lora
+from internjax.model.lora import Lora, with_gains
 from internjax.model.quantize import QuantArray
 
 RUNNING, STOP, LENGTH, ERROR = range(4)
@@ -270,6 +270,7 @@ def _generate(
         max_new_tokens=max_new_tokens,
         cache_dtype=cache_dtype,
     )
+    lora = None if lora is None else with_gains(lora, params)  # before the loop, not with every token
     start_B, index_BN = state.lengths_B, jnp.arange(max_new_tokens)
     state = lax.while_loop(
         lambda state: state.active_B.any(), lambda state: step(params, state, config=config, lora=lora), state

@@ -11,13 +11,13 @@ import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internjax.hf.families import Layout, family_of, fitting_layout, layout_family
+from internjax.hf.families import Layout, family_of, fitting_layout, holding_layouts, layout_family
 from internjax.hf.folder import new_folder
 from internjax.hf.mapping import Family, Row, get_leaf, is_kernel, leaf_shapes, set_leaf, tensor_names
 from internjax.hf.weights import (
@@ -113,8 +113,6 @@ def save_adapter(
 
 def _module(row: Row, nodes: list[dict | None], config: ModelConfig) -> dict:
     """Returns the adapter of a whole module from those of its kernels, None for one that has none."""
-    if len(nodes) == 1:
-        return nodes[0]
     present = [jax.tree.map(np.asarray, node) for node in nodes if node is not None]
     shared = len(present) == len(nodes) and all(np.array_equal(node["a"], present[0]["a"]) for node in present)
     widths = [leaf_shapes(config)[leaf][1] for leaf in row.leaves]
@@ -310,13 +308,13 @@ def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> 
 
 
 def _family_of(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> Family:
-    """Returns the layout that knows most of an adapter's modules; Llama's where none does."""
+    """Returns the layout that knows most of an adapter's modules, of those that hold the model."""
 
     def num_known(family):
         names = {name for row in _kernel_rows(family, config) for name in tensor_names(row, config)}
         return sum(f"{key.removeprefix(_PREFIX).rsplit('.lora_', 1)[0]}.weight" in names for key in tensors)
 
-    return max((layout_family(layout) for layout in get_args(Layout)), key=num_known)
+    return max((layout_family(layout) for layout in holding_layouts(config)), key=num_known)
 
 
 def _kernel_rows(family: Family, config: ModelConfig) -> list[Row]:

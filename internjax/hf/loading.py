@@ -30,7 +30,7 @@ from internjax.hf.weights import DTYPES, Plan, TensorInfo, check_names, read_ten
 from internjax.kernels.quant_matmul import Scheme
 from internjax.model import decoder
 from internjax.model.config import ModelConfig
-from internjax.model.quantize import QuantArray, fitting_group, quantize_array
+from internjax.model.quantize import QuantArray, Quantised, fitting_group, quantize_array
 
 FLOATS = ("F32", "BF16", "F16")
 GROUP = 128
@@ -44,7 +44,7 @@ def load_params(
     *,
     where: Any,
     mesh: Mesh | None = None,
-    quantize: Scheme | None = None,
+    quantize: Scheme | Quantised | None = None,
 ) -> dict:
     """Returns the parameter tree of a folder's tensors in the dtypes they are stored in.
 
@@ -124,6 +124,7 @@ def fill(homes: list["Home"], read: Callable[[int], list[np.ndarray]], *, on_hos
                 transpose=home.transpose,
                 scheme=home.scheme,
                 group=home.group,
+                double=home.double,
             )
             leaf = _put(leaf, home) if home.num_layers is None else placer(home.shardings)(leaves[index], leaf, layer)
             leaves[index] = jax.block_until_ready(leaf)
@@ -139,7 +140,7 @@ def _quantized(leaf: jax.Array, home: "Home"):
     """Returns a leaf that is in place, quantised if its home says so."""
     if home.scheme is None:
         return leaf
-    return _put(quantize_array(leaf, scheme=home.scheme, group=home.group), home)
+    return _put(quantize_array(leaf, scheme=home.scheme, group=home.group, double=home.double), home)
 
 
 def _put(leaf, home: "Home"):
@@ -179,20 +180,31 @@ class Home(NamedTuple):
     scheme: Scheme | None
     group: int
     """Input rows per scale."""
+    double: bool
+    """Whether scales are quantised as well."""
 
 
 def home_of(
-    leaf: str, config: ModelConfig, dtype, *, mesh: Mesh | None, axes, quantize: Scheme | None, turned: bool = True
+    leaf: str,
+    config: ModelConfig,
+    dtype,
+    *,
+    mesh: Mesh | None,
+    axes,
+    quantize: Scheme | Quantised | None,
+    turned: bool = True,
 ) -> Home:
     """Returns the home of the leaf at a path. `turned`: kernels are read as Hugging Face stores them, [O, I]."""
     own = leaf_shapes(config)[leaf]
     num_layers = config.num_layers if leaf.startswith("layers.") else None
     shape = own if num_layers is None else (num_layers, *own)
-    scheme, transpose = (quantize, turned) if is_kernel(leaf) else (None, False)
-    group = fitting_group(own[0], largest=GROUP)
+    how = quantize if isinstance(quantize, Quantised) else Quantised(quantize, GROUP, double=False)
+    scheme, transpose = (how.scheme, turned) if is_kernel(leaf) else (None, False)
+    group = fitting_group(own[0], largest=how.group)
     abstract = jax.ShapeDtypeStruct(shape, dtype)
     if scheme is not None:
-        abstract = jax.eval_shape(functools.partial(quantize_array, scheme=scheme, group=group), abstract)
+        quantized = functools.partial(quantize_array, scheme=scheme, group=group, double=how.double)
+        abstract = jax.eval_shape(quantized, abstract)
     placed = full = raw = None
     if mesh is not None:
         leaf_axes = get_leaf(axes, leaf)
@@ -203,14 +215,14 @@ def home_of(
         spec = sharding.partition_spec(leaf_axes if num_layers is None else leaf_axes[1:])
         raw = NamedSharding(mesh, PartitionSpec(*(reversed(spec) if transpose else spec)))
         full = NamedSharding(mesh, sharding.partition_spec(leaf_axes))
-    return Home(shape, np.dtype(dtype), num_layers, abstract, placed, full, raw, transpose, scheme, group)
+    return Home(shape, np.dtype(dtype), num_layers, abstract, placed, full, raw, transpose, scheme, group, how.double)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "transpose", "scheme", "group"))
-def _prepare(tensor: jax.Array, dtype: str, *, transpose: bool, scheme: Scheme | None, group: int):
+@functools.partial(jax.jit, static_argnames=("dtype", "transpose", "scheme", "group", "double"))
+def _prepare(tensor: jax.Array, dtype: str, *, transpose: bool, scheme: Scheme | None, group: int, double: bool):
     tensor = tensor.astype(dtype)
     tensor = tensor.T if transpose else tensor
-    return tensor if scheme is None else quantize_array(tensor, scheme=scheme, group=group)
+    return tensor if scheme is None else quantize_array(tensor, scheme=scheme, group=group, double=double)
 
 
 def _zeros(home: Home):

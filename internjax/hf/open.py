@@ -25,7 +25,8 @@ from internjax.hf.weights import list_tensors
 from internjax.kernels.quant_matmul import Scheme
 from internjax.model import decoder, rope
 from internjax.model.config import DType, ModelConfig, from_json, num_params
-from internjax.model.lora import Lora
+from internjax.model.lora import Lora, num_adapted, with_gains
+from internjax.model.quantize import Quantised
 from internjax.text.tokenizer import REWARD, Tokenizer, load_tokenizer
 
 
@@ -48,7 +49,7 @@ def open_model(
     model: str | os.PathLike,
     *,
     mesh: Mesh | None = None,
-    quantize: Scheme | None = None,
+    quantize: Scheme | Quantised | None = None,
     adapters: Iterable[str | os.PathLike] = (),
     dtype: DType | None = None,
     allow_unknown: Iterable[str] = (),
@@ -57,8 +58,9 @@ def open_model(
 
     Parameters keep the dtype they are stored in. dtype: of the computation; by default float32 on CPUs, else bfloat16.
     mesh: parameters are placed on it by their logical axes. quantize: every kernel becomes a QuantArray while it is
-    read. adapters: adapter folders that act together on top. allow_unknown: fields of config.json to read as if they
-    were absent. Raises ValueError for all that cannot be honoured, and for folders that are not whole.
+    read (a scheme alone: groups of 128). adapters: adapter folders that act together on top. allow_unknown: fields of
+    config.json to read as if they were absent. Raises ValueError for all that cannot be honoured, and for folders that
+    are not whole.
     """
     start = time.perf_counter()
     source = resolve(model, adapters=adapters)
@@ -90,7 +92,10 @@ def open_model(
         loaded.append(trained)
         origin += f" + {source.checkpoints}/{step}"
     config = dataclasses.replace(config, param_dtype=str(params["embed"]["embedding"].dtype))
-    result = Model(config, params, tokenizer, generation, _place_lora(adapter.combine(loaded), mesh), source)
+    lora = _place_lora(adapter.combine(loaded), mesh)
+    # Frozen from here on: what DoRA divides by is found once, not with every token.
+    lora = None if lora is None else with_gains(lora, params)
+    result = Model(config, params, tokenizer, generation, lora, source)
     origin = " + ".join([origin, *map(str, source.adapters)])
     _print_opened(model, origin, family.name, result, quantize, time.perf_counter() - start)
     return result
@@ -164,12 +169,14 @@ def _place_lora(lora: Lora | None, mesh: Mesh | None) -> Lora | None:
     return jax.device_put(lora, sharding.replicated(mesh))
 
 
-def _print_opened(asked, origin: str, layout: str, model: Model, quantize: str | None, seconds: float) -> None:
+def _print_opened(
+    asked, origin: str, layout: str, model: Model, quantize: Scheme | Quantised | None, seconds: float
+) -> None:
     config = model.config
-    weights = quantize or config.param_dtype
+    weights = quantize.scheme if isinstance(quantize, Quantised) else quantize or config.param_dtype
     extra = "" if model.tokenizer is not None else ", no tokenizer"
     if model.lora is not None:
-        extra += f", adapters on {len(jax.tree.leaves(model.lora.weights)) // 2} kernels"
+        extra += f", adapters on {num_adapted(model.lora)} kernels"
     print(
         f"model {asked}: {origin} ({layout} layout, {num_params(config):,} parameters in {weights}, computed in "
         f"{config.dtype}{extra}), {seconds:.1f} s"

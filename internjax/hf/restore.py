@@ -17,6 +17,7 @@ from internjax.hf.loading import fill, home_of, logical_axes, on_host
 from internjax.hf.mapping import leaf_shapes, set_leaf
 from internjax.kernels.quant_matmul import Scheme
 from internjax.model.config import ModelConfig
+from internjax.model.quantize import Quantised
 from internjax.train import processes
 from internjax.train.checkpoint_files import ABOUT, COMMITTED, committed_steps, problem
 
@@ -48,7 +49,12 @@ def good_step(checkpoints: Path, step: int | None) -> int:
 
 
 def stream_params(
-    checkpoints: Path, step: int, config: ModelConfig, *, mesh: Mesh | None = None, quantize: Scheme | None = None
+    checkpoints: Path,
+    step: int,
+    config: ModelConfig,
+    *,
+    mesh: Mesh | None = None,
+    quantize: Scheme | Quantised | None = None,
 ) -> dict:
     """Returns the parameters that a verified step holds, on the mesh, quantised as they come if asked.
 

@@ -99,6 +99,11 @@ def _find(tree: Mapping[str, Any], path: Sequence[str]):
     return tree
 
 
+def num_adapted(lora: Lora) -> int:
+    """Returns how many kernels have an adapter; those of all layers, which are stacked, count as one."""
+    return sum(1 for _ in _nodes(lora.weights))
+
+
 def _put(tree: dict, path: Sequence[str], node: dict) -> None:
     for name in path[:-1]:
         tree = tree.setdefault(name, {})

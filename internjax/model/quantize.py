@@ -49,6 +49,17 @@ def fitting_group(in_features: int, *, largest: int = 128) -> int:
     return min(largest, in_features & -in_features)
 
 
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """How the kernels of a frozen model are held; the default is QLoRA's (arXiv:2305.14314)."""
+
+    scheme: Scheme = "nf4"
+    group: int = 64
+    """Input rows that share a scale."""
+    double: bool = True
+    """Scales are quantised as well."""
+
+
 SCALE_BLOCK = 256
 """Scales that share a step and an offset where they are quantised themselves: neighbours along the output features."""
 
@@ -137,6 +148,12 @@ def dequantize(array: QuantArray) -> jax.Array:
     return _restored(array, jnp.dtype(array.dtype))
 
 
+def dequantize_params(params: dict) -> dict:
+    """Returns the parameters with every QuantArray as the full matrix."""
+    is_quantised = lambda leaf: isinstance(leaf, QuantArray)  # noqa: E731
+    return jax.tree.map(lambda leaf: dequantize(leaf) if is_quantised(leaf) else leaf, params, is_leaf=is_quantised)
+
+
 def _restored(array: QuantArray, dtype: jnp.dtype) -> jax.Array:
     return kernels.dequantize(array.values, full_scales(array), array.zeros, scheme=array.scheme, dtype=dtype)
 
@@ -151,17 +168,18 @@ def quantize_params(params: dict, *, scheme: Scheme, group: int = 128, double: b
     """Returns the parameters with every `kernel` quantised (naming law); norms and the embedding table stay.
 
     Each kernel uses `group`, or the largest power of two below it that divides its input features. double: scales are
-    quantised too (`quantize_array`). With head=False the output head keeps its precision.
+    quantised too (`quantize_array`). With head=False the output head keeps its precision. What is quantised already
+    stays as it is.
     """
 
     def leaf(path, value):
         names = [entry.key for entry in path]
-        if names[-1] != "kernel" or (names[0] == "head" and not head):
+        if names[-1] != "kernel" or (names[0] == "head" and not head) or isinstance(value, QuantArray):
             return value
         group_here = fitting_group(value.shape[-2], largest=group)
         return quantize_array(value, scheme=scheme, group=group_here, double=double)
 
-    return jax.tree_util.tree_map_with_path(leaf, params)
+    return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=lambda node: isinstance(node, QuantArray))
 
 
 def logical_axes(params: dict, params_axes: dict) -> dict:

@@ -19,25 +19,16 @@ from jax.sharding import AbstractMesh, AxisType
 from internjax import sharding
 from internjax.kernels.attention import QUERY_CHUNK
 from internjax.kernels.cudnn_attention import MAX_SEGMENTS
-from internjax.kernels.quant_matmul import Scheme
 from internjax.model import decoder, lora, quantize
 from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
 from internjax.model.lora import LoraConfig
+from internjax.model.quantize import Quantised
 from internjax.sharding import MeshConfig
 from internjax.train.batch import Batch
 from internjax.train.losses import next_token
 from internjax.train.optimizer import AdamW, Constant, Optimizer, make_optimizer
 from internjax.train.step import TrainState, abstract_state
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantised:
-    """How the frozen kernels of QLoRA are stored."""
-
-    scheme: Scheme = "nf4"
-    group: int = 64
-    """Input rows that share a scale."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +103,7 @@ def abstract_weights(config: ModelConfig, quantised: Quantised | None = None) ->
     params, axes = decoder.abstract_params(config), decoder.logical_axes(config)
     if quantised is None:
         return Weights(params, axes)
-    how = functools.partial(quantize.quantize_params, scheme=quantised.scheme, group=quantised.group)
-    params = jax.eval_shape(how, params)
+    params = jax.eval_shape(functools.partial(quantize.quantize_params, **dataclasses.asdict(quantised)), params)
     return Weights(params, quantize.logical_axes(params, axes))
 
 

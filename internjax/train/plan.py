@@ -19,10 +19,11 @@ import jax.numpy as jnp
 
 from internjax.model.config import num_matmul_params, num_params
 from internjax.model.lora import LoraConfig
+from internjax.model.quantize import Quantised
 from internjax.sharding import MESH_AXES
 from internjax.train import flops, memory
 from internjax.train.devices import GIB, Device, attention_problem
-from internjax.train.memory import Held, Job, Memory, Quantised
+from internjax.train.memory import Held, Job, Memory
 
 EFFICIENCY = 0.5
 """Share of the peak that products reach when nothing waits, recomputation included; published runs of 7B on 8 H100 in

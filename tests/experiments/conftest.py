@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from data_pipelines.conversations import Reading
 from data_pipelines.tokens import text_documents, write_tokens
 from experiments.finetuning import Finetune
 from experiments.pretraining import Pretrain, TokenData
@@ -81,6 +82,6 @@ def finetuning(corpus, source, run, **fields) -> Finetune:
         num_steps=12,
         optimizer=AdamW(peak_lr=1e-2, weight_decay=0.0),
         checkpoint=CheckpointConfig(every=8),
-        token_cache=str(run.parent / ".tokens"),
+        reading=Reading(cache=str(run.parent / ".tokens")),
     )
     return Finetune(**values | fields)

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from experiments import (
-    continued_pretraining,
+    continue_7b,
     finetune,
     internlm2_1_8b,
     internlm2_1_8b_32k,
@@ -443,7 +443,7 @@ def test_variants_say_what_differs_from_their_parent():
         mesh=MeshConfig(fsdp=-1, tensor=4),
     )
     assert sft_lora_7b.CONFIG.lora == LoraConfig(rank=16, alpha=32.0)
-    assert sft_lora_7b.CONFIG.batch_size * sft_lora_7b.CONFIG.accumulate == 16
+    assert sft_lora_7b.CONFIG.batch_size == 16
     assert tiny.CONFIG.sft_lora.targets[-1] == "head"
 
 
@@ -452,13 +452,13 @@ def test_variants_say_what_differs_from_their_parent():
 
 def test_the_architecture_of_a_continuation_is_the_checkpoints(corpus, tmp_path):
     trained = pretrain(pretraining(corpus, tmp_path / "trained", num_steps=2))
-    default = continued_pretraining.CONFIG
+    default = continue_7b.CONFIG
     config = dataclasses.replace(default, init=str(trained.folder))
-    given = continued_pretraining.with_architecture(config, default=default.model).model
-    how = {name: getattr(default.model, name) for name in continued_pretraining.HOW}
+    given = continue_7b.with_architecture(config, default=default.model).model
+    how = {name: getattr(default.model, name) for name in continue_7b.HOW}
     assert given == dataclasses.replace(SMALL, **how)
     at_step = dataclasses.replace(config, init=f"{trained.folder}@2")
-    assert continued_pretraining.with_architecture(at_step, default=default.model).model == given
+    assert continue_7b.with_architecture(at_step, default=default.model).model == given
 
     longer = long_context.stretched(given, 1024)
     # max_position 256, no factor named: 10,000 x (2 x 4 - 1)^(8/6).
@@ -475,12 +475,12 @@ def test_the_architecture_of_a_continuation_is_the_checkpoints(corpus, tmp_path)
         schedule=WSD(warmup_steps=1, decay_steps=1),
         accumulate=2,
     )
-    done = continued_pretraining.run(short)
+    done = continue_7b.run(short)
     # It begins where the checkpoint ended, not where a fresh model does.
     assert done.summary["first_loss"] < trained.summary["first_loss"] - 0.5
 
     other = dataclasses.replace(config, model=dataclasses.replace(default.model, num_layers=3, remat="none"))
     with pytest.raises(ValueError, match=r"comes from .*, but the command sets model.num_layers 3\. Leave that out"):
-        continued_pretraining.with_architecture(other, default=default.model)
+        continue_7b.with_architecture(other, default=default.model)
     with pytest.raises(ValueError, match="name one: --init MODEL"):
-        continued_pretraining.run(dataclasses.replace(default, init=None))
+        continue_7b.run(dataclasses.replace(default, init=None))

@@ -92,7 +92,18 @@ def place(tmp_path_factory):
 
 def arguments(model, data, run):
     return [
-        *("--model", model, "--data", data, "--method", "lora", "--run", run, "--token-cache", run.parent / ".tokens"),
+        *(
+            "--model",
+            model,
+            "--data",
+            data,
+            "--method",
+            "lora",
+            "--run",
+            run,
+            "--reading.cache",
+            run.parent / ".tokens",
+        ),
         *("--num-steps", "80", "--optimizer.peak-lr", "2e-2", "--seq-len", "64", "--batch-size", "2"),
         *("--lora.targets", "query", "key", "value", "output", "gate", "up", "down", "head"),
         *("--tracking.log-every", "20"),

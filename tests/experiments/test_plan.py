@@ -1,19 +1,20 @@
 """`python -m experiments.plan`: figures of shipped experiments, verdicts as exit codes, mistakes as messages."""
 
 import json
+import re
 import sys
 import time
 
 import jax
 import pytest
 
-from experiments import plan
+from experiments import jobs, plan
 from internjax.hf.save import save_model
 from internjax.model import decoder
 from internjax.model.config import INTERNLM2_7B, TINY
 from internjax.text.tokenizer import train_tokenizer
 
-NAMES = plan.names()
+NAMES = jobs.names()
 TWENTY = ("internlm2_20b", "--devices", "64", "--device", "h100", "--mesh.fsdp", "16", "--mesh.tensor", "4")
 
 
@@ -85,7 +86,9 @@ def test_adapters_over_four_bits_by_the_name_of_a_size(capsys, tmp_path):
     kernels = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 92544
     rest = 4096 * 92544 + 65 * 4096
     # Half a byte per weight and a float32 scale per 64 of them; embedding and norms in bfloat16.
-    assert roles["frozen parameters, quantised"] == kernels // 2 + kernels // 64 * 4 + 2 * rest
+    # A byte for a scale, 8 for the step and offset of 256 of them; the head's 92,544 columns make blocks of 128.
+    scales = kernels // 64 + kernels // 64 // 256 * 8 + 92_544 * 4096 // 64 // 256 * 8
+    assert roles["frozen parameters, quantised"] == kernels // 2 + scales + 2 * rest
     assert "qlora, 1 x 4090" in capsys.readouterr().out
     assert plan.main(["sft_lora_7b", *arguments.split(), "--method", "full"]) == 1
 
@@ -99,17 +102,17 @@ def test_a_card_without_bfloat16_computes_in_float16(capsys):
 
 
 def test_recipes_are_held_against_a_card(capsys, monkeypatch):
-    shipped = ("internlm2_1_8b", "sft_lora_7b", "tiny", "finetune")
-    monkeypatch.setattr(plan, "names", lambda: shipped if sys._getframe(1).f_code.co_name == "rows" else NAMES)
+    shipped = ("internlm2_1_8b", "sft_lora_7b", "sft_qlora_7b", "tiny", "finetune")
+    monkeypatch.setattr(jobs, "names", lambda: shipped if sys._getframe(1).f_code.co_name == "rows" else NAMES)
     assert plan.main(["--recipes", "--device", "t4", "--memory-share", "1.0"]) == 0
     printed = capsys.readouterr().out
     assert "1 x t4: 15.0 GiB, 15.0 of them for jax; compute capability 7.5, float16, 65 TFLOP/s" in printed
     table = {line.split()[0]: line for line in printed.splitlines() if line.startswith(shipped)}
-    assert set(table) == {"internlm2_1_8b", "sft_lora_7b"}  # the others have no model of their own
+    assert set(table) == {"internlm2_1_8b", "sft_lora_7b", "sft_qlora_7b"}  # the others have no model of their own
     assert table["sft_lora_7b"].split()[1:3] == ["lora", "no"] and "method qlora" in table["sft_lora_7b"]
     assert table["internlm2_1_8b"].split()[1:3] == ["full", "no"]
     assert plan.main(["--recipes", "--device", "3090"]) == 0
-    assert "sft_lora_7b               lora    yes" in capsys.readouterr().out
+    assert re.search(r"sft_qlora_7b +qlora +yes", capsys.readouterr().out)
     assert plan.main(["--recipes"]) == 2 and "--recipes goes with a --device" in capsys.readouterr().err
 
 
@@ -117,14 +120,14 @@ def test_a_folder_is_read_without_its_weights(tmp_path, capsys):
     tokenizer = train_tokenizer(["a tree in the park\n"] * 9, vocab_size=300)
     params = decoder.init(TINY, jax.random.key(0))
     save_model(tmp_path / "model", config=TINY, params=params, tokenizer=tokenizer)
-    found = plan.architecture(str(tmp_path / "model"))
+    found = jobs.architecture(str(tmp_path / "model"))
     assert (found.d_model, found.num_layers, found.param_dtype, found.dtype) == (128, 3, "float32", "bfloat16")
     assert plan.main(["finetune", "--model", str(tmp_path / "model"), "--device", "l4", "--meshes", "0"]) == 0
     # The headers say what is stored; the numbers behind them are not looked at.
     (weights,) = (tmp_path / "model").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-4] + b"\xff" * 4)
-    assert plan.architecture(str(tmp_path / "model")) == found
-    by_name = plan.architecture("internlm2_7b")
+    assert jobs.architecture(str(tmp_path / "model")) == found
+    by_name = jobs.architecture("internlm2_7b")
     assert by_name.param_dtype == "bfloat16" and by_name.ffn_dim == INTERNLM2_7B.ffn_dim
 
 

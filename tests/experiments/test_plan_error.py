@@ -7,7 +7,8 @@ import pytest
 
 from experiments.benchmarks import plan_error
 from internjax.model.config import TINY
-from internjax.train.memory import Job, Quantised
+from internjax.model.quantize import Quantised
+from internjax.train.memory import Job
 
 
 def test_without_a_gpu_nothing_is_measured_and_nothing_written(tmp_path, capsys):

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data_pipelines.conversations import Reading
 from data_pipelines.loading import batches, open_rows
-from experiments.finetuning import chat_tokens, finetune
+from experiments.finetuning import finetune
 from experiments.pretraining import TokenData, pretrain
 from internjax import sharding
 from internjax.hf.adapter import load_adapter
@@ -24,7 +25,7 @@ from internjax.train.losses import LossOutput
 from internjax.train.optimizer import AdamW, Constant, make_optimizer
 from internjax.train.step import init_state, make_step
 from internjax.train.tracking import open_run, read_rows
-from tests.experiments.conftest import QUESTIONS, SMALL, finetuning, pretraining, write_chats
+from tests.experiments.conftest import QUESTIONS, SMALL, finetuning, pretraining
 
 ROWS = np.arange(3, 67).reshape(4, 16)
 
@@ -290,9 +291,7 @@ def test_a_fine_tuning_is_complete_or_refused_like_any_run(tuned, trained, corpu
 def test_all_parameters_and_epochs(trained, corpus, tmp_path):
     config = finetuning(corpus, trained.folder, tmp_path / "run", method="full", num_steps=None, num_epochs=4.0)
     done = finetune(config)
-    rows = open_rows(chat_tokens(config, load_tokenizer(corpus / "tokenizer")), seq_len=64, packing="whole", seed=0)
-    assert done.summary["num_rows"] == rows.plan(0).num_rows
-    assert done.summary["num_steps"] == round(4 * rows.plan(0).num_rows / 8) > 4
+    assert done.summary["num_steps"] == round(4 * done.summary["num_rows"] / 8) > 4
     assert done.summary["loss"] < done.summary["first_loss"] - 1
     assert {"adapter", "base"}.isdisjoint(names(done.folder))
     steps = f"{done.folder}@{done.summary['num_steps']}"
@@ -335,17 +334,16 @@ BAD_FINETUNINGS = {
     "a missing file": (lambda c, t: dict(data=(str(c / "nowhere.jsonl"),)), "no such file or folder.*nowhere.jsonl"),
     "an empty file": (lambda c, t: chats(t, []), "is empty: it has no JSON row"),
     "rows of no format": (lambda c, t: chats(t, [{"ask": 1}]), "chats.jsonl:1: fields ask fit no known format"),
-    "text": (lambda c, t: chats(t, [{"text": "Once"}]), "holds text rows, not conversations"),
     "a line that is no JSON": (
         lambda c, t: chats(t, [GOOD, "{", GOOD]),
-        "chats.jsonl:2: not valid JSON.*--bad-rows skip",
+        "chats.jsonl:2: not valid JSON.*bad_rows=skip",
     ),
     "a row that is no conversation": (
         lambda c, t: chats(t, [GOOD, {"prompt": "q"}, "[]"]),
         r"chats.jsonl:2: not a completion row: field 'completion' is missing \(and 1 more rows\)",
     ),
     "only bad rows, skipped": (
-        lambda c, t: chats(t, ["{"]) | dict(bad_rows="skip"),
+        lambda c, t: chats(t, ["{"]) | dict(reading=Reading(bad_rows="skip", cache=str(t / ".tokens"))),
         "chats.jsonl:1: not valid JSON",
     ),
     "conversations longer than a row": (lambda c, t: dict(seq_len=4), "give a longer seq_len"),
@@ -362,48 +360,6 @@ def test_a_bad_fine_tuning_is_refused_before_it_begins(name, trained, corpus, tm
     with pytest.raises(ValueError, match=said):
         finetune(finetuning(corpus, trained.folder, tmp_path / "run", **fields(corpus, tmp_path)))
     assert "run" not in names(tmp_path)
-
-
-def test_bad_rows_are_skipped_where_that_is_asked_for(trained, corpus, tmp_path, capsys):
-    fields = chats(tmp_path, [GOOD, "{", {"prompt": "q"}, GOOD])
-    tokenizer = load_tokenizer(corpus / "tokenizer")
-    config = finetuning(corpus, trained.folder, tmp_path / "run", bad_rows="skip", **fields)
-    folder = chat_tokens(config, tokenizer)
-    printed = capsys.readouterr()
-    assert "chats.jsonl:2: not valid JSON" in printed.err and "chats.jsonl:3: not a completion row" in printed.err
-    assert "2 conversations from" in printed.out and "2 rows left out" in printed.out
-    assert json.loads((folder / "manifest.json").read_text())["about"]["left_out"] == 2
-    with pytest.raises(
-        ValueError, match=r"chats.jsonl:2.*\(and 1 more rows\)"
-    ):  # what was skipped once is not accepted
-        chat_tokens(dataclasses.replace(config, bad_rows="refuse"), tokenizer)
-
-
-def test_conversations_are_tokenised_once_and_again_when_they_change(corpus, tmp_path, capsys):
-    tokenizer = load_tokenizer(corpus / "tokenizer")
-    first, second = write_chats(tmp_path / "a.jsonl", QUESTIONS[:5]), write_chats(tmp_path / "b.jsonl", QUESTIONS[5:9])
-    config = finetuning(corpus, "", tmp_path / "run", data=(str(first), str(second)))
-    folder = chat_tokens(config, tokenizer)
-    printed = capsys.readouterr().out
-    assert "9 conversations" in printed and "What is 0 + 1?" in printed
-    assert "learned of it: '0 + 1 is 1.<|im_end|>'" in printed
-    made = (folder / "manifest.json").stat().st_mtime_ns
-    assert chat_tokens(config, tokenizer) == folder and capsys.readouterr().out == ""
-    assert (folder / "manifest.json").stat().st_mtime_ns == made
-    write_chats(second, QUESTIONS[5:10])
-    assert chat_tokens(config, tokenizer) != folder
-    other = dataclasses.replace(tokenizer, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    assert chat_tokens(config, other) != chat_tokens(config, tokenizer)
-
-
-def test_a_conversation_that_the_template_refuses_is_a_bad_row(corpus, tmp_path):
-    template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
-    )
-    other = dataclasses.replace(load_tokenizer(corpus / "tokenizer"), chat_template=template)
-    rows = [{"instruction": "q", "output": "a", "system": "s"}]
-    with pytest.raises(ValueError, match="chats.jsonl:1: the tokenizer's chat template refuses.*no system"):
-        chat_tokens(finetuning(corpus, "", tmp_path / "run", **chats(tmp_path, rows)), other)
 
 
 def test_a_conversation_that_is_too_long_is_left_out_and_counted(trained, corpus, tmp_path, capsys):

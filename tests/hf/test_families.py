@@ -9,6 +9,7 @@ import pytest
 
 from internjax import sharding
 from internjax.hf import loading
+from internjax.hf.adapter import WEIGHTS, load_adapter, save_adapter
 from internjax.hf.families import family_of, fitting_layout, holding_layouts
 from internjax.hf.loading import plan_tensors
 from internjax.hf.mapping import leaf_shapes
@@ -16,6 +17,7 @@ from internjax.hf.open import logits, open_model
 from internjax.hf.weights import read_header, read_tensor
 from internjax.model import decoder
 from internjax.model.config import ModelConfig, num_params
+from internjax.model.lora import LoraConfig, apply_config, init_lora
 from tests.hf import family_reference
 from tests.hf.conftest import GOLDEN
 from tests.hf.family_weights import tensors_of
@@ -321,3 +323,33 @@ def test_a_model_that_no_layout_holds_is_told_why():
     config = dataclasses.replace(PLAIN, qk_norm=True, attention_bias="qkv")
     with pytest.raises(ValueError, match="'llama' has no place for attention_bias='qkv'.*'qwen3'.*qkv"):
         fitting_layout(config)
+
+
+@pytest.mark.parametrize("case", ["glm", "chatglm3"])
+def test_an_adapter_of_turned_heads_acts_in_their_own_order(make_folder, tmp_path, case):
+    """What PEFT adds to q_proj is B A x in the checkpoint's order of rows."""
+    values = STOCK["glm"]["config"] if case == "glm" else CHATGLM3
+    tensors = tensors_of(shapes_of(values))
+    folder = make_folder("base", values, tensors)
+    model = open_model(folder)
+    lora_config = LoraConfig(rank=2, alpha=2.0, targets=("query",))
+    weights = init_lora(lora_config, model.params, jax.random.key(0))
+    weights = jax.tree.map(lambda leaf: leaf + jax.random.normal(jax.random.key(1), leaf.shape), weights)
+    save_adapter(tmp_path / "adapter", lora_config, weights, folder, model_config=model.config)
+    written = {name: read_tensor(info) for name, info in read_header(tmp_path / "adapter" / WEIGHTS).items()}
+    for name, a in written.items():
+        if "lora_A" in name:
+            base = name.removeprefix("base_model.model.").replace("lora_A.", "")
+            tensors[base] = tensors[base] + written[name.replace("lora_A", "lora_B")] @ a
+    merged = logits(open_model(make_folder("merged", values, tensors)), [TOKENS])
+    assert np.abs(merged - logits(model, [TOKENS])).max() > 1e-2
+    back = load_adapter(tmp_path / "adapter", model_config=model.config)
+    np.testing.assert_allclose(
+        back.weights["layers"]["attention"]["query"]["b"][:, :2],
+        weights["layers"]["attention"]["query"]["b"],
+        atol=1e-6,
+    )
+    adapted = decoder.logits(
+        model.params, np.array([TOKENS]), config=model.config, lora=apply_config(weights, lora_config)
+    )
+    np.testing.assert_allclose(adapted, merged, atol=1e-5)

@@ -14,11 +14,12 @@ from internjax.kernels.cudnn_attention import MAX_SEGMENTS
 from internjax.model import decoder, lora, quantize
 from internjax.model.config import INTERNLM2_7B, INTERNLM2_20B, TINY, num_params
 from internjax.model.lora import LoraConfig
+from internjax.model.quantize import Quantised
 from internjax.sharding import MeshConfig
 from internjax.train import devices, flops, memory, plan
 from internjax.train.batch import Batch
 from internjax.train.losses import next_token
-from internjax.train.memory import Job, Quantised
+from internjax.train.memory import Job
 from internjax.train.optimizer import Adafactor, AdamW, Constant, make_optimizer
 from internjax.train.step import init_state, make_step, put_batch
 
@@ -55,7 +56,7 @@ JOBS = {
         seq_len=16,
         mesh=MeshConfig(fsdp=2, sequence=2, tensor=2),
         lora=LoraConfig(rank=4),
-        quantised=Quantised("nf4", 16),
+        quantised=Quantised("nf4", 16, double=False),
     ),
 }
 

@@ -1,7 +1,7 @@
-"""Continued pre-training of a checkpoint on a domain corpus, with general text among it against forgetting.
+"""Continued pre-training of InternLM2-7B on a domain corpus, with general text among it against forgetting.
 
-    python -m experiments.continued_pretraining --init MODEL --data.folder domain/ general/ --data.tokenizer MODEL
-    python -m experiments.continued_pretraining --init mine --data.folder a/ b/ --data.tokenizer mine/ --num-steps 500
+    python -m experiments.continue_7b --init MODEL --data.folder domain/ general/ --data.tokenizer MODEL
+    python -m experiments.continue_7b --init mine --data.folder a/ b/ --data.tokenizer mine/ --num-steps 500
 
 Hardware: 8 GPUs of 80 GB for a 7B model; not yet run on GPU
 Time: not measured; derived: 70 H100 hours at an assumed 40 % MFU
@@ -31,7 +31,7 @@ HOW = ("dtype", "param_dtype", "remat", "unroll_layers", "attention")
 """Fields of a model that say how it is computed; all others come from the checkpoint."""
 
 CONFIG = Pretrain(
-    run="continued_pretraining",
+    run="continue_7b",
     init="hf:internlm/internlm2-7b",
     model=replace(INTERNLM2_7B, remat="dots", attention="chunked"),
     data=TokenData(batch_size=256, seq_len=4096, weight=(0.8, 0.2)),
@@ -74,9 +74,14 @@ def with_architecture(config: Pretrain, *, default: ModelConfig) -> Pretrain:
     return replace(config, model=replace(architecture(config.init), **how))
 
 
+def continued(config: Pretrain, *, default: ModelConfig) -> Trained:
+    """Returns the run of a continued pre-training whose recipe names the model `default`."""
+    return pretrain(with_architecture(config, default=default))
+
+
 def run(config: Pretrain) -> Trained:
     """Returns the run of the continued pre-training."""
-    return pretrain(with_architecture(config, default=CONFIG.model))
+    return continued(config, default=CONFIG.model)
 
 
 if __name__ == "__main__":

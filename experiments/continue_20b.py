@@ -1,0 +1,35 @@
+"""Continued pre-training of InternLM2-20B on a domain corpus; as continue_7b.
+
+    python -m experiments.continue_20b --data.folder domain/ general/ --data.tokenizer MODEL
+
+Hardware: 32 GPUs of 80 GB; not yet run on GPU
+Time: not measured; derived: 180 H100 hours at an assumed 40 % MFU
+
+Differs from continue_7b in the model and in micro-batches of 32 rows.
+Expected result: not run yet; the loss on the domain should fall and that on general text stay.
+"""
+
+from dataclasses import replace
+
+from experiments import continue_7b as parent
+from experiments.command_line import launch
+from experiments.pretraining import Pretrain
+from experiments.training import Trained
+from internjax.model.config import INTERNLM2_20B
+
+CONFIG = replace(
+    parent.CONFIG,
+    run="continue_20b",
+    init="hf:internlm/internlm2-20b",
+    model=replace(INTERNLM2_20B, remat="dots", attention="chunked"),
+    accumulate=8,
+)
+
+
+def run(config: Pretrain) -> Trained:
+    """Returns the run of the continued pre-training."""
+    return parent.continued(config, default=CONFIG.model)
+
+
+if __name__ == "__main__":
+    launch(run, CONFIG)
