@@ -1,0 +1,102 @@
+"""Fine-tuning by every method: what a run leaves opens as one and the same model, whole or as an adapter."""
+
+import jax
+import numpy as np
+import pytest
+
+from data_pipelines.conversations import Reading
+from experiments.callbacks import HeldOut
+from experiments.finetuning import adapters_of, base_of, finetune
+from internjax.hf.open import logits, open_model
+from internjax.hf.save import save_model
+from internjax.model import decoder
+from internjax.model.lora import LoraConfig
+from internjax.model.quantize import Quantised
+from internjax.sharding import MeshConfig
+from internjax.text.tokenizer import load_tokenizer
+from internjax.train.checkpoint import CheckpointConfig
+from internjax.train.optimizer import AdamW
+from internjax.train.tracking import read_rows
+from tests.experiments.conftest import SMALL, finetuning
+
+TOKENS = np.arange(3, 27).reshape(2, 12)
+
+
+@pytest.fixture(scope="module")
+def base(corpus, tmp_path_factory):
+    """A model folder of random weights, large enough that adapters of a few steps are seen."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    tokenizer = load_tokenizer(corpus / "tokenizer")
+    save_model(folder, config=SMALL, params=decoder.init(SMALL, jax.random.key(0)), tokenizer=tokenizer)
+    return folder
+
+
+def config_of(corpus, base, run, **fields):
+    how = {"num_steps": 4, "optimizer": AdamW(peak_lr=2e-2, weight_decay=0.0), "checkpoint": CheckpointConfig(every=2)}
+    # Groups of quantised weights are larger than an eighth of these kernels, so nothing is cut but rows.
+    how |= {"preflight": False, "mesh": MeshConfig(data=8, fsdp=1)}
+    return finetuning(corpus, base, run, **how | fields)
+
+
+def answers(model, **how):
+    return np.asarray(logits(open_model(model, **how), TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("dora", {"neftune_alpha": 5.0}),
+        ("pissa", {"lora": LoraConfig(rank=4, alpha=4.0, targets=("query", "value", "down"))}),
+        ("qlora", {"optimizer": AdamW(peak_lr=2e-2, weight_decay=0.0, lora_plus_ratio=4.0)}),
+        ("rslora", {"quantize": "int8"}),
+    ],
+)
+def test_a_method_leaves_one_model_in_every_form(method, fields, corpus, base, tmp_path):
+    config = config_of(corpus, base, tmp_path / "run", method=method, **fields)
+    done = finetune(config)
+    merged, start = answers(done.folder), answers(base)
+    assert np.abs(merged - start).max() > 1e-2
+    if base_of(config) is None:
+        for form in (done.folder / "adapter", f"{base}+{done.folder / 'adapter'}", f"{done.folder}@4"):
+            np.testing.assert_allclose(answers(form), merged, atol=2e-4, err_msg=str(form))
+        return
+    # Trained on the quantised base: that is what was merged, and what the adapter is to be used on.
+    on_quantised = answers(done.folder / "adapter", quantize=base_of(config))
+    np.testing.assert_allclose(on_quantised, merged, atol=2e-4)
+    assert np.abs(answers(done.folder / "adapter") - merged).max() > 1e-3
+
+
+def test_what_a_name_of_a_method_means(corpus, base, tmp_path):
+    named = {method: config_of(corpus, base, tmp_path, method=method) for method in ("lora", "rslora", "pissa", "qlora")}
+    assert adapters_of(named["lora"]) == adapters_of(named["qlora"]) == LoraConfig()
+    assert adapters_of(named["rslora"]).scaling == "rslora" and adapters_of(named["pissa"]).initialisation == "pissa"
+    assert base_of(named["lora"]) is None and base_of(named["qlora"]) == Quantised("nf4", 64, double=True)
+    assert base_of(config_of(corpus, base, tmp_path, method="qlora", quantize="int4")).scheme == "int4"
+    for fields, said in (
+        ({"method": "full", "quantize": "nf4"}, "method=full trains it: use qlora"),
+        ({"method": "full", "lora": LoraConfig(rank=2)}, "trains no adapters"),
+        ({"freeze": ("embed.*",)}, "under adapters the whole model is frozen"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            config_of(corpus, base, tmp_path, **fields)
+
+
+def test_frozen_parameters_stay_and_held_out_conversations_are_measured(corpus, base, tmp_path):
+    config = config_of(
+        corpus,
+        base,
+        tmp_path / "run",
+        method="full",
+        freeze=("embed.*", "layers.ffn.*"),
+        reading=Reading(validation_share=0.5, cache=str(tmp_path / ".tokens")),
+        held_out=HeldOut(every=2, num_batches=1),
+    )
+    done = finetune(config)
+    before, after = open_model(base).params, open_model(done.folder).params
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), before, after)
+    assert same["embed"]["embedding"] and all(jax.tree.leaves(same["layers"]["ffn"]))
+    assert not any(jax.tree.leaves(same["layers"]["attention"])) and not same["head"]["kernel"]
+    rows = read_rows(done.folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if "eval/loss" in row] == [2, 4]
+    (counts,) = done.summary["files"].values()
+    assert counts["num_validation"] > 0 and counts["num_trained"] + counts["num_validation"] == 64
