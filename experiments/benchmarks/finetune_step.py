@@ -9,9 +9,10 @@ bitsandbytes for peft over four bits
 Time: 3 minutes on a CPU; the settings for a GPU have not been run yet
 
 Adapters of rank 16 on every linear layer, written once in PEFT's layout and read by every contender. A step is forward,
-backward, clipping and AdamW on the adapters. LoRA stands on the checkpoint as it is, QLoRA on NF4: ours quantises every
-matrix, head included; peft's goes through bitsandbytes, which leaves the head in 16 bits. Where bitsandbytes is not
-installed its contender ends with that message, and the result says so: there is no other peer for four bits.
+backward, clipping and AdamW on the adapters. LoRA stands on the checkpoint as it is, QLoRA on NF4 with doubly quantised
+scales: ours quantises every matrix, head included; peft's goes through bitsandbytes, which leaves the head in 16 bits.
+Where bitsandbytes is not installed its contender ends with that message, and the result says so: there is no other peer
+for four bits.
 
 The limit of a setting is the allocator's: XLA_PYTHON_CLIENT_MEM_FRACTION = limit / memory of the card, taken as one
 block at the start, so that an allocation beyond it fails (each process proves that first). What the driver and the CUDA
@@ -34,10 +35,11 @@ from experiments.benchmarks.contest import Contender
 from experiments.benchmarks.train_step import CLIP, PEAK_LR
 from internjax.model.config import INTERNLM2_7B, INTERNLM2_20B, TINY, ModelConfig
 from internjax.model.lora import LoraConfig
+from internjax.model.quantize import Quantised
 from internjax.train.flops import LORA_FORMULA, training_flops
 
 LORA = LoraConfig(rank=16, alpha=32.0)
-OURS = {"lora": None, "qlora": "nf4"}
+OURS = {"lora": None, "qlora": Quantised("nf4", 64, double=True)}
 PEERS = ("peft-lora", "peft-lora-compile", "peft-qlora")
 TOLERANCE = {"lora": 2e-2, "qlora": 8e-2}
 """Of losses: bfloat16 rounds in another order, and NF4 blocks are cut in another way."""
@@ -71,7 +73,7 @@ SETTINGS = {
 # --- contenders ------------------------------------------------------------------------------------------------------
 
 
-def _internjax(setting: Setting, base: Path, adapter: Path, *, scheme: str | None) -> Contender:
+def _internjax(setting: Setting, base: Path, adapter: Path, *, quantised: Quantised | None) -> Contender:
     import jax
 
     from internjax.hf.adapter import load_adapter
@@ -83,7 +85,7 @@ def _internjax(setting: Setting, base: Path, adapter: Path, *, scheme: str | Non
     if setting.limit is not None:
         prove_limit(setting.limit)
     config = setting.step.model
-    opened = open_model(base, quantize=scheme)
+    opened = open_model(base, quantize=quantised)
     weights = load_adapter(adapter, model_config=config).weights
     adamw = AdamW(peak_lr=PEAK_LR, clip_norm=CLIP, weight_decay=0.0)
     optimizer = make_optimizer(adamw, Constant(), num_steps=1_000_000)
@@ -147,7 +149,7 @@ def worker(name: str, setting: Setting, folder: Path) -> None:
     """Is the contender `name`, in a process of its own."""
     base, adapter = folder / "base", folder / "adapter"
     if name in OURS:
-        contest.work(lambda: _internjax(setting, base, adapter, scheme=OURS[name]))
+        contest.work(lambda: _internjax(setting, base, adapter, quantised=OURS[name]))
     else:
         four_bits, compiled = "qlora" in name, name.endswith("compile")
         contest.work(lambda: _peft(setting, base, adapter, four_bits=four_bits, compiled=compiled))

@@ -89,8 +89,8 @@ def test_adapters_over_a_whole_and_a_quantised_base_are_trained(tmp_path):
     setting = finetune_step.Setting(train_step.Setting(SMALL, batch_size=2, seq_len=16), ("lora", "qlora"))
     finetune_step.write_inputs(setting, tmp_path)
     losses = {}
-    for name, scheme in finetune_step.OURS.items():
-        contender = finetune_step._internjax(setting, tmp_path / "base", tmp_path / "adapter", scheme=scheme)
+    for name, quantised in finetune_step.OURS.items():
+        contender = finetune_step._internjax(setting, tmp_path / "base", tmp_path / "adapter", quantised=quantised)
         losses[name] = [contender.step(position) for position in range(2)]
     finetune_step.require_equal(losses)
     assert losses["lora"][0] != losses["qlora"][0] and abs(losses["lora"][0] - losses["qlora"][0]) < 0.1
