@@ -18,6 +18,8 @@ class Evaluate:
 
     model: str
     """A Hugging Face folder, a run, an adapter folder: whatever the other commands take."""
+    allow_unknown: tuple[str, ...] = ()
+    """Fields of the model's config.json that are read as if they were absent."""
     choices: tuple[Path, ...] = ()
     """JSONL files with question, choices, answer."""
     questions: tuple[Path, ...] = ()
@@ -47,7 +49,7 @@ def run(config: Evaluate) -> str:
     if not tasks:
         raise ValueError("nothing to score: give --choices, --questions or --text with at least one file")
     model = local(
-        open_model(config.model),
+        open_model(config.model, allow_unknown=config.allow_unknown),
         batch_size=config.batch_size,
         max_length=config.max_length,
         encode=as_chat if config.ask == "chat" else as_text,

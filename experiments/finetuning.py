@@ -34,7 +34,9 @@ from experiments.training import (
     run_training,
 )
 from internjax.hf.adapter import save_adapter
+from internjax.hf.hub import push
 from internjax.hf.open import Model, open_model
+from internjax.hf.provenance import run_facts
 from internjax.hf.resolve import resolve
 from internjax.hf.save import save_architecture, save_model
 from internjax.kernels.attention import Backend
@@ -101,6 +103,8 @@ class Finetune:
     """Noise on the embeddings of tokens (NEFTune); 5 is its authors' choice, 0 is none."""
     merge: bool = True
     """Write the merged model beside the adapter, as the run's model/."""
+    push: str = ""
+    """Hub repository (ORG/NAME) that model/, or without merging adapter/, is sent to at the end; private."""
     dtype: Literal["auto"] | DType = "auto"
     """Computation; auto: float32 on CPUs, bfloat16 on GPUs that have it, else float16."""
     param_dtype: DType = "float32"
@@ -191,8 +195,9 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
     if model.config.dtype == "float16":
         optimizer = scaled(optimizer, config.loss_scale)
     data = batches(read.rows, batch_size=config.batch_size, only_rows=process_rows(mesh, config.batch_size))
+    masters = model.config.param_dtype if config.method != "full" else config.param_dtype
     job = Job(
-        model.config,
+        dataclasses.replace(model.config, param_dtype=masters),
         config.batch_size,
         config.seq_len,
         config.mesh,
@@ -218,6 +223,8 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
         _save_architecture(config, model, folder, base)
         state = run_training(config, task, run, start.state, step, callbacks)
         _export(config, model, start, state, folder)
+        if config.push and processes.index() == 0:
+            print(f"pushed to {push(folder / ('model' if config.merge else 'adapter'), config.push)}")
         return ended(run, {"method": config.method, "base": config.model} | read.summary)
 
 
@@ -231,6 +238,8 @@ def _whole_model(config: Finetune, mesh: Mesh | None) -> Model:
     wanted = None if config.dtype == "auto" else config.dtype
     if wanted is None and jax.default_backend() == "gpu":
         wanted = devices.compute_dtype(jax.devices()[0])
+        if note := devices.dtype_note(jax.devices()[0]):
+            print(note)
     model = open_model(
         config.model,
         mesh=mesh,
@@ -266,8 +275,7 @@ def _start(config: Finetune, model: Model, optimizer: optax.GradientTransformati
     common = {"seed": config.seed, "mesh": mesh, "optimizer_state": config.mesh.optimizer_state}
     loss = next_token(model.config, lora_config=adapters, neftune_alpha=config.neftune_alpha)
     if adapters is None:
-        # Released checkpoints are bfloat16; trained is what the config says.
-        params = jax.tree.map(lambda leaf: leaf.astype(config.param_dtype), model.params)
+        params = jax.tree.map(lambda leaf: _master(leaf, config.param_dtype), model.params)
         parts, places = split(params, config.freeze), split(axes, config.freeze)
         state = init_state(
             parts.trainable,
@@ -295,6 +303,15 @@ def _start(config: Finetune, model: Model, optimizer: optax.GradientTransformati
     return _Start(state, loss, begun.params if is_pissa else None, factors)
 
 
+def _master(leaf: jax.Array, dtype: DType) -> jax.Array:
+    """Returns a parameter in the precision it is trained in; released ones are bfloat16. The given one is given up."""
+    if leaf.dtype == dtype:
+        return leaf
+    new = leaf.astype(dtype)
+    leaf.delete()
+    return new
+
+
 def _base(config: Finetune, model: Model, start: _Start, folder: Path) -> Path:
     """Returns the folder that the run's adapters stand on: the model's own, or RUN/base where that is not the model."""
     source = model.source
@@ -309,8 +326,10 @@ def _base(config: Finetune, model: Model, start: _Start, folder: Path) -> Path:
     return folder / "base"
 
 
-def _save(folder: Path, model: Model, params: dict, provenance: dict, *, dtype: DType | None = None) -> None:
-    """Writes a model folder; all processes take part, and process 0 writes."""
+def _save(
+    folder: Path, model: Model, params: dict, provenance: dict, *, dtype: DType | None = None, use_up: bool = False
+) -> None:
+    """Writes a model folder; all processes take part, and process 0 writes. use_up: `params` are not needed after."""
     params = exported(params)
     if params is not None:
         save_model(
@@ -322,6 +341,7 @@ def _save(folder: Path, model: Model, params: dict, provenance: dict, *, dtype: 
             dtype=dtype,
             provenance=provenance,
             overwrite=True,
+            use_up=use_up,
         )
 
 
@@ -340,10 +360,18 @@ def _save_architecture(config: Finetune, model: Model, folder: Path, base: Path)
 
 def _export(config: Finetune, model: Model, start: _Start, state: TrainState, folder: Path) -> None:
     """Writes the adapter, where one was trained, and the whole model, unless merge is off."""
-    facts = {"base": config.model, "data": list(config.data), "method": config.method, "seed": config.seed}
+    facts = run_facts(folder)
+    facts |= {"base": config.model, "data": list(config.data), "method": config.method, "seed": config.seed}
     if (adapters := adapters_of(config)) is None:
         # As it was stored: the precision that training wants is not what is handed on.
-        _save(folder / "model", model, join(state.trainable, state.frozen), facts, dtype=model.config.param_dtype)
+        _save(
+            folder / "model",
+            model,
+            join(state.trainable, state.frozen),
+            facts,
+            dtype=model.config.param_dtype,
+            use_up=True,
+        )
         return
     source, base = model.source, folder / "base"
     plain = lora.Plain(dataclasses.replace(adapters, initialisation="zero"), state.trainable)
@@ -360,4 +388,4 @@ def _export(config: Finetune, model: Model, start: _Start, state: TrainState, fo
             # A device that was chosen for a model in few bits may not hold the whole one.
             trained, frozen = jax.device_put((trained, frozen), jax.local_devices(backend="cpu")[0])
         merged = lora.merge(frozen, lora.apply_config(trained, adapters))
-        _save(folder / "model", model, quantize.dequantize_params(merged), facts)
+        _save(folder / "model", model, quantize.dequantize_params(merged), facts, use_up=True)

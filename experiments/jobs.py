@@ -34,6 +34,8 @@ def job_of(config: Any, *, quantised: Any = None) -> Any:
         batch_size, seq_len = config.batch_size, config.seq_len
         lora, quantised = adapters_of(config), quantised or base_of(config)
         model = dataclasses.replace(architecture(config.model), remat=config.remat, attention=config.attention)
+        if config.method == "full":
+            model = dataclasses.replace(model, param_dtype=config.param_dtype)
     return Job(
         model=model,
         batch_size=batch_size,

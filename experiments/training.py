@@ -29,7 +29,7 @@ from internjax.train.profile import ProfileConfig
 from internjax.train.step import TrainState
 from internjax.train.tracking import Run, TrackingConfig, completed, open_run, read_rows
 
-_NOT_THE_RUN = ("run", "fresh", "preflight", "dry_run", "profile")
+_NOT_THE_RUN = ("run", "fresh", "preflight", "dry_run", "profile", "push")
 """Fields of a config that may differ when a run is resumed: what is trained does not depend on them."""
 
 _LONGEST_EXPORT = 6 * 3600.0
@@ -241,6 +241,8 @@ def summary_of(folder: Path) -> dict[str, Any]:
     losses = [row["loss"] for row in metrics if row["loss"] is not None]  # None: a step that was skipped
     speeds = [row["tokens_per_second"] for row in read_rows(folder / "timing.jsonl") if "tokens_per_second" in row]
     found: dict[str, Any] = {"num_steps": metrics[-1]["step"]}
+    if "num_overflows" in metrics[-1]:
+        found["num_overflows"] = metrics[-1]["num_overflows"]
     if losses:
         found |= {"loss": losses[-1], "first_loss": losses[0]}
     if speeds:

@@ -2,7 +2,7 @@
 
 import math
 
-from internjax.model.config import DynamicNTK, LinearScaling, ModelConfig
+from internjax.model.config import DynamicNTK, LinearScaling, ModelConfig, YarnScaling
 from internjax.sharding import MESH_AXES, MeshConfig
 from internjax.train.optimizer import Schedule, check_schedule
 
@@ -84,6 +84,9 @@ def _length_problems(model: ModelConfig, seq_len: int):
             longest, why = math.floor(longest * factor), f"times the factor {factor} of its linear scaling"
         case DynamicNTK():
             why = "and its dynamic NTK scaling is for inference: in training the rotary base stays what it is"
+        case YarnScaling(factor=factor, original_max_position_embeddings=trained):
+            longest = max(longest, int(factor * trained))
+            why = f"and its YaRN scaling reaches {factor} x {trained}"
         case _:
             why = "and it has no scaling"
     if seq_len > longest:

@@ -68,6 +68,7 @@ def pretraining(corpus, run, **fields) -> Pretrain:
         optimizer=AdamW(peak_lr=1e-2, weight_decay=0.0),
         schedule=Cosine(warmup_steps=2),
         checkpoint=CheckpointConfig(every=5),
+        preflight=False,
     )
     return Pretrain(**values | fields)
 
@@ -82,6 +83,7 @@ def finetuning(corpus, source, run, **fields) -> Finetune:
         num_steps=12,
         optimizer=AdamW(peak_lr=1e-2, weight_decay=0.0),
         checkpoint=CheckpointConfig(every=8),
+        preflight=False,
         reading=Reading(cache=str(run.parent / ".tokens")),
     )
     return Finetune(**values | fields)

@@ -24,7 +24,7 @@ def main(folders: tuple[Path, Path]) -> None:
         held_out=HeldOut(str(corpus / "tokens"), every=12, num_batches=1),
     )
     trained = pretrain(pretraining(corpus, output / "run", **watched))
-    finetune(finetuning(corpus, trained.folder, output / "tuned", mesh=MESH, num_steps=4, preflight=False))
+    finetune(finetuning(corpus, trained.folder, output / "tuned", mesh=MESH, num_steps=4))
 
 
 if __name__ == "__main__":

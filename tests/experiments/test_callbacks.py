@@ -193,7 +193,7 @@ def test_a_resumed_run_writes_the_same_samples_and_measurements(corpus, tokenize
             if step == stop_at:
                 raise Stop
 
-        config = pretraining(corpus, tmp_path / name, preflight=False)
+        config = pretraining(corpus, tmp_path / name)
         folder = tmp_path / name
         tracked = type("Samples", (), {"sample": lambda self, step, rows: keep(folder, step, rows)})()
         held_out = HeldOut(str(corpus / "tokens"), every=4, num_batches=1)

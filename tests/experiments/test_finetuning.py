@@ -34,7 +34,7 @@ def base(corpus, tmp_path_factory):
 def config_of(corpus, base, run, **fields):
     how = {"num_steps": 4, "optimizer": AdamW(peak_lr=2e-2, weight_decay=0.0), "checkpoint": CheckpointConfig(every=2)}
     # Groups of quantised weights are larger than an eighth of these kernels, so nothing is cut but rows.
-    how |= {"preflight": False, "mesh": MeshConfig(data=8, fsdp=1)}
+    how |= {"mesh": MeshConfig(data=8, fsdp=1)}
     return finetuning(corpus, base, run, **how | fields)
 
 
@@ -67,7 +67,9 @@ def test_a_method_leaves_one_model_in_every_form(method, fields, corpus, base, t
 
 
 def test_what_a_name_of_a_method_means(corpus, base, tmp_path):
-    named = {method: config_of(corpus, base, tmp_path, method=method) for method in ("lora", "rslora", "pissa", "qlora")}
+    named = {
+        method: config_of(corpus, base, tmp_path, method=method) for method in ("lora", "rslora", "pissa", "qlora")
+    }
     assert adapters_of(named["lora"]) == adapters_of(named["qlora"]) == LoraConfig()
     assert adapters_of(named["rslora"]).scaling == "rslora" and adapters_of(named["pissa"]).initialisation == "pissa"
     assert base_of(named["lora"]) is None and base_of(named["qlora"]) == Quantised("nf4", 64, double=True)

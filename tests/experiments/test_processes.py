@@ -32,7 +32,7 @@ def test_two_processes_pretrain_and_finetune_as_one(corpus, tmp_path):
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
 
     measured = HeldOut(str(corpus / "tokens"), every=12, num_batches=1)
-    alone = pretrain(pretraining(corpus, tmp_path / "alone", held_out=measured, preflight=False))
+    alone = pretrain(pretraining(corpus, tmp_path / "alone", held_out=measured))
     given, wanted = (read_rows(folder / "metrics.jsonl") for folder in (tmp_path / "run", alone.folder))
     assert len(given) == len(wanted) == 12
     for name in ("loss", "grad_norm"):

@@ -34,13 +34,14 @@ ROWS = np.arange(3, 67).reshape(4, 16)
 def trained(corpus, tmp_path_factory):
     """A pre-training run of 12 steps, not to be changed."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    return pretrain(pretraining(corpus, folder))
+    return pretrain(pretraining(corpus, folder, preflight=True))
 
 
 @pytest.fixture(scope="module")
 def tuned(corpus, trained, tmp_path_factory):
     """A fine-tuning of it with adapters, not to be changed."""
-    return finetune(finetuning(corpus, trained.folder, tmp_path_factory.mktemp("tuned") / "run"))
+    folder = tmp_path_factory.mktemp("tuned") / "run"
+    return finetune(finetuning(corpus, trained.folder, folder, preflight=True))
 
 
 def names(folder):
@@ -116,7 +117,7 @@ def test_a_run_that_broke_off_ends_as_if_it_had_not(trained, corpus, tmp_path):
     def breaks(state, step):
         raise KeyboardInterrupt
 
-    config = pretraining(corpus, tmp_path / "run")
+    config = pretraining(corpus, tmp_path / "run", preflight=True)
     with pytest.raises(KeyboardInterrupt):
         pretrain(config, callbacks=[Every(7, breaks)])
     assert "model" not in names(tmp_path / "run") and open_model(tmp_path / "run").config.d_model == 32  # of step 5
