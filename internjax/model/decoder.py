@@ -369,17 +369,14 @@ def target_logprobs(
             chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
             return chosen_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
 
-        return _in_chunks(chunk, hidden_BTD, targets_BT, chunk_size=chunk_size)
+        return _in_chunks(jax.checkpoint(chunk), hidden_BTD, targets_BT, chunk_size=chunk_size)
 
     temperature_B = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), hidden_BTD.shape[:1])
     return _per_shard(local, params[name], hidden_BTD, targets_BT, temperature_B)
 
 
 def _in_chunks(function: Callable, hidden_BTD, targets_BT, *, chunk_size: int) -> jax.Array:
-    """Returns function(hidden, targets) `[B, T]`, called on `chunk_size` time steps at once, each done again backward.
-
-    A single chunk is not: its backward pass follows at once, so what it keeps is not held for longer.
-    """
+    """Returns function(hidden, targets) `[B, T]`, called on `chunk_size` time steps at once."""
     B, T = targets_BT.shape
     if T <= chunk_size:
         return function(hidden_BTD, targets_BT)
@@ -389,7 +386,7 @@ def _in_chunks(function: Callable, hidden_BTD, targets_BT, *, chunk_size: int) -
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, -1, chunk_size, *x.shape[2:]), 1, 0)
 
-    out = jax.lax.map(lambda xs: jax.checkpoint(function)(*xs), (split(hidden_BTD), split(targets_BT)))
+    out = jax.lax.map(lambda xs: function(*xs), (split(hidden_BTD), split(targets_BT)))
     return jnp.moveaxis(out, 0, 1).reshape(B, -1)[:, :T]
 
 

@@ -220,9 +220,4 @@ def matmul(x: jax.Array, kernel: Any) -> jax.Array:
     """Returns x `[..., I]` times a kernel `[I, O]`, an array or a QuantArray, in x's dtype."""
     if isinstance(kernel, QuantArray):
         return _quant_matmul(x, kernel)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        # XLA copies rows that lie on several axes before it sums over them, which doubles the cost of a kernel's
-        # gradient on a CPU. On a mesh the axes are cut each in its own way and stay apart.
-        return (x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], -1)
     return x @ kernel.astype(x.dtype)

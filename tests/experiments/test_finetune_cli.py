@@ -133,8 +133,8 @@ def fine_tune_and_ask(model, data, run):
 @pytest.mark.slow
 def test_from_a_folder_to_an_answer(place, tmp_path):
     said = fine_tune_and_ask(place / "model", place / "chats.jsonl", tmp_path / "mine")
-    assert "8 conversations from" in said and "'openai'" in said
-    assert f"learned of it: '{ANSWER}<|im_end|>'" in said
+    assert "openai (detected), 8 conversations" in said
+    assert f"⟦{ANSWER}<|im_end|>⟧" in said  # the preview: what is learned, marked
     merged, base = open_model(tmp_path / "mine"), open_model(place / "model")
     assert merged.config == base.config and merged.tokenizer.fingerprint == base.tokenizer.fingerprint
     adapter = json.loads((tmp_path / "mine" / "adapter" / "adapter_config.json").read_text())
