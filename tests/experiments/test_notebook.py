@@ -5,15 +5,17 @@ import re
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
 
+from internjax.hf.weights import list_tensors, read_tensor
 from internjax.train.goodput import goodput
 from internjax.train.tracking import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "experiments" / "notebooks"
-TOUR, TRAINING = (FOLDER / name for name in ("00_tour.ipynb", "01_training.ipynb"))
+TOUR, TRAINING, FINETUNING = (FOLDER / f"{name}.ipynb" for name in ("00_tour", "01_training", "02_finetuning"))
 
 
 def executed(notebook, cells, folder, tmp_path):
@@ -83,9 +85,37 @@ STARTS = r"(\d+) starts, from steps \[0, 24, (\d+)\]; (\d+) steps were done twic
 ACROSS = r"largest weight across documents: (\S+); were they one document: (\S+)"
 
 
+def finetuning(said, pages, work):
+    # What is not known or not as written is refused by name.
+    assert re.search(r"refused: .*logit_multiplier", said) and "model.safetensors has changed" in said
+    assert "layers.ffn.down.kernel" in said and "model.layers.0.mlp.down_proj.weight" in said
+    (page,) = pages
+    assert re.findall(r"<mark>(In|import) ", page) == ["In", "import"]
+    # The adapter begins as nothing, is learned, and has changed each kernel by a matrix of its rank.
+    assert numbers(r"largest difference of the logits at step 0: (\S+)", said) == [0]
+    name = "model.layers.2.self_attn.v_proj.weight"
+    given = read_tensor(list_tensors(work / "tiny-qwen")[name])
+    for run, rank in (("lora", 8), ("dora", 32)):
+        rows = read_rows(work / run / "metrics.jsonl")
+        assert len(rows) == 60 and rows[-1]["loss"] < 0.2 * rows[0]["loss"] and rows[-1]["growth"] > 0.01
+        change = read_tensor(list_tensors(work / run / "model")[name]) - given
+        # DoRA scales every column besides, which leaves no rank low.
+        assert np.linalg.matrix_rank(change, tol=1e-5) == rank
+    # One model in every form, and in a batch beside another one.
+    (forms,), (moved, coarse) = numbers(r"between the three: (\S+)", said), numbers(FROM_BASE, said)
+    (lengths,), (rows,) = numbers(r"stored magnitudes, within (\S+)", said), numbers(r"adapter alone: (\S+)", said)
+    assert max(forms, rows) < 1e-3 < coarse < moved and lengths < 1e-5
+    assert len(re.findall(r"english: 'In .*code: 'import ", said)) == 3
+
+
+FROM_BASE = r"from the base: (\S+); by rounding the merged weights to bfloat16: (\S+)"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("notebook", "check", "num_figures"), [(TOUR, the_tour, 5), (TRAINING, training, 4)], ids=["tour", "training"]
+    ("notebook", "check", "num_figures"),
+    [(TOUR, the_tour, 5), (TRAINING, training, 4), (FINETUNING, finetuning, 5)],
+    ids=["tour", "training", "finetuning"],
 )
 def test_a_notebook_runs_and_says_what_it_claims(notebook, check, num_figures, tmp_path):
     cells = executed(notebook, None, FOLDER, tmp_path)
@@ -107,11 +137,11 @@ def test_it_finds_the_checkout(notebook, folder, tmp_path):
 
 def test_all_notebooks_find_it_in_the_same_way():
     notebooks = sorted(FOLDER.glob("*.ipynb"))
-    assert notebooks == [TOUR, TRAINING]  # another one is executed too
+    assert notebooks == [TOUR, TRAINING, FINETUNING]  # another one is executed too
     assert len({nbformat.read(path, as_version=4).cells[1].source for path in notebooks}) == 1
 
 
-@pytest.mark.parametrize("path", [TOUR, TRAINING], ids=["tour", "training"])
+@pytest.mark.parametrize("path", [TOUR, TRAINING, FINETUNING], ids=["tour", "training", "finetuning"])
 def test_it_is_committed_without_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
