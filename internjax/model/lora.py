@@ -265,7 +265,7 @@ def adapted(y: jax.Array, x: jax.Array, node: dict, *, scale: float) -> jax.Arra
     """
     if "ids" in node:
         return _adapted_by_row(y, x, node)
-    y += scale * ((x @ node["a"].astype(x.dtype)) @ node["b"].astype(x.dtype))
+    y += scale * matmul(matmul(x, node["a"]), node["b"])
     if "gain" not in node:
         return y
     # In float32: what DoRA learns first are changes of a gain near 1, which bfloat16 would round away.

@@ -224,15 +224,16 @@ def _tainted(jaxpr: Any, inputs: list[bool]) -> list[bool]:
 
 # --- working sets ----------------------------------------------------------------------------------------------------
 
-# Fitted to the temporaries of 19 training steps of small decoders compiled for the CPU in float32 (jax 0.10.2; full and
-# LoRA, 2k to 64k vocabulary): the sums below were within 13 % of them, and up to 40 % too high for remat=dots. A GPU
-# compiler fuses more and keeps bfloat16: there these are estimates until they have been held against measurements.
-_LAYER_BACKWARD = 1.45
+# Fitted to the temporaries of 12 training steps of small decoders compiled for the CPU in float32 (jax 0.10.2; full and
+# LoRA, 2k and 16k vocabulary, remat full and dots): the sums below were within 8 % of nine of them, and up to 25 % too
+# high for remat=dots. A GPU compiler fuses more and keeps bfloat16: there these are estimates until they have been held
+# against measurements.
+_LAYER_BACKWARD = 1.1
 """Of what one layer saves without remat: alive while its backward pass runs, recomputed values included."""
-_SCORE_CHUNKS = 2.5
+_SCORE_CHUNKS = 1.0
 """Blocks of attention scores that a chunked backward pass holds beside the layer's saved values."""
-_LOGITS_TRAINED, _LOGITS_FROZEN = 3.0, 2.0
-"""Copies of one chunk's float32 logits: values, softmax and gradient; without the last where the head is frozen."""
+_LOGITS = 2.0
+"""Copies of one chunk's float32 logits: values, and their gradient."""
 _HEAD_COPIES = 3.5
 """Float32 copies of a trained head while the loss runs: gradient, one chunk's share of it, and loop carries."""
 _UPDATE_LEAVES = 2.0
@@ -360,8 +361,7 @@ def _loss_bytes(job: Job, config: ModelConfig, rows: int, sequence: int, fsdp: i
     """Bytes of one chunk's logits and of the head. The chunks are cut off the whole time axis."""
     head_trained = job.lora is None
     time = min(job.chunk_size, job.seq_len)
-    copies = _LOGITS_TRAINED if head_trained or "head" in job.lora.targets else _LOGITS_FROZEN
-    logits = copies * rows * time * config.vocab_size * 4
+    logits = _LOGITS * rows * time * config.vocab_size * 4
     head = config.d_model * config.vocab_size
     gathered = head * jnp.dtype(config.dtype).itemsize if fsdp > 1 or config.dtype != config.param_dtype else 0
     return int(logits + gathered + (_HEAD_COPIES * 4 * head / (1 if fsdp == 1 else fsdp) if head_trained else 0))

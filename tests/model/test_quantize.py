@@ -144,3 +144,22 @@ def test_fields_follow_the_axes_of_their_kernel(monkeypatch):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=2))
     with pytest.raises(ValueError, match=r"output.*steps.*does not divide its dimension 2"):
         sharding.shardings(axes, double, mesh)
+
+
+def test_gradients_of_a_plain_product_and_what_they_keep():
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 3, 8)), jax.random.normal(jax.random.key(1), (8, 4))
+
+    def loss(product, x, kernel):
+        return jnp.sum(jnp.sin(product(x, kernel)))
+
+    for argument in (1, 2):
+        given, wanted = (jax.grad(loss, argument)(product, x, kernel) for product in (quantize.matmul, jnp.matmul))
+        np.testing.assert_allclose(given, wanted, rtol=1e-5)
+
+    def kept(loss_of, at):
+        _, backward = jax.vjp(loss_of, at)
+        return [leaf.shape for leaf in jax.tree.leaves(backward)]
+
+    # What is not differentiated by leaves nothing behind: with a frozen kernel, no activations.
+    assert kept(lambda x: quantize.matmul(x, kernel), x) == [kernel.shape]
+    assert kept(lambda kernel: quantize.matmul(x, kernel), kernel) == [x.shape]

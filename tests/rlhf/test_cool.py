@@ -128,14 +128,14 @@ def two_rounds():
             model_reward(Weights(scorer), conditions, config=scorer_config, reward_token_id=REWARD),
             reference=Weights(params),
             round_index=round_index,
-            num_iterations=10,
-            warm_up_iterations=2,
+            num_iterations=20,
+            warm_up_iterations=4,
             log=logged.append,
         )
         state = result.state
         rounds.append(result)
         found.append(fast_path(result.early, result.late, gold, conditions.names, pairs_per_pattern=40))
-        pairs = pairs + 4 * found[-1]
+        pairs = pairs + 16 * found[-1]  # few, and they must outweigh what the first pairs say nothing of
     return rounds, found, ppo, logged
 
 
@@ -155,11 +155,11 @@ def test_a_round_compiles_once_and_logs_every_iteration():
     rounds, _, ppo, logged = two_rounds()
     assert ppo.actor_step.num_traces == ppo.critic_step.num_traces == 1
     assert logged == [row for result in rounds for row in result.metrics]
-    assert [(row["round"], row["iteration"]) for row in logged] == [(r, i) for r in range(2) for i in range(12)]
-    assert [row["warm_up"] for row in logged[:3]] == [1.0, 1.0, 0.0]
-    assert "loss" not in logged[0] and "loss" in logged[2]
+    assert [(row["round"], row["iteration"]) for row in logged] == [(r, i) for r in range(2) for i in range(24)]
+    assert [row["warm_up"] for row in logged[3:5]] == [1.0, 0.0]
+    assert "loss" not in logged[3] and "loss" in logged[4]
     assert all(np.isfinite(list(row.values())).all() for row in logged)
-    assert int(rounds[1].state.actor.step) == 2 * 10 * 2 and int(rounds[1].state.critic.step) == 12 * 2
+    assert int(rounds[1].state.actor.step) == 2 * 20 * 2 and int(rounds[1].state.critic.step) == 24 * 2
     # The critic of the second round is new; the policy goes on where the first round left it.
     assert [response[-1] == EOS for response in rounds[0].late.responses] == rounds[0].late.ended.tolist()
     assert rounds[0].late.responses != rounds[1].early.responses
