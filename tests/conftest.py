@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICK_COMPILATION = {"--xla_backend_optimization_level": "0"}
 if version("jaxlib").startswith("0.10."):
     QUICK_COMPILATION["--xla_cpu_use_fusion_emitters"] = "false"
+QUICK_FLAGS = " ".join(f"{flag}={setting}" for flag, setting in QUICK_COMPILATION.items())
+"""XLA_FLAGS of processes that have one device, as a person's."""
 
 for flag, setting in {"--xla_force_host_platform_device_count": "8", **QUICK_COMPILATION}.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):

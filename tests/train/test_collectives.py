@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import QUICK_FLAGS
 from tests.train.compiled_steps import STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = {
     # Machine code is not what is looked at: the collectives stand in the program before it is made.
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=64 --xla_backend_optimization_level=0",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count=64 {QUICK_FLAGS}",
     "JAX_PLATFORMS": "cpu",
     # A program from the cache is not compiled, and the compiler says nothing.
     "JAX_ENABLE_COMPILATION_CACHE": "false",
