@@ -205,6 +205,7 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
         optimizer=config.optimizer,
         lora=adapters_of(config),
         quantised=base_of(config),
+        freeze=config.freeze,
     )
     task = Task(job, model.tokenizer, num_steps, read.rows, data, mesh, conversations=read.is_chat)
     checked = plan_and_check(config, task, folder, base=model.params)

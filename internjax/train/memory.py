@@ -26,6 +26,7 @@ from internjax.model.lora import LoraConfig
 from internjax.model.quantize import Quantised
 from internjax.sharding import MeshConfig
 from internjax.train.batch import Batch
+from internjax.train.freezing import split
 from internjax.train.losses import next_token
 from internjax.train.optimizer import AdamW, Constant, Optimizer, make_optimizer
 from internjax.train.step import TrainState, abstract_state
@@ -49,10 +50,14 @@ class Job:
     """The frozen kernels are quantised (QLoRA); wants `lora`."""
     chunk_size: int = 512
     """Time steps whose logits are held at once."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of the parameters that a full run does not train (train.freezing)."""
 
     def __post_init__(self):
         if self.quantised is not None and self.lora is None:
             raise ValueError("quantised kernels cannot be trained; give lora as well (QLoRA), or leave quantised out")
+        if self.freeze and self.lora is not None:
+            raise ValueError(f"freeze={self.freeze} is for full runs; under adapters the whole model is frozen")
         for name in ("batch_size", "seq_len", "accumulate", "chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, given {getattr(self, name)}")
@@ -124,7 +129,15 @@ def job_state(job: Job, mesh: Any) -> TrainState:
     base = abstract_weights(job.model, job.quantised)
     placed = {"mesh": mesh, "optimizer_state": job.mesh.optimizer_state}
     if job.lora is None:
-        return abstract_state(base.params, optimizer, axes=base.axes, **placed)
+        parts, axes = split(base.params, job.freeze), split(base.axes, job.freeze)
+        return abstract_state(
+            parts.trainable,
+            optimizer,
+            frozen=parts.frozen or None,
+            axes=axes.trainable,
+            frozen_axes=axes.frozen or None,
+            **placed,
+        )
     adapters = abstract_adapters(job.model, job.lora)
     return abstract_state(
         adapters.params, optimizer, frozen=base.params, axes=adapters.axes, frozen_axes=base.axes, **placed
@@ -342,7 +355,7 @@ def estimate(job: Job, shape: tuple[int, int, int, int], have: Held | None = Non
     batch_bytes = 2 * device_bytes(own_rows) // sequence
     largest = max(phases, key=phases.get)
     name = "parameters" if job.lora is None else "adapters"
-    base = {"full": "", "lora": "frozen parameters", "qlora": "frozen parameters, quantised"}[job.method]
+    base = "frozen parameters, quantised" if job.quantised is not None else "frozen parameters" if have.frozen else ""
     sums = "float32 sums of the micro-batches, and one's own" if job.accumulate > 1 else "in the parameters' dtype"
     roles = (
         Role(base, have.frozen, True, "") if base else None,
