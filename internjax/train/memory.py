@@ -238,7 +238,8 @@ def _tainted(jaxpr: Any, inputs: list[bool]) -> list[bool]:
 # --- working sets ----------------------------------------------------------------------------------------------------
 
 # Fitted to the temporaries of 19 training steps of small decoders compiled for the CPU in float32 (jax 0.10.2; full and
-# LoRA, 2k to 64k vocabulary): the sums below were within 13 % of them, and up to 40 % too high for remat=dots. A GPU
+# LoRA, 2k to 64k vocabulary): the sums below were within 13 % of them, and up to 40 % too high for remat=dots. Of 10
+# steps with fsdp 2 to 8, up to the width and vocabulary of the 7B, they were within 10 %. A GPU
 # compiler fuses more and keeps bfloat16: there these are estimates until they have been held against measurements.
 _LAYER_BACKWARD = 1.45
 """Of what one layer saves without remat: alive while its backward pass runs, recomputed values included."""
@@ -248,6 +249,10 @@ _LOGITS_TRAINED, _LOGITS_FROZEN = 3.0, 2.0
 """Copies of one chunk's float32 logits: values, softmax and gradient; without the last where the head is frozen."""
 _HEAD_COPIES = 3.5
 """Float32 copies of a trained head while the loss runs: gradient, one chunk's share of it, and loop carries."""
+_WHOLE_GRADIENTS = 2.5
+"""Float32 copies of a trained head beside the gathered one while each shard of an fsdp axis loops over its chunks: the
+sum of its gradient and one chunk's share of it, which are cut up only after the loop. 2.0 to 3.7 on 2 to 8 shards, up
+to the width of the 7B. A frozen head is held twice."""
 _UPDATE_LEAVES = 2.0
 """Float32 copies of the largest trained leaf: the update goes leaf by leaf and writes in place. This one is assumed and
 not fitted: the CPU compiler keeps 1.8 float32 copies of all trained leaves instead."""
@@ -370,14 +375,26 @@ def estimate(job: Job, shape: tuple[int, int, int, int], have: Held | None = Non
 
 
 def _loss_bytes(job: Job, config: ModelConfig, rows: int, sequence: int, fsdp: int) -> int:
-    """Bytes of one chunk's logits and of the head. The chunks are cut off the whole time axis."""
-    head_trained = job.lora is None
-    time = min(job.chunk_size, job.seq_len)
-    copies = _LOGITS_TRAINED if head_trained or "head" in job.lora.targets else _LOGITS_FROZEN
-    logits = copies * rows * time * config.vocab_size * 4
+    """Bytes of one chunk's logits and of the head. Every shard cuts its own time into chunks (decoder._per_shard)."""
+    head_trained = job.lora is None and _is_trained(job, "embed" if config.tie_embeddings else "head")
+    adapted = job.lora is not None and "head" in job.lora.targets
+    time = job.seq_len // sequence
+    copies = _LOGITS_TRAINED if head_trained or adapted else _LOGITS_FROZEN
+    logits = copies * rows * min(job.chunk_size, time) * config.vocab_size * 4
     head = config.d_model * config.vocab_size
-    gathered = head * jnp.dtype(config.dtype).itemsize if fsdp > 1 or config.dtype != config.param_dtype else 0
-    return int(logits + gathered + (_HEAD_COPIES * 4 * head / (1 if fsdp == 1 else fsdp) if head_trained else 0))
+    own = _HEAD_COPIES * 4 * head / fsdp if head_trained else 0
+    # Gathered as it is stored, and cast or dequantised in every chunk.
+    dtype = config.param_dtype if fsdp > 1 and job.quantised is None else config.dtype
+    gathered = head * jnp.dtype(dtype).itemsize if fsdp > 1 or config.dtype != config.param_dtype else 0
+    whole = 0
+    if fsdp > 1 and time > job.chunk_size:
+        whole = _WHOLE_GRADIENTS * 4 * head if head_trained else gathered
+    return int(logits + own + gathered + whole)
+
+
+def _is_trained(job: Job, name: str) -> bool:
+    """Whether a full run trains something under this name of the parameter tree."""
+    return name in split(abstract_weights(job.model).axes, job.freeze).trainable
 
 
 def _layer_bytes(job: Job, config: ModelConfig, saved_by_all: int, rows: int, sequence: int) -> int:
@@ -401,7 +418,7 @@ def _weights_in_use(job: Job, config: ModelConfig, fsdp: int) -> int:
     if job.quantised is not None:
         return 2 * max(sides) * itemsize  # one dequantised while the next is made
     gathered = 2 * layer * itemsize if fsdp > 1 else 0  # this layer's, and the next one's on its way
-    gradient = layer * itemsize if fsdp > 1 and job.lora is None else 0
+    gradient = layer * itemsize if fsdp > 1 and job.lora is None and _is_trained(job, "layers") else 0
     cast = layer * itemsize if config.dtype != config.param_dtype and fsdp == 1 else 0
     return gathered + gradient + cast
 

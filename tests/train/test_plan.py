@@ -149,21 +149,35 @@ def test_flash_back_ends_are_planned_where_they_cannot_run():
     assert saved(SMALL, seq_len=256).per_row > 4 * saved(SMALL, seq_len=64).per_row * 1.5  # the reference keeps squares
 
 
+LARGE_HEAD = {"vocab_size": 8192, "d_model": 512, "num_layers": 1, "ffn_dim": 256}
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [{"remat": "full", "attention": "chunked"}, {"remat": "none", "attention": "xla"}],
-    ids=["full", "none"],
+    ("changes", "mesh", "job"),
+    [
+        ({"remat": "full", "attention": "chunked"}, MeshConfig(fsdp=1), {}),
+        ({"remat": "none", "attention": "xla"}, MeshConfig(fsdp=1), {}),
+        # Two chunks, and a head that every shard gathers and has a whole gradient of.
+        (
+            LARGE_HEAD | {"remat": "full", "attention": "chunked"},
+            MeshConfig(fsdp=8),
+            {"batch_size": 8, "seq_len": 1024},
+        ),
+    ],
+    ids=["full", "none", "sharded head"],
 )
-def test_the_estimate_is_near_a_compilers_temporaries(changes):
+def test_the_estimate_is_near_a_compilers_temporaries(changes, mesh, job):
     """On CPU in float32, where its constants were fitted, at other sizes than those they were fitted on."""
     model = dataclasses.replace(
         SMALL, vocab_size=2048, d_model=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=768
     )
-    job = Job(dataclasses.replace(model, **changes), batch_size=4, seq_len=512, mesh=MeshConfig(fsdp=1))
+    job = Job(dataclasses.replace(model, **changes), **{"batch_size": 4, "seq_len": 512, "mesh": mesh} | job)
     optimizer = make_optimizer(job.optimizer, Constant(), 1)
-    step = make_step(next_token(job.model), optimizer)
-    analysis = step.lower(memory.job_state(job, None), memory.abstract_batch(job)).compile().memory_analysis()
-    found = memory.estimate(job, (1, 1, 1, 1))
+    devices_of = None if mesh.fsdp == 1 else sharding.make_mesh(mesh)
+    step = make_step(next_token(job.model), optimizer, mesh=devices_of)
+    lowered = step.lower(memory.job_state(job, devices_of), memory.abstract_batch(job, devices_of))
+    analysis = lowered.compile().memory_analysis()
+    found = memory.estimate(job, mesh.shape(mesh.fsdp))
     batch_bytes = next(role.bytes for role in found.roles if role.name == "batch")
     assert analysis.argument_size_in_bytes == pytest.approx(found.exact - batch_bytes // 2, abs=64)
     assert found.total - found.exact == pytest.approx(analysis.temp_size_in_bytes, rel=0.15)
