@@ -205,6 +205,7 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
         optimizer=config.optimizer,
         lora=adapters_of(config),
         quantised=base_of(config),
+        freeze=config.freeze,
     )
     task = Task(job, model.tokenizer, num_steps, read.rows, data, mesh, conversations=read.is_chat)
     checked = plan_and_check(config, task, folder, base=model.params)
@@ -313,16 +314,18 @@ def _master(leaf: jax.Array, dtype: DType) -> jax.Array:
 
 
 def _base(config: Finetune, model: Model, start: _Start, folder: Path) -> Path:
-    """Returns the folder that the run's adapters stand on: the model's own, or RUN/base where that is not the model."""
+    """Returns the folder that the run's checkpoints stand on, adapters or a part of a model: the model's own, or
+    RUN/base where that is not the model."""
     source = model.source
     is_plain = source.checkpoints is None and not source.adapters and start.residual is None
-    if config.method == "full" or is_plain:
+    if (config.method == "full" and not config.freeze) or is_plain:
         return source.folder
     if not processes.first("base", (folder / "base").is_dir):
-        print(f"what the adapter is trained on is written to {folder / 'base'}")
-        _save(
-            folder / "base", model, model.params if start.residual is None else start.residual, {"from": config.model}
-        )
+        print(f"what the run starts from is written to {folder / 'base'}")
+        params = model.params if start.residual is None else start.residual
+        if config.method == "full":  # the state has taken the model's own arrays over
+            params = join(start.state.trainable, start.state.frozen)
+        _save(folder / "base", model, params, {"from": config.model})
     return folder / "base"
 
 
@@ -351,7 +354,8 @@ def _save_architecture(config: Finetune, model: Model, folder: Path, base: Path)
         return
     adapters = adapters_of(config)
     if adapters is None:
-        save_architecture(folder, config=model.config, tokenizer=model.tokenizer)
+        stands_on = base if config.freeze else None
+        save_architecture(folder, config=model.config, tokenizer=model.tokenizer, base=stands_on)
         return
     # PiSSA's checkpoints are plain adapters of what it left of the model.
     adapters = dataclasses.replace(adapters, initialisation="zero")

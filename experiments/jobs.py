@@ -30,10 +30,12 @@ def job_of(config: Any, *, quantised: Any = None) -> Any:
 
     if isinstance(config, Pretrain):
         batch_size, seq_len, lora, model = config.data.batch_size, config.data.seq_len, None, config.model
+        freeze = ()
     else:
-        batch_size, seq_len = config.batch_size, config.seq_len
+        batch_size, seq_len, freeze = config.batch_size, config.seq_len, config.freeze
         lora, quantised = adapters_of(config), quantised or base_of(config)
-        model = dataclasses.replace(architecture(config.model), remat=config.remat, attention=config.attention)
+        model = architecture(config.model, allow_unknown=config.allow_unknown)
+        model = dataclasses.replace(model, remat=config.remat, attention=config.attention)
         if config.method == "full":
             model = dataclasses.replace(model, param_dtype=config.param_dtype)
     return Job(
@@ -45,6 +47,7 @@ def job_of(config: Any, *, quantised: Any = None) -> Any:
         optimizer=config.optimizer,
         lora=lora,
         quantised=quantised,
+        freeze=freeze,
     )
 
 
@@ -55,7 +58,7 @@ def on_device(job: Any, device: Any) -> Any:
     return dataclasses.replace(job, model=dataclasses.replace(job.model, dtype=compute_dtype(device, job.model.dtype)))
 
 
-def architecture(model: str) -> Any:
+def architecture(model: str, *, allow_unknown: tuple[str, ...] = ()) -> Any:
     """Returns the ModelConfig of a MODEL, read from its config and the headers of its weights, or of an experiment.
 
     A name of a pre-training experiment stands for its architecture in bfloat16, so that a fine-tuning is planned before
@@ -76,7 +79,7 @@ def architecture(model: str) -> Any:
         raise ValueError(f"{model} would be downloaded to be planned; name its size instead: --model internlm2_7b")
     folder = resolve(model).folder
     values = read_json(folder / CONFIG)
-    config = family_of(values).config_from_hf(values)
+    config = family_of(values).config_from_hf(values, allow_unknown=allow_unknown)
     try:
         stored = {"F32": "float32", "F16": "float16"}.get(next(iter(list_tensors(folder).values())).dtype, "bfloat16")
     except (ValueError, StopIteration):  # a folder of config and tokenizer alone

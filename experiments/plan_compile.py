@@ -17,6 +17,7 @@ def main() -> None:
     from internjax.model.lora import LoraConfig
     from internjax.model.quantize import Quantised
     from internjax.train import memory, optimizer
+    from internjax.train.freezing import joined
     from internjax.train.losses import next_token
     from internjax.train.step import make_step
 
@@ -33,11 +34,13 @@ def main() -> None:
             "mesh": sharding.MeshConfig(**values["mesh"]),
             "lora": lora,
             "quantised": values["quantised"] and Quantised(**values["quantised"]),
+            "freeze": tuple(values["freeze"]),
         }
     )
     mesh = sharding.make_mesh(job.mesh)
     how = optimizer.make_optimizer(optimizer_value, optimizer.Constant(), 1)
     loss = next_token(job.model, lora_config=job.lora, chunk_size=job.chunk_size)
+    loss = joined(loss) if job.freeze else loss
     step = make_step(loss, how, accumulate=job.accumulate, mesh=mesh)
     started = time.perf_counter()
     analysis = step.lower(memory.job_state(job, mesh), memory.abstract_batch(job, mesh)).compile().memory_analysis()

@@ -162,7 +162,7 @@ def run_training(config: Settings, task: Task, run: Run, state, step, callbacks:
             callbacks=callbacks,
             guard=config.guard,
             describe=describe,
-            flops=None if task.rows is None else batch_flops(job.model, lora_config=job.lora),
+            flops=None if task.rows is None else batch_flops(job.model, lora_config=job.lora, freeze=job.freeze),
             profile=config.profile,
         )
 

@@ -36,7 +36,7 @@ from experiments.benchmarks.train_step import CLIP, PEAK_LR
 from internjax.model.config import INTERNLM2_7B, INTERNLM2_20B, TINY, ModelConfig
 from internjax.model.lora import LoraConfig
 from internjax.model.quantize import Quantised
-from internjax.train.flops import LORA_FORMULA, training_flops
+from internjax.train.flops import formula, training_flops
 
 LORA = LoraConfig(rank=16, alpha=32.0)
 OURS = {"lora": None, "qlora": Quantised("nf4", 64, double=True)}
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "what": "seconds of one adapter step (forward, backward, clip, AdamW), medians of interleaved blocks",
         "setting": {"name": args.setting, "limit": setting.limit, **setting.step._asdict()},
         "lora": dataclasses.asdict(LORA),
-        "formula": LORA_FORMULA,
+        "formula": formula(setting.step.model, lora_config=LORA),
         **about,
         "contenders": found,
         "ratio": ratios,

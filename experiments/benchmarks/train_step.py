@@ -28,7 +28,7 @@ from experiments.benchmarks import contest, record
 from experiments.benchmarks.contest import Contender
 from internjax.model.config import INTERNLM2_1_8B, INTERNLM2_7B, TINY, ModelConfig
 from internjax.train.batch import Batch
-from internjax.train.flops import FORMULA, training_flops
+from internjax.train.flops import formula, training_flops
 
 PEAK_LR, CLIP = 1e-4, 1.0
 
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = {
         "what": "seconds of one training step (forward, backward, clip, AdamW), medians of interleaved blocks",
         "setting": {"name": args.setting, **SETTINGS[args.setting]._asdict()},
-        "formula": FORMULA,
+        "formula": formula(SETTINGS[args.setting].model),
         **about,
         "contenders": found,
         "ratio": contest.ratio(found, ours=best, peers=peers),

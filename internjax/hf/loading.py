@@ -6,7 +6,7 @@ there if wished, and written into its layer of the stacked leaf, which is update
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -45,11 +45,13 @@ def load_params(
     where: Any,
     mesh: Mesh | None = None,
     quantize: Scheme | Quantised | None = None,
+    only: Collection[str] | None = None,
 ) -> dict:
     """Returns the parameter tree of a folder's tensors in the dtypes they are stored in.
 
-    On a mesh every leaf has the sharding of its logical axes. `quantize` turns every kernel into a QuantArray. Raises
-    ValueError naming tensors that are missing, unexpected, of a wrong shape or of a type that is no float.
+    On a mesh every leaf has the sharding of its logical axes. `quantize` turns every kernel into a QuantArray. `only`
+    are the dotted paths of the leaves to read, by default all. Raises ValueError naming tensors that are missing,
+    unexpected, of a wrong shape or of a type that is no float.
     """
     table = family.rows(config)
     wanted = {name: tensor_shape(row, config) for row in table for name in tensor_names(row, config)}
@@ -73,12 +75,16 @@ def load_params(
     largest = max(tensors[name].nbytes for name in wanted)
     params: dict = {}
     for row in table:
-        _load_row(params, row, tensors, config, largest=largest, mesh=mesh, axes=axes, quantize=quantize)
+        kept = [path for path in row.leaves if only is None or path in only]
+        if kept:
+            leaves = _load_row(row, tensors, config, largest=largest, mesh=mesh, axes=axes, quantize=quantize)
+            for path in kept:
+                set_leaf(params, path, leaves[path])
     return params
 
 
-def _load_row(params: dict, row: Row, tensors, config: ModelConfig, *, largest: int, mesh, axes, quantize) -> None:
-    """Fills the leaves of one row."""
+def _load_row(row: Row, tensors, config: ModelConfig, *, largest: int, mesh, axes, quantize) -> dict[str, Any]:
+    """Returns the leaves of one row by their paths."""
     names = tensor_names(row, config)
     dtype = functools.reduce(jnp.promote_types, (DTYPES[tensors[name].dtype] for name in names))
     homes = [home_of(leaf, config, dtype, mesh=mesh, axes=axes, quantize=quantize) for leaf in row.leaves]
@@ -87,8 +93,7 @@ def _load_row(params: dict, row: Row, tensors, config: ModelConfig, *, largest: 
         return row.split(read_tensor(tensors[names[layer]]), config)
 
     leaves = fill(homes, read, on_host=on_host(sum(tensors[name].nbytes for name in names), largest))
-    for path, leaf in zip(row.leaves, leaves, strict=True):
-        set_leaf(params, path, leaf)
+    return dict(zip(row.leaves, leaves, strict=True))
 
 
 def on_host(num_bytes: int, largest: int) -> bool:

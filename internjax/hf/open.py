@@ -78,8 +78,8 @@ def open_model(
 
         step = good_step(source.checkpoints, source.step)
         source = source._replace(step=step)
-        params = stream_params(source.checkpoints, step, config, mesh=mesh, quantize=quantize)
-        origin = f"{source.checkpoints}/{step}"
+        params = stream_params(source.checkpoints, step, config, mesh=mesh, quantize=quantize, frozen=source.frozen)
+        origin = f"{source.checkpoints}/{step}" + (f" + what {source.frozen} has" if source.frozen else "")
     else:
         tensors = list_tensors(source.folder)
         params = load_params(tensors, family, config, where=source.folder, mesh=mesh, quantize=quantize)

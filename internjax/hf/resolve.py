@@ -36,6 +36,8 @@ class Source(NamedTuple):
     """Where the checkpoint holds an adapter, on the weights of `folder`: the folder of its adapter_config.json."""
     adapters: tuple[Path, ...]
     """Adapter folders on top, in order."""
+    frozen: Path | None = None
+    """Where the checkpoint holds only what was trained of the weights: the model folder that has the others."""
 
 
 def resolve(model: str | os.PathLike, *, adapters: Iterable[str | os.PathLike] = ()) -> Source:
@@ -143,7 +145,13 @@ def _from_checkpoint(run: Path, step: int | None, *, seen: tuple[str, ...]) -> S
         return base._replace(
             checkpoints=run / CHECKPOINTS, step=step, trained_adapter=architecture, adapters=base.adapters[:-1]
         )
-    return Source(architecture, run / CHECKPOINTS, step, None, ())
+    frozen = read_json(architecture / ABOUT).get("frozen") if (architecture / ABOUT).is_file() else None
+    if frozen is not None and _kind(Path(frozen)) != "model":
+        raise ValueError(
+            f"checkpoints of {run} hold what it trained alone; what it froze is that of the model {frozen}, which is "
+            f'not there any more. Put it back, or name where it is as "frozen" in {architecture / ABOUT}'
+        )
+    return Source(architecture, run / CHECKPOINTS, step, None, (), None if frozen is None else Path(frozen))
 
 
 def _adapter_folder(text: str) -> Path:

@@ -4,20 +4,25 @@ The run may be going on: a step counts once it is committed and its files have t
 it, nothing is locked or written, and a step that the run removes meanwhile is an error that says so.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from internjax.hf.loading import fill, home_of, logical_axes, on_host
+from internjax.hf.families import family_of
+from internjax.hf.loading import fill, home_of, load_params, logical_axes, on_host
 from internjax.hf.mapping import leaf_shapes, set_leaf
+from internjax.hf.resolve import CONFIG, read_json
+from internjax.hf.weights import list_tensors
 from internjax.kernels.quant_matmul import Scheme
 from internjax.model.config import ModelConfig
-from internjax.model.quantize import Quantised
+from internjax.model.quantize import QuantArray, Quantised
 from internjax.train import processes
 from internjax.train.checkpoint_files import ABOUT, COMMITTED, committed_steps, problem
 
@@ -55,20 +60,31 @@ def stream_params(
     *,
     mesh: Mesh | None = None,
     quantize: Scheme | Quantised | None = None,
+    frozen: Path | None = None,
 ) -> dict:
     """Returns the parameters that a verified step holds, on the mesh, quantised as they come if asked.
 
-    Beside them the host holds three times one block of layers, as long as the checkpoint was written in: compressed,
-    unpacked, and whole. Raises ValueError for a checkpoint of something else, and where the step goes away meanwhile.
+    What it does not hold is read from the model folder `frozen`, in the dtype of what was trained. Beside them the host
+    holds three times one block of layers, as long as the checkpoint was written in: compressed, unpacked, and whole.
+    Raises ValueError for a checkpoint of something else, where the step goes away meanwhile, and where the frozen part
+    is not bit by bit the one that was trained with; a quantised one cannot be compared.
     """
     folder = checkpoints / str(step)
     try:
-        recorded = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["trainable"]
-        _check(recorded, config, folder)
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        recorded, wanted = about["trainable"], leaf_shapes(config)
+        absent = [path for path in wanted if path not in recorded] if frozen is not None else []
+        _check(recorded, config, folder, absent=absent)
         axes = logical_axes(config, mesh)
-        largest = max(_num_bytes(*recorded[path]) for path in leaf_shapes(config) if not path.startswith("layers."))
-        params: dict = {}
-        for path in leaf_shapes(config):
+        stored = [path for path in wanted if path not in absent]
+        largest = max((_num_bytes(*recorded[path]) for path in stored if not path.startswith("layers.")), default=0)
+        params = {}
+        if absent:
+            dtype = _dtype(recorded[stored[0]][1])
+            params = _frozen_params(frozen, absent, config, dtype, mesh=mesh, quantize=quantize)
+            if quantize is None:
+                _check_frozen(params, about["base"], folder, frozen)
+        for path in stored:
             shape, dtype = recorded[path]
             home = home_of(path, config, _dtype(dtype), mesh=mesh, axes=axes, quantize=quantize, turned=False)
             small = on_host(_num_bytes(shape, dtype), largest)
@@ -83,8 +99,38 @@ def stream_params(
         ) from error
 
 
-def _check(recorded: Mapping[str, Any], config: ModelConfig, folder: Path) -> None:
+def _frozen_params(base: Path, paths: list[str], config: ModelConfig, dtype: np.dtype, *, mesh, quantize) -> dict:
+    """Returns these leaves of a model folder in the dtype that they were frozen in."""
+    family = family_of(read_json(base / CONFIG))
+    params = load_params(list_tensors(base), family, config, where=base, mesh=mesh, quantize=quantize, only=paths)
+
+    def cast(leaf):
+        if isinstance(leaf, QuantArray):
+            return dataclasses.replace(leaf, dtype=str(dtype))  # what it is restored to
+        if leaf.dtype == dtype:
+            return leaf
+        new = leaf.astype(dtype)
+        leaf.delete()
+        return new
+
+    return jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, QuantArray))
+
+
+def _check_frozen(params: dict, wanted: str | None, folder: Path, base: Path) -> None:
+    from internjax.train.checkpoint import fingerprint  # Orbax takes as long to import as the rest of this file
+
+    given = fingerprint(params)
+    if given != wanted:
+        raise ValueError(
+            f"the checkpoint {folder} was trained beside frozen parameters with the fingerprint {wanted}, those of "
+            f"{base} have {given}: the folder has changed since. Put back the model that the run started from"
+        )
+
+
+def _check(recorded: Mapping[str, Any], config: ModelConfig, folder: Path, *, absent: list[str]) -> None:
     for path, own in leaf_shapes(config).items():
+        if path in absent:
+            continue
         wanted = (config.num_layers, *own) if path.startswith("layers.") else own
         found = tuple(recorded[path][0]) if path in recorded else None
         if found != wanted:

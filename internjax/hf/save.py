@@ -117,10 +117,11 @@ def save_architecture(
 ) -> None:
     """Writes RUN/architecture: what `open_model` reads the run's checkpoints by (a model folder without weights).
 
-    With `lora_config` the checkpoints hold an adapter of `base`, and the folder says so as PEFT does.
+    With `lora_config` the checkpoints hold an adapter of `base`, and the folder says so as PEFT does. With `base` alone
+    they hold some of a model's parameters, and the model folder `base` has those that were frozen.
     """
-    if (lora_config is None) != (base is None):
-        raise ValueError("an adapter's checkpoints need both lora_config and base; a model's need neither")
+    if lora_config is not None and base is None:
+        raise ValueError("an adapter's checkpoints stand on a model; give its folder as base")
     folder = Path(run) / ARCHITECTURE
     if lora_config is not None:
         with new_folder(folder, overwrite=True, marker=ADAPTER_CONFIG) as new:
@@ -132,7 +133,9 @@ def save_architecture(
     with new_folder(folder, overwrite=True, marker=CONFIG) as new:
         _write_texts(new, values, tokenizer, None if tokenizer is None else default_generation(tokenizer))
         # A checkpoint keeps the head as it is trained, and most layouts have no field for norm_head.
-        write_text(new / ABOUT, json.dumps({"format": 1, "model_config": to_json(config)}, indent=1) + "\n")
+        about = {"format": 1, "model_config": to_json(config)}
+        about |= {} if base is None else {"frozen": str(Path(base).absolute())}
+        write_text(new / ABOUT, json.dumps(about, indent=1) + "\n")
 
 
 def prove(

@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from internjax.model.config import num_matmul_params, num_params
@@ -23,6 +24,7 @@ from internjax.model.quantize import Quantised
 from internjax.sharding import MESH_AXES
 from internjax.train import flops, memory
 from internjax.train.devices import GIB, Device, attention_problem
+from internjax.train.freezing import split
 from internjax.train.memory import Held, Job, Memory
 
 EFFICIENCY = 0.5
@@ -152,7 +154,8 @@ class _Time(NamedTuple):
 
 def _time(job: Job, shape, device: Device | None, efficiency: float, have: Held) -> _Time:
     tokens = job.batch_size * job.seq_len
-    useful = tokens * flops.training_flops(job.model, seq_len=job.seq_len, lora_config=job.lora)
+    per_token = flops.matmul_flops(job.model, lora_config=job.lora, freeze=job.freeze)
+    useful = tokens * per_token + job.batch_size * flops.attention_flops(job.model, job.seq_len, freeze=job.freeze)
     executed = tokens * executed_flops(job)
     moved = traffic(job, shape, device, have)
     if device is None:
@@ -174,16 +177,19 @@ def executed_flops(job: Job) -> int:
     """Returns the FLOPs per token that a device executes: useful ones, recomputation, and masked attention scores.
 
     Recomputed: the logits always, a layer's products with remat=full, attention with any remat and, once more, where
-    its back end keeps no weights (all but xla). Back ends but cudnn_packed compute the half that the causal mask hides.
+    its back end keeps no weights (all but xla). Back ends but cudnn_packed compute all that a mask hides: the half of
+    the causal one, and what lies beyond a window. Layers below all that is trained are gone through once.
     """
     config = job.model
     head = config.d_model * (config.vocab_size if config.head == "lm" else 1)
     layers = num_matmul_params(config) - head
-    attention = flops.attention_flops(config) * job.seq_len
-    forwards = 3 + (config.remat != "none") + (config.attention != "xla")
-    executed = flops.matmul_flops(config, lora_config=job.lora) + 2 * head
+    masked = 1 if config.attention == "cudnn_packed" else 2
+    attention = flops.attention_flops(dataclasses.replace(config, window=None), 1) // 3 * job.seq_len * masked
+    executed = flops.matmul_flops(config, lora_config=job.lora, freeze=job.freeze) + 2 * head
+    if not flops.gradients_reach_layers(config, job.freeze):
+        return executed + attention
     executed += 2 * layers if config.remat == "full" else 0
-    return executed + attention * forwards // 3 * (1 if config.attention == "cudnn_packed" else 2)
+    return executed + attention * (3 + (config.remat != "none") + (config.attention != "xla"))
 
 
 def traffic(job: Job, shape: tuple[int, int, int, int], device: Device | None, have: Held) -> tuple[Traffic, ...]:
@@ -310,9 +316,11 @@ def describe(plan: Plan) -> str:
     job, lines = plan.job, []
     size = " x ".join(f"{axis} {count}" for axis, count in zip(MESH_AXES, plan.shape) if count > 1) or "one device"
     name = plan.device.name if plan.device else "no device given"
+    trained = _num_trained(job)
+    some = "" if trained == num_params(job.model) else f" ({trained:,} trained)"
     rows = memory.rows_per_device(job, plan.shape)
     lines += [
-        f"{num_params(job.model):,} parameters, {job.method}, {plan.num_devices} x {name} ({size})",
+        f"{num_params(job.model):,} parameters, {job.method}{some}, {plan.num_devices} x {name} ({size})",
         f"batch {job.batch_size} x {job.seq_len} = {plan.tokens_per_step:,} tokens per step, {job.accumulate} "
         f"micro-batches of {rows} rows per device; {job.model.dtype}, remat {job.model.remat}, attention "
         f"{job.model.attention}",
@@ -331,7 +339,8 @@ def describe(plan: Plan) -> str:
 
 def _time_lines(plan: Plan) -> list[str]:
     per_token = plan.flops / plan.tokens_per_step
-    lines = [f"{plan.flops:.3e} FLOPs per step ({per_token:.4e} per token: {_formula(plan.job)})"]
+    formula = flops.formula(plan.job.model, lora_config=plan.job.lora, freeze=plan.job.freeze)
+    lines = [f"{plan.flops:.3e} FLOPs per step ({per_token:.4e} per token: {formula})"]
     lines.append(f"  executed, recomputation and masked scores included: {plan.executed_flops:.3e}")
     if plan.step_seconds is not None:
         speed = plan.tokens_per_step / plan.step_seconds
@@ -343,8 +352,11 @@ def _time_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _formula(job: Job) -> str:
-    return flops.FORMULA if job.lora is None else flops.LORA_FORMULA
+def _num_trained(job: Job) -> int:
+    if job.lora is not None:
+        return flops.lora_params(job.model, job.lora)
+    kept = split(memory.abstract_weights(job.model).params, job.freeze).trainable
+    return sum(leaf.size for leaf in jax.tree.leaves(kept))
 
 
 def _traffic_lines(plan: Plan) -> list[str]:

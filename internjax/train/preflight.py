@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding
 from internjax import sharding
 from internjax.kernels import cudnn_attention
 from internjax.kernels.attention import QUERY_CHUNK, attention
-from internjax.model import decoder
+from internjax.model import alibi, decoder
 from internjax.model.lora import apply_config, initialise
 from internjax.train import devices, memory, preview
 from internjax.train.batch import Batch
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 """Largest difference to the reference, as a share of the reference's largest value, by dtype of the computation."""
+PROBE_WINDOW = 100
+"""Longest sliding window that attention is tried with: shorter than every document of the probe."""
 MEMORY_MARGIN = 1.2
 """A plan is an estimate: it refuses a run beyond this multiple of the memory, or if the exact part alone is beyond."""
 
@@ -236,6 +238,8 @@ class _Probe(NamedTuple):
     v_BTKH: jax.Array
     weights_BTNH: jax.Array
     """Of each output in the scalar whose gradient is taken: 0 on padding."""
+    slopes_N: jax.Array | None
+    """Of ALiBi, where the model has it."""
 
 
 def _probe(subject: Subject) -> tuple[_Probe, np.ndarray, np.ndarray]:
@@ -255,11 +259,12 @@ def _probe(subject: Subject) -> tuple[_Probe, np.ndarray, np.ndarray]:
     positions_T = np.concatenate([np.arange(count) for count in np.diff([0, *ends, T])]).astype(np.int32)
     weights *= (segments_T > 0)[None, :, None, None]
     dtype = jnp.dtype(config.dtype)
-    probe = _Probe(*(jnp.asarray(x, dtype) for x in (q, k, v)), jnp.asarray(weights))
+    slopes_N = jnp.asarray(alibi.slopes(config.num_heads)[: K * group]) if config.positions == "alibi" else None
+    probe = _Probe(*(jnp.asarray(x, dtype) for x in (q, k, v)), jnp.asarray(weights), slopes_N)
     return probe, np.broadcast_to(positions_T, (B, T)), np.broadcast_to(segments_T, (B, T))
 
 
-def _attend(probe: _Probe, positions_BT, segments_BT, *, backend: str):
+def _attend(probe: _Probe, positions_BT, segments_BT, *, window: int | None, backend: str):
     """Returns outputs and the gradients of their weighted sum, float32."""
 
     def total(q, k, v):
@@ -271,6 +276,8 @@ def _attend(probe: _Probe, positions_BT, segments_BT, *, backend: str):
             k_positions_BS=positions_BT,
             q_segments_BT=segments_BT,
             k_segments_BS=segments_BT,
+            window=window,
+            alibi_slopes_N=probe.slopes_N,
             backend=backend,
         ).astype(jnp.float32)
         return jnp.sum(out * probe.weights_BTNH), out
@@ -291,6 +298,8 @@ def check_attention(subject: Subject) -> str:
     exact = probe._replace(
         **{name: getattr(probe, name).astype(jnp.float32) for name in ("q_BTNH", "k_BTKH", "v_BTKH")}
     )
+    # A window that reaches beyond the probe's documents would hide nothing of them.
+    window = None if config.window is None else min(config.window, PROBE_WINDOW)
     # Keys and values of the first document, moved far away: no other document may notice.
     first = jnp.asarray(segments_BT == 1)[:, :, None, None]
     moved = probe._replace(k_BTKH=jnp.where(first, 3.0, probe.k_BTKH), v_BTKH=jnp.where(first, -3.0, probe.v_BTKH))
@@ -298,7 +307,7 @@ def check_attention(subject: Subject) -> str:
     place = _everywhere(subject.mesh)
     reference, chosen = (
         # A fresh function each: jax remembers what it traced, and this check is about what is there now.
-        jax.jit(functools.partial(_attend, backend=backend), out_shardings=place)
+        jax.jit(functools.partial(_attend, window=window, backend=backend), out_shardings=place)
         for backend in ("xla", config.attention)
     )
     with _meshed(subject.mesh):
@@ -322,7 +331,9 @@ def check_attention(subject: Subject) -> str:
             f"{config.dtype} allows {tolerance:g}): documents of a row would see each other, or gradients be wrong. "
             "Use attention=chunked or xla on this device"
         )
-    return f"{config.attention} equals the reference on packed rows, within {max(differences.values()):.1e}"
+    seen = "" if window is None else f" with a window of {window}"
+    seen += " with ALiBi" if config.positions == "alibi" else ""
+    return f"{config.attention} equals the reference on packed rows{seen}, within {max(differences.values()):.1e}"
 
 
 def _difference(given: np.ndarray, wanted: np.ndarray) -> float:
@@ -475,7 +486,8 @@ def _committed(folder: Path) -> int:
 def _attention_key(subject: Subject):
     config = subject.job.model
     rows = cudnn_attention.most_documents(subject.batch.segments) if config.attention == "cudnn_packed" else None
-    return (config.attention, config.dtype, config.head_dim, config.num_heads, config.num_kv_heads, rows)
+    heads = (config.head_dim, config.num_heads, config.num_kv_heads)
+    return (config.attention, config.dtype, *heads, config.window, config.positions, rows)
 
 
 CHECKS = (

@@ -1,6 +1,9 @@
 """Fine-tuning by every method: what a run leaves opens as one and the same model, whole or as an adapter."""
 
+import shutil
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,14 +11,15 @@ from data_pipelines.conversations import Reading
 from experiments.callbacks import HeldOut
 from experiments.finetuning import adapters_of, base_of, finetune
 from internjax.hf.open import logits, open_model
-from internjax.hf.save import save_model
+from internjax.hf.save import save_architecture, save_model
 from internjax.model import decoder
 from internjax.model.lora import LoraConfig
 from internjax.model.quantize import Quantised
 from internjax.sharding import MeshConfig
 from internjax.text.tokenizer import load_tokenizer
-from internjax.train.checkpoint import CheckpointConfig
-from internjax.train.optimizer import AdamW
+from internjax.train.checkpoint import CheckpointConfig, open_checkpoints
+from internjax.train.optimizer import AdamW, Cosine, make_optimizer
+from internjax.train.step import init_state
 from internjax.train.tracking import read_rows
 from tests.experiments.conftest import SMALL, finetuning
 
@@ -83,10 +87,15 @@ def test_what_a_name_of_a_method_means(corpus, base, tmp_path):
             config_of(corpus, base, tmp_path, **fields)
 
 
-def test_frozen_parameters_stay_and_held_out_conversations_are_measured(corpus, base, tmp_path):
+def test_frozen_parameters_stay_and_held_out_conversations_are_measured(corpus, base, tmp_path, capsys):
+    before = open_model(base).params
+    # What is trained further is a checkpoint, so that no folder has what is frozen but the one that the run writes.
+    save_architecture(tmp_path / "first", config=SMALL, tokenizer=load_tokenizer(corpus / "tokenizer"))
+    with open_checkpoints(tmp_path / "first" / "checkpoints") as checkpoints:
+        checkpoints.save(init_state(jax.tree.map(jnp.copy, before), make_optimizer(AdamW(), Cosine(), 10)))
     config = config_of(
         corpus,
-        base,
+        f"{tmp_path / 'first'}@0",
         tmp_path / "run",
         method="full",
         freeze=("embed.*", "layers.ffn.*"),
@@ -94,10 +103,13 @@ def test_frozen_parameters_stay_and_held_out_conversations_are_measured(corpus, 
         held_out=HeldOut(every=2, num_batches=1),
     )
     done = finetune(config)
-    before, after = open_model(base).params, open_model(done.folder).params
+    after = open_model(done.folder).params
     same = jax.tree.map(lambda a, b: bool((a == b).all()), before, after)
     assert same["embed"]["embedding"] and all(jax.tree.leaves(same["layers"]["ffn"]))
     assert not any(jax.tree.leaves(same["layers"]["attention"])) and not same["head"]["kernel"]
+    shutil.rmtree(tmp_path / "first")
+    jax.tree.map(np.testing.assert_array_equal, open_model(f"{done.folder}@4").params, after)
+    assert f"+ what {done.folder / 'base'} has" in capsys.readouterr().out
     rows = read_rows(done.folder / "metrics.jsonl")
     assert [row["step"] for row in rows if "eval/loss" in row] == [2, 4]
     (counts,) = done.summary["files"].values()

@@ -19,6 +19,7 @@ from internjax import sharding
 from internjax.hf import resolve as resolving
 from internjax.hf import restore as restoring
 from internjax.hf.adapter import save_adapter
+from internjax.hf.loading import GROUP
 from internjax.hf.open import logits, mesh_of, open_model
 from internjax.hf.resolve import adapter_base, resolve
 from internjax.hf.save import save_architecture, save_model
@@ -26,6 +27,7 @@ from internjax.model import decoder
 from internjax.model.lora import LoraConfig, apply_config, init_lora, merge
 from internjax.model.quantize import QuantArray, quantize_params
 from internjax.train.checkpoint import open_checkpoints
+from internjax.train.freezing import join, split
 from internjax.train.optimizer import AdamW, Constant, make_optimizer
 from internjax.train.step import init_state
 
@@ -69,11 +71,11 @@ def trained_lora(params):
     return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape), fresh)
 
 
-def save_states(run, states):
+def save_states(run, states, *, frozen=None):
     optimizer = make_optimizer(AdamW(), Constant(), 10)
     with open_checkpoints(run / "checkpoints") as checkpoints:
         for step, trainable in states.items():
-            state = init_state(jax.tree.map(jnp.copy, trainable), optimizer)
+            state = init_state(jax.tree.map(jnp.copy, trainable), optimizer, frozen=frozen)
             checkpoints.save(dataclasses.replace(state, step=jnp.asarray(step, jnp.int32)))
 
 
@@ -372,6 +374,37 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, config, params, tok
     save_states(other, {1: {"actor": params, "critic": params}})
     with pytest.raises(ValueError, match="has nothing as embed.embedding"):
         open_model(other)
+
+
+def test_a_checkpoint_of_some_parameters_is_joined_with_the_model_that_has_the_others(
+    tmp_path, config, params, tokenizer
+):
+    freeze = ("layers.attention.[qk]*", "layers.ffn.*", "embed.*")
+    stored = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), split(stored, freeze).frozen)
+    trained = split(half(params), freeze).trainable
+    wanted = join(trained, frozen)
+    base, run = tmp_path / "start", tmp_path / "run"
+    # The layout that fuses query, key and value, of which the last alone was trained.
+    how = {"config": config, "tokenizer": tokenizer}
+    save_model(base, params=stored, layout="internlm2", **how)
+    save_architecture(run, **how, base=base)
+    save_states(run, {2: trained}, frozen=frozen)
+    model = open_model(f"{run}@2")
+    assert_params(model, wanted)
+    assert model.config.param_dtype == "float32"
+    assert_params(open_model(run, quantize="int8"), quantize_params(wanted, scheme="int8", group=GROUP))
+
+    save_model(base, params=half(stored), layout="internlm2", overwrite=True, **how)
+    with pytest.raises(ValueError, match=f"those of {base} have .*the folder has changed since. Put back the model"):
+        open_model(run)
+    shutil.rmtree(base)
+    with pytest.raises(ValueError, match=f'{base}, which is not there any more. Put it back, or name .* "frozen" in'):
+        open_model(f"{run}@2")
+    # A checkpoint that nobody said to be of a part is of something else.
+    save_architecture(run, **how)
+    with pytest.raises(ValueError, match="has nothing as embed.embedding"):
+        open_model(run)
 
 
 def test_checkpoints_of_a_normalised_head_keep_it(tmp_path, config, params, tokenizer):

@@ -9,13 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from internjax.kernels.mask import visible
 from internjax.model import decoder
 from internjax.model.config import INTERNLM2_1_8B, INTERNLM2_7B, INTERNLM2_20B, TINY
 from internjax.model.lora import LoraConfig, apply_config, init_lora
 from internjax.train import devices, flops
 from internjax.train.batch import Batch
+from internjax.train.freezing import join, split
 
 SMALL = dataclasses.replace(TINY, vocab_size=96, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+
+
+def batch_of(segments):
+    segments = np.asarray(segments, np.int32)
+    return Batch(segments, segments, segments.astype(np.float32), segments, segments)
 
 
 def inner_jaxprs(value):
@@ -39,7 +46,7 @@ def products(jaxpr, times=1):
                 yield from products(inner, times * length)
 
 
-def counted(config, B, T, *, lora_config=None):
+def counted(config, B, T, *, lora_config=None, freeze=()):
     """(FLOPs of products with parameters, FLOPs of attention) in the gradient of a plain cross-entropy, per token."""
     tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
     params = decoder.abstract_params(config)
@@ -48,11 +55,13 @@ def counted(config, B, T, *, lora_config=None):
         adapters = jax.eval_shape(functools.partial(init_lora, lora_config, params), jax.random.key(0))
 
     def loss(trained, frozen, tokens_BT):
-        weights, lora = (trained, None) if frozen is None else (frozen, apply_config(trained, lora_config))
+        weights, lora = (join(trained, frozen), None)
+        if adapters is not None:
+            weights, lora = frozen, apply_config(trained, lora_config)
         logits_BTV = decoder.logits(weights, tokens_BT, config=config, lora=lora)
         return -jax.nn.log_softmax(logits_BTV)[..., 0].sum()
 
-    trained, frozen = (params, None) if adapters is None else (adapters, params)
+    trained, frozen = split(params, freeze) if adapters is None else (adapters, params)
     jaxpr = jax.make_jaxpr(jax.grad(loss))(trained, frozen, tokens).jaxpr
     found = list(products(jaxpr))
     return tuple(sum(size for size, batched in found if batched == kind) / (B * T) for kind in (False, True))
@@ -68,23 +77,72 @@ def test_full_training_counts_the_products_of_the_gradient(config):
     with_parameters, attention = counted(config, B, T)
     assert with_parameters == flops.matmul_flops(config)
     # The reference back end multiplies whole squares; the formula takes the causal half of them.
-    assert attention / 2 == flops.attention_flops(config) * T
+    assert attention / 2 * T == flops.attention_flops(config, T)
     assert flops.training_flops(config, seq_len=T) == with_parameters + attention / 2
 
 
 @pytest.mark.parametrize("targets", [("query", "down"), LoraConfig().targets, (*LoraConfig().targets, "head")])
 def test_adapters_count_frozen_products_four_times(targets):
     lora_config = LoraConfig(rank=4, targets=targets)
+    dora = dataclasses.replace(lora_config, kind="dora")
+    assert flops.matmul_flops(SMALL, lora_config=dora) == flops.matmul_flops(SMALL, lora_config=lora_config)
     B, T = 2, 24
     with_parameters, attention = counted(SMALL, B, T, lora_config=lora_config)
     # Nothing below the first adapter needs an activation gradient, but the layers are one loop body: it runs in all.
     assert with_parameters == flops.matmul_flops(SMALL, lora_config=lora_config)
-    assert attention / 2 == flops.attention_flops(SMALL) * T
+    assert attention / 2 * T == flops.attention_flops(SMALL, T)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "tied"),
+    [
+        (("embed.*", "layers.ffn.*"), False),
+        (("layers.*",), True),
+        (("embed.*", "layers.*kernel"), False),
+        (("embed.*", "layers.*", "head.*"), False),
+        (("embed.*", "layers.*"), True),
+    ],
+    ids=str,
+)
+def test_frozen_parameters_count_the_products_that_are_left(freeze, tied):
+    B, T = 2, 24
+    config = dataclasses.replace(SMALL, tie_embeddings=tied)
+    with_parameters, attention = counted(config, B, T, freeze=freeze)
+    assert with_parameters == flops.matmul_flops(config, freeze=freeze)
+    assert attention / 2 * B * T == flops.attention_flops(config, [T] * B, freeze=freeze)
+    per_token = flops.training_flops(config, seq_len=T, freeze=freeze)
+    whole = batch_of(np.ones((B, T)))
+    assert (
+        flops.batch_flops(config, freeze=freeze)(whole)
+        == B * T * per_token
+        == B * T * (with_parameters + attention / 2)
+    )
+
+
+def test_a_window_counts_the_keys_that_are_seen():
+    for window, length in ((1, 8), (3, 8), (7, 8), (8, 8), (20, 8)):
+        positions = np.arange(length)[None]
+        seen = visible(
+            q_positions_BT=positions,
+            k_positions_BS=positions,
+            q_segments_BT=None,
+            k_segments_BS=None,
+            causal=True,
+            window=window,
+        )
+        # Half of the diagonal is left out, as in the formula without a window.
+        keys = int(seen.sum()) - min(window, length) / 2
+        config = dataclasses.replace(SMALL, window=window)
+        assert flops.attention_flops(config, length) == 12 * 2 * 32 * keys
+    narrow, long = dataclasses.replace(SMALL, window=3), [[1, 1, 1, 1, 1, 2, 2, 0]]
+    assert flops.batch_flops(narrow)(batch_of(long)) == 7 * flops.matmul_flops(SMALL) + 6 * 2 * 32 * (25 - 4 + 4)
+    assert flops.training_flops(narrow, seq_len=8) == flops.matmul_flops(SMALL) + 6 * 2 * 32 * (2 * 3 - 9 / 8)
+    assert "(6 - 3^2 / segment length; window 3)" in flops.formula(narrow)
 
 
 def test_adapter_parameters_are_those_of_the_collection():
-    for targets in (("query",), ("key", "gate"), (*LoraConfig().targets, "head")):
-        config = LoraConfig(rank=3, targets=targets)
+    for kind, targets in (("lora", ("query",)), ("dora", ("key", "gate")), ("dora", (*LoraConfig().targets, "head"))):
+        config = LoraConfig(rank=3, targets=targets, kind=kind)
         weights = jax.eval_shape(
             functools.partial(init_lora, config, decoder.abstract_params(SMALL)), jax.random.key(0)
         )
@@ -102,11 +160,6 @@ def test_published_sizes_at_4096(config, per_token, per_second):
     assert found == pytest.approx(per_token, rel=1e-4)
     assert 0.5 * flops.PEAK_FLOPS["h100"] / found == pytest.approx(per_second, rel=1e-4)
     assert flops.mfu(found * per_second, 1.0, 1, "NVIDIA H100 80GB HBM3") == pytest.approx(0.5, rel=1e-4)
-
-
-def batch_of(segments):
-    segments = np.asarray(segments, np.int32)
-    return Batch(segments, segments, segments.astype(np.float32), segments, segments)
 
 
 def test_a_batch_counts_its_true_segments():

@@ -18,6 +18,7 @@ from internjax.model.quantize import Quantised
 from internjax.sharding import MeshConfig
 from internjax.train import devices, flops, memory, plan
 from internjax.train.batch import Batch
+from internjax.train.freezing import split
 from internjax.train.losses import next_token
 from internjax.train.memory import Job
 from internjax.train.optimizer import Adafactor, AdamW, Constant, make_optimizer
@@ -49,7 +50,10 @@ JOBS = {
     "int8 moments": Job(SMALL, batch_size=8, seq_len=16, optimizer=AdamW(moment_dtype="int8")),
     "adafactor": Job(SMALL, batch_size=8, seq_len=16, mesh=MeshConfig(data=4, fsdp=2), optimizer=Adafactor()),
     "zero-1": Job(SMALL, 8, 16, mesh=MeshConfig(data=8, fsdp=1, optimizer_state="over_data")),
-    "lora": Job(SMALL, batch_size=8, seq_len=16, mesh=MeshConfig(fsdp=2, tensor=2, data=2), lora=LoraConfig(rank=4)),
+    "frozen parts": Job(
+        SMALL, 8, 16, mesh=MeshConfig(fsdp=4, tensor=2), accumulate=2, freeze=("embed.*", "layers.ffn.*", "*norm.scale")
+    ),
+    "dora": Job(SMALL, 8, 16, mesh=MeshConfig(fsdp=2, tensor=2, data=2), lora=LoraConfig(rank=4, kind="dora")),
     "qlora": Job(
         dataclasses.replace(SMALL, param_dtype="bfloat16"),
         batch_size=8,
@@ -70,7 +74,9 @@ def test_exact_bytes_are_those_of_the_arrays_on_a_device(name):
     axes = decoder.logical_axes(job.model)
     where = {"mesh": mesh, "optimizer_state": job.mesh.optimizer_state}
     if job.lora is None:
-        state = init_state(params, optimizer, axes=axes, **where)
+        parts, places = split(params, job.freeze), split(axes, job.freeze)
+        frozen = {"frozen": parts.frozen, "frozen_axes": places.frozen} if job.freeze else {}
+        state = init_state(parts.trainable, optimizer, axes=places.trainable, **frozen, **where)
     else:
         weights = jax.jit(functools.partial(lora.init_lora, job.lora))(params, jax.random.key(0))
         if job.quantised is not None:
@@ -88,6 +94,8 @@ def test_exact_bytes_are_those_of_the_arrays_on_a_device(name):
     batch = put_batch(Batch(ids, ids, ids.astype(np.float32), ids, ids), mesh)
     roles = {role.name: role for role in memory.estimate(job, job.mesh.shape(8)).roles}
     assert roles["batch"].bytes == 2 * on_one_device(batch)
+    sums = 0 if job.accumulate == 1 else have.trainable
+    assert have.gradients == have.trainable + sums  # float32, as the parameters of those jobs are
     exact = have.trainable + have.optimizer + have.frozen + roles["batch"].bytes
     assert exact == sum(role.bytes for role in roles.values() if role.exact)
 
@@ -141,21 +149,35 @@ def test_flash_back_ends_are_planned_where_they_cannot_run():
     assert saved(SMALL, seq_len=256).per_row > 4 * saved(SMALL, seq_len=64).per_row * 1.5  # the reference keeps squares
 
 
+LARGE_HEAD = {"vocab_size": 8192, "d_model": 512, "num_layers": 1, "ffn_dim": 256}
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [{"remat": "full", "attention": "chunked"}, {"remat": "none", "attention": "xla"}],
-    ids=["full", "none"],
+    ("changes", "mesh", "job"),
+    [
+        ({"remat": "full", "attention": "chunked"}, MeshConfig(fsdp=1), {}),
+        ({"remat": "none", "attention": "xla"}, MeshConfig(fsdp=1), {}),
+        # Two chunks, and a head that every shard gathers and has a whole gradient of.
+        (
+            LARGE_HEAD | {"remat": "full", "attention": "chunked"},
+            MeshConfig(fsdp=8),
+            {"batch_size": 8, "seq_len": 1024},
+        ),
+    ],
+    ids=["full", "none", "sharded head"],
 )
-def test_the_estimate_is_near_a_compilers_temporaries(changes):
+def test_the_estimate_is_near_a_compilers_temporaries(changes, mesh, job):
     """On CPU in float32, where its constants were fitted, at other sizes than those they were fitted on."""
     model = dataclasses.replace(
         SMALL, vocab_size=2048, d_model=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=768
     )
-    job = Job(dataclasses.replace(model, **changes), batch_size=4, seq_len=512, mesh=MeshConfig(fsdp=1))
+    job = Job(dataclasses.replace(model, **changes), **{"batch_size": 4, "seq_len": 512, "mesh": mesh} | job)
     optimizer = make_optimizer(job.optimizer, Constant(), 1)
-    step = make_step(next_token(job.model), optimizer)
-    analysis = step.lower(memory.job_state(job, None), memory.abstract_batch(job)).compile().memory_analysis()
-    found = memory.estimate(job, (1, 1, 1, 1))
+    devices_of = None if mesh.fsdp == 1 else sharding.make_mesh(mesh)
+    step = make_step(next_token(job.model), optimizer, mesh=devices_of)
+    lowered = step.lower(memory.job_state(job, devices_of), memory.abstract_batch(job, devices_of))
+    analysis = lowered.compile().memory_analysis()
+    found = memory.estimate(job, mesh.shape(mesh.fsdp))
     batch_bytes = next(role.bytes for role in found.roles if role.name == "batch")
     assert analysis.argument_size_in_bytes == pytest.approx(found.exact - batch_bytes // 2, abs=64)
     assert found.total - found.exact == pytest.approx(analysis.temp_size_in_bytes, rel=0.15)
@@ -256,6 +278,17 @@ def test_the_text_says_what_is_exact_and_what_is_not():
     ):
         assert any(re.search(line, row) for row in text.splitlines()), line
     assert "fsdp 4 x tensor 2" in text and "recomputation not counted" in text and "(--efficiency)" in text
+    assert f"\n{num_params(SMALL):,} parameters, full, 8 x h100" in f"\n{text}"
+
+    some = dataclasses.replace(job, model=dataclasses.replace(SMALL, window=4), freeze=("embed.*", "layers.*"))
+    found = plan.make_plan(some, num_devices=8, device=H100)
+    text, head = plan.describe(found), 64 * 128
+    assert f"parameters, full ({head + 64:,} trained), 8 x h100" in text and "window 4)" in text
+    assert any(re.search("frozen parameters .* exact", row) for row in text.splitlines())
+    # Only the head is gone through backward; what is masked is computed all the same.
+    products, attention = 2 * flops.num_matmul_params(SMALL) + 4 * head, 2 * 2 * 64
+    assert found.flops == 8 * (16 * products + attention * (16**2 - 12**2))
+    assert found.executed_flops == 8 * 16 * (products + 2 * head + attention * 16 * 2)
 
 
 REFUSED = {
@@ -283,6 +316,8 @@ def test_a_device_is_refused_for_what_it_cannot_do():
 def test_impossible_values_are_refused():
     with pytest.raises(ValueError, match="quantised kernels cannot be trained"):
         Job(SMALL, 8, 16, quantised=Quantised())
+    with pytest.raises(ValueError, match="under adapters the whole model is frozen"):
+        Job(SMALL, 8, 16, lora=LoraConfig(), freeze=("embed.*",))
     with pytest.raises(ValueError, match="accumulate must be at least 1, given 0"):
         Job(SMALL, 8, 16, accumulate=0)
     with pytest.raises(ValueError, match=r"lie in \(0, 1\]; given 1.5"):

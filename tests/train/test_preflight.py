@@ -66,7 +66,8 @@ def subject(tokenizer, tmp_path):
 
 
 def changed(subject, **changes):
-    model = {name: changes.pop(name) for name in ("attention", "dtype", "num_heads") if name in changes}
+    names = ("attention", "dtype", "num_heads", "window", "positions")
+    model = {name: changes.pop(name) for name in names if name in changes}
     job = {name: changes.pop(name) for name in ("lora", "batch_size", "accumulate") if name in changes}
     job = dataclasses.replace(subject.job, model=dataclasses.replace(subject.job.model, **model), **job)
     return dataclasses.replace(subject, job=job, **changes)
@@ -148,10 +149,29 @@ def forward_only(q, k, v, *, backend, **how):
     return out if backend == "xla" else 0.5 * out + jax.lax.stop_gradient(0.5 * out)
 
 
-@pytest.mark.parametrize(("wrong", "said"), [(planted, "other documents by"), (forward_only, "dq by 0.5")])
-def test_a_wrong_attention_back_end(subject, monkeypatch, wrong, said):
+def without(name):
+    """A back end that ignores one of its arguments."""
+
+    def wrong(q, k, v, *, backend, **how):
+        return attention(q, k, v, backend="xla", **how | ({} if backend == "xla" else {name: None}))
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said", "model"),
+    [
+        (planted, "other documents by", {}),
+        (forward_only, "dq by 0.5", {}),
+        # Longer than the rows that it is tried on.
+        (without("window"), "output by", {"window": 4096}),
+        (without("alibi_slopes_N"), "output by", {"positions": "alibi"}),
+    ],
+    ids=["documents", "gradient", "window", "alibi"],
+)
+def test_a_wrong_attention_back_end(subject, monkeypatch, wrong, said, model):
     monkeypatch.setattr(preflight, "attention", wrong)
-    message = fault(changed(subject, attention="chunked"), "attention")
+    message = fault(changed(subject, attention="chunked", **model), "attention")
     assert said in message and "attention=chunked differs from the reference" in message and "Use attention=" in message
 
 
@@ -179,17 +199,23 @@ def test_a_dtype_that_this_device_lacks(subject, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "backend", "dtype"),
-    [(MeshConfig(sequence=4, fsdp=2), "ring", "float32"), (MeshConfig(fsdp=4, tensor=2), "chunked", "bfloat16")],
+    ("mesh", "backend", "dtype", "model", "said"),
+    [
+        (MeshConfig(sequence=4, fsdp=2), "ring", "float32", {"window": 30}, " with a window of 30"),
+        (MeshConfig(fsdp=4, tensor=2), "chunked", "bfloat16", {"positions": "alibi"}, " with ALiBi"),
+    ],
     ids=["ring", "bfloat16"],
 )
-def test_attention_and_adapters_on_a_mesh(subject, mesh, backend, dtype):
-    subject = changed(subject, attention=backend, dtype=dtype, mesh=sharding.make_mesh(mesh), lora=LoraConfig(rank=2))
+def test_attention_and_adapters_on_a_mesh(subject, mesh, backend, dtype, model, said):
+    mesh = sharding.make_mesh(mesh)
+    subject = changed(subject, attention=backend, dtype=dtype, mesh=mesh, lora=LoraConfig(rank=2), **model)
     params = jax.device_put(
         params_of(SMALL), sharding.shardings(decoder.logical_axes(SMALL), decoder.abstract_params(SMALL), subject.mesh)
     )
     report = preflight.run(dataclasses.replace(subject, params=params), show=lambda text: None)
     assert status(report)["attention"] == status(report)["adapters"] == "passed"
+    (message,) = (each.message for each in report.results if each.name == "attention")
+    assert f"equals the reference on packed rows{said}, within" in message
 
 
 def test_adapters_that_change_something(subject, monkeypatch):
@@ -309,9 +335,11 @@ def test_what_passed_is_remembered_and_what_failed_is_not(subject, monkeypatch, 
     assert [each.name for each in first.results if each.cached] == ["mesh"]
     assert [each.name for each in again.results if each.cached] == ["mesh", "attention"]
     assert [each.message for each in first.results[:4]] == [each.message for each in again.results[:4]]
-    # Another head size, and changed sources, are looked at anew.
+    # Another head size, another mask, and changed sources, are looked at anew.
     other = preflight.run(changed(chunked, num_heads=2), cache=cache, show=lambda text: None)
     assert not any(each.cached for each in other.results)
+    masked = [preflight._attention_key(changed(chunked, **how)) for how in ({"window": 8}, {"positions": "alibi"})]
+    assert len({preflight._attention_key(chunked), *masked}) == 3
     monkeypatch.setattr(preflight, "_sources", lambda: "changed")
     assert not any(each.cached for each in preflight.run(chunked, cache=cache, show=lambda text: None).results)
 
