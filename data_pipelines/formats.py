@@ -7,9 +7,10 @@ xtuner     {"conversation": [{"system"?, "input", "output"}]}
 oasst      {"text": "### Human: ...### Assistant: ..."} (the flat form of OpenAssistant / Guanaco)
 oasst_tree message trees of OpenAssistant: every path; oasst_best (by name only): the best-ranked path of each tree
 completion {"prompt", "completion"} or {"question", "answer"}; texts, or lists of OpenAI turns
-moss       {"chat": {"turn_1": {"Human", "Inner Thoughts", "Commands", "Tool Responses", "MOSS"}}, "meta_instruction"?}
+moss       {"chat": {"turn_1": {"Human", "Inner Thoughts", "Commands", "Tool Responses", "MOSS"}}, "meta_instruction"?},
+           or MOSS-002's {"plain_text": "[Human]: ...<eoh> [MOSS]: ...<eoa> ...", "prefix"?}
 preference {"conversations" or "messages" or "prompt" or "instruction", "chosen", "rejected"}; without a prompt, chosen
-           and rejected are whole conversations
+           and rejected are whole conversations: lists of turns, or hh-rlhf's texts "\n\nHuman: ...\n\nAssistant: ..."
 text       {"text"}: no conversation
 
 A turn with "loss": false, "train": false or "weight": 0 is read and not learned (xtuner: "output_with_loss": false).
@@ -41,6 +42,7 @@ Format = Literal[
 ]
 
 _TURN = re.compile(r"###\s*(Human|Assistant|System):\s?")
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
     "chatgpt": "assistant", "bing": "assistant", "system": "system", "tool": "environment",
@@ -55,6 +57,8 @@ class Preference(NamedTuple):
     prompt: list[Message]
     chosen: Message
     rejected: Message
+    place: str
+    """Where the pair stands ("file:line")."""
 
 
 class Sample(NamedTuple):
@@ -91,7 +95,7 @@ def detect(row: Mapping[str, Any]) -> Format | None:
     for name, format in lists.items():
         if isinstance(row.get(name), list):
             return format
-    if isinstance(row.get("chat"), dict):
+    if isinstance(row.get("chat"), dict) or isinstance(row.get("plain_text"), str):
         return "moss"
     if isinstance(row.get("prompt"), dict) or trees.is_message(row):
         return "oasst_tree"
@@ -114,8 +118,9 @@ def detect_file(path: str | Path, *, columns: Sequence[str] = ()) -> Format:
     if found is None:
         raise ValueError(
             f"{first.place}: fields {', '.join(sorted(first.value)) or 'none'} fit no known format. Wanted one of: "
-            "instruction/output (Alpaca), messages (OpenAI), conversations (ShareGPT), chat (MOSS), prompt/completion, "
-            "chosen/rejected, text. Columns of other names can be renamed: --columns instruction=ask output=reply"
+            "instruction/output (Alpaca), messages (OpenAI), conversations (ShareGPT), chat or plain_text (MOSS), "
+            "prompt/completion, chosen/rejected, text. Columns of other names can be renamed: --columns "
+            "instruction=ask output=reply"
         )
     return found
 
@@ -164,7 +169,7 @@ def preferences(path: str | Path, *, columns: Sequence[str] = (), on_bad_row: Ba
     bad = _refusing(on_bad_row)
     for row in read_rows(path, columns=columns, on_bad_row=on_bad_row):
         try:
-            pair = _preference(row.value)
+            pair = _preference(row)
         except _ROW_ERRORS as error:
             bad(f"{row.place}: not a preference row: {_reason(error)}; wanted a prompt, chosen and rejected")
             continue
@@ -372,9 +377,16 @@ def _tools(tools: Any) -> list[Message]:
 # --- preference pairs ------------------------------------------------------------------------------------------------
 
 
-def _preference(row: Mapping[str, Any]) -> Preference:
+def _preference(found: Row) -> Preference:
+    row = found.value
     chosen, rejected = row["chosen"], row["rejected"]
     prompt = row.get("conversations", row.get("messages", row.get("prompt")))
+    if isinstance(prompt, str) and _is_dialogue(prompt) and prompt.rstrip().endswith("\n\nAssistant:"):
+        # The answers are what follows the open turn.
+        prompt = _dialogue(prompt)[:-1]
+        chosen, rejected = (text.strip() if isinstance(text, str) else text for text in (chosen, rejected))
+    elif not prompt and (_is_dialogue(chosen) or _is_dialogue(rejected)):
+        chosen, rejected = _dialogue(_text(chosen, "chosen")), _dialogue(_text(rejected, "rejected"))
     if prompt:
         before = [Message("user", prompt)] if isinstance(prompt, str) else [_sharegpt_turn(turn) for turn in prompt]
         before = [*_opening(row), *before]
@@ -384,7 +396,19 @@ def _preference(row: Mapping[str, Any]) -> Preference:
         before = [*_opening(row), *_shared_beginning(chosen, rejected)]
     if not before:
         raise ValueError("it has no prompt")
-    return Preference(before, *(_answer(row[name], name) for name in ("chosen", "rejected")))
+    return Preference(before, _answer(chosen, "chosen"), _answer(rejected, "rejected"), found.place)
+
+
+def _is_dialogue(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("Human:")
+
+
+def _dialogue(text: str) -> list[dict[str, str]]:
+    """The turns of a text in hh-rlhf's form: an empty line and the speaker's name before each."""
+    _, *pieces = _SPEAKER.split(f"\n\n{text.strip()}")
+    if pieces[:1] != ["Human"]:
+        raise ValueError(f"a text begins with {text.strip()[:40]!r}, not with 'Human:' as the other one does")
+    return [{"from": who.lower(), "value": said.strip()} for who, said in zip(pieces[::2], pieces[1::2], strict=True)]
 
 
 def _shared_beginning(chosen: Any, rejected: Any) -> list[Message]:
@@ -429,7 +453,7 @@ _READ: dict[str, frozenset[str]] = {
     "oasst_tree": frozenset({"prompt", "message_id", "parent_id", "text", "role", "rank", "deleted", "review_result"}),
     "oasst_best": frozenset({"prompt", "message_id", "parent_id", "text", "role", "rank", "deleted", "review_result"}),
     "completion": frozenset({"prompt", "completion", "question", "answer", "tools"}),
-    "moss": frozenset({"chat", "meta_instruction"}),
+    "moss": frozenset({"chat", "plain_text", "meta_instruction", "prefix"}),
     "preference": frozenset(
         {"conversations", "messages", "prompt", "instruction", "input", "history", "system", "tools"}
         | {"chosen", "rejected"}
