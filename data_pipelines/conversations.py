@@ -111,6 +111,8 @@ def conversation_rows(
     written = processes.first("conversations", lambda: tokenise(files, tokenizer, reading=reading, seq_len=seq_len))
     how = {"seq_len": seq_len, "packing": "whole", "seed": seed, "tokenizer_sha256": tokenizer.fingerprint}
     folders = written["folders"]
+    for name, folder in zip(files, folders):
+        _check_one_fits(name, folder, written["files"][str(name)]["format"], seq_len)
     if len(folders) == 1:
         rows = open_rows(folders[0], **how)
     else:
@@ -124,6 +126,15 @@ def conversation_rows(
     summary = {"files": written["files"], "num_left_out": rows.num_left_out, "num_rows": rows.num_rows}
     is_chat = any(found["format"] != "text" for found in written["files"].values())
     return Conversations(rows, written["validation"], is_chat, summary)
+
+
+def _check_one_fits(name: str, folder: str, format: Format, seq_len: int) -> None:
+    shortest = int(open_tokens(folder, verify=False).lengths_D.min())
+    if format != "text" and shortest > seq_len + 1:
+        raise ValueError(
+            f"every conversation of {name} is longer than a row of {seq_len} tokens (the shortest has {shortest}); "
+            "give a longer seq_len, or too_long=truncate or split"
+        )
 
 
 def tokenise(files: Sequence[str], tokenizer: Tokenizer, *, reading: Reading, seq_len: int) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def detect_file(path: str | Path, *, columns: Sequence[str] = ()) -> Format:
     bad: list[str] = []
     first = next(read_rows(path, columns=columns, on_bad_row=bad.append), None)
     if first is None:
-        raise ValueError(bad[0] if bad else f"{path} is empty: it has no JSON row; give a file with at least one")
+        raise ValueError(bad[0] if bad else f"{path} is empty: it has no row; give a file with at least one")
     found = detect(first.value)
     if found is None:
         raise ValueError(
@@ -227,6 +227,17 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
+def _list(row: Mapping[str, Any], name: str) -> list[Any]:
+    """The turns in a field."""
+    turns = row[name]
+    if not isinstance(turns, list):
+        raise ValueError(f"{name} is {type(turns).__name__}, wanted a list of turns")
+    wrong = [index for index, turn in enumerate(turns) if not isinstance(turn, Mapping)]
+    if wrong:
+        raise ValueError(f"turn {wrong[0]} of {name} is {turns[wrong[0]]!r:.80}, wanted an object")
+    return turns
+
+
 def _is_learned(turn: Any, index: int) -> bool:
     """Whether a turn's own marks (OpenAI's weight, XTuner's loss, axolotl's train) leave it to be learned."""
     for name in ("weight", "loss", "train"):
@@ -253,8 +264,10 @@ def _alpaca(row: Mapping[str, Any]) -> list[_Talk]:
 def _question(row: Mapping[str, Any]) -> list[Message]:
     """The turns of an Alpaca row up to its instruction."""
     messages = [Message("system", row["system"])] if row.get("system") else []
-    for asked, answered in row.get("history") or []:
-        messages += [Message("user", asked), Message("assistant", answered)]
+    for number, turns in enumerate(row.get("history") or []):
+        if not isinstance(turns, list) or len(turns) != 2:
+            raise ValueError(f"history {number} is {turns!r:.80}, wanted [question, answer]")
+        messages += [Message("user", turns[0]), Message("assistant", turns[1])]
     asked = _text(row["instruction"], "instruction")
     if row.get("input"):
         asked = f"{asked}\n{_text(row['input'], 'input')}"
@@ -262,7 +275,7 @@ def _question(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _openai(row: Mapping[str, Any]) -> list[_Talk]:
-    turns = _one_call_each([_plain_call(turn, index) for index, turn in enumerate(row["messages"])])
+    turns = _one_call_each([_plain_call(turn, index) for index, turn in enumerate(_list(row, "messages"))])
     tools = _tools(row.get("tools") or row.get("functions"))
     learned = _flags(len(tools), [_is_learned(turn, index) for index, turn in enumerate(turns)])
     return [_Talk(tools + from_openai(turns), learned)]
@@ -306,7 +319,7 @@ def _one_call_each(turns: Sequence[Any]) -> list[Any]:
 
 
 def _sharegpt(row: Mapping[str, Any]) -> list[_Talk]:
-    opening, turns = _opening(row), row["conversations"]
+    opening, turns = _opening(row), _list(row, "conversations")
     learned = _flags(len(opening), [_is_learned(turn, index) for index, turn in enumerate(turns)])
     return [_Talk(opening + [_sharegpt_turn(turn) for turn in turns], learned)]
 
@@ -336,7 +349,7 @@ def _sharegpt_turn(turn: Mapping[str, Any]) -> Message:
 def _xtuner(row: Mapping[str, Any]) -> list[_Talk]:
     messages: list[Message] = []
     learned: list[bool] = []
-    for turn in row["conversation"]:
+    for turn in _list(row, "conversation"):
         said = [("system", turn.get("system") or ""), ("user", turn.get("input") or "")]
         said = [Message(role, _text(text, role)) for role, text in said if text]
         messages += [*said, Message("assistant", _text(turn["output"], "output"))]

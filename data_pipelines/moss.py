@@ -28,6 +28,8 @@ def messages_of(row: Mapping[str, Any]) -> list[Message]:
     messages = [Message("system", instruction)] if instruction else []
     if "chat" not in row and "plain_text" in row:
         return messages + _plain_turns(row["plain_text"])
+    if not isinstance(row["chat"], Mapping):
+        raise ValueError(f"chat is {type(row['chat']).__name__}, wanted an object of turns (turn_1, turn_2, ...)")
     turns = sorted(row["chat"].items(), key=lambda item: int(item[0].rpartition("_")[2]))
     for _, turn in turns:
         messages.append(Message("user", _text(turn, "Human")))

@@ -186,6 +186,10 @@ def test_conversations_longer_than_a_row(tmp_path, tokenizer, reading, capsys):
     assert documents(split.rows.folder.path) == documents(cut.rows.folder.path)
     assert split.summary["files"][path]["num_turns_cut"] == 1
     assert "1 turns of them longer than that alone, cut at the row's end" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match=r"every conversation of .*a.jsonl is longer than a row of 8 .* too_long=trunc"
+    ):
+        conversation_rows([path], tokenizer, reading=reading(), seq_len=8, seed=0)
     with pytest.raises(ValueError, match=r"holds nothing to learn from; no completion row has an answer within 4 tok"):
         conversation_rows([path], tokenizer, reading=reading(too_long="truncate"), seq_len=4, seed=0)
 
@@ -257,7 +261,7 @@ def test_what_cannot_be_read_is_refused_before_anything_is_written(tmp_path, tok
     (tmp_path / "asked.jsonl").write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
     cases = {
         "no data given": ([], {}),
-        "is empty: it has no JSON row": ([str(tmp_path / "empty.jsonl")], {}),
+        "is empty: it has no row": ([str(tmp_path / "empty.jsonl")], {}),
         "no assistant turn": ([str(tmp_path / "asked.jsonl")], {}),
         "holds nothing to learn from; the first reason": ([str(tmp_path / "asked.jsonl")], {"bad_rows": "skip"}),
         "holds 1 conversation, so no share of it": ([a], {"validation_share": 0.5}),

@@ -537,6 +537,14 @@ BAD_ROWS = {
         {"instruction": "q", "output": "a", "history": [["q", 1]]},
         "content of the assistant turn is a int",
     ),
+    "history of a wrong form": (
+        "alpaca",
+        {"instruction": "q", "output": "a", "history": ["q"]},
+        "history 0 is 'q', wanted",
+    ),
+    "turns of a wrong type": ("openai", {"messages": 5}, "messages is int, wanted a list of turns"),
+    "a turn of a wrong type": ("sharegpt", {"conversations": [5]}, "turn 0 of conversations is 5, wanted an object"),
+    "a chat of a wrong type": ("moss", {"chat": []}, "chat is list, wanted an object of turns"),
     "unknown role": ("openai", {"messages": [{"role": "bot", "content": "a"}]}, "role is 'bot'"),
     "no role": ("openai", {"messages": [{"content": "a"}, SAID]}, "message 0 is"),
     "a picture": ("openai", {"messages": [TURN | {"content": [{"type": "image_url"}]}, SAID]}, "only text parts"),
@@ -614,7 +622,7 @@ def test_a_line_that_is_no_json_is_named_wherever_it_stands(tmp_path):
 def test_files_without_a_known_format_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder: .*nowhere.jsonl"):
         detect_file(tmp_path / "nowhere.jsonl")
-    with pytest.raises(ValueError, match="is empty: it has no JSON row; give a file with at least one"):
+    with pytest.raises(ValueError, match="is empty: it has no row; give a file with at least one"):
         detect_file(written(tmp_path / "a.jsonl", ["", " "]))
     with pytest.raises(ValueError, match=r"a.jsonl:1: not valid JSON"):
         detect_file(written(tmp_path / "a.jsonl", ["{", "{"]))

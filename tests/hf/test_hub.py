@@ -109,7 +109,7 @@ def test_the_hugging_face_hub(hub, exported, params, tmp_path):
     assert "Should be one of ['train', 'test']" in no_split and f"the files that lie in {data}" in no_split
     # Offline, and with a hub that does not answer: what was fetched is found, the rest tells the manual way.
     hub.asked.clear()
-    calls = [["fetch_model", "hf:lab/tiny"], ["fetch_model", "hf:lab/other"], ["read_rows", "hf:lab/other"]]
+    calls = [["fetch_model", "hf:lab/tiny"], ["fetch_model", "hf:lab/other"], ["resolve_data", "hf:lab/other"]]
     found, missing, no_data = ask(calls, **environment, HF_HUB_OFFLINE="1")
     assert found == model and hub.asked == []
     assert "Without it: download the files of lab/other (config.json, *.safetensors" in missing
