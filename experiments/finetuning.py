@@ -225,6 +225,9 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
         _save_architecture(config, model, folder, base)
         state = run_training(config, task, run, start.state, step, callbacks)
         _export(config, model, start, state, folder)
+        if processes.index() == 0:
+            left = [name for name in ("adapter", "model") if (folder / name).is_dir()]
+            print(f"written: {' and '.join(str(folder / name) for name in left)}; python -m serve {config.run} answers")
         if config.push and processes.index() == 0:
             print(f"pushed to {push(folder / ('model' if config.merge else 'adapter'), config.push)}")
         return ended(run, {"method": config.method, "base": config.model} | read.summary)

@@ -83,7 +83,7 @@ def test_what_a_name_of_a_method_means(corpus, base, tmp_path):
             config_of(corpus, base, tmp_path, **fields)
 
 
-def test_frozen_parameters_stay_and_held_out_conversations_are_measured(corpus, base, tmp_path):
+def test_frozen_parameters_stay_and_held_out_conversations_are_measured(corpus, base, tmp_path, capsys):
     config = config_of(
         corpus,
         base,
@@ -102,3 +102,8 @@ def test_frozen_parameters_stay_and_held_out_conversations_are_measured(corpus, 
     assert [row["step"] for row in rows if "eval/loss" in row] == [2, 4]
     (counts,) = done.summary["files"].values()
     assert counts["num_validation"] > 0 and counts["num_trained"] + counts["num_validation"] == 64
+    told = capsys.readouterr()
+    assert f"after step 4/4  eval/loss {rows[-1]['eval/loss']:.4f}" in told.err
+    assert f"written: {done.folder / 'model'}; python -m serve {config.run} answers" in told.out
+    page = (done.folder / "report.md").read_text()
+    assert f"| validation | {counts['num_validation']} |" in page and "| bad rows | 0 |" in page
