@@ -13,25 +13,35 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from data_pipelines import formats
-from data_pipelines.formats import Format
+from data_pipelines.formats import Format, Sample
 from data_pipelines.loading import Rows, open_rows
 from data_pipelines.mixing import Mixture, make_sources, open_mixture
-from data_pipelines.rows import digest, parse_columns
+from data_pipelines.rows import columns_of, digest, parse_columns
 from data_pipelines.tokens import MANIFEST, TokenDocument, open_tokens, write_tokens
+from data_pipelines.turns import split_at_turns
 from internjax.text import chat
 from internjax.text.tokenizer import Tokenizer
 from internjax.train import processes
 
-_VERSION = 1
+_VERSION = 2
 """Of the folders' content: it changes when the same file gives other bytes."""
 _SHOWN = 5
 """Bad rows whose reasons are printed and kept."""
+_WORDS = {
+    "num_longer_than_a_row": "longer than {window} tokens ({how})",
+    "num_turns_cut": "turns of them longer than that alone, cut at the row's end",
+    "num_turns_lost": "turns of them with nothing learned before the row's end, left out",
+    "num_nothing_learned_in_a_row": "of them with nothing learned in a row, left out",
+    "num_rewritten_by_template": "became a sample per assistant turn, because the chat template rewrites history",
+}
+"""What is counted of a file where it is not zero, as it is said."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +51,8 @@ class Reading:
     format: tuple[Literal["auto"] | Format, ...] = ()
     """Format of each file, or one for all; auto (or none): what its first row shows."""
     columns: tuple[str, ...] = ()
-    """Fields of the format under other names in the files: instruction=question output=answer."""
+    """Fields of the format under other names in the files: instruction=question output=answer; for one of several
+    files FILE:instruction=question."""
     weight: tuple[float, ...] = ()
     """Shares of the rows, relative to each other; without them each file has its share of all tokens."""
     max_samples: tuple[int, ...] = ()
@@ -49,11 +60,14 @@ class Reading:
     bad_rows: Literal["stop", "skip"] = "stop"
     """A row that is no conversation ends the run before it begins, or is left out and counted."""
     too_long: Literal["drop", "truncate", "split"] = "drop"
-    """A conversation longer than a row is left out, loses its end, or becomes several samples. Texts are split."""
+    """A conversation longer than a row is left out, loses its end, or becomes several, each from a user's turn on and
+    with the system prompt. Texts are split."""
     validation: tuple[str, ...] = ()
     """Files that are not learned but measured."""
     validation_share: float = 0.0
     """Share of the conversations that is kept from training and measured."""
+    date: str = "2024-07-26"
+    """What a chat template that writes today's date is told, so that equal runs have equal tokens on every day."""
     cache: str = "runs/.tokens"
     """Where tokenised files are kept, by the hash of file, tokenizer, template and these settings."""
 
@@ -63,6 +77,14 @@ class Reading:
         if any(number < 0 for number in self.max_samples):
             raise ValueError(f"max_samples are 0 (no limit) or more, given {self.max_samples}")
         parse_columns(self.columns)
+        self.day()
+
+    def day(self) -> datetime:
+        """Returns `date`."""
+        try:
+            return datetime.fromisoformat(self.date)
+        except ValueError:
+            raise ValueError(f"date is a day as 2024-07-26, given {self.date!r}") from None
 
 
 class Conversations(NamedTuple):
@@ -89,6 +111,8 @@ def conversation_rows(
     written = processes.first("conversations", lambda: tokenise(files, tokenizer, reading=reading, seq_len=seq_len))
     how = {"seq_len": seq_len, "packing": "whole", "seed": seed, "tokenizer_sha256": tokenizer.fingerprint}
     folders = written["folders"]
+    for name, folder in zip(files, folders):
+        _check_one_fits(name, folder, written["files"][str(name)]["format"], seq_len)
     if len(folders) == 1:
         rows = open_rows(folders[0], **how)
     else:
@@ -104,12 +128,23 @@ def conversation_rows(
     return Conversations(rows, written["validation"], is_chat, summary)
 
 
+def _check_one_fits(name: str, folder: str, format: Format, seq_len: int) -> None:
+    shortest = int(open_tokens(folder, verify=False).lengths_D.min())
+    if format != "text" and shortest > seq_len + 1:
+        raise ValueError(
+            f"every conversation of {name} is longer than a row of {seq_len} tokens (the shortest has {shortest}); "
+            "give a longer seq_len, or too_long=truncate or split"
+        )
+
+
 def tokenise(files: Sequence[str], tokenizer: Tokenizer, *, reading: Reading, seq_len: int) -> dict[str, Any]:
     """Returns {"folders", "validation", "files"} (JSON values): the token folder of each file, and what was counted."""
     jobs = _jobs(files, tokenizer, reading=reading, seq_len=seq_len)
     found = {job.name: _kept(job, tokenizer) for job in jobs}
     for job in jobs:
         _tell(job, found[job.name])
+    if chat.depends_on_date(tokenizer) and any(job.format != "text" for job in jobs):
+        print(f"the chat template writes the date: conversations have {reading.date} (reading.date), whatever the day")
     measured = [
         str(folder)
         for job in jobs
@@ -129,6 +164,8 @@ class _Job(NamedTuple):
     format: Format
     is_detected: bool
     max_samples: int
+    columns: tuple[str, ...]
+    """Of the reading's, those that hold for this file."""
     reading: Reading
     window: int
     """Positions of a row."""
@@ -156,7 +193,8 @@ def _jobs(files: Sequence[str], tokenizer: Tokenizer, *, reading: Reading, seq_l
     jobs = []
     for number, (name, asked_format) in enumerate(asked):
         is_validation = number >= len(files)
-        format = formats.detect_file(name, columns=reading.columns) if asked_format == "auto" else asked_format
+        columns = columns_of(reading.columns, name, [name for name, _ in asked])
+        format = formats.detect_file(name, columns=columns) if asked_format == "auto" else asked_format
         if format == "preference":
             raise ValueError(
                 f"{name} holds preference pairs, which a fine-tuning does not learn from; they train a reward model "
@@ -172,8 +210,9 @@ def _jobs(files: Sequence[str], tokenizer: Tokenizer, *, reading: Reading, seq_l
             "tokenizer": tokenizer.fingerprint,
             "template": tokenizer.chat_template,
             "specials": [tokenizer.bos_id, tokenizer.eos_id],
+            "date": reading.date if format != "text" and chat.depends_on_date(tokenizer) else "",
             "format": format,
-            "columns": reading.columns,
+            "columns": columns,
             "bad_rows": reading.bad_rows,
             "max_samples": most,
             "too_long": reading.too_long,
@@ -183,7 +222,7 @@ def _jobs(files: Sequence[str], tokenizer: Tokenizer, *, reading: Reading, seq_l
         folder = Path(reading.cache) / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         apart = folder.with_name(f"{folder.name}-validation") if share else None
         is_detected = asked_format == "auto"
-        jobs.append(_Job(str(name), format, is_detected, most, reading, seq_len, is_validation, folder, apart))
+        jobs.append(_Job(str(name), format, is_detected, most, columns, reading, seq_len, is_validation, folder, apart))
     return jobs
 
 
@@ -195,6 +234,8 @@ class _Item(NamedTuple):
     group: str
     """Of what must stay on one side of the split."""
     documents: list[TokenDocument]
+    sample: Sample | None = None
+    """The conversation; None for a text."""
 
 
 def _kept(job: _Job, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -202,7 +243,7 @@ def _kept(job: _Job, tokenizer: Tokenizer) -> dict[str, Any]:
     wanted = [folder for folder in (job.folder, job.validation_folder) if folder is not None]
     if all((folder / MANIFEST).is_file() for folder in wanted):
         return json.loads((job.folder / MANIFEST).read_text())["about"]
-    unread = formats.unread_columns(job.name, format=job.format, columns=job.reading.columns)
+    unread = formats.unread_columns(job.name, format=job.format, columns=job.columns)
     counts: dict[str, Any] = {"format": job.format, "columns_not_read": unread}
     items = _items(job, tokenizer, counts)
     trained, measured = _split(items, job.reading.validation_share if job.validation_folder else 0.0, job.name)
@@ -228,24 +269,23 @@ def _items(job: _Job, tokenizer: Tokenizer, counts: dict[str, Any]) -> list[_Ite
     """Returns the conversations of a file as ids and masks; raises ValueError where there is none."""
     bad: list[str] = []
     items = []
-    num_rewritten = num_cut = num_unlearned = 0
-    for item in read_items(job.name, tokenizer, format=job.format, columns=job.reading.columns, bad=bad.append):
-        num_rewritten += len(item.documents) > 1
-        if job.reading.too_long != "drop" or job.format == "text":
-            is_cut = job.reading.too_long == "truncate" and job.format != "text"
-            fitting = [part for document in item.documents for part in _fitted(document, job.window, is_cut)]
-            num_cut += any(len(document.ids) > job.window + 1 for document in item.documents)
-            num_unlearned += not fitting
-            if not fitting:
+    is_cut = job.format == "text" or job.reading.too_long != "drop"
+    optional = dict.fromkeys(_WORDS, 0)
+    how = {"columns": job.columns, "date": job.reading.day()}
+    for item in read_items(job.name, tokenizer, format=job.format, bad=bad.append, **how):
+        optional["num_rewritten_by_template"] += len(item.documents) > 1
+        if is_cut and any(len(document.ids) > job.window + 1 for document in item.documents):
+            try:
+                item = item._replace(documents=_fitted(item, job, tokenizer, optional))
+            except ValueError as error:  # the template refuses a piece
+                bad.append(f"{item.documents[0].id}: {error}")
                 continue
-            item = item._replace(documents=fitting)
-        items.append(item)
+            optional["num_longer_than_a_row"] += 1
+        if item.documents:
+            items.append(item)
+        else:
+            optional["num_nothing_learned_in_a_row"] += 1
     counts |= {"num_conversations": len(items), "num_bad_rows": len(bad), "bad_rows": bad[:_SHOWN]}
-    optional = {
-        "num_rewritten_by_template": num_rewritten,
-        "num_longer_than_a_row": num_cut,
-        "num_nothing_learned_in_a_row": num_unlearned,
-    }
     counts |= {name: number for name, number in optional.items() if number}
     if bad and job.reading.bad_rows == "stop":
         others = f" (and {len(bad) - 1} more rows)" if bad[1:] else ""
@@ -262,7 +302,9 @@ def _items(job: _Job, tokenizer: Tokenizer, counts: dict[str, Any]) -> list[_Ite
     return items
 
 
-def read_items(name: str, tokenizer: Tokenizer, *, format: Format, columns: Sequence[str], bad) -> Iterator[_Item]:
+def read_items(
+    name: str, tokenizer: Tokenizer, *, format: Format, columns: Sequence[str], date: datetime, bad
+) -> Iterator[_Item]:
     """Yields the conversations (or texts) of a file as ids and masks; `bad` is given what cannot be read, and why."""
     if format == "text":
         first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -273,7 +315,7 @@ def read_items(name: str, tokenizer: Tokenizer, *, format: Format, columns: Sequ
         return
     for sample in formats.conversations(name, format=format, columns=columns, on_bad_row=bad):
         try:
-            rendered = chat.render_samples(sample.messages, tokenizer, learned=sample.learned)
+            rendered = chat.render_samples(sample.messages, tokenizer, learned=sample.learned, date=date)
         except ValueError as error:
             bad(f"{sample.place}: {error}")
             continue
@@ -283,7 +325,7 @@ def read_items(name: str, tokenizer: Tokenizer, *, format: Format, columns: Sequ
         places = [
             f"{sample.place} turn {number}" if several else sample.place for number in range(1, len(rendered) + 1)
         ]
-        yield _Item(key, group, [_document(place, *each) for place, each in zip(places, rendered)])
+        yield _Item(key, group, [_document(place, *each) for place, each in zip(places, rendered)], sample)
 
 
 def _document(place: str, ids: Sequence[int], mask: Sequence[int]) -> TokenDocument:
@@ -294,13 +336,27 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _fitted(document: TokenDocument, window: int, is_cut: bool) -> list[TokenDocument]:
-    """The first, or all, pieces of a document that fit a row; those without anything to learn are left out.
+def _fitted(item: _Item, job: _Job, tokenizer: Tokenizer, counts: dict[str, int]) -> list[TokenDocument]:
+    """What of an item that is too long fits rows: its beginning, or pieces; those without anything to learn are not."""
+    if item.sample is not None and job.reading.too_long == "split":
+        sample = item.sample
+        pieces = split_at_turns(
+            sample.messages, tokenizer, window=job.window, learned=sample.learned, date=job.reading.day()
+        )
+        counts["num_turns_cut"] += pieces.num_cut - pieces.num_lost
+        counts["num_turns_lost"] += pieces.num_lost
+        return [_document(f"{sample.place} piece {number}", *each) for number, each in enumerate(pieces.samples, 1)]
+    is_text = item.sample is None
+    return [part for document in item.documents for part in _parts(document, job.window, is_split=is_text)]
+
+
+def _parts(document: TokenDocument, window: int, *, is_split: bool) -> list[TokenDocument]:
+    """The first, or all, pieces of a document that fit a row.
 
     A piece begins with the last token of the one before it, so that no target is lost.
     """
     starts = range(0, max(1, len(document.ids) - 1), window)
-    pieces = [slice(start, start + window + 1) for start in (starts[:1] if is_cut else starts)]
+    pieces = [slice(start, start + window + 1) for start in (starts if is_split else starts[:1])]
     names = [
         document.id if len(pieces) == 1 else f"{document.id} piece {number}" for number in range(1, len(pieces) + 1)
     ]
@@ -336,13 +392,13 @@ def _tell(job: _Job, counts: dict[str, Any]) -> None:
     parts = [f"{counts['num_conversations']:,} {'texts' if job.format == 'text' else 'conversations'}"]
     parts += [f"{counts['num_validation']:,} of them for validation"] if counts["num_validation"] else []
     parts += [f"{counts['num_bad_rows']:,} rows left out"] if counts["num_bad_rows"] else []
-    words = {
-        "num_over_max_samples": "beyond max_samples left out",
-        "num_longer_than_a_row": f"longer than {job.window} tokens ({job.reading.too_long})",
-        "num_nothing_learned_in_a_row": "of them with nothing learned in a row, left out",
-        "num_rewritten_by_template": "became a sample per assistant turn, because the chat template rewrites history",
-    }
-    parts += [f"{counts[name]:,} {said}" for name, said in words.items() if counts.get(name)]
+    how = "split" if job.format == "text" else job.reading.too_long
+    words = {"num_over_max_samples": "beyond max_samples left out"} | _WORDS
+    parts += [
+        f"{counts[name]:,} {said.format(window=job.window, how=how)}"
+        for name, said in words.items()
+        if counts.get(name)
+    ]
     parts += [f"columns not read: {', '.join(counts['columns_not_read'])}"] if counts["columns_not_read"] else []
     how = "detected" if job.is_detected else "as told"
     print(f"{job.name}: {job.format} ({how}), {', '.join(parts)}; tokens in {job.folder}")

@@ -7,9 +7,10 @@ xtuner     {"conversation": [{"system"?, "input", "output"}]}
 oasst      {"text": "### Human: ...### Assistant: ..."} (the flat form of OpenAssistant / Guanaco)
 oasst_tree message trees of OpenAssistant: every path; oasst_best (by name only): the best-ranked path of each tree
 completion {"prompt", "completion"} or {"question", "answer"}; texts, or lists of OpenAI turns
-moss       {"chat": {"turn_1": {"Human", "Inner Thoughts", "Commands", "Tool Responses", "MOSS"}}, "meta_instruction"?}
+moss       {"chat": {"turn_1": {"Human", "Inner Thoughts", "Commands", "Tool Responses", "MOSS"}}, "meta_instruction"?},
+           or MOSS-002's {"plain_text": "[Human]: ...<eoh> [MOSS]: ...<eoa> ...", "prefix"?}
 preference {"conversations" or "messages" or "prompt" or "instruction", "chosen", "rejected"}; without a prompt, chosen
-           and rejected are whole conversations
+           and rejected are whole conversations: lists of turns, or hh-rlhf's texts "\n\nHuman: ...\n\nAssistant: ..."
 text       {"text"}: no conversation
 
 A turn with "loss": false, "train": false or "weight": 0 is read and not learned (xtuner: "output_with_loss": false).
@@ -41,6 +42,7 @@ Format = Literal[
 ]
 
 _TURN = re.compile(r"###\s*(Human|Assistant|System):\s?")
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
     "chatgpt": "assistant", "bing": "assistant", "system": "system", "tool": "environment",
@@ -55,6 +57,8 @@ class Preference(NamedTuple):
     prompt: list[Message]
     chosen: Message
     rejected: Message
+    place: str
+    """Where the pair stands ("file:line")."""
 
 
 class Sample(NamedTuple):
@@ -91,7 +95,7 @@ def detect(row: Mapping[str, Any]) -> Format | None:
     for name, format in lists.items():
         if isinstance(row.get(name), list):
             return format
-    if isinstance(row.get("chat"), dict):
+    if isinstance(row.get("chat"), dict) or isinstance(row.get("plain_text"), str):
         return "moss"
     if isinstance(row.get("prompt"), dict) or trees.is_message(row):
         return "oasst_tree"
@@ -109,13 +113,14 @@ def detect_file(path: str | Path, *, columns: Sequence[str] = ()) -> Format:
     bad: list[str] = []
     first = next(read_rows(path, columns=columns, on_bad_row=bad.append), None)
     if first is None:
-        raise ValueError(bad[0] if bad else f"{path} is empty: it has no JSON row; give a file with at least one")
+        raise ValueError(bad[0] if bad else f"{path} is empty: it has no row; give a file with at least one")
     found = detect(first.value)
     if found is None:
         raise ValueError(
             f"{first.place}: fields {', '.join(sorted(first.value)) or 'none'} fit no known format. Wanted one of: "
-            "instruction/output (Alpaca), messages (OpenAI), conversations (ShareGPT), chat (MOSS), prompt/completion, "
-            "chosen/rejected, text. Columns of other names can be renamed: --columns instruction=ask output=reply"
+            "instruction/output (Alpaca), messages (OpenAI), conversations (ShareGPT), chat or plain_text (MOSS), "
+            "prompt/completion, chosen/rejected, text. Columns of other names can be renamed: --columns "
+            "instruction=ask output=reply"
         )
     return found
 
@@ -164,7 +169,7 @@ def preferences(path: str | Path, *, columns: Sequence[str] = (), on_bad_row: Ba
     bad = _refusing(on_bad_row)
     for row in read_rows(path, columns=columns, on_bad_row=on_bad_row):
         try:
-            pair = _preference(row.value)
+            pair = _preference(row)
         except _ROW_ERRORS as error:
             bad(f"{row.place}: not a preference row: {_reason(error)}; wanted a prompt, chosen and rejected")
             continue
@@ -222,6 +227,17 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
+def _list(row: Mapping[str, Any], name: str) -> list[Any]:
+    """The turns in a field."""
+    turns = row[name]
+    if not isinstance(turns, list):
+        raise ValueError(f"{name} is {type(turns).__name__}, wanted a list of turns")
+    wrong = [index for index, turn in enumerate(turns) if not isinstance(turn, Mapping)]
+    if wrong:
+        raise ValueError(f"turn {wrong[0]} of {name} is {turns[wrong[0]]!r:.80}, wanted an object")
+    return turns
+
+
 def _is_learned(turn: Any, index: int) -> bool:
     """Whether a turn's own marks (OpenAI's weight, XTuner's loss, axolotl's train) leave it to be learned."""
     for name in ("weight", "loss", "train"):
@@ -248,8 +264,10 @@ def _alpaca(row: Mapping[str, Any]) -> list[_Talk]:
 def _question(row: Mapping[str, Any]) -> list[Message]:
     """The turns of an Alpaca row up to its instruction."""
     messages = [Message("system", row["system"])] if row.get("system") else []
-    for asked, answered in row.get("history") or []:
-        messages += [Message("user", asked), Message("assistant", answered)]
+    for number, turns in enumerate(row.get("history") or []):
+        if not isinstance(turns, list) or len(turns) != 2:
+            raise ValueError(f"history {number} is {turns!r:.80}, wanted [question, answer]")
+        messages += [Message("user", turns[0]), Message("assistant", turns[1])]
     asked = _text(row["instruction"], "instruction")
     if row.get("input"):
         asked = f"{asked}\n{_text(row['input'], 'input')}"
@@ -257,7 +275,7 @@ def _question(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _openai(row: Mapping[str, Any]) -> list[_Talk]:
-    turns = _one_call_each([_plain_call(turn, index) for index, turn in enumerate(row["messages"])])
+    turns = _one_call_each([_plain_call(turn, index) for index, turn in enumerate(_list(row, "messages"))])
     tools = _tools(row.get("tools") or row.get("functions"))
     learned = _flags(len(tools), [_is_learned(turn, index) for index, turn in enumerate(turns)])
     return [_Talk(tools + from_openai(turns), learned)]
@@ -301,7 +319,7 @@ def _one_call_each(turns: Sequence[Any]) -> list[Any]:
 
 
 def _sharegpt(row: Mapping[str, Any]) -> list[_Talk]:
-    opening, turns = _opening(row), row["conversations"]
+    opening, turns = _opening(row), _list(row, "conversations")
     learned = _flags(len(opening), [_is_learned(turn, index) for index, turn in enumerate(turns)])
     return [_Talk(opening + [_sharegpt_turn(turn) for turn in turns], learned)]
 
@@ -331,7 +349,7 @@ def _sharegpt_turn(turn: Mapping[str, Any]) -> Message:
 def _xtuner(row: Mapping[str, Any]) -> list[_Talk]:
     messages: list[Message] = []
     learned: list[bool] = []
-    for turn in row["conversation"]:
+    for turn in _list(row, "conversation"):
         said = [("system", turn.get("system") or ""), ("user", turn.get("input") or "")]
         said = [Message(role, _text(text, role)) for role, text in said if text]
         messages += [*said, Message("assistant", _text(turn["output"], "output"))]
@@ -372,9 +390,16 @@ def _tools(tools: Any) -> list[Message]:
 # --- preference pairs ------------------------------------------------------------------------------------------------
 
 
-def _preference(row: Mapping[str, Any]) -> Preference:
+def _preference(found: Row) -> Preference:
+    row = found.value
     chosen, rejected = row["chosen"], row["rejected"]
     prompt = row.get("conversations", row.get("messages", row.get("prompt")))
+    if isinstance(prompt, str) and _is_dialogue(prompt) and prompt.rstrip().endswith("\n\nAssistant:"):
+        # The answers are what follows the open turn.
+        prompt = _dialogue(prompt)[:-1]
+        chosen, rejected = (text.strip() if isinstance(text, str) else text for text in (chosen, rejected))
+    elif not prompt and (_is_dialogue(chosen) or _is_dialogue(rejected)):
+        chosen, rejected = _dialogue(_text(chosen, "chosen")), _dialogue(_text(rejected, "rejected"))
     if prompt:
         before = [Message("user", prompt)] if isinstance(prompt, str) else [_sharegpt_turn(turn) for turn in prompt]
         before = [*_opening(row), *before]
@@ -384,7 +409,19 @@ def _preference(row: Mapping[str, Any]) -> Preference:
         before = [*_opening(row), *_shared_beginning(chosen, rejected)]
     if not before:
         raise ValueError("it has no prompt")
-    return Preference(before, *(_answer(row[name], name) for name in ("chosen", "rejected")))
+    return Preference(before, _answer(chosen, "chosen"), _answer(rejected, "rejected"), found.place)
+
+
+def _is_dialogue(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("Human:")
+
+
+def _dialogue(text: str) -> list[dict[str, str]]:
+    """The turns of a text in hh-rlhf's form: an empty line and the speaker's name before each."""
+    _, *pieces = _SPEAKER.split(f"\n\n{text.strip()}")
+    if pieces[:1] != ["Human"]:
+        raise ValueError(f"a text begins with {text.strip()[:40]!r}, not with 'Human:' as the other one does")
+    return [{"from": who.lower(), "value": said.strip()} for who, said in zip(pieces[::2], pieces[1::2], strict=True)]
 
 
 def _shared_beginning(chosen: Any, rejected: Any) -> list[Message]:
@@ -429,7 +466,7 @@ _READ: dict[str, frozenset[str]] = {
     "oasst_tree": frozenset({"prompt", "message_id", "parent_id", "text", "role", "rank", "deleted", "review_result"}),
     "oasst_best": frozenset({"prompt", "message_id", "parent_id", "text", "role", "rank", "deleted", "review_result"}),
     "completion": frozenset({"prompt", "completion", "question", "answer", "tools"}),
-    "moss": frozenset({"chat", "meta_instruction"}),
+    "moss": frozenset({"chat", "plain_text", "meta_instruction", "prefix"}),
     "preference": frozenset(
         {"conversations", "messages", "prompt", "instruction", "input", "history", "system", "tools"}
         | {"chosen", "rejected"}

@@ -5,6 +5,8 @@
 A turn with a command becomes: the user's question; the assistant's thoughts with the call (both are learned); the
 result as the tool's turn (never learned); the assistant's answer. Calculate("1 + 2") is the call of the tool Calculate
 with {"arguments": "1 + 2"}. Several commands of a turn become one call after the other, each with its own result.
+
+MOSS-002's rows are one text: {"plain_text": "[Human]: ...<eoh> [MOSS]: ...<eoa> [Human]: ...", "prefix"?}
 """
 
 import ast
@@ -15,13 +17,19 @@ from typing import Any
 
 from internjax.text.message import Message, ToolCall
 
+# A name in brackets opens a turn only behind the mark that ends one; elsewhere it is what somebody said.
+_SPEAKER = re.compile(r"(?:\A|(?<=<eoh>)|(?<=<eoa>))\s*\[(Human|MOSS)\]:")
 _COMMAND = re.compile(r"(\w+)\((.*?)\)(?=\s*,\s*\w+\(|\s*$)", re.DOTALL)
 
 
 def messages_of(row: Mapping[str, Any]) -> list[Message]:
     """Returns the conversation of a row; raises ValueError or KeyError where it is none."""
-    instruction = row.get("meta_instruction")
+    instruction = row.get("meta_instruction") or row.get("prefix")
     messages = [Message("system", instruction)] if instruction else []
+    if "chat" not in row and "plain_text" in row:
+        return messages + _plain_turns(row["plain_text"])
+    if not isinstance(row["chat"], Mapping):
+        raise ValueError(f"chat is {type(row['chat']).__name__}, wanted an object of turns (turn_1, turn_2, ...)")
     turns = sorted(row["chat"].items(), key=lambda item: int(item[0].rpartition("_")[2]))
     for _, turn in turns:
         messages.append(Message("user", _text(turn, "Human")))
@@ -35,6 +43,22 @@ def messages_of(row: Mapping[str, Any]) -> list[Message]:
         elif thoughts:
             answer = f"{thoughts}\n{answer}"
         messages.append(Message("assistant", answer))
+    return messages
+
+
+def _plain_turns(text: Any) -> list[Message]:
+    if not isinstance(text, str):
+        raise ValueError(f"plain_text is {type(text).__name__}, wanted text")
+    before, *pieces = _SPEAKER.split(text)
+    if before or not pieces:
+        raise ValueError(f"plain_text begins with {text[:40]!r}, not with '[Human]:' or '[MOSS]:'")
+    messages = []
+    for who, said in zip(pieces[::2], pieces[1::2], strict=True):
+        role, end = ("user", "<eoh>") if who == "Human" else ("assistant", "<eoa>")
+        said = said.strip()
+        if not said.endswith(end):
+            raise ValueError(f"a turn of [{who}] ends with {said[-40:]!r}, not with {end}")
+        messages.append(Message(role, said.removesuffix(end).strip()))
     return messages
 
 

@@ -10,14 +10,16 @@ template only.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import numpy as np
 
 from data_pipelines import formats
-from data_pipelines.conversations import read_items
+from data_pipelines.conversations import Reading, read_items
 from data_pipelines.formats import Format
+from data_pipelines.rows import columns_of
 from data_pipelines.tokens import TokenDocument
 from internjax.text import chat, marked
 from internjax.text.tokenizer import Tokenizer, load_tokenizer
@@ -53,15 +55,20 @@ def look(
     format: Format | None = None,
     columns: Sequence[str] = (),
     num_samples: int = 2,
+    date: datetime | None = None,
 ) -> Found:
-    """Returns what a file holds, rendered by the tokenizer's template; raises ValueError where it has no known form."""
+    """Returns what a file holds, rendered by the tokenizer's template; raises ValueError where it has no known form.
+
+    date: what a template that writes the date is told; None: what a fine-tuning tells it.
+    """
+    date = date or Reading().day()
     bad: list[str] = []
     read = format or formats.detect_file(name, columns=columns)
     num_rows, lengths, samples, num_learned = 0, [], [], 0
     if read == "preference":
-        rows = _pairs(name, tokenizer, columns, bad)
+        rows = _pairs(name, tokenizer, columns, date, bad)
     else:
-        items = read_items(name, tokenizer, format=read, columns=columns, bad=bad.append)
+        items = read_items(name, tokenizer, format=read, columns=columns, date=date, bad=bad.append)
         rows = (item.documents for item in items)
     for documents in rows:
         num_rows += 1
@@ -72,18 +79,20 @@ def look(
     return Found(str(name), read, format is None, num_rows, samples, np.array(lengths, int), num_learned, bad, unread)
 
 
-def _pairs(name: str, tokenizer: Tokenizer, columns: Sequence[str], bad: list[str]) -> Iterator[list[TokenDocument]]:
+def _pairs(
+    name: str, tokenizer: Tokenizer, columns: Sequence[str], date: datetime, bad: list[str]
+) -> Iterator[list[TokenDocument]]:
     """Both conversations of every preference pair; what is compared, the last answer, counts as learned."""
-    for number, pair in enumerate(formats.preferences(name, columns=columns, on_bad_row=bad.append), 1):
+    for pair in formats.preferences(name, columns=columns, on_bad_row=bad.append):
         learned = [False] * len(pair.prompt) + [True]
         try:
             yield [
-                TokenDocument(f"pair {number} {which}", *sample)
+                TokenDocument(f"{pair.place} {which}", *sample)
                 for which, answer in (("chosen", pair.chosen), ("rejected", pair.rejected))
-                for sample in chat.render_samples([*pair.prompt, answer], tokenizer, learned=learned)
+                for sample in chat.render_samples([*pair.prompt, answer], tokenizer, learned=learned, date=date)
             ]
         except ValueError as error:
-            bad.append(f"{name} pair {number}: {error}")
+            bad.append(f"{pair.place}: {error}")
 
 
 def describe(found: Found, tokenizer: Tokenizer, *, seq_len: int, colour: bool) -> str:
@@ -143,19 +152,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.preview", description="Shows what a fine-tuning would read and learn of files."
     )
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="files, or datasets:NAME")
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="FILE", help="files, or hf:, modelscope:, datasets:NAME"
+    )
     parser.add_argument("--model", required=True, help="MODEL whose tokenizer and chat template are used")
     parser.add_argument("--format", choices=("auto", *get_args(Format)), default="auto", help="format of all files")
     parser.add_argument("--columns", nargs="*", default=(), metavar="FIELD=COLUMN", help="instruction=question ...")
     parser.add_argument("--samples", type=int, default=2, help="rendered samples of each file")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens of a row")
+    parser.add_argument("--date", default=Reading.date, help="told to a chat template that writes today's date")
     args = parser.parse_args(arguments)
     failed = False
     try:
-        tokenizer = tokenizer_of(args.model)
+        date, tokenizer = Reading(date=args.date).day(), tokenizer_of(args.model)
+        if chat.depends_on_date(tokenizer):
+            print(f"the chat template writes the date: {args.date} (--date)")
         for name in args.data:
             format = None if args.format == "auto" else args.format
-            found = look(name, tokenizer, format=format, columns=args.columns, num_samples=args.samples)
+            columns = columns_of(args.columns, name, args.data)
+            found = look(name, tokenizer, format=format, columns=columns, num_samples=args.samples, date=date)
             print(describe(found, tokenizer, seq_len=args.seq_len, colour=sys.stdout.isatty()))
             failed |= not found.num_rows
     except (ValueError, OSError) as error:

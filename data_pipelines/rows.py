@@ -1,10 +1,12 @@
-"""Rows of whatever a data set lies in: JSONL, a JSON array, parquet, a text file, a named data set.
+"""Rows of whatever a data set lies in: JSONL, a JSON array, parquet, a text file, a data set by name.
 
 FILE.jsonl  FILE.json  (also .gz and .zst)   an object per line; one array of objects
 FILE.parquet                                 a row per object
 FILE.txt  FILE.md                            one row: {"text": the whole file}
-datasets:NAME[:CONFIG][@SPLIT]               a data set of the `datasets` library (split "train"), or a folder that its
-                                             save_to_disk wrote; hf:ORG/NAME is the same
+hf:ORG/NAME[:CONFIG][@SPLIT]                 a data set of a hub, its files fetched by the hub's own client (`hf.hub`)
+modelscope:ORG/NAME[:CONFIG][@SPLIT]         and read by the `datasets` library; the split is "train" unless named
+datasets:NAME[:CONFIG][@SPLIT]               whatever that library knows by this name, or a folder that its
+                                             save_to_disk wrote
 """
 
 import hashlib
@@ -15,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.sources import TEXT_SUFFIXES, Row, existing, json_rows, opened, uncompressed_suffix
+from internjax.hf.hub import resolve_data
 
 BadRow = Callable[[str], None] | None
-_NAMED = re.compile(r"(?:datasets|hf):(?P<name>[^@:]+)(?::(?P<config>[^@:]+))?(?:@(?P<split>.+))?")
+_NAMED = re.compile(r"(?P<where>datasets|hf|modelscope):(?P<name>[^@:]+)(?::(?P<config>[^@:]+))?(?:@(?P<split>.+))?")
 
 
 def read_rows(name: str | Path, *, columns: Sequence[str] = (), on_bad_row: BadRow = None) -> Iterator[Row]:
@@ -54,6 +57,30 @@ def parse_columns(columns: Sequence[str]) -> dict[str, str]:
     return {field: column for field, _, column in pairs}
 
 
+def columns_of(columns: Sequence[str], name: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the FIELD=COLUMN texts that hold for one of several files: those for all, and its FILE:FIELD=COLUMN.
+
+    Its own win over those for all. Raises ValueError where a text is for a file that is none of `names`.
+    """
+    found: dict[str, str] = {}
+    for text in sorted(columns, key=lambda text: _file_of(text, names) != ""):
+        if _file_of(text, names) in ("", name):
+            text = text.removeprefix(f"{name}:")
+            found[text.partition("=")[0]] = text
+    return tuple(found.values())
+
+
+def _file_of(text: str, names: Sequence[str]) -> str:
+    """The file that FILE:FIELD=COLUMN is for; empty for FIELD=COLUMN."""
+    if ":" not in text.partition("=")[0]:
+        return ""
+    # The longest: hf:org/name may be a file's name, and hf:org/name:config another's.
+    file = max((name for name in names if text.startswith(f"{name}:")), key=len, default=None)
+    if file is None:
+        raise ValueError(f"columns has {text!r}, which is for none of the files {', '.join(names)}")
+    return file
+
+
 def _renamed(value: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
     taken = set(renamed.values()) | set(renamed)
     return {field: value[column] for field, column in renamed.items()} | {
@@ -85,7 +112,7 @@ def _rows(name: str | Path, on_bad_row: BadRow) -> Iterator[Row]:
     else:
         raise ValueError(
             f"{path}: files named {suffix or 'without a suffix'} are not read; give .jsonl, .json, .parquet, .txt, "
-            "or datasets:NAME"
+            "or a data set by name: hf:ORG/NAME, modelscope:ORG/NAME, datasets:NAME"
         )
 
 
@@ -110,7 +137,7 @@ def _named_rows(name: str, found: re.Match) -> Iterator[Row]:
 
 
 def _open_named(name: str, found: re.Match) -> Any:
-    """The split of a data set of the `datasets` library: on disk, in its cache, or fetched by it."""
+    """The split of a data set: of a hub, on disk, or whatever the `datasets` library knows by the name."""
     try:
         import datasets
     except ImportError as error:
@@ -118,7 +145,8 @@ def _open_named(name: str, found: re.Match) -> Any:
             f"{name} is read by the datasets library, which is not installed; pip install datasets, or give a file"
         ) from error
     split = found["split"] or "train"
-    folder = Path(found["name"])
+    on_hub = found["where"] != "datasets"
+    folder = resolve_data(f"{found['where']}:{found['name']}") if on_hub else Path(found["name"])
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(folder))
@@ -127,8 +155,14 @@ def _open_named(name: str, found: re.Match) -> Any:
                     raise ValueError(f"it has the splits {', '.join(saved)}; name one: {name.partition('@')[0]}@SPLIT")
                 return saved[split]
             return saved
-        return datasets.load_dataset(found["name"], found["config"], split=split)
+        return datasets.load_dataset(str(folder) if on_hub else found["name"], found["config"], split=split)
     except Exception as error:  # the library raises its own kinds, and its clients' ones
+        if on_hub:
+            raise ValueError(
+                f"{name} cannot be read by the datasets library ({type(error).__name__}: {error}). Name a "
+                f"configuration or split ({found['where']}:{found['name']}:CONFIG@SPLIT), or give one of the files "
+                f"that lie in {folder}"
+            ) from error
         raise ValueError(
             f"{name} cannot be loaded by the datasets library ({type(error).__name__}: {error}). Without a network, "
             "fetch it elsewhere, save_to_disk it and give datasets:FOLDER, or give its files"

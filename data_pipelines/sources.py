@@ -21,6 +21,7 @@ from data_pipelines.outline import Definition, Outline, outline, string_table
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".text", ".markdown"}
 LICENCE_NAME = re.compile(r"licen[cs]e|copying|notice|copyright|authors|top_level|entry_points|sources|requires", re.I)
+_SPACE = re.compile(r"[ \t\n\r]*")
 CODE_LANGUAGES = {
     ".py": "python", ".pyi": "python", ".c": "c", ".h": "c", ".cc": "cpp", ".cpp": "cpp", ".hpp": "cpp",
     ".java": "java", ".go": "go", ".rs": "rust", ".js": "javascript", ".ts": "typescript", ".sh": "shell",
@@ -271,7 +272,7 @@ def jsonl(
 
 
 def json_rows(path: str | Path, *, on_bad_row: Callable[[str], None] | None = None) -> Iterator[Row]:
-    """JSON objects of a .jsonl file, or of a .json file that holds one array, with "file:line" (array: its index).
+    """JSON objects of a .jsonl file with "file:line", or of the array in a .json file with "file:line[index]".
 
     Either may be compressed: .jsonl.gz, .json.zst.
     """
@@ -303,20 +304,43 @@ def json_rows(path: str | Path, *, on_bad_row: Callable[[str], None] | None = No
 
 def _json_array(path: Path, bad: Callable[[str], None]) -> Iterator[Row]:
     with opened(path) as file:
-        text = file.read()
+        raw = file.read()
     try:
-        values = json.loads(text)
+        elements = _elements(raw.decode(json.detect_encoding(raw), "surrogatepass").removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
-        if b"\n{" in text.strip():
+        if b"\n{" in raw.strip():
             bad(f"{path}: not valid JSON ({error}); one object per line belongs in a file named .jsonl")
         else:
             bad(f"{path}: not valid JSON ({error}); wanted one array of objects")
         return
-    for index, value in enumerate(values if isinstance(values, list) else [values]):
+    for index, (line, value) in enumerate(elements):
+        place = f"{path}:{line}[{index}]"
         if isinstance(value, dict):
-            yield Row(f"{path}:{index}", value)
+            yield Row(place, value)
         else:
-            bad(f"{path}:{index}: a JSON {type(value).__name__}; wanted an array of objects")
+            bad(f"{place}: a JSON {type(value).__name__}; wanted an array of objects")
+
+
+def _elements(text: str) -> list[tuple[int, Any]]:
+    """The elements of a JSON array (anything else is the only one), each with the line on which it begins."""
+    start = _SPACE.match(text).end()
+    if not text.startswith("[", start):
+        return [(1 + text.count("\n", 0, start), json.loads(text))]
+    decoder, found, line, at = json.JSONDecoder(), [], 1, 0
+    here = _SPACE.match(text, start + 1).end()
+    while not (text.startswith("]", here) and not found):
+        line, at = line + text.count("\n", at, here), here
+        value, end = decoder.raw_decode(text, here)
+        found.append((line, value))
+        here = _SPACE.match(text, end).end()
+        if text.startswith("]", here):
+            break
+        if not text.startswith(",", here):
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, here)
+        here = _SPACE.match(text, here + 1).end()
+    if (rest := _SPACE.match(text, here + 1).end()) < len(text):
+        raise json.JSONDecodeError("Extra data", text, rest)
+    return found
 
 
 def uncompressed_suffix(path: Path) -> str:

@@ -135,8 +135,12 @@ def parse(config: Config, args: Sequence[str] | None = None) -> Config:
     """
     import tyro
 
+    # `python -m experiments.NAME`: its name and docstring, with the command to type, head the help.
+    main = sys.modules["__main__"] if args is None else None
+    spec = getattr(main, "__spec__", None)
+    told = {"prog": f"python -m {spec.name}", "description": main.__doc__} if spec and main.__doc__ else {}
     args = plain_flags(sys.argv[1:] if args is None else args, type(config))
-    config = tyro.cli(type(config), default=config, args=args, config=(tyro.conf.CascadeSubcommandArgs,))
+    config = tyro.cli(type(config), default=config, args=args, config=(tyro.conf.CascadeSubcommandArgs,), **told)
     if hasattr(config, "run") and {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys():
         # The runs of a sweep differ in their configs, so that each needs a folder of its own.
         config = dataclasses.replace(config, run=f"{config.run}-{os.environ['WANDB_RUN_ID']}")

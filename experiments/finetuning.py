@@ -76,11 +76,13 @@ class Finetune:
     run: str = "finetune"
     """Run folder: a path, or a name under runs/."""
     model: str = ""
-    """MODEL: a Hugging Face folder, an adapter folder, BASE+ADAPTER, a run folder, RUN@STEP, hf:ORG/NAME."""
+    """MODEL: a Hugging Face folder, an adapter folder, BASE+ADAPTER, a run folder, RUN@STEP, hf:ORG/NAME or
+    modelscope:ORG/NAME."""
     allow_unknown: tuple[str, ...] = ()
     """Fields of the model's config.json that are read as if they were absent."""
     data: tuple[str, ...] = ()
-    """Files of conversations; the format is detected (Alpaca, OpenAI messages, ShareGPT, OASST, MOSS, texts, ...)."""
+    """Files of conversations, or data sets by name (hf:ORG/NAME, modelscope:ORG/NAME, datasets:NAME; :CONFIG and @SPLIT
+    may follow); the format is detected (Alpaca, OpenAI messages, ShareGPT, OASST, MOSS, texts, ...)."""
     reading: Reading = Reading()
     seq_len: int = 2048
     """Tokens of a packed row."""
@@ -224,6 +226,9 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
         _save_architecture(config, model, folder, base)
         state = run_training(config, task, run, start.state, step, callbacks)
         _export(config, model, start, state, folder)
+        if processes.index() == 0:
+            left = [name for name in ("adapter", "model") if (folder / name).is_dir()]
+            print(f"written: {' and '.join(str(folder / name) for name in left)}; python -m serve {config.run} answers")
         if config.push and processes.index() == 0:
             print(f"pushed to {push(folder / ('model' if config.merge else 'adapter'), config.push)}")
         return ended(run, {"method": config.method, "base": config.model} | read.summary)

@@ -13,6 +13,7 @@ a model generates behind a prompt is what it was trained on. Other tokenizers ar
 
 from __future__ import annotations
 
+import datetime
 import functools
 import re
 from collections.abc import Iterable, Sequence
@@ -35,6 +36,7 @@ from internjax.text.template import (
     render_template,
     samples_by_template,
     template_stop_ids,
+    writes_date,
 )
 from internjax.text.tokenizer import (
     ACTION_END,
@@ -60,6 +62,7 @@ __all__ = [
     "TextDelta",
     "ToolCall",
     "ToolParser",
+    "depends_on_date",
     "from_openai",
     "parse",
     "render",
@@ -104,18 +107,23 @@ def render(
 
 
 def render_samples(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, learned: Sequence[bool] | None = None
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    learned: Sequence[bool] | None = None,
+    date: datetime.datetime | None = None,
 ) -> list[Rendered]:
     """What there is to train on in a conversation: `render` of it, or one sample per assistant turn.
 
     Several where the tokenizer's template writes earlier turns anew as the conversation goes on (Qwen3 takes the
-    thoughts out of past answers). Raises ValueError where a sample would teach nothing, or its prompt as well.
+    thoughts out of past answers). date: what a template that writes the date is told (None: the present; see
+    `depends_on_date`). Raises ValueError where a sample would teach nothing, or its prompt as well.
     """
     assert learned is None or len(learned) == len(messages)
     if _speaks_internlm2(tokenizer):
         samples = [render(messages, tokenizer, learned=learned)]
     else:
-        samples = samples_by_template(messages, tokenizer, learned=learned)
+        samples = samples_by_template(messages, tokenizer, learned=learned, date=date)
     for sample in samples:
         if all(sample.mask) or not any(sample.mask):
             raise ValueError(
@@ -123,6 +131,11 @@ def render_samples(
                 "assistant says and nothing else. The chat template marks no assistant turn, or none is to be learned"
             )
     return samples
+
+
+def depends_on_date(tokenizer: Tokenizer) -> bool:
+    """Whether a conversation's ids depend on the day: its chat template writes the date (Llama 3.2's does)."""
+    return not _speaks_internlm2(tokenizer) and writes_date(tokenizer.chat_template or "")
 
 
 def render_turn(message: Message, tokenizer: Tokenizer) -> Rendered:

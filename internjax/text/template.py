@@ -6,6 +6,7 @@ is what stands behind the prompt that asks for it. Where prefixes change later o
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import re
@@ -35,10 +36,12 @@ def render_template(
     special_tokens: Mapping[str, str],
     tools: Sequence[Mapping] | None = None,
     add_generation_prompt: bool = False,
+    date: datetime.datetime | None = None,
 ) -> TemplateText:
     """The template's text for `messages` (dicts of role, content, ...), and where the assistant's own words are.
 
-    special_tokens: bos_token, eos_token, ... as strings. A template's refusal is raised with its own message.
+    special_tokens: bos_token, eos_token, ... as strings. date: what a template that writes the date is told (None: the
+    present). A template's refusal is raised with its own message.
     """
     import jinja2
 
@@ -48,6 +51,7 @@ def render_template(
             tools=list(tools) if tools else None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
+            strftime_now=(date or datetime.datetime.now()).strftime,
             **special_tokens,
         )
     except (jinja2.TemplateError, TypeError) as error:
@@ -83,8 +87,6 @@ def split_keeping(text: str, separators: str) -> list[str]:
 @functools.lru_cache(maxsize=32)
 def _compile(template: str):
     """The compiled template, with all that transformers' templates may use."""
-    import datetime
-
     import jinja2
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -113,7 +115,6 @@ def _compile(template: str):
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
@@ -155,8 +156,17 @@ def render_by_template(
     return _encoded(whole.text, _learned_spans(spans, learned), tokenizer)
 
 
+def writes_date(template: str) -> bool:
+    """Whether a template asks for the date, so that its text depends on the day."""
+    return "strftime_now" in template
+
+
 def samples_by_template(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, learned: Sequence[bool] | None = None
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    learned: Sequence[bool] | None = None,
+    date: datetime.datetime | None = None,
 ) -> list[Rendered]:
     """What there is to train on in a conversation: one sample, or one per assistant turn.
 
@@ -165,7 +175,7 @@ def samples_by_template(
     model is given for it. A last turn that the template leaves without an end marker gets the tokenizer's EOS. Raises
     ValueError where an assistant's turn is not found behind its prompt.
     """
-    drawn = _drawn(messages, tokenizer)
+    drawn = _drawn(messages, tokenizer, date)
     whole = drawn.draw(drawn.turns, add_generation_prompt=False)
     spans = _assistant_spans(drawn, whole, tokenizer)
     if spans is not None:
@@ -191,7 +201,7 @@ class _Drawn(NamedTuple):
     has_generation: bool
 
 
-def _drawn(messages: Sequence[Message], tokenizer: Tokenizer) -> _Drawn:
+def _drawn(messages: Sequence[Message], tokenizer: Tokenizer, date: datetime.datetime | None = None) -> _Drawn:
     template = tokenizer.chat_template
     if template is None:
         raise ValueError(
@@ -199,7 +209,9 @@ def _drawn(messages: Sequence[Message], tokenizer: Tokenizer) -> _Drawn:
             "folder, or use a chat model's tokenizer"
         )
     turns, places, tools = _template_turns(messages, tokenizer)
-    draw = functools.partial(render_template, template, special_tokens=named_specials(tokenizer), tools=tools)
+    draw = functools.partial(
+        render_template, template, special_tokens=named_specials(tokenizer), tools=tools, date=date
+    )
     drawn = _Drawn(turns, places, draw, re.search(r"\{%[-+]?\s*generation\b", template) is not None)
     _check_tools_are_drawn(drawn, tools or [])
     return drawn

@@ -161,6 +161,9 @@ def _called(due: Sequence[Every], state: TrainState, index: int, step: Step, wat
     with watch.timed("callbacks", index), contextlib.nullcontext() if step.mesh is None else sharding.use(step.mesh):
         for callback in due:
             row |= callback.call(state, index) or {}
+    measured = "  ".join(f"{name} {float(value):.4f}" for name, value in row.items() if name.startswith("eval/"))
+    if measured:
+        watch.progress.note(f"after step {index}/{watch.num_steps}  {measured}")
     return row
 
 

@@ -88,6 +88,7 @@ def write_page(folder: str | Path) -> Path:
         _curves(run),
         _evaluation(run),
         _samples(run),
+        _data(run),
         _incidents(run),
         _time(run),
         _config(run),
@@ -262,6 +263,22 @@ def _samples(run: Record) -> Section:
         ]
         blocks.append(Samples(texts, caption=f"Prompt: `{prompt}`" if "`" not in prompt else f"Prompt: {prompt}"))
     return Section("Samples", blocks)
+
+
+def _data(run: Record) -> Section:
+    """What was read of each file, where the run's summary tells it."""
+    files = (run.summary or {}).get("files", {})
+    rows = [
+        [
+            f"`{file}`",
+            name.removeprefix("num_").replace("_", " "),
+            ", ".join(value) if isinstance(value, list) else value,
+        ]
+        for file, counts in files.items()
+        for name, value in counts.items()
+        if value or name in ("num_trained", "num_bad_rows")
+    ]
+    return Section("Data", [Table(["file", "what", "found"], rows)] if rows else [])
 
 
 def _incidents(run: Record) -> Section:

@@ -72,7 +72,7 @@ class Watch:
         peak_flops: float | None = None,
     ):
         self._tracker = tracker
-        self._num_steps = num_steps
+        self.num_steps = num_steps
         self._peak_flops = peak_flops
         self._log_every = tracker.tracking.log_every if tracker else 1
         self._judge = Judge(guard, log_every=self._log_every, describe=describe if is_primary() else None)
@@ -160,7 +160,7 @@ class Watch:
             flight.step,
             row,
             tokens_per_second=sum(each.tokens for each in self._recent) / spent if spent else 0.0,
-            seconds_left=None if per_step is None else per_step * (self._num_steps - flight.step),
+            seconds_left=None if per_step is None else per_step * (self.num_steps - flight.step),
             mfu=self._mfu(sum(each.flops for each in self._recent), spent),
         )
 
@@ -216,7 +216,7 @@ class Watch:
             print(f"{sentence(incident)}.{skipped}{where}", file=sys.stderr, flush=True)
 
     def _logged(self, step: int) -> bool:
-        return step % self._log_every == 0 or step == self._num_steps
+        return step % self._log_every == 0 or step == self.num_steps
 
 
 def _not_finite(incident: dict[str, Any], num_skipped: int, tracker: Run | None) -> str:

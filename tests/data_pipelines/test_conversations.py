@@ -82,6 +82,31 @@ def test_tokens_are_kept_until_anything_that_matters_changes(tmp_path, tokenizer
     assert "a.jsonl: completion (detected), 5 conversations; tokens in" in capsys.readouterr().out
 
 
+def test_a_template_that_writes_the_date_gives_equal_tokens_on_every_day(tmp_path, tokenizer, reading, capsys):
+    path = pairs(tmp_path / "a.jsonl", range(2))
+    save_tokenizer(tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ '<|im_start|>' + m.role + ' ' + m.content + '</s>' }}"
+        "{% endfor %}{{ '<|im_start|>assistant ' if add_generation_prompt }}"
+    )
+    dated = load_tokenizer(tmp_path / "model")
+
+    def folder(each=dated, **how):
+        return tokenise([path], each, reading=reading(**how), seq_len=64)["folders"][0]
+
+    first = folder()
+    assert "the chat template writes the date: conversations have 2024-07-26 (reading.date)" in capsys.readouterr().out
+    assert tokenizer.decode(documents(first)[0][0]).startswith("26 Jul 2024user q0")
+    later = folder(date="2025-01-02")
+    assert later != first and tokenizer.decode(documents(later)[0][0]).startswith("02 Jan 2025user q0")
+    assert folder(tokenizer) == folder(tokenizer, date="2025-01-02")  # no date in it, no other tokens
+    assert preview.main(["--data", path, "--model", str(tmp_path / "model"), "--date", "2025-01-02"]) == 0
+    shown = capsys.readouterr().out
+    assert "the chat template writes the date: 2025-01-02 (--date)" in shown and "02 Jan 2025<|im_start|>user" in shown
+    with pytest.raises(ValueError, match="date is a day as 2024-07-26, given 'today'"):
+        Reading(date="today")
+
+
 def test_several_files_by_weight_and_cap(tmp_path, tokenizer, reading):
     a, b = pairs(tmp_path / "a.jsonl", range(40)), pairs(tmp_path / "b.jsonl", range(40), "other ")
     how = reading(weight=(3, 1), max_samples=(0, 10))
@@ -97,6 +122,20 @@ def test_several_files_by_weight_and_cap(tmp_path, tokenizer, reading):
     b = pairs(tmp_path / "b.jsonl", reversed(range(40)), "other ")
     turned = tokenise([a, b], tokenizer, reading=how, seq_len=32)["folders"][1]
     assert sorted(said(turned, tokenizer)) == kept and turned != folder
+
+
+def test_columns_of_one_of_several_files(tmp_path, tokenizer, reading):
+    a, b = pairs(tmp_path / "a.jsonl", range(2)), str(tmp_path / "b.jsonl")
+    (tmp_path / "b.jsonl").write_text('{"ask": "q", "answer": "b0", "other": "b1"}\n')
+    how = reading(
+        columns=(f"{b}:prompt=ask", "completion=answer", f"{b}:completion=other", f"{a}:completion=completion")
+    )
+    assert [said(folder, tokenizer) for folder in tokenise([a, b], tokenizer, reading=how, seq_len=64)["folders"]] == [
+        ["a0<|im_end|>", "a1<|im_end|>"],
+        ["b1<|im_end|>"],
+    ]
+    with pytest.raises(ValueError, match=r"columns has 'c.jsonl:prompt=ask', which is for none of the files .*a.jsonl"):
+        tokenise([a], tokenizer, reading=reading(columns=("c.jsonl:prompt=ask",)), seq_len=64)
 
 
 def test_validation_never_shares_a_conversation_with_training(tmp_path, tokenizer, reading):
@@ -143,16 +182,51 @@ def test_conversations_longer_than_a_row(tmp_path, tokenizer, reading, capsys):
     cut = found("truncate")
     assert cut.rows.num_left_out == 0 and cut.summary["files"][path]["num_longer_than_a_row"] == 1
     assert documents(cut.rows.folder.path)[1] == (long.ids[: window + 1], long.mask[: window + 1])
-    split = found("split")
-    pieces = documents(split.rows.folder.path)[1:]
-    assert all(len(ids) <= window + 1 for ids, _ in pieces) and len(pieces) == -(-(len(long.ids) - 1) // window)
-    # Every target once: a piece begins with the token that the one before it ended with.
-    assert [pieces[0][0][0], *(token for ids, _ in pieces for token in ids[1:])] == long.ids
-    assert [0, *(on for _, mask in pieces for on in mask[1:])] == long.mask
-    batch = row_batch(split.rows, range(split.rows.num_rows))
-    assert batch.loss_mask.sum() == sum(long.mask) + 21
+    split = found("split")  # a single turn that is too long has no border to be split at
+    assert documents(split.rows.folder.path) == documents(cut.rows.folder.path)
+    assert split.summary["files"][path]["num_turns_cut"] == 1
+    assert "1 turns of them longer than that alone, cut at the row's end" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match=r"every conversation of .*a.jsonl is longer than a row of 8 .* too_long=trunc"
+    ):
+        conversation_rows([path], tokenizer, reading=reading(), seq_len=8, seed=0)
     with pytest.raises(ValueError, match=r"holds nothing to learn from; no completion row has an answer within 4 tok"):
         conversation_rows([path], tokenizer, reading=reading(too_long="truncate"), seq_len=4, seed=0)
+
+
+def test_long_conversations_are_split_where_a_user_speaks(tmp_path, tokenizer, reading, capsys):
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+    def turn(role, content, **fields):
+        return {"role": role, "content": content} | fields
+
+    turns = [turn("system", "Be short.")]
+    turns += [part for n in range(4) for part in (turn("user", f"q{n}"), turn("assistant", f"a{n}"))]
+    turns += [turn("user", "qf"), turn("assistant", "", tool_calls=[call]), turn("tool", "r"), turn("assistant", "af")]
+    turns += [turn("user", "q5"), turn("assistant", "long " * 50), turn("user", "long " * 50), turn("assistant", "a6")]
+    turns += [turn("user", "q7"), turn("assistant", "a7", weight=0), turn("user", "q8"), turn("assistant", "a8")]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    path, window = str(tmp_path / "a.jsonl"), 112
+    found = conversation_rows([path], tokenizer, reading=reading(too_long="split"), seq_len=window, seed=0)
+    folder = found.rows.folder.path
+    text = [tokenizer.decode(ids, skip_special=False) for ids, _ in documents(folder)]
+    start = "<s><|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nq"
+    assert all(piece.startswith(start) for piece in text)
+    firsts = [piece.removeprefix(start).partition("<")[0] for piece in text]
+    assert firsts == ["0", "f", "5", "7"]
+    assert said(folder, tokenizer) == [
+        "a0<|im_end|>a1<|im_end|>a2<|im_end|>a3<|im_end|>",
+        '<|action_start|><|plugin|>\n{"name": "f", "parameters": {}}<|action_end|><|im_end|>af<|im_end|>',
+        said(folder, tokenizer)[2],  # the answer that is too long, up to the row's end
+        "a8<|im_end|>",
+    ]
+    lengths = [len(ids) for ids, _ in documents(folder)]
+    assert lengths[2] == window + 1 and "long long " in said(folder, tokenizer)[2] and max(lengths) == window + 1
+    counts = found.summary["files"][path]
+    assert counts["num_longer_than_a_row"] == counts["num_turns_cut"] == counts["num_turns_lost"] == 1
+    assert counts["num_samples"] == 4 and counts["num_conversations"] == 1
+    told = capsys.readouterr().out
+    assert "1 turns of them with nothing learned before the row's end, left out" in told
 
 
 def test_plain_text_is_learned_whole_and_split(tmp_path, tokenizer, reading):
@@ -187,7 +261,7 @@ def test_what_cannot_be_read_is_refused_before_anything_is_written(tmp_path, tok
     (tmp_path / "asked.jsonl").write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
     cases = {
         "no data given": ([], {}),
-        "is empty: it has no JSON row": ([str(tmp_path / "empty.jsonl")], {}),
+        "is empty: it has no row": ([str(tmp_path / "empty.jsonl")], {}),
         "no assistant turn": ([str(tmp_path / "asked.jsonl")], {}),
         "holds nothing to learn from; the first reason": ([str(tmp_path / "asked.jsonl")], {"bad_rows": "skip"}),
         "holds 1 conversation, so no share of it": ([a], {"validation_share": 0.5}),

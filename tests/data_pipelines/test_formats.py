@@ -290,6 +290,20 @@ def test_calls_in_older_and_parallel_forms(tmp_path):
     ]
 
 
+def test_conversations_of_moss_002(tmp_path):
+    text = "[Human]: Say [MOSS]: twice.<eoh> [MOSS]: [MOSS]: [MOSS]:<eoa> [Human]: Bye.<eoh>\n[MOSS]: Bye.\n<eoa>"
+    row = {"id": 1, "num_turns": 2, "prefix": "You are MOSS.", "plain_text": text}
+    path = written(tmp_path / "a.jsonl", [row, {"plain_text": text}])
+    assert detect_file(path) == "moss"
+    turns = [
+        Message("user", "Say [MOSS]: twice."),
+        Message("assistant", "[MOSS]: [MOSS]:"),
+        Message("user", "Bye."),
+        Message("assistant", "Bye."),
+    ]
+    assert [s.messages for s in conversations(path)] == [[Message("system", "You are MOSS."), *turns], turns]
+
+
 def test_commands_of_moss():
     turn = {"Human": "q", "Inner Thoughts": "I look.", "MOSS": "a"}
 
@@ -414,7 +428,7 @@ def test_a_named_data_set_is_asked_of_its_library(monkeypatch):
         return [{"prompt": "q", "completion": "a"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    for name in ("datasets:org/name", "hf:org/name:main@test[:10]"):
+    for name in ("datasets:org/name", "datasets:org/name:main@test[:10]"):
         (sample,) = conversations(name, format="completion")
         assert sample.place == f"{name}:1"
     assert asked == [("org/name", None, "train"), ("org/name", "main", "test[:10]")]
@@ -462,14 +476,38 @@ def test_preferences(tmp_path):
     rows.append({name: rows[2][name] for name in ("chosen", "rejected")})
     pairs = list(preferences(written(tmp_path / "a.jsonl", rows)))
     assert len(pairs) == 5
-    for pair in pairs:
-        assert pair == ([Message("user", "q")], Message("assistant", "good"), Message("assistant", "bad"))
+    for line, pair in enumerate(pairs, 1):
+        answers = Message("assistant", "good"), Message("assistant", "bad")
+        assert pair == ([Message("user", "q")], *answers, f"{tmp_path / 'a.jsonl'}:{line}")
     row = rows[1] | {"system": "S", "tools": json.dumps([WEATHER])}
     (pair,) = preferences(written(tmp_path / "b.jsonl", [row]))
     assert pair.prompt == [Message("system", "S"), TOOLS, Message("user", "q")]
 
 
+def test_preferences_written_as_dialogues(tmp_path):
+    """hh-rlhf: both conversations whole, or the prompt up to the open turn and the answers apart."""
+    asked = "\n\nHuman: Say\n\nHuman things.\n\nAssistant: Which?\n\nHuman: Any."
+    good, bad = "Hi.\n\nAnd: bye.", "No."
+    answers = {"chosen": good, "rejected": bad}
+    rows = [
+        {name: f"{asked}\n\nAssistant: {text}" for name, text in answers.items()},
+        {"prompt": f"{asked}\n\nAssistant:"} | {name: f" {text}\n" for name, text in answers.items()},
+    ]
+    turns = [Message("user", "Say\n\nHuman things."), Message("assistant", "Which?"), Message("user", "Any.")]
+    path = written(tmp_path / "a.jsonl", rows)
+    answers = Message("assistant", good), Message("assistant", bad)
+    assert [pair[:3] for pair in preferences(path)] == [(turns, *answers)] * 2
+    assert detect_file(path) == "preference"
+    # A prompt that only begins like one is what a person asks.
+    (pair,) = preferences(written(tmp_path / "b.jsonl", [{"prompt": "Human: who?", "chosen": " a", "rejected": "b"}]))
+    assert pair.prompt == [Message("user", "Human: who?")] and pair.chosen.content == " a"
+
+
 BAD_PREFERENCES = {
+    '{"chosen": "\\n\\nHuman: q\\n\\nAssistant: a", "rejected": "b"}': "a text begins with 'b', not with 'Human:'",
+    '{"chosen": "Human: q\\n\\nAssistant: a", "rejected": "Human: p\\n\\nAssistant: b"}': "differ before their last",
+    '{"chosen": "Human: q\\n\\nHuman: r", "rejected": "Human: q\\n\\nAssistant: b"}': "ends with a turn of the user",
+    '{"chosen": "Human: q\\n\\nAssistant: a", "rejected": ["b"]}': "rejected is list, wanted text",
     '{"prompt": "q", "chosen": "a"}': "field 'rejected' is missing",
     '{"chosen": "a", "rejected": "b"}': "it has no prompt",
     '{"prompt": "q", "chosen": [], "rejected": "b"}': "chosen is empty",
@@ -499,6 +537,14 @@ BAD_ROWS = {
         {"instruction": "q", "output": "a", "history": [["q", 1]]},
         "content of the assistant turn is a int",
     ),
+    "history of a wrong form": (
+        "alpaca",
+        {"instruction": "q", "output": "a", "history": ["q"]},
+        "history 0 is 'q', wanted",
+    ),
+    "turns of a wrong type": ("openai", {"messages": 5}, "messages is int, wanted a list of turns"),
+    "a turn of a wrong type": ("sharegpt", {"conversations": [5]}, "turn 0 of conversations is 5, wanted an object"),
+    "a chat of a wrong type": ("moss", {"chat": []}, "chat is list, wanted an object of turns"),
     "unknown role": ("openai", {"messages": [{"role": "bot", "content": "a"}]}, "role is 'bot'"),
     "no role": ("openai", {"messages": [{"content": "a"}, SAID]}, "message 0 is"),
     "a picture": ("openai", {"messages": [TURN | {"content": [{"type": "image_url"}]}, SAID]}, "only text parts"),
@@ -546,6 +592,8 @@ BAD_ROWS = {
         {"chat": {"turn_1": {"Human": "q", "MOSS": "a", "Commands": 'A("x"), B("y")', "Tool Responses": "1"}}},
         "a turn has 2 commands and its results do not name each of them",
     ),
+    "a turn of MOSS-002 that is cut": ("moss", {"plain_text": "[Human]: q<eoh> [MOSS]: a"}, "ends with 'a', not with"),
+    "a text that is none of MOSS-002": ("moss", {"plain_text": "Once"}, "begins with 'Once', not with '[Human]:'"),
     "another format": ("moss", {"messages": [TURN, SAID]}, "field 'chat' is missing"),
 }
 
@@ -574,7 +622,7 @@ def test_a_line_that_is_no_json_is_named_wherever_it_stands(tmp_path):
 def test_files_without_a_known_format_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder: .*nowhere.jsonl"):
         detect_file(tmp_path / "nowhere.jsonl")
-    with pytest.raises(ValueError, match="is empty: it has no JSON row; give a file with at least one"):
+    with pytest.raises(ValueError, match="is empty: it has no row; give a file with at least one"):
         detect_file(written(tmp_path / "a.jsonl", ["", " "]))
     with pytest.raises(ValueError, match=r"a.jsonl:1: not valid JSON"):
         detect_file(written(tmp_path / "a.jsonl", ["{", "{"]))

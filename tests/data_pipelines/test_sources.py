@@ -142,6 +142,40 @@ def test_missing_empty_and_wrong_files_say_what_to_do(tmp_path):
         sources.read([tmp_path / "list.json"])
 
 
+def test_rows_of_a_json_array_stand_where_they_begin(tmp_path):
+    path, rows = tmp_path / "a.json", [{"a": 1, "b": "]\n,"}, {}, 5, {"c": [{}, "x"]}]
+    for text in (
+        json.dumps(rows),
+        json.dumps(rows, indent=2),
+        f"\ufeff\n {json.dumps(rows, indent=1)}\n",
+        "[]",
+        ' {"a": 1}',
+    ):
+        path.write_text(text, "utf-8")
+        found, bad = [], []
+        for place, value in sources.json_rows(path, on_bad_row=bad.append):
+            line, index = map(int, place.removeprefix(f"{path}:").removesuffix("]").split("["))
+            found.append((index, value))
+            assert line <= 1 + text.count("\n")
+        wanted = json.loads(text.removeprefix("\ufeff"))
+        wanted = list(enumerate(wanted if isinstance(wanted, list) else [wanted]))
+        assert found == [each for each in wanted if isinstance(each[1], dict)]
+        assert len(bad) == len(wanted) - len(found)
+    path.write_text('[\n {"a": 1},\n {"a": 2}\n]\n')
+    assert [row.place for row in sources.json_rows(path)] == [f"{path}:2[0]", f"{path}:3[1]"]
+    for text, message in (
+        ("[1", "Expecting ',' delimiter"),
+        ("[1 2]", "Expecting ','"),
+        ("[1,]", "Expecting value"),
+        ("[] x", "Extra data"),
+        ("[,]", "Expecting value"),
+        ("", "Expecting value"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"a.json: not valid JSON \({message}.*wanted one array of objects"):
+            list(sources.json_rows(path))
+
+
 def test_folder_parquet_text_and_json_array(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -155,7 +189,7 @@ def test_folder_parquet_text_and_json_array(tmp_path):
     (root / "a.json").write_text('[{"text": "row"}]')
     pq.write_table(pa.table({"text": ["p", None], "n": [1, 2]}), root / "t.parquet")
     found = {d.path: d for d in sources.read([root])}
-    assert sorted(found) == ["repo/README.md", "repo/a.json:0", "repo/sub/m.py", "repo/t.parquet:1"]
+    assert sorted(found) == ["repo/README.md", "repo/a.json:1[0]", "repo/sub/m.py", "repo/t.parquet:1"]
     assert found["repo/sub/m.py"].domain == "code" and found["repo/sub/m.py"].text == "x = '\ufffd'\n"
     assert found["repo/README.md"].text == "Read me\n" and found["repo/README.md"].meta == {"repository": "repo"}
     with pytest.raises(ValueError, match="no column 'text'; it has n"):

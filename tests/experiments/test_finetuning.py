@@ -103,6 +103,7 @@ def test_frozen_parameters_stay_and_held_out_conversations_are_measured(corpus, 
         held_out=HeldOut(every=2, num_batches=1),
     )
     done = finetune(config)
+    told = capsys.readouterr()
     after = open_model(done.folder).params
     same = jax.tree.map(lambda a, b: bool((a == b).all()), before, after)
     assert same["embed"]["embedding"] and all(jax.tree.leaves(same["layers"]["ffn"]))
@@ -114,3 +115,7 @@ def test_frozen_parameters_stay_and_held_out_conversations_are_measured(corpus, 
     assert [row["step"] for row in rows if "eval/loss" in row] == [2, 4]
     (counts,) = done.summary["files"].values()
     assert counts["num_validation"] > 0 and counts["num_trained"] + counts["num_validation"] == 64
+    assert f"after step 4/4  eval/loss {rows[-1]['eval/loss']:.4f}" in told.err
+    assert f"written: {done.folder / 'model'}; python -m serve {config.run} answers" in told.out
+    page = (done.folder / "report.md").read_text()
+    assert f"| validation | {counts['num_validation']} |" in page and "| bad rows | 0 |" in page

@@ -333,7 +333,7 @@ BAD_FINETUNINGS = {
     "a missing model": (lambda c, t: dict(model=str(t / "nowhere")), "no model"),
     "no data": (lambda c, t: dict(data=()), "no data given; name at least one file"),
     "a missing file": (lambda c, t: dict(data=(str(c / "nowhere.jsonl"),)), "no such file or folder.*nowhere.jsonl"),
-    "an empty file": (lambda c, t: chats(t, []), "is empty: it has no JSON row"),
+    "an empty file": (lambda c, t: chats(t, []), "is empty: it has no row"),
     "rows of no format": (lambda c, t: chats(t, [{"ask": 1}]), "chats.jsonl:1: fields ask fit no known format"),
     "a line that is no JSON": (
         lambda c, t: chats(t, [GOOD, "{", GOOD]),

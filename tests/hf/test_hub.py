@@ -23,7 +23,11 @@ from internjax.hf import hub
 answers = []
 for function, *arguments in json.loads(sys.argv[1]):
     try:
-        answers.append(str(getattr(hub, function)(*arguments)))
+        if function == "read_rows":
+            from data_pipelines.rows import read_rows
+            answers.append([tuple(row) for row in read_rows(*arguments)])
+        else:
+            answers.append(str(getattr(hub, function)(*arguments)))
     except ValueError as error:
         answers.append(f"ValueError: {error}")
 print(json.dumps(answers))
@@ -59,8 +63,9 @@ def hub(exported):
         unsafe = {"pytorch_model.bin": b"pickle", "modeling_x.py": b"code", "original/consolidated.safetensors": b"x"}
         hub.repositories["models", "lab/tiny"] = files | unsafe | {"consolidated.safetensors": b"again"}
         hub.repositories["models", "lab/pickled"] = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
-        rows = b'{"messages": []}\n'
-        hub.repositories["datasets", "lab/rows"] = {"data/train.jsonl": rows, "rows.py": b"code", "README.md": b"rows"}
+        rows, test = b'{"text": "one"}\n{"text": "two"}\n', b'{"text": "three"}\n'
+        code = {"rows.py": b"raise SystemExit", "README.md": b"rows"}
+        hub.repositories["datasets", "lab/rows"] = {"data/train.jsonl": rows, "data/test.jsonl": test} | code
         yield hub
 
 
@@ -71,7 +76,7 @@ def fetched_files(folder):
 def test_the_hugging_face_hub(hub, exported, params, tmp_path):
     environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "secret"}
     hub.asked.clear()
-    model, again, data, pickled, absent, no_revision, pushed, bad = ask(
+    model, again, data, pickled, absent, no_revision, pushed, bad, rows, no_split = ask(
         [
             ["fetch_model", "hf:lab/tiny"],
             ["fetch_model", "hf:lab/tiny@v1.0"],
@@ -81,6 +86,8 @@ def test_the_hugging_face_hub(hub, exported, params, tmp_path):
             ["fetch_model", "hf:lab/tiny@v9"],
             ["push", str(exported), "lab/mine"],
             ["push", str(ROOT / "tests"), "lab/mine"],
+            ["read_rows", "hf:lab/rows"],
+            ["read_rows", "hf:lab/rows@dev"],
         ],
         **environment,
     )
@@ -89,7 +96,7 @@ def test_the_hugging_face_hub(hub, exported, params, tmp_path):
     assert {token for method, path, token in hub.asked if path.startswith("/api/models/lab/tiny")} == {"Bearer secret"}
     opened = open_model(model)
     np.testing.assert_array_equal(logits(opened, [[1, 5, 9]]), logits(open_model(exported), [[1, 5, 9]]))
-    assert fetched_files(data) == {"data/train.jsonl", "README.md"}
+    assert fetched_files(data) == {"data/train.jsonl", "data/test.jsonl", "README.md"}
     assert "hf:lab/pickled has no safetensors" in pickled and "safe_serialization=True" in pickled
     assert "hf:lab/nothing could not be fetched (RepositoryNotFoundError" in absent and "Without it: download" in absent
     assert "RevisionNotFoundError" in no_revision
@@ -98,6 +105,8 @@ def test_the_hugging_face_hub(hub, exported, params, tmp_path):
     assert hub.created[0]["visibility"] == "private"
     assert hub.repositories["models", "lab/mine"] == {path.name: path.read_bytes() for path in exported.iterdir()}
     assert "is no model or adapter folder" in bad
+    assert rows == [["hf:lab/rows:1", {"text": "one"}], ["hf:lab/rows:2", {"text": "two"}]]
+    assert "Should be one of ['train', 'test']" in no_split and f"the files that lie in {data}" in no_split
     # Offline, and with a hub that does not answer: what was fetched is found, the rest tells the manual way.
     hub.asked.clear()
     calls = [["fetch_model", "hf:lab/tiny"], ["fetch_model", "hf:lab/other"], ["resolve_data", "hf:lab/other"]]
@@ -120,17 +129,18 @@ def test_modelscope(hub, exported, tmp_path):
         "HOME": str(tmp_path),
     }
     calls = [["fetch_model", "modelscope:lab/tiny"], ["resolve_data", "modelscope:lab/rows"]]
-    calls += [["fetch_model", "modelscope:lab/nothing"]]
+    calls += [["fetch_model", "modelscope:lab/nothing"], ["read_rows", "modelscope:lab/rows@test"]]
     hub.asked.clear()
-    model, data, absent = ask(calls, **environment)
+    model, data, absent, rows = ask(calls, **environment)
     assert Path(model).is_relative_to(tmp_path / "cache")
     assert {path.name for path in exported.iterdir()} <= fetched_files(model)
     assert not {"pytorch_model.bin", "modeling_x.py", "rows.py", "consolidated.safetensors"} & hub.fetched()
     assert (Path(data) / "data" / "train.jsonl").is_file()
     assert "modelscope:lab/nothing could not be fetched" in absent and "Without it: download" in absent
     hub.asked.clear()
-    found, _, missing = ask(calls, **environment, HF_HUB_OFFLINE="1")
+    found, _, missing, again = ask(calls, **environment, HF_HUB_OFFLINE="1")
     assert found == model and hub.asked == [] and "Without it: download" in missing
+    assert again == rows == [["modelscope:lab/rows@test:1", {"text": "three"}]]
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:a b/c", "hf:../x", "hf:a/b/c"])
