@@ -58,8 +58,9 @@ def stream_params(
 ) -> dict:
     """Returns the parameters that a verified step holds, on the mesh, quantised as they come if asked.
 
-    Beside them the host holds three times one block of layers, as long as the checkpoint was written in: compressed,
-    unpacked, and whole. Raises ValueError for a checkpoint of something else, and where the step goes away meanwhile.
+    Beside them the host holds three times one block of layers, as long as the checkpoint was written in: as it was
+    read, unpacked, and whole. Raises ValueError for a checkpoint of something else, and where the step goes away
+    meanwhile.
     """
     folder = checkpoints / str(step)
     try:
