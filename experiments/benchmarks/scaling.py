@@ -80,10 +80,19 @@ def batch_at(model: ModelConfig, rows: int, seq_len: int, position: int) -> Batc
 # --- one number of devices -------------------------------------------------------------------------------------------
 
 
-def _trainer(layout: Layout, rows: int, seq_len: int) -> Callable[[int], float]:
-    """Returns position -> loss of a step on that batch, once it is on the host."""
+def _initial_params() -> dict:
+    """Returns the weights that every mesh starts from, on the host."""
     import jax
 
+    from internjax import sharding
+    from internjax.model import decoder
+
+    with sharding.unconstrained():
+        return jax.device_get(jax.jit(lambda key: decoder.init(MODEL, key))(jax.random.key(0)))
+
+
+def _trainer(layout: Layout, params: dict, rows: int, seq_len: int) -> Callable[[int], float]:
+    """Returns position -> loss of a step on that batch, once it is on the host."""
     from internjax import sharding
     from internjax.model import decoder
     from internjax.train.losses import next_token
@@ -93,8 +102,6 @@ def _trainer(layout: Layout, rows: int, seq_len: int) -> Callable[[int], float]:
     config = dataclasses.replace(MODEL, attention=layout.attention)
     mesh = sharding.make_mesh(layout.mesh)
     optimizer = make_optimizer(AdamW(peak_lr=1e-3), Constant(), num_steps=1_000_000)
-    with sharding.unconstrained():
-        params = jax.device_get(jax.jit(lambda key: decoder.init(config, key))(jax.random.key(0)))
     state = init_state(params, optimizer, mesh=mesh, axes=decoder.logical_axes(config))
     step = make_step(next_token(config), optimizer, mesh=mesh)
 
@@ -113,7 +120,8 @@ def worker(num_devices: int, rows: int, seq_len: int, part: str) -> None:
     import jax
 
     assert jax.device_count() == num_devices, (jax.device_count(), num_devices)
-    trainers = {name: _trainer(layout, rows, seq_len) for name, layout in layouts(num_devices, part).items()}
+    params = _initial_params()
+    trainers = {name: _trainer(layout, params, rows, seq_len) for name, layout in layouts(num_devices, part).items()}
     position = 0
     for line in sys.stdin:
         answer = {}
@@ -139,9 +147,12 @@ def _started(num_devices: int, rows: int, seq_len: int, part: str) -> subprocess
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=ROOT)
 
 
-def _ask(process: subprocess.Popen, num_devices: int, num_steps: int) -> dict[str, Any]:
+def _tell(process: subprocess.Popen, num_steps: int) -> None:
     process.stdin.write(f"{num_steps}\n")
     process.stdin.flush()
+
+
+def _answer(process: subprocess.Popen, num_devices: int) -> dict[str, Any]:
     line = process.stdout.readline()
     if not line:
         raise SystemExit(
@@ -160,9 +171,16 @@ def measure(
     assert counts[0] == 1, counts
     workers = {count: _started(count, rows, seq_len, part) for count in counts}
     try:
-        first = {count: _ask(process, count, NUM_CHECKED) for count, process in workers.items()}
+        for process in workers.values():
+            _tell(process, NUM_CHECKED)  # all compile at once; nothing is timed here
+        first = {count: _answer(process, count) for count, process in workers.items()}
         require_equal({name: answer["losses"] for answers in first.values() for name, answer in answers.items()})
-        blocks = [{count: _ask(process, count, block) for count, process in workers.items()} for _ in range(num_blocks)]
+        blocks: list[dict[int, dict[str, Any]]] = []
+        for _ in range(num_blocks):
+            blocks.append({})
+            for count, process in workers.items():
+                _tell(process, block)
+                blocks[-1][count] = _answer(process, count)
     finally:
         for process in workers.values():
             process.kill()
@@ -201,9 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--counts", type=int, nargs="+", choices=COUNTS[1:], default=list(COUNTS[1:]))
     parser.add_argument("--meshes", default="", help="part of the names of the meshes to compare")
     parser.add_argument("--rows", type=int, default=16, help="rows of the global batch")
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--blocks", type=int, default=7, help="turns of every mesh")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a turn")
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--blocks", type=int, default=5, help="turns of every mesh")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
     parser.add_argument("--output", type=Path, default=record.RESULTS / "scaling.json")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -65,9 +65,9 @@ def stream_params(
     """Returns the parameters that a verified step holds, on the mesh, quantised as they come if asked.
 
     What it does not hold is read from the model folder `frozen`, in the dtype of what was trained. Beside them the host
-    holds three times one block of layers, as long as the checkpoint was written in: compressed, unpacked, and whole.
-    Raises ValueError for a checkpoint of something else, where the step goes away meanwhile, and where the frozen part
-    is not bit by bit the one that was trained with; a quantised one cannot be compared.
+    holds three times one block of layers, as long as the checkpoint was written in: as it was read, unpacked, and
+    whole. Raises ValueError for a checkpoint of something else, where the step goes away meanwhile, and where the
+    frozen part is not bit by bit the one that was trained with; a quantised one cannot be compared.
     """
     folder = checkpoints / str(step)
     try:

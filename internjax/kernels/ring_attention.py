@@ -9,11 +9,14 @@ and output, never those of others.
 
 1. Positions and segments travel with the keys, and a block is masked by them alone. Where a device lies in the ring
    says nothing about what is earlier: a row holds several documents, each counting its positions from 0.
-2. Blocks that are masked as a whole are computed like any other. Under a causal mask about half of them are; leaving
-   them out would not shorten a round, which lasts as long as its slowest device.
+2. A block of keys is left out where no query of a chunk may see any of it: the later half under a causal mask, other
+   documents in packed rows. What is left out is nothing but zeros added.
+3. A round lasts as long as its slowest device. In the order of time the last device has something to compute in every
+   round, so that leaving out alone saves work and no time. `zigzag` gives each device an early and a late stretch: in
+   every round all then have as much to do, half of what it would be.
 
 B batch, T query time, S key time, N query heads, K key/value heads, G = N / K, H head dim, C chunks of queries, Q
-queries of a chunk. Inside the ring T and S are what one device holds.
+queries of a chunk, M blocks of keys. Inside the ring T and S are what one device holds, and S in a block what it has.
 """
 
 import functools
@@ -24,10 +27,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from internjax.kernels.mask import MASKED, visible
-from internjax.sharding import axis_size, partition_spec
+from internjax.sharding import axis_size, constrain, partition_spec
 
 AXIS = "sequence"
 QUERY_CHUNK = 512
+KEY_BLOCK = 2048
 
 
 class _Ring(NamedTuple):
@@ -45,7 +49,7 @@ class _Ring(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """What travels."""
+    """What travels, in blocks on a leading axis; without that axis, one block."""
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array
@@ -90,6 +94,22 @@ def ring_attention(
     keys = _Keys(k_BSKH, v_BSKH, k_positions_BS, k_segments_BS)
     with jax.named_scope("ring_attention"):
         return _attend(ring, q_BTNH, q_positions_BT, q_segments_BT, *keys)
+
+
+def zigzag(x_BT: jax.Array) -> jax.Array:
+    """Returns `[B, T]` with time in the order in which the devices of the ring have equal work under a causal mask.
+
+    Of 2 n stretches device i of n gets the i-th from the start and the i-th from the end. Whoever reorders tokens has
+    to reorder their positions and segments alike; a sum over them is the same in any order. Where 2 n does not divide
+    T the order stays. Under the mesh that is set.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    num_shards = 1 if mesh.empty else mesh.shape[AXIS]
+    B, T = x_BT.shape
+    if num_shards == 1 or T % (2 * num_shards):
+        return x_BT
+    early, late = jnp.moveaxis(x_BT.reshape(B, 2, num_shards, -1), 1, 0)
+    return constrain(jnp.stack([early, late[:, ::-1]], axis=2).reshape(B, T), ("batch", AXIS))
 
 
 def _check_sizes(mesh: Any, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> None:
@@ -159,15 +179,21 @@ def _pass_on(tree: Any) -> Any:
 
 
 def _forward(ring: _Ring, q_BTNH, q_positions_BT, q_segments_BT, *keys):
-    keys = _Keys(*keys)
-    T, K = q_BTNH.shape[1], keys.k_BSKH.shape[2]
+    T, K = q_BTNH.shape[1], keys[0].shape[2]
+    keys = _blocks(_Keys(*keys))
     q_CBKGQH = _chunks(_grouped(q_BTNH, K), T)
     rows = (_chunks(q_positions_BT, T), _chunks(q_segments_BT, T))
     empty = jnp.zeros(q_CBKGQH.shape[:-1], jnp.float32)
     softmax = _Softmax(empty + MASKED, empty, jnp.zeros(q_CBKGQH.shape, jnp.float32))
 
     def meet(softmax, keys):
-        return jax.lax.map(lambda chunk: _extended(ring, *chunk, keys), (softmax, q_CBKGQH, *rows))
+        def chunk(xs):
+            softmax, *of_queries = xs
+            return jax.lax.scan(
+                lambda softmax, block: (_extended(ring, softmax, *of_queries, block), None), softmax, keys
+            )
+
+        return jax.lax.map(lambda xs: chunk(xs)[0], (softmax, q_CBKGQH, *rows))
 
     def round_(carry, _):
         softmax, keys = carry
@@ -182,9 +208,9 @@ def _forward(ring: _Ring, q_BTNH, q_positions_BT, q_segments_BT, *keys):
     return _ungrouped(_whole(out_CBKGQH, T)), _ungrouped(_whole(log_sum_CBKGQ, T))
 
 
-def _logits(ring: _Ring, q_BKGQH, q_positions_BQ, q_segments_BQ, keys: _Keys):
-    """Returns (logits `[B, K, G, Q, S]` float32, mask `[B, 1, 1, Q, S]`) of one block."""
-    mask_BQS = visible(
+def _visible(ring: _Ring, q_positions_BQ, q_segments_BQ, keys: _Keys) -> jax.Array:
+    """Returns the mask `[B, Q, S]` of one block."""
+    return visible(
         q_positions_BT=q_positions_BQ,
         k_positions_BS=keys.positions_BS,
         q_segments_BT=q_segments_BQ,
@@ -192,12 +218,24 @@ def _logits(ring: _Ring, q_BKGQH, q_positions_BQ, q_segments_BQ, keys: _Keys):
         causal=ring.causal,
         window=ring.window,
     )
+
+
+def _logits(ring: _Ring, q_BKGQH, q_positions_BQ, q_segments_BQ, keys: _Keys):
+    """Returns (logits `[B, K, G, Q, S]` float32, mask `[B, 1, 1, Q, S]`) of one block."""
     logits = jnp.einsum("bkgqh,bskh->bkgqs", q_BKGQH, keys.k_BSKH, preferred_element_type=jnp.float32) * ring.scale
-    return logits, mask_BQS[:, None, None]
+    return logits, _visible(ring, q_positions_BQ, q_segments_BQ, keys)[:, None, None]
 
 
 def _extended(ring: _Ring, softmax: _Softmax, q_BKGQH, q_positions_BQ, q_segments_BQ, keys: _Keys) -> _Softmax:
-    """Returns the softmax of one chunk of queries with the keys at hand taken in."""
+    """Returns the softmax of one chunk of queries with a block of keys taken in, if it may see any of them."""
+
+    def seen():
+        return _taken_in(ring, softmax, q_BKGQH, q_positions_BQ, q_segments_BQ, keys)
+
+    return jax.lax.cond(jnp.any(_visible(ring, q_positions_BQ, q_segments_BQ, keys)), seen, lambda: softmax)
+
+
+def _taken_in(ring: _Ring, softmax: _Softmax, q_BKGQH, q_positions_BQ, q_segments_BQ, keys: _Keys) -> _Softmax:
     logits, mask = _logits(ring, q_BKGQH, q_positions_BQ, q_segments_BQ, keys)
     highest = jnp.maximum(softmax.max_CBKGQ, jnp.max(logits, axis=-1, initial=MASKED, where=mask))
     weights = jnp.where(mask, jnp.exp(logits - highest[..., None]), 0.0)
@@ -213,30 +251,34 @@ def _extended(ring: _Ring, softmax: _Softmax, q_BKGQH, q_positions_BQ, q_segment
 
 
 def _backward(ring: _Ring, q_BTNH, q_positions_BT, q_segments_BT, k, v, k_positions, k_segments, grad, log_sum, shared):
-    keys = _Keys(k, v, k_positions, k_segments)
+    keys = _blocks(_Keys(k, v, k_positions, k_segments))
     T, K = q_BTNH.shape[1], k.shape[2]
     chunks = tuple(_chunks(_grouped(x, K), T) for x in (q_BTNH, grad, log_sum, shared))
     chunks += (_chunks(q_positions_BT, T), _chunks(q_segments_BT, T))
 
     def meet(dq_CBKGQH, dkv, keys):
-        def chunk(dkv, xs):
-            dq_BKGQH, *of_queries = xs
-            found = _block_gradients(ring, *of_queries, keys)
-            return jax.tree.map(jnp.add, dkv, (found.dk, found.dv)), dq_BKGQH + found.dq
+        def block(dq_CBKGQH, xs):
+            keys, *dkv = xs
 
-        dkv, dq_CBKGQH = jax.lax.scan(chunk, dkv, (dq_CBKGQH, *chunks))
-        return dq_CBKGQH, dkv
+            def chunk(dkv, xs):
+                found = _added(ring, _Gradients(xs[0], *dkv), *xs[1:], keys)
+                return (found.dk, found.dv), found.dq
+
+            dkv, dq_CBKGQH = jax.lax.scan(chunk, tuple(dkv), (dq_CBKGQH, *chunks))
+            return dq_CBKGQH, dkv
+
+        return jax.lax.scan(block, dq_CBKGQH, (keys, *dkv))
 
     def round_(carry, _):
         dq, dkv, keys = carry
         dq, dkv = meet(dq, dkv, keys)
         return (dq, _pass_on(dkv), _pass_on(keys)), None
 
-    dkv = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+    dkv = (jnp.zeros(keys.k_BSKH.shape, jnp.float32), jnp.zeros(keys.v_BSKH.shape, jnp.float32))
     begin = (jnp.zeros(chunks[0].shape, jnp.float32), dkv, keys)
     (dq, dkv, keys), _ = jax.lax.scan(round_, begin, length=jax.lax.axis_size(AXIS) - 1)
     dq, dkv = meet(dq, dkv, keys)
-    dk, dv = _pass_on(dkv)  # the last step home
+    dk, dv = map(_unblocked, _pass_on(dkv))  # the last step home
     return _ungrouped(_whole(dq, T)).astype(q_BTNH.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
@@ -246,10 +288,20 @@ class _Gradients(NamedTuple):
     dv: jax.Array
 
 
+def _added(ring: _Ring, sums: _Gradients, *block: Any) -> _Gradients:
+    """Returns the sums with what one chunk of queries and a block of keys add to them, if any query sees any key."""
+    *_, q_positions_BQ, q_segments_BQ, keys = block
+
+    def seen():
+        return jax.tree.map(jnp.add, sums, _block_gradients(ring, *block))
+
+    return jax.lax.cond(jnp.any(_visible(ring, q_positions_BQ, q_segments_BQ, keys)), seen, lambda: sums)
+
+
 def _block_gradients(
     ring: _Ring, q_BKGQH, grad_BKGQH, log_sum_BKGQ, shared_BKGQ, q_positions_BQ, q_segments_BQ, keys: _Keys
 ) -> _Gradients:
-    """Returns the float32 gradients that one chunk of queries and the keys at hand give each other."""
+    """Returns the float32 gradients that one chunk of queries and one block of keys give each other."""
     logits, mask = _logits(ring, q_BKGQH, q_positions_BQ, q_segments_BQ, keys)
     weights = jnp.where(mask, jnp.exp(logits - log_sum_BKGQ[..., None]), 0.0)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -280,7 +332,7 @@ def _chunks(x: jax.Array, T: int) -> jax.Array:
     The last chunk is filled up with zeros: queries of segment 0, which see nothing.
     """
     axis = 1 if x.ndim == 2 else 3
-    size = min(QUERY_CHUNK, T)
+    size = min(QUERY_CHUNK, -(-T // 2))  # a chunk lies in one of the two stretches that a zigzag gives
     padding = [(0, -T % size if dim == axis else 0) for dim in range(x.ndim)]
     x = jnp.pad(x, padding)
     x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
@@ -291,3 +343,21 @@ def _whole(x_CBKGQ: jax.Array, T: int) -> jax.Array:
     """Returns `[B, K, G, T, ...]` of chunks of queries."""
     x = jnp.moveaxis(x_CBKGQ, 0, 3)
     return x.reshape(*x.shape[:3], -1, *x.shape[5:])[:, :, :, :T]
+
+
+def _blocks(keys: _Keys) -> _Keys:
+    """Returns the keys in equal blocks on a leading axis, of KEY_BLOCK or somewhat less; in halves where none divide.
+
+    Their number is even, so that a block lies in one of the two stretches that a zigzag gives.
+    """
+    S = keys.positions_BS.shape[1]
+    num_blocks = next(
+        (m for m in range(2, S, 2) if S % m == 0 and KEY_BLOCK // 8 <= S // m <= KEY_BLOCK), 1 + (S % 2 == 0)
+    )
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], num_blocks, -1, *x.shape[2:]), 1, 0), keys)
+
+
+def _unblocked(x_MBSKH: jax.Array) -> jax.Array:
+    """Returns `[B, S, K, H]` of blocks of keys."""
+    x = jnp.moveaxis(x_MBSKH, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])

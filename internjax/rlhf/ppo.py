@@ -48,6 +48,7 @@ from internjax.rlhf.rollout import (
     weights,
 )
 from internjax.rlhf.rows import sample_seeds
+from internjax.train import processes
 from internjax.train.batch import Batch
 from internjax.train.losses import Loss, LossOutput, next_token
 from internjax.train.step import Step, TrainState, init_state, make_step, put_batch
@@ -221,8 +222,15 @@ def make_ppo(
 
     With `actor_lora` the policy is the base with adapters, and its reference the base without them. Dropout of adapters
     is off in all of reinforcement learning. With a mesh every stage runs on it, rows split over data and fsdp; put the
-    weights of reference and reward model there too (`put_params`).
+    weights of reference and reward model there too (`put_params`). Raises ValueError in a job of several processes:
+    responses, scores and samples are read whole by the process that drew them.
     """
+    if processes.count() > 1:
+        raise ValueError(
+            f"reinforcement learning runs in one process, with a mesh over all devices that it sees; given a job of "
+            f"{processes.count()} processes. Start one process per machine: without the launcher, and without "
+            "JAX_NUM_PROCESSES and JAX_COORDINATOR_ADDRESS."
+        )
     if not stop_ids:
         raise ValueError("no stop ids are given: no response could end. Give the tokenizer's, text.chat.stop_ids")
     actor_lora, critic_lora = (

@@ -5,12 +5,15 @@ of a dimension that is summed away: so each leaf goes where its parameter goes (
 stacked in front of a leaf; whatever looks at a whole matrix looks at the last two axes.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
+from internjax.sharding import axis_size
 from internjax.train import moments
 from internjax.train.moments import MomentDType
 
@@ -123,8 +126,7 @@ def orthogonal(x: jax.Array, num_iterations: int) -> jax.Array:
     Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), which end between 0.7 and 1.2.
     """
     if x.ndim > 2:
-        # One layer at a time: x x' of all layers at once would outgrow the gradients.
-        return jax.lax.map(lambda layer: orthogonal(layer, num_iterations), x)
+        return _by_layer(lambda layer: orthogonal(layer, num_iterations), x)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / (jnp.linalg.norm(x) + 1e-8)
@@ -132,6 +134,29 @@ def orthogonal(x: jax.Array, num_iterations: int) -> jax.Array:
         product = x @ x.T
         x = 3.4445 * x + (-4.7750 * product + 2.0315 * product @ product) @ x
     return x.T if tall else x
+
+
+def _by_layer(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Returns function(layer) of every layer of a stack `[L, in, out]`, one at a time.
+
+    On a mesh each device takes whole layers, ceil(L / (fsdp x tensor)) of them: the stack is exchanged for them and
+    back, and no device holds more of it. Products of matrices that are cut over devices would send every factor around
+    in every iteration (one feed-forward kernel of the 7B, fsdp 16 x tensor 4: 30 GB a device and step, now 0.9 GB).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return jax.lax.map(function, x)
+    num_layers, free = x.shape[0], (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    by_layer = PartitionSpec(("fsdp", "tensor"))
+    # One axis after the other: the compiler knows no way to exchange two at once, and would gather the stack.
+    steps = PartitionSpec(None, *free), PartitionSpec("fsdp", *free)
+    x = jnp.pad(x, ((0, -num_layers % axis_size(mesh, by_layer[0])), *((0, 0),) * (x.ndim - 1)))
+    for step in steps:
+        x = jax.lax.with_sharding_constraint(x, step)
+    x = jax.shard_map(lambda own: jax.lax.map(function, own), mesh=mesh, in_specs=by_layer, out_specs=by_layer)(x)
+    for step in reversed(steps):
+        x = jax.lax.with_sharding_constraint(x, step)
+    return x[:num_layers]
 
 
 def adafactor(

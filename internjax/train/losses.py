@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from internjax.kernels.ring_attention import zigzag
 from internjax.model import decoder
 from internjax.model.config import ModelConfig
 from internjax.model.lora import LoraConfig, apply_config
@@ -45,6 +46,11 @@ def next_token(
 
     def loss(trainable, frozen, batch, rng) -> LossOutput:
         params, lora = (trainable, None) if lora_config is None else (frozen, apply_config(trainable, lora_config))
+        draws = bool(neftune_alpha) or (lora is not None and bool(lora.dropout))
+        if model_config.attention == "ring" and not draws:
+            # A sum over tokens does not mind their order, the ring does. Draws go by a token's place in its row, which
+            # has to be the same on every mesh.
+            batch = jax.tree.map(zigzag, batch)
         hidden_BTD = decoder.forward(
             params,
             batch.tokens,
@@ -52,7 +58,7 @@ def next_token(
             positions_BT=batch.positions,
             segments_BT=batch.segments,
             lora=lora,
-            dropout_rng=rng if neftune_alpha or (lora is not None and lora.dropout) else None,
+            dropout_rng=rng if draws else None,
             embedding_noise=neftune_alpha,
         ).hidden_BTD
         logprobs_BT = decoder.target_logprobs(

@@ -72,11 +72,58 @@ def on(config: MeshConfig):
 @pytest.mark.parametrize("name", MESHES)
 def test_the_ring_is_the_reference(name, monkeypatch):
     monkeypatch.setattr(module, "QUERY_CHUNK", 3)  # whole chunks and one that is filled up
+    monkeypatch.setattr(module, "KEY_BLOCK", 3)
     wanted = value_and_gradients("xla")
     with on(MESHES[name]):
         given = value_and_gradients("ring")
     for one, other, what in zip(given, wanted, ("output", "dq", "dk", "dv"), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-6, rtol=2e-5, err_msg=what)
+
+
+def test_keys_that_no_query_sees_are_left_out(monkeypatch):
+    """NaN there would come through a product with weights of 0: it stays out where the block is not computed at all."""
+    monkeypatch.setattr(module, "QUERY_CHUNK", 4)
+    monkeypatch.setattr(module, "KEY_BLOCK", 4)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, T, heads, H)).astype(np.float32) for heads in (N, K, K))
+    positions, ones = np.arange(T)[None], np.ones((1, T), np.int32)
+    documents = (np.arange(T) // 8)[None].astype(np.int32) + 1
+
+    def finite(broken, segments):
+        k_bad, v_bad = (np.where(broken[None, :, None, None], np.float32(np.nan), x) for x in (k, v))
+
+        def loss(q, k, v):
+            out = attention(
+                q, k, v, q_positions_BT=positions, k_positions_BS=positions, q_segments_BT=segments,
+                k_segments_BS=segments, backend="ring",
+            )  # fmt: skip
+            return jnp.where(broken[None, :, None, None], 0.0, out).sum(), out
+
+        with on(MeshConfig(fsdp=1, sequence=2)):
+            grads, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k_bad, v_bad)
+        return [np.isfinite(np.asarray(x)).all(axis=(0, 2, 3)) for x in (out, *grads)]
+
+    late = np.arange(T) >= 20
+    out, dq, _, _ = finite(late, ones)  # the earlier keys are seen by the queries that are broken themselves
+    assert (out == ~late).all() and (dq == ~late).all()
+    second = documents[0] == 2
+    assert all((each == ~second).all() for each in finite(second, documents))
+
+
+@pytest.mark.parametrize("num_devices", [2, 4, 8])
+def test_a_zigzag_gives_every_device_the_same_work(num_devices):
+    with on(MeshConfig(fsdp=1, sequence=num_devices)):
+        given = np.asarray(jax.jit(module.zigzag)(jnp.arange(2 * T)[None]))[0]
+        assert (module.zigzag(jnp.arange(T + 8)[None]) == jnp.arange(T + 8)).all() or (T + 8) % (2 * num_devices) == 0
+    assert sorted(given) == list(range(2 * T))
+    halves = given.reshape(num_devices, 2, -1)
+    # Blocks with a key that is not after the last query, in each round: what a device computes.
+    first, last = halves.min(axis=-1), halves.max(axis=-1)
+    work = [
+        [(first[(device - turn) % num_devices][None] <= last[device][:, None]).sum() for device in range(num_devices)]
+        for turn in range(num_devices)
+    ]
+    assert work == [[3] * num_devices] + [[2] * num_devices] * (num_devices - 1)  # of 4 each
 
 
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, 5), (False, 3)])

@@ -332,6 +332,12 @@ def test_the_reward_rises_while_sampler_and_trainer_agree(start, settings, actor
     assert ppo.actor_step.num_traces == ppo.critic_step.num_traces == 1
 
 
+def test_a_job_of_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr("internjax.train.processes.count", lambda: 4)
+    with pytest.raises(ValueError, match="runs in one process.*job of 4 processes.*without JAX_NUM_PROCESSES"):
+        program.__wrapped__()
+
+
 def test_missing_parts_are_named():
     ppo, state, reference = make()
     with pytest.raises(ValueError, match="needs its reference"):

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
+from internjax.train import checkpoint
 from internjax.train.checkpoint import (
     CheckpointConfig,
     committed_steps,
@@ -97,6 +99,28 @@ def test_saving_goes_on_while_the_arrays_are_donated(tmp_path):
         checkpoints.save(state)
         state = advance(state, 3, step)  # overwrites the very buffers that are being saved
     assert_same(host(restored(tmp_path, new_state(width=200_000))), wanted)
+
+
+def test_arrays_are_written_as_they_are_to_several_files_and_the_compressed_ones_of_before_load(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 100_000)
+    state = new_state(width=100_000)
+    parts = {"trainable": checkpoint._named(state.trainable), "optimizer": checkpoint._named(state.opt_state)}
+    with open_checkpoints(tmp_path / "new") as checkpoints:
+        checkpoints.save(state)
+    about = json.loads((tmp_path / "new" / "0" / "about.json").read_text())
+    with ocp.CheckpointManager(tmp_path / "old") as manager:  # as it was written until arrays were no longer compressed
+        manager.save(0, args=ocp.args.Composite(**{name: ocp.args.StandardSave(part) for name, part in parts.items()}))
+    before = tmp_path / "old" / "0"
+    checkpoint.Checkpoints._commit(None, before, about, checkpoint.checksums(before, checkpoint.own_files(before)))
+    for folder in ("old", "new"):
+        assert_same(host(restored(tmp_path / folder, new_state(seed=9, width=100_000))), host(state))
+        assert_same(jax.device_get(restore_params(tmp_path / folder).params), host(state)[0])
+    moments = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))  # zeros at the start
+    old, new = (
+        [path.stat().st_size for path in (tmp_path / folder / "0" / "optimizer").rglob("d/*")]
+        for folder in ("old", "new")
+    )
+    assert sum(old) < 0.1 * moments and sum(new) >= moments and len([size for size in new if size > 50_000]) > 2
 
 
 def test_old_checkpoints_go_when_newer_ones_are_committed(tmp_path):

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from internjax import sharding
 from internjax.model import decoder
 from internjax.model.config import ModelConfig
 from internjax.model.lora import LoraConfig, init_lora
+from internjax.sharding import MeshConfig
 from internjax.train.batch import Batch
 from internjax.train.losses import next_token
 from internjax.train.optimizer import AdamW, Constant, make_optimizer
@@ -115,6 +117,29 @@ def test_lora_starts_as_the_base_and_trains_adapters_alone(accumulate):
     jax.tree.map(np.testing.assert_array_equal, state.frozen, params())
     sizes = {leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim}
     assert sizes == {leaf.shape for leaf in jax.tree.leaves(state.trainable)}
+
+
+@pytest.mark.parametrize(("dropout", "first"), [(0.0, [0, 1, 6, 7]), (0.1, [0, 1, 2, 3])])
+def test_the_ring_gets_every_row_in_the_order_in_which_devices_have_equal_work(monkeypatch, dropout, first):
+    """Not where dropout is drawn by a token's place: the draws have to be those of every other mesh."""
+    seen = []
+
+    def forward(params, tokens_BT, *, positions_BT, segments_BT, **_):
+        seen.extend(map(np.asarray, (tokens_BT, positions_BT, segments_BT)))
+        raise StopIteration
+
+    monkeypatch.setattr(decoder, "forward", forward)
+    lora_config = LoraConfig(rank=2, dropout=dropout)
+    adapters = init_lora(lora_config, params(), jax.random.key(2))
+    loss = next_token(dataclasses.replace(CONFIG, attention="ring"), lora_config=lora_config)
+    batch = unpacked(documents([9]), seq_len=8)
+    with sharding.use(sharding.make_mesh(MeshConfig(fsdp=1, sequence=2), jax.devices()[:2])):
+        with pytest.raises(StopIteration):
+            loss(adapters, params(), jax.tree.map(jnp.asarray, batch), KEY)
+    sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    tokens, positions, segments = seen
+    assert positions[0, :4].tolist() == first and sorted(positions[0]) == list(range(8)) and (segments == 1).all()
+    np.testing.assert_array_equal(tokens[0], batch.tokens[0][positions[0]])
 
 
 def test_a_model_without_vocabulary_logits_is_refused():

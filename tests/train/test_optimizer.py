@@ -472,6 +472,24 @@ def test_8_bit_moments_stay_on_their_device():
     assert moved == [] and " all-reduce(" in program
 
 
+def test_muon_takes_whole_layers_and_no_device_the_stack():
+    """Six layers on eight devices: what is exchanged is layers, not the factors of every product."""
+    x = np.random.default_rng(0).normal(size=(6, 64, 128)).astype(np.float32)
+    wanted = jax.jit(functools.partial(orthogonal, num_iterations=5))(x)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    for axes in (("layers", "embed", "ffn"), ("layers", "ffn", "embed")):
+        place = sharding.shardings({"kernel": axes}, {"kernel": x}, mesh)["kernel"]
+        with sharding.use(mesh):
+            mapped = jax.jit(functools.partial(orthogonal, num_iterations=5), out_shardings=place)
+            compiled = mapped.lower(jax.device_put(x, place)).compile()
+            given = compiled(jax.device_put(x, place))
+        np.testing.assert_allclose(given, wanted, atol=1e-5)
+        program = compiled.as_text()
+        assert " all-to-all(" in program and " all-gather(" not in program and " all-reduce(" not in program
+        assert compiled.memory_analysis().temp_size_in_bytes < x.nbytes
+    make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+
+
 def test_names_of_the_state_stay():
     """Checkpoints hold leaves by name: with another name, those of earlier versions could not be restored."""
     tree = {"q": {"kernel": jnp.zeros((64, 64))}}
