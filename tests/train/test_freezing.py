@@ -1,5 +1,7 @@
 """Freezing by pattern: what is frozen stays, has no moments, and the rest learns as it would alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,4 +71,6 @@ def test_frozen_leaves_stay_and_have_no_moments():
     # The first update is that of full training, where nothing but the choice of leaves differs.
     whole = make_step(loss, optimizer)(init_state(params, optimizer, seed=0), batch)[0]
     first = make_step(joined(loss), optimizer)(init_state(trainable, optimizer, frozen=frozen, seed=0), batch)[0]
-    jax.tree.map(np.testing.assert_allclose, first.trainable, split(whole.trainable, PATTERNS).trainable)
+    # The two are compiled apart.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8)
+    jax.tree.map(close, first.trainable, split(whole.trainable, PATTERNS).trainable)
