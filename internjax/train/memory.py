@@ -26,7 +26,7 @@ from internjax.model.lora import LoraConfig
 from internjax.model.quantize import Quantised
 from internjax.sharding import MeshConfig
 from internjax.train.batch import Batch
-from internjax.train.freezing import split
+from internjax.train.freezing import joined, split
 from internjax.train.losses import next_token
 from internjax.train.optimizer import AdamW, Constant, Optimizer, make_optimizer
 from internjax.train.step import TrainState, abstract_state
@@ -173,7 +173,13 @@ def _traced_as(config: ModelConfig) -> ModelConfig:
 
 @functools.lru_cache(maxsize=256)
 def saved_for_backward(
-    config: ModelConfig, seq_len: int, *, lora_config: LoraConfig | None, quantised: Quantised | None, chunk_size: int
+    config: ModelConfig,
+    seq_len: int,
+    *,
+    lora_config: LoraConfig | None,
+    quantised: Quantised | None,
+    chunk_size: int,
+    freeze: tuple[str, ...] = (),
 ) -> Saved:
     """Returns what jax saves between the forward and the backward pass of `next_token`, from a trace of its vjp."""
     # Packed cuDNN keeps its statistics once per document that a row may have; the trace has another back end.
@@ -187,6 +193,8 @@ def saved_for_backward(
     ids = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
     batch = Batch(ids, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32), ids, ids)
     loss = next_token(config, lora_config=lora_config, chunk_size=chunk_size)
+    if freeze:
+        (trainable, frozen), loss = split(base, freeze), joined(loss)
 
     def residuals(batch, trainable, frozen):
         _, backward = jax.vjp(lambda part: loss(part, frozen, batch, jax.random.key(0)).total, trainable)
@@ -342,7 +350,7 @@ def estimate(job: Job, shape: tuple[int, int, int, int], have: Held | None = Non
     have = held(job, shape) if have is None else have
     rows = rows_per_device(job, shape) if rows is None else rows
     config, sequence = local_config(job.model, shape[3]), shape[2]
-    how = {"lora_config": job.lora, "quantised": job.quantised, "chunk_size": job.chunk_size}
+    how = {"lora_config": job.lora, "quantised": job.quantised, "chunk_size": job.chunk_size, "freeze": job.freeze}
     saved = saved_for_backward(config, job.seq_len, **how)
     plain = saved_for_backward(dataclasses.replace(config, remat="none"), job.seq_len, **how)
     activations = rows * saved.per_row // sequence + saved.weight_copies // shape[1]

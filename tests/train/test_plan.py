@@ -126,6 +126,21 @@ def test_what_remat_saves():
     assert none.weight_copies < 0.1 * kernels and full.weight_copies < 0.01 * kernels  # masks and other constants
 
 
+def test_what_is_frozen_saves_nothing_that_only_its_gradient_wants():
+    T, L, D, F = 32, 2, 64, 128
+    whole = saved(SMALL)
+    # The inputs of the projections feed the gradients of their kernels alone: those of gate, up (one normed stream) and
+    # down. All else is still gone through backward.
+    ffn = saved(SMALL, freeze=("layers.ffn.*",))
+    assert whole.per_row - ffn.per_row == 4 * L * T * (D + F)
+    head = saved(SMALL, freeze=("embed.*", "layers.*"))
+    assert head.per_row < whole.per_row / 8 and saved(SMALL, freeze=("layers.*",)).per_row > whole.per_row / 2
+    job = Job(SMALL, 8, 32, mesh=MeshConfig(fsdp=1), chunk_size=16)
+    some = dataclasses.replace(job, freeze=("embed.*", "layers.*"))
+    found = {role.name: role.bytes for role in memory.estimate(some, (1, 1, 1, 1)).roles}
+    assert found["activations"] == 8 * head.per_row + head.weight_copies
+
+
 def test_weights_that_are_cast_are_kept_without_remat():
     mixed = dataclasses.replace(SMALL, dtype="bfloat16", attention="chunked")
     kernels = sum(
