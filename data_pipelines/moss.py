@@ -30,7 +30,9 @@ def messages_of(row: Mapping[str, Any]) -> list[Message]:
         return messages + _plain_turns(row["plain_text"])
     if not isinstance(row["chat"], Mapping):
         raise ValueError(f"chat is {type(row['chat']).__name__}, wanted an object of turns (turn_1, turn_2, ...)")
-    turns = sorted(row["chat"].items(), key=lambda item: int(item[0].rpartition("_")[2]))
+    # A table of conversations has the longest one's turns in every row.
+    held = [(name, turn) for name, turn in row["chat"].items() if turn is not None]
+    turns = sorted(held, key=lambda item: int(item[0].rpartition("_")[2]))
     for _, turn in turns:
         messages.append(Message("user", _text(turn, "Human")))
         thoughts, command, result = (

@@ -308,7 +308,8 @@ def test_commands_of_moss():
     turn = {"Human": "q", "Inner Thoughts": "I look.", "MOSS": "a"}
 
     def calls(command, result):
-        messages = moss.messages_of({"chat": {"turn_1": turn | {"Commands": command, "Tool Responses": result}}})
+        turns = {"turn_1": turn | {"Commands": command, "Tool Responses": result}, "turn_2": None}
+        messages = moss.messages_of({"chat": turns})
         return [(json.loads(m.call.content) if m.call else m.content) for m in messages[1:-1]]
 
     assert calls('Search("rain, (in) Brno")', "dry") == [
