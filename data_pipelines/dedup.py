@@ -1,26 +1,38 @@
-"""Exact and near-duplicate removal.
+"""Exact and near-duplicate removal, over sketches of the documents.
+
+Exact: 128 bits of the text, white space and case aside.
 
 Near duplicates: MinHash with 128 hash functions over shingles of 5 words (InternLM2's report, section 3.1), 20 bands of
 6 rows, every candidate pair verified by its true Jaccard similarity, 0.7 or more. Words are those of `kernels.words`,
 so Chinese needs no segmenter and another indentation does not make code another text. Of a group the newest copy stays
 (field `date` of meta), among equally new ones the one with the least id: the order of the input never matters.
+A document's sketch is 512 bytes of signature; band keys are sorted a range at a time, and only candidates are read
+again for their shingles.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines.document import Outcome
-from data_pipelines.rules import Words, find_words
+from data_pipelines.document import Corpus, Decision, Fetch
+from data_pipelines.rules import Words, find_words, power_of_two
 
 NUM_HASHES = 128
 SHINGLE_WORDS = 5
+KEYS_AT_ONCE = 16 << 20
+"""Band keys that are sorted together (40 bytes each)."""
+PAIRS_AT_ONCE = 1 << 20
+"""Candidate pairs that are held before they are verified."""
+SHINGLES_AT_ONCE = 4 << 20
+"""Shingles of candidates that are in memory while they are verified (8 bytes each, and about as many bytes of text)."""
 _SPACE = re.compile(r"\s+")
 
 
@@ -52,24 +64,68 @@ class Shingles(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """root_D: the row that stays for each row (itself where it stays); partner_D, similarity_D: its closest pair."""
+    """In order of preference, the best document first. rows_D: its number in the corpus; root_D: the place of the
+    document that stays (its own where it stays); partner_D, similarity_D: its closest verified pair (-1: none).
+    """
 
+    rows_D: np.ndarray
     root_D: np.ndarray
     partner_D: np.ndarray
     similarity_D: np.ndarray
+    report: dict[str, int]
 
 
-def exact_duplicates(batch: pa.RecordBatch) -> Outcome:
-    """Drops rows whose text, but for white space and case, another row has."""
-    keys = [_key(text) for text in batch.column("text").to_pylist()]
-    rank = preference(batch)
-    best: dict[bytes, int] = {}
-    for row in np.argsort(rank).tolist():
-        best.setdefault(keys[row], row)
-    stays = [best[key] for key in keys]
+# --- names and preference --------------------------------------------------------------------------------------------
+
+
+def _identity(batch: pa.RecordBatch) -> dict[str, pa.Array]:
+    """The columns that preference needs: the row, the two halves of the id, the date."""
     ids = batch.column("id").to_pylist()
-    same = [None if stay == row else f"the same as {ids[stay]}" for row, stay in enumerate(stays)]
-    return Outcome(batch, [text and "exact_duplicate" for text in same], same)
+    try:
+        halves = np.frombuffer(bytes.fromhex("".join(ids)), ">u8").reshape(len(ids), 2).astype(np.uint64)
+    except ValueError:
+        wrong = next(name for name in ids if len(name) != 32)
+        raise ValueError(f"document id {wrong!r} is not 32 hex digits; make documents with make_document") from None
+    dates = [_date(meta) if '"date"' in meta else "" for meta in batch.column("meta").to_pylist()]
+    return {
+        "row": pa.array(np.arange(len(ids))),
+        "id_high": pa.array(halves[:, 0]),
+        "id_low": pa.array(halves[:, 1]),
+        "date": pa.array(dates, pa.string()),
+    }
+
+
+def _date(meta: str) -> str:
+    date = json.loads(meta).get("date")
+    return "" if date is None else str(date)
+
+
+def _gather(sketches: Sequence[pa.RecordBatch], column: str) -> np.ndarray:
+    return np.concatenate([batch.column(column).to_numpy() for batch in sketches])
+
+
+def preference(sketches: Sequence[pa.RecordBatch]) -> np.ndarray:
+    """Returns the sketched documents from the best copy to the worst: the newest first, then the least id, then row."""
+    dates = pa.chunked_array([batch.column("date") for batch in sketches]).dictionary_encode().combine_chunks()
+    names = dates.dictionary.to_pylist()
+    newest = np.empty(len(names), np.int64)
+    newest[sorted(range(len(names)), key=names.__getitem__, reverse=True)] = np.arange(len(names))
+    age = newest[dates.indices.to_numpy()]
+    return np.lexsort((_gather(sketches, "row"), _gather(sketches, "id_low"), _gather(sketches, "id_high"), age))
+
+
+def _name(high: np.uint64, low: np.uint64) -> str:
+    return f"{int(high):016x}{int(low):016x}"
+
+
+# --- exact -----------------------------------------------------------------------------------------------------------
+
+
+def sketch_exact(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Returns identity and 128-bit key of every row."""
+    keys = b"".join(_key(text) for text in batch.column("text").to_pylist())
+    halves = np.frombuffer(keys, np.uint64).reshape(batch.num_rows, 2)
+    return pa.record_batch(_identity(batch) | {"key_a": pa.array(halves[:, 0]), "key_b": pa.array(halves[:, 1])})
 
 
 def _key(text: str) -> bytes:
@@ -77,85 +133,205 @@ def _key(text: str) -> bytes:
     return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def preference(batch: pa.RecordBatch) -> np.ndarray:
-    """Returns the rank of every row among copies: the newest first, then the least id; rank 0 is the best."""
-    dates = [
-        str(json.loads(meta).get("date", "")) if '"date"' in meta else "" for meta in batch.column("meta").to_pylist()
-    ]
-    newest = {date: -number for number, date in enumerate(sorted(set(dates)))}
-    ids = batch.column("id").to_pylist()
-    order = sorted(range(batch.num_rows), key=lambda row: (newest[dates[row]], ids[row], row))
-    rank = np.empty(batch.num_rows, np.int64)
-    rank[order] = np.arange(batch.num_rows)
-    return rank
+def resolve_exact(sketches: Sequence[pa.RecordBatch], fetch: Fetch, scratch: Path) -> Decision:
+    """Drops all documents of a key but the best; a document that comes twice, id and all, is a `duplicate_id`."""
+    order = preference(sketches)
+    rows, high, low, a, b = (_gather(sketches, name)[order] for name in ("row", "id_high", "id_low", "key_a", "key_b"))
+    by_key = np.lexsort((b, a))  # stable: the best of a key comes first
+    new = np.ones(len(by_key), bool)
+    new[1:] = (a[by_key][1:] != a[by_key][:-1]) | (b[by_key][1:] != b[by_key][:-1])
+    stays = np.empty(len(order), np.int64)
+    stays[by_key] = by_key[np.flatnonzero(new)][np.cumsum(new) - 1]
+    gone = np.flatnonzero(stays != np.arange(len(order)))
+    gone = gone[np.argsort(rows[gone])]
+    reasons, details = [], []
+    for place, stay in zip(gone.tolist(), stays[gone].tolist()):
+        twice = high[place] == high[stay] and low[place] == low[stay]
+        reasons.append("duplicate_id" if twice else "exact_duplicate")
+        same = "came before: the same source, path and text" if twice else f"the same as {_name(high[stay], low[stay])}"
+        details.append(same)
+    return Decision(rows[gone], reasons, details)
 
 
-def near_duplicates(settings: NearDuplicates) -> Callable[[pa.RecordBatch], Outcome]:
-    """Returns the stage that keeps one row of every group of near duplicates."""
-
-    def apply(batch: pa.RecordBatch) -> Outcome:
-        groups = group(batch, settings)
-        ids = batch.column("id").to_pylist()
-        reasons: list[str | None] = [None] * batch.num_rows
-        details: list[str | None] = [None] * batch.num_rows
-        for row in np.flatnonzero(groups.root_D != np.arange(batch.num_rows)).tolist():
-            reasons[row] = "near_duplicate"
-            pair = f"{ids[groups.partner_D[row]]}, Jaccard {groups.similarity_D[row]:.3f}"
-            details[row] = f"in the group of {ids[groups.root_D[row]]}; tied to {pair}"
-        return Outcome(batch, reasons, details)
-
-    return apply
+exact_duplicates = Corpus(sketch_exact, resolve_exact)
+"""Drops documents whose text, but for white space and case, another one has."""
 
 
-def group(batch: pa.RecordBatch, settings: NearDuplicates) -> Groups:
-    """Returns which rows belong together: verified pairs, joined into groups."""
+# --- near ------------------------------------------------------------------------------------------------------------
+
+
+def near_duplicates(settings: NearDuplicates) -> Corpus:
+    """Returns the stage that keeps one document of every group of near duplicates."""
+    return Corpus(partial(sketch_near, settings=settings), partial(resolve_near, settings=settings))
+
+
+def sketch_near(batch: pa.RecordBatch, *, settings: NearDuplicates) -> pa.RecordBatch:
+    """Returns identity, number of distinct shingles and MinHash signature of every row."""
+    sizes, signatures = sign(find_words(batch), seed=settings.seed)
+    raw = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(4 * NUM_HASHES), batch.num_rows, [None, pa.py_buffer(signatures.tobytes())]
+    )
+    return pa.record_batch(_identity(batch) | {"num_shingles": pa.array(sizes, pa.int64()), "signature": raw})
+
+
+def resolve_near(
+    sketches: Sequence[pa.RecordBatch], fetch: Fetch, scratch: Path, *, settings: NearDuplicates
+) -> Decision:
+    """Drops every document of a group but the best."""
+    groups = group(sketches, fetch, scratch, settings)
+    places = np.flatnonzero(groups.root_D != np.arange(len(groups.root_D)))
+    places = places[np.argsort(groups.rows_D[places])]
+    order = preference(sketches)
+    high, low = _gather(sketches, "id_high")[order], _gather(sketches, "id_low")[order]
+    details = []
+    for place in places.tolist():
+        root, partner = groups.root_D[place], groups.partner_D[place]
+        pair = f"{_name(high[partner], low[partner])}, Jaccard {groups.similarity_D[place]:.3f}"
+        details.append(f"in the group of {_name(high[root], low[root])}; tied to {pair}")
+    return Decision(groups.rows_D[places], ["near_duplicate"] * len(places), details, groups.report)
+
+
+def group(sketches: Sequence[pa.RecordBatch], fetch: Fetch, scratch: Path, settings: NearDuplicates) -> Groups:
+    """Returns which documents belong together: verified pairs, joined into groups.
+
+    Documents are numbered by preference throughout, so that nothing depends on the order of the input.
+    """
     from data_pipelines import kernels
 
-    num_rows = batch.num_rows
-    shingles = shingle(find_words(batch))
-    signatures = sign(shingles, seed=settings.seed)
-    keys, members = candidates(signatures, shingles, settings)
-    root_D, partner_D, similarity_D = np.arange(num_rows), np.full(num_rows, -1), np.zeros(num_rows)
-    kernels.unite(
-        keys, members, shingles.values, shingles.starts, preference(batch), signatures, settings.threshold,
-        settings.signature_slack, settings.neighbours, root_D, partner_D, similarity_D,
+    order = preference(sketches)
+    rows_D, sizes_D = _gather(sketches, "row")[order], _gather(sketches, "num_shingles")[order]
+    num_documents = len(order)
+    place_of = np.empty(num_documents, np.int64)
+    place_of[order] = np.arange(num_documents)
+    signatures = _in_order(sketches, place_of, scratch)
+    root_D, partner_D = np.arange(num_documents), np.full(num_documents, -1)
+    similarity_D = np.zeros(num_documents)
+    report = {"candidates": 0, "verified": 0, "groups": 0, "largest_group": 0}
+    for pairs in _candidate_pairs(signatures, sizes_D, root_D, settings):
+        report["candidates"] += len(pairs)
+        for block in _blocks(pairs, sizes_D):
+            apart = kernels.apart(block, root_D)
+            block = block[apart]
+            places, local = np.unique(block, return_inverse=True)
+            by_row = np.argsort(rows_D[places])
+            back = np.empty(len(places), np.int64)
+            back[by_row] = np.arange(len(places))
+            shingles = shingle(find_words(fetch(rows_D[places][by_row])))
+            report["verified"] += kernels.unite(
+                block, back[local.reshape(block.shape)], shingles.values, shingles.starts, settings.threshold,
+                root_D, partner_D, similarity_D,
+            )  # fmt: skip
+    while (root_D[root_D] != root_D).any():
+        root_D = root_D[root_D]
+    members = np.bincount(root_D, minlength=1)
+    report["groups"], report["largest_group"] = int((members > 1).sum()), int(members.max())
+    return Groups(rows_D, root_D, partner_D, similarity_D, report)
+
+
+def _in_order(sketches: Sequence[pa.RecordBatch], place_of: np.ndarray, scratch: Path) -> np.ndarray:
+    """Signatures [D, 128] in order of preference, in a mapped file: they need not fit into memory."""
+    shape = (len(place_of), NUM_HASHES)
+    if not len(place_of):
+        return np.zeros(shape, np.uint32)
+    mapped = np.memmap(scratch / "signatures", np.uint32, "w+", shape=shape)
+    start = 0
+    for batch in sketches:
+        column = batch.column("signature")
+        raw = np.frombuffer(column.buffers()[1], np.uint32).reshape(-1, NUM_HASHES)
+        mapped[place_of[start : start + len(column)]] = raw[column.offset : column.offset + len(column)]
+        start += len(column)
+    return mapped
+
+
+def _candidate_pairs(
+    signatures: np.ndarray, sizes_D: np.ndarray, root_D: np.ndarray, settings: NearDuplicates
+) -> Iterator[np.ndarray]:
+    """Pairs [P, 2] that share a band, are of sizes and signatures that allow the threshold, and are in no one group.
+
+    At most about PAIRS_AT_ONCE are given at a time, each once, the better document second, in order.
+    """
+    from data_pipelines import kernels
+
+    some = np.flatnonzero(sizes_D > 0)
+    num_ranges = 1 + len(some) // KEYS_AT_ONCE
+    agreement = (settings.threshold - settings.signature_slack) * NUM_HASHES
+    room = min(PAIRS_AT_ONCE, len(some) * settings.neighbours) + settings.neighbours
+    waiting = np.zeros((0, 2), np.int64)
+    for band in range(settings.bands):
+        all_keys = np.empty(len(some), np.uint64)
+        kernels.band_keys(signatures, some, band, settings.rows, all_keys)
+        for part in range(num_ranges):
+            chosen = np.flatnonzero(all_keys % np.uint64(num_ranges) == part) if num_ranges > 1 else slice(None)
+            keys, members = all_keys[chosen], some[chosen]
+            by_key = np.argsort(keys, kind="stable")
+            keys, members = keys[by_key], members[by_key]
+            at = 0
+            while at < len(keys):
+                found = np.empty((room, 2), np.int64)
+                count, at = kernels.candidates(
+                    keys, members, sizes_D, signatures, settings.threshold, agreement, settings.neighbours, root_D, at,
+                    found,
+                )  # fmt: skip
+                waiting = np.concatenate([waiting, found[:count]])
+                if len(waiting) >= PAIRS_AT_ONCE:
+                    yield _distinct(waiting, len(sizes_D))
+                    waiting = waiting[:0]
+    if len(waiting):
+        yield _distinct(waiting, len(sizes_D))
+
+
+def _distinct(pairs: np.ndarray, num_documents: int) -> np.ndarray:
+    codes = np.unique(pairs[:, 0] * num_documents + pairs[:, 1])
+    return np.stack(np.divmod(codes, num_documents), axis=1)
+
+
+def _blocks(pairs: np.ndarray, sizes_D: np.ndarray) -> Iterator[np.ndarray]:
+    """The pairs in blocks whose documents have at most about SHINGLES_AT_ONCE shingles together."""
+    from data_pipelines import kernels
+
+    seen = np.full(len(sizes_D), -1, np.int32)
+    start = number = 0
+    while start < len(pairs):
+        stop = kernels.end_of_block(pairs, sizes_D, start, SHINGLES_AT_ONCE, seen, number)
+        yield pairs[start:stop]
+        start, number = stop, number + 1
+
+
+def sign(words: Words, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (number of distinct shingles [D], MinHash signatures [D, 128] uint32) of the rows.
+
+    Two signatures agree in a share of their hashes that estimates the Jaccard similarity of the rows.
+    """
+    from data_pipelines import kernels
+
+    draws = _random_words(seed, 2 * NUM_HASHES)
+    out = np.empty((len(words.starts) - 1, NUM_HASHES), np.uint32)
+    sizes = np.empty(len(words.starts) - 1, np.int64)
+    most = int(np.diff(words.starts).max(initial=0))
+    table = np.zeros(power_of_two(2 * most), np.uint64)
+    values = np.empty(most + 1, np.uint64)
+    kernels.signatures(
+        words.hashes, words.starts, SHINGLE_WORDS, draws[:NUM_HASHES] | np.uint32(1), draws[NUM_HASHES:], table, values,
+        sizes, out,
     )  # fmt: skip
-    for row in range(num_rows):
-        while root_D[row] != root_D[root_D[row]]:
-            root_D[row] = root_D[root_D[row]]
-    return Groups(root_D, partner_D, similarity_D)
+    return sizes, out
 
 
 def shingle(words: Words) -> Shingles:
     """Returns the distinct shingles of every row: 5 words running; a row of fewer words has one shingle of them all."""
-    num_words = len(words.hashes)
-    row_of = np.repeat(np.arange(len(words.starts) - 1), np.diff(words.starts))
-    left = words.starts[1:][row_of] - np.arange(num_words)  # words from here to the end of the row
-    first = np.arange(num_words) == words.starts[:-1][row_of]
-    begins = np.flatnonzero((left >= SHINGLE_WORDS) | first)
-    sizes = np.minimum(left[begins], SHINGLE_WORDS)
-    values = sizes.astype(np.uint64)
-    for place in range(SHINGLE_WORDS):
-        has = sizes > place
-        mixed = (values ^ (values >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
-        values = np.where(has, mixed + words.hashes[np.minimum(begins + place, num_words - 1)], values)
-    rows = row_of[begins]
-    order = np.lexsort((values, rows))
-    values, rows = values[order], rows[order]
-    new = np.ones(len(values), bool)
-    new[1:] = (values[1:] != values[:-1]) | (rows[1:] != rows[:-1])
-    starts = np.searchsorted(rows[new], np.arange(len(words.starts)))
-    return Shingles(values[new], starts.astype(np.int64))
-
-
-def sign(shingles: Shingles, *, seed: int = 0) -> np.ndarray:
-    """Returns MinHash signatures [D, 128] uint32; two agree in a share of hashes that estimates their Jaccard."""
     from data_pipelines import kernels
 
-    draws = _random_words(seed, 2 * NUM_HASHES)
-    out = np.empty((len(shingles.starts) - 1, NUM_HASHES), np.uint32)
-    kernels.signatures(shingles.values, shingles.starts, draws[:NUM_HASHES] | np.uint32(1), draws[NUM_HASHES:], out)
-    return out
+    values = np.empty(len(words.hashes), np.uint64)
+    starts = np.empty(len(words.starts), np.int64)
+    kernels.shingles(words.hashes, words.starts, SHINGLE_WORDS, values, starts)
+    kept = np.zeros(len(starts), np.int64)
+    at = 0
+    for row, (start, stop) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist())):
+        found = np.unique(values[start:stop])
+        values[at : at + len(found)] = found  # never beyond what is still to be read
+        at += len(found)
+        kept[row + 1] = at
+    return Shingles(values[:at], kept)
 
 
 def _random_words(seed: int, count: int) -> np.ndarray:
@@ -164,17 +340,3 @@ def _random_words(seed: int, count: int) -> np.ndarray:
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((state ^ (state >> np.uint64(31))) >> np.uint64(32)).astype(np.uint32)
-
-
-def candidates(signatures: np.ndarray, shingles: Shingles, settings: NearDuplicates) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (band keys sorted, row of each): rows that share a key are candidates. Rows without words have none."""
-    rows = np.flatnonzero(np.diff(shingles.starts) > 0)
-    keys = []
-    for band in range(settings.bands):
-        key = np.full(len(rows), band + 1, np.uint64)
-        for column in range(band * settings.rows, (band + 1) * settings.rows):
-            key = (key ^ (key >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15) + signatures[rows, column]
-        keys.append(key)
-    key, member = np.concatenate(keys), np.tile(rows, settings.bands)
-    order = np.lexsort((member, key))
-    return key[order], member[order].astype(np.int64)

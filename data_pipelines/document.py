@@ -1,12 +1,14 @@
-"""One document, one Arrow schema, one kind of stage.
+"""One document, one Arrow schema, two kinds of stages.
 
-A stage is a pure function on an Arrow record batch: the same rows come back, with changed text where the stage edits,
-and with a reason for every row that must go. `ledger.py` removes those rows and counts them.
+A batch stage is a pure function on an Arrow record batch: the same rows come back, with changed text where the stage
+edits, and with a reason for every row that must go. A corpus stage decides over all documents from small sketches of
+them. `ledger.py` removes the rows that go and counts them; `chain.py` runs stages over a corpus of any size.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -52,12 +54,44 @@ class Outcome(NamedTuple):
     details: Sequence[str | None]
 
 
+class Decision(NamedTuple):
+    """What a corpus stage says of the documents that go: their numbers in the corpus (int64, ascending), a reason and a
+    detail for each. report: plain figures about the whole, kept in the ledger.
+    """
+
+    rows: np.ndarray
+    reasons: Sequence[str]
+    details: Sequence[str]
+    report: Mapping[str, Any] = EMPTY_META
+
+
+Fetch = Callable[[np.ndarray], pa.RecordBatch]
+"""Numbers of documents in the corpus -> these documents, in that order."""
+
+
+class Corpus(NamedTuple):
+    """A decision over the whole corpus that never holds its text.
+
+    sketch: batch -> a record batch with a column `row` (int64, the row of the batch; rows may be left out) and whatever
+    is small and enough to decide. resolve(sketches, fetch, scratch): all sketches, with `row` made the number of the
+    document in the corpus; fetch gives the few documents whose text it must see; scratch is an empty folder.
+    """
+
+    sketch: Callable[[pa.RecordBatch], pa.RecordBatch]
+    resolve: Callable[[Sequence[pa.RecordBatch], Fetch, Path], Decision]
+
+
 class Stage(NamedTuple):
-    """scope "batch": rows are judged one by one, in batches of any size; "corpus": the stage sees all rows at once."""
+    """scope "batch": a function of a record batch of any size, 0 rows included; "corpus": a `Corpus`.
+
+    version: what the result depends on beyond code and settings, such as the digest of a block list that is read from a
+    file; with another version nothing that an interrupted run finished is taken over.
+    """
 
     name: str
     scope: Literal["batch", "corpus"]
-    apply: Callable[[pa.RecordBatch], Outcome]
+    apply: Callable[[pa.RecordBatch], Outcome] | Corpus
+    version: str = ""
 
 
 def document_id(text: str, *, source: str, path: str) -> str:
@@ -80,9 +114,13 @@ def make_document(
     licence: str | None = None,
     meta: Mapping[str, Any] = EMPTY_META,
 ) -> Document:
-    """A document with its content-addressed id. Lone surrogates, which no UTF-8 file can hold, become U+FFFD."""
-    text = text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+    """A document with its content-addressed id. Lone surrogates, which no UTF-8 file can hold, become "?"."""
+    text, source, path = _storable(text), _storable(source), _storable(path)
     return Document(document_id(text, source=source, path=path), text, source, path, domain, language, licence, meta)
+
+
+def _storable(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def to_batch(documents: Iterable[Document]) -> pa.RecordBatch:
@@ -96,9 +134,14 @@ def to_batch(documents: Iterable[Document]) -> pa.RecordBatch:
         "language": [row.language for row in rows],
         "path": [row.path for row in rows],
         "licence": [row.licence for row in rows],
-        "meta": [json.dumps(dict(row.meta), sort_keys=True, ensure_ascii=False) for row in rows],
+        "meta": [_storable(_meta_json(row.meta)) for row in rows],
     }
     return pa.record_batch([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
+
+
+def _meta_json(meta: Mapping[str, Any]) -> str:
+    # Dates, bytes and decimals, which parquet has and JSON lacks, are kept as their text.
+    return json.dumps(dict(meta), sort_keys=True, ensure_ascii=False, default=str) if meta else "{}"
 
 
 def to_documents(batch: pa.RecordBatch) -> list[Document]:

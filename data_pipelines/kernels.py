@@ -130,21 +130,73 @@ def _enter(table, value):
 
 
 @compiled
-def signatures(hashes, starts, multipliers, constants, out):
-    """Fills out[d, p] with the least value of permutation p over the shingles of document d; all ones where none."""
+def _shingle(hashes, at, size):
+    """Hash of `size` words running."""
+    value = np.uint64(size)
+    for i in range(at, at + size):
+        value = (value ^ (value >> np.uint64(31))) * np.uint64(MIX) + hashes[i]
+    return value
+
+
+@compiled
+def shingles(hashes, starts, size, values, out):
+    """Number of shingles; those of document d lie at out[d]:out[d + 1] of values, repeated ones included.
+
+    A shingle is `size` words running; a document of fewer words has one of them all.
+    """
+    filled = 0
+    for document in range(starts.shape[0] - 1):
+        out[document] = filled
+        start, end = starts[document], starts[document + 1]
+        for i in range(start, max(end - size + 1, min(start + 1, end))):
+            values[filled] = _shingle(hashes, i, min(size, end - i))
+            filled += 1
+    out[starts.shape[0] - 1] = filled
+    return filled
+
+
+@compiled
+def signatures(hashes, starts, size, multipliers, constants, table, values, sizes, out):
+    """Fills sizes[d] with the distinct shingles of document d, and out[d, p] with the least value of permutation p over
+    them; all ones where there are none.
+
+    Scratch space: `table`, a power of two, at least twice the words of any document; `values`, at least as many words.
+    """
     num_permutations = multipliers.shape[0]
     for document in range(starts.shape[0] - 1):
+        start, end = starts[document], starts[document + 1]
+        places = 16
+        while places < 2 * (end - start):
+            places *= 2
+        own = table[:places]
+        own[:] = 0
+        found = 0
+        for i in range(start, max(end - size + 1, min(start + 1, end))):
+            value = _shingle(hashes, i, min(size, end - i))
+            values[found] = value
+            found += not _enter(own, value)
+        sizes[document] = found
         row = out[document]
         row[:] = np.uint32(0xFFFFFFFF)
-        for i in range(starts[document], starts[document + 1]):
-            low = np.uint32(hashes[i] & np.uint64(0xFFFFFFFF))
-            high = np.uint32(hashes[i] >> np.uint64(32))
+        for i in range(found):
+            low = np.uint32(values[i] & np.uint64(0xFFFFFFFF))
+            high = np.uint32(values[i] >> np.uint64(32))
             for p in range(num_permutations):
                 value = np.uint32(low * multipliers[p]) ^ np.uint32(high + constants[p])
                 value = np.uint32((value ^ (value >> np.uint32(15))) * np.uint32(0x2C1B3C6D))
                 value = np.uint32((value ^ (value >> np.uint32(12))) * np.uint32(0x297A2D39))
                 value ^= value >> np.uint32(15)
                 row[p] = min(row[p], value)
+
+
+@compiled
+def band_keys(signature, members, band, rows, out):
+    """Fills out[i] with the key of a band of the signature of members[i]: equal where all rows of the band are."""
+    for i in range(members.shape[0]):
+        key = np.uint64(band + 1)
+        for column in range(band * rows, (band + 1) * rows):
+            key = (key ^ (key >> np.uint64(31))) * np.uint64(MIX) + np.uint64(signature[members[i], column])
+        out[i] = key
 
 
 @compiled
@@ -174,43 +226,85 @@ def _root(parents, node):
 
 
 @compiled
-def unite(keys, members, values, starts, rank, signature, threshold, slack, neighbours, parents, partner, similarity):
-    """Number of verified pairs. Walks candidates (`members` sorted by band key), unites those whose true Jaccard holds.
+def candidates(keys, members, sizes, signature, threshold, least_agreement, neighbours, parents, start, out):
+    """(number of pairs put into out, where to go on): walks `members`, sorted by band key, from `start`.
 
     Each member is compared with at most `neighbours` members before it in its bucket, so giant buckets stay linear.
-    A pair is looked at only if not yet in one group, if its sizes allow the threshold, and if its signatures agree to
-    within `slack`. The root of a group is its member of least `rank`. partner, similarity: a document's closest pair.
+    A pair counts if it is not yet in one group, its sizes allow the threshold and its signatures agree in
+    `least_agreement` hashes. Stops while `out` still has room for the neighbours of one more member.
     """
-    pairs = 0
-    for i in range(keys.shape[0]):
+    found, i = 0, start
+    while i < keys.shape[0] and found + neighbours <= out.shape[0]:
         j = i - 1
         while j >= 0 and keys[j] == keys[i] and i - j <= neighbours:
             a, b = members[i], members[j]
             j -= 1
-            root_a, root_b = _root(parents, a), _root(parents, b)
-            if root_a == root_b:
+            if min(sizes[a], sizes[b]) < threshold * max(sizes[a], sizes[b]):
                 continue
-            size_a, size_b = starts[a + 1] - starts[a], starts[b + 1] - starts[b]
-            if min(size_a, size_b) < threshold * max(size_a, size_b):
+            if _root(parents, a) == _root(parents, b):
                 continue
             agree = 0
             for p in range(signature.shape[1]):
-                if signature[a, p] == signature[b, p]:
-                    agree += 1
-            if agree < (threshold - slack) * signature.shape[1]:
-                continue
-            value = jaccard(values, starts[a], starts[a + 1], starts[b], starts[b + 1])
-            if value < threshold:
-                continue
-            pairs += 1
-            if rank[root_a] > rank[root_b]:
-                root_a, root_b = root_b, root_a
-            parents[root_b] = root_a
-            for one, other in ((a, b), (b, a)):
-                if value > similarity[one]:
-                    similarity[one] = value
-                    partner[one] = other
-    return pairs
+                agree += signature[a, p] == signature[b, p]
+            if agree >= least_agreement:
+                out[found, 0], out[found, 1] = a, b
+                found += 1
+        i += 1
+    return found, i
+
+
+@compiled
+def apart(pairs, parents):
+    """Which pairs are not in one group."""
+    out = np.empty(pairs.shape[0], np.bool_)
+    for i in range(pairs.shape[0]):
+        out[i] = _root(parents, pairs[i, 0]) != _root(parents, pairs[i, 1])
+    return out
+
+
+@compiled
+def end_of_block(pairs, sizes, start, most, seen, number):
+    """End of the pairs from `start` on whose documents have at most `most` shingles together; at least one pair.
+
+    seen: the block that last held a document; this one is `number`.
+    """
+    total, end = 0, start
+    while end < pairs.shape[0]:
+        for side in range(2):
+            document = pairs[end, side]
+            if seen[document] != number:
+                seen[document] = number
+                total += sizes[document]
+        if total > most and end > start:
+            return end
+        end += 1
+    return end
+
+
+@compiled
+def unite(pairs, local, values, starts, threshold, parents, partner, similarity):
+    """Number of pairs with a true Jaccard of at least `threshold`; they are united.
+
+    local: where the shingles of each of a pair lie: values[starts[local]:starts[local + 1]]. The root of a group is its
+    least member. partner, similarity: a document's closest pair.
+    """
+    verified = 0
+    for i in range(pairs.shape[0]):
+        a, b = pairs[i, 0], pairs[i, 1]
+        root_a, root_b = _root(parents, a), _root(parents, b)
+        if root_a == root_b:
+            continue
+        place_a, place_b = local[i, 0], local[i, 1]
+        value = jaccard(values, starts[place_a], starts[place_a + 1], starts[place_b], starts[place_b + 1])
+        if value < threshold:
+            continue
+        verified += 1
+        parents[max(root_a, root_b)] = min(root_a, root_b)
+        for one, other in ((a, b), (b, a)):
+            if value > similarity[one]:
+                similarity[one] = value
+                partner[one] = other
+    return verified
 
 
 @compiled

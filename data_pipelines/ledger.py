@@ -1,8 +1,13 @@
-"""The ledger: what came in, what each stage dropped and why, what was kept. It sums, or the run fails."""
+"""The ledger: what came in, what each stage dropped and why, what was kept. It sums, or the run fails.
+
+Every part of a run (a slice of the input through some stages) has a ledger of its own, on disk; that of the run is
+their sum, so it is the same after any number of interruptions.
+"""
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +19,12 @@ from data_pipelines.document import Document, Outcome, num_text_bytes, text_buff
 
 class StageCount(NamedTuple):
     stage: str
-    documents_in: int
-    bytes_in: int
-    documents_kept: int
-    bytes_kept: int
-    dropped: dict[str, int]
-    dropped_bytes: dict[str, int]
+    documents_in: int = 0
+    bytes_in: int = 0
+    documents_kept: int = 0
+    bytes_kept: int = 0
+    dropped: Mapping[str, int] = {}
+    dropped_bytes: Mapping[str, int] = {}
 
 
 class Fate(NamedTuple):
@@ -32,14 +37,24 @@ class Fate(NamedTuple):
     detail: str
 
 
+FATES = pa.schema([*((name, pa.string()) for name in Fate._fields), ("text", pa.large_string())])
+"""Dropped documents; `text` is as the stage that dropped it saw it, null unless the run keeps what it drops."""
+
+
 @dataclass
 class Ledger:
-    """Grows stage by stage during one run of a chain; `check` then proves that nothing vanished."""
+    """Grows batch by batch and stage by stage; `check` then proves that nothing vanished.
 
-    stages: list[StageCount] = field(default_factory=list)
-    fates: dict[str, list[Fate]] = field(default_factory=dict)
+    stages: in the order of the chain. dropped: record batches of `FATES` (mapped files, in a large run). unreadable:
+    file -> rows that were set aside. reports: stage -> figures that a decision over the corpus gave.
+    """
+
+    stages: dict[str, StageCount] = field(default_factory=dict)
+    dropped: list[pa.RecordBatch] = field(default_factory=list)
     kept_ids: set[str] = field(default_factory=set)
     unreadable: Counter[str] = field(default_factory=Counter)
+    reports: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    keeps_text: bool = False
 
 
 def sizes(batch: pa.RecordBatch) -> list[int]:
@@ -56,42 +71,59 @@ def record(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome)
             f"stage {stage!r} was given {rows} rows and returned {outcome.batch.num_rows} rows, "
             f"{len(outcome.reasons)} reasons, {len(outcome.details)} details; a stage returns one of each per row"
         )
+    gone = [row for row, reason in enumerate(outcome.reasons) if reason is not None]
+    kept = outcome.batch
     dropped: Counter[str] = Counter()
     dropped_bytes: Counter[str] = Counter()
-    ids, paths = before.column("id").to_pylist(), before.column("path").to_pylist()
-    row_bytes = sizes(before)
-    for row, reason in enumerate(outcome.reasons):
-        if reason is None:
-            continue
-        dropped[reason] += 1
-        dropped_bytes[reason] += row_bytes[row]
-        fate = Fate(ids[row], paths[row], stage, reason, outcome.details[row] or "")
-        ledger.fates.setdefault(ids[row], []).append(fate)
-    kept = outcome.batch.filter(pa.array([reason is None for reason in outcome.reasons], pa.bool_()))
+    if gone:
+        row_bytes = sizes(before)
+        for row in gone:
+            dropped[outcome.reasons[row]] += 1
+            dropped_bytes[outcome.reasons[row]] += row_bytes[row]
+        ledger.dropped.append(_fates(ledger, stage, before, outcome, gone))
+        kept = outcome.batch.filter(pa.array([reason is None for reason in outcome.reasons], pa.bool_()))
     count = StageCount(
         stage, rows, num_text_bytes(before), kept.num_rows, num_text_bytes(kept), dict(dropped), dict(dropped_bytes)
     )
-    ledger.stages.append(count)
+    ledger.stages[stage] = add(ledger.stages.get(stage, StageCount(stage)), count)
     return kept
 
 
-def merge_last(ledger: Ledger, num_counts: int) -> None:
-    """Folds the last `num_counts` counts, which are batches of one stage, into one."""
-    parts = ledger.stages[-num_counts:]
-    assert parts and len({part.stage for part in parts}) == 1, "only batches of one stage can be folded"
-    dropped: Counter[str] = Counter()
-    dropped_bytes: Counter[str] = Counter()
-    for part in parts:
-        dropped.update(part.dropped)
-        dropped_bytes.update(part.dropped_bytes)
-    total = [sum(part[i] for part in parts) for i in range(1, 5)]
-    ledger.stages[-num_counts:] = [StageCount(parts[0].stage, *total, dict(dropped), dict(dropped_bytes))]
+def _fates(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome, gone: Sequence[int]) -> pa.RecordBatch:
+    rows = before.take(pa.array(gone, pa.int64()))
+    text = rows.column("text") if ledger.keeps_text else pa.nulls(len(gone), pa.large_string())
+    columns = [
+        rows.column("id"),
+        rows.column("path"),
+        pa.array([stage] * len(gone), pa.string()),
+        pa.array([outcome.reasons[row] for row in gone], pa.string()),
+        pa.array([outcome.details[row] or "" for row in gone], pa.string()),
+        text,
+    ]
+    return pa.record_batch([column.cast(kind.type) for column, kind in zip(columns, FATES)], schema=FATES)
+
+
+def add(one: StageCount, other: StageCount) -> StageCount:
+    """The counts of two sets of documents that went through the same stage."""
+    assert one.stage == other.stage, f"counts of {one.stage!r} and {other.stage!r} are no counts of one stage"
+    numbers = [a + b for a, b in zip(one[1:5], other[1:5])]
+    sums = [dict(sorted((Counter(a) + Counter(b)).items())) for a, b in zip(one[5:], other[5:])]
+    return StageCount(one.stage, *numbers, *sums)
+
+
+def merge(ledger: Ledger, part: Ledger) -> None:
+    """Adds the ledger of a part to that of the run."""
+    for name, count in part.stages.items():
+        ledger.stages[name] = add(ledger.stages.get(name, StageCount(name)), count)
+    ledger.dropped.extend(part.dropped)
+    ledger.unreadable.update(part.unreadable)
+    ledger.reports.update(part.reports)
 
 
 def check(ledger: Ledger) -> None:
     """Raises RuntimeError naming the stage whose counts do not add up."""
     previous: StageCount | None = None
-    for count in ledger.stages:
+    for count in ledger.stages.values():
         gone = sum(count.dropped.values())
         if count.documents_in != count.documents_kept + gone:
             raise RuntimeError(
@@ -104,68 +136,152 @@ def check(ledger: Ledger) -> None:
                 f"{count.stage!r} was given {count.documents_in}"
             )
         previous = count
-    named = sum(len(fates) for fates in ledger.fates.values())
-    gone = sum(sum(count.dropped.values()) for count in ledger.stages)
+    named = sum(batch.num_rows for batch in ledger.dropped)
+    gone = sum(sum(count.dropped.values()) for count in ledger.stages.values())
     if named != gone:
         raise RuntimeError(f"ledger does not sum: {gone} documents dropped, {named} of them have a name and a reason")
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:
     """Plain data for JSON and reports: documents and bytes in and kept, dropped by stage and reason."""
-    first, last = (ledger.stages[0], ledger.stages[-1]) if ledger.stages else (None, None)
+    counts = list(ledger.stages.values())
+    first, last = (counts[0], counts[-1]) if counts else (StageCount(""), StageCount(""))
     return {
-        "documents_in": first.documents_in if first else 0,
-        "bytes_in": first.bytes_in if first else 0,
-        "documents_kept": last.documents_kept if last else 0,
-        "bytes_kept": last.bytes_kept if last else 0,
-        "documents_dropped": sum(sum(count.dropped.values()) for count in ledger.stages),
+        "documents_in": first.documents_in,
+        "bytes_in": first.bytes_in,
+        "documents_kept": last.documents_kept,
+        "bytes_kept": last.bytes_kept,
+        "documents_dropped": sum(sum(count.dropped.values()) for count in counts),
         "dropped": {
-            count.stage: dict(sorted(count.dropped.items(), key=lambda item: (-item[1], item[0])))
-            for count in ledger.stages
+            count.stage: dict(sorted(count.dropped.items(), key=lambda item: (-item[1], item[0]))) for count in counts
         },
         "rows_set_aside": dict(sorted(ledger.unreadable.items())),
-        "stages": [count._asdict() for count in ledger.stages],
+        "stages": [count._asdict() for count in counts],
+        "reports": {name: dict(report) for name, report in ledger.reports.items()},
     }
+
+
+def fates(ledger: Ledger) -> Iterator[Fate]:
+    """Every dropped document, in the order of the stages and then of the input."""
+    for batch in dropped_in_order(ledger):
+        for row in batch.select(Fate._fields).to_pylist():
+            yield Fate(**row)
+
+
+def dropped_in_order(ledger: Ledger) -> Iterator[pa.RecordBatch]:
+    """The dropped documents as record batches of `FATES`, stage by stage: the order of the input within each."""
+    import pyarrow.compute as pc
+
+    for stage in ledger.stages:
+        for batch in ledger.dropped:
+            chosen = batch.filter(pc.equal(batch.column("stage"), stage))
+            if chosen.num_rows:
+                yield chosen
 
 
 def explain(ledger: Ledger, document_id: str) -> str:
     """One line: kept, or the stage, reason and values that dropped the document (an unambiguous id prefix will do)."""
-    known = sorted({*ledger.fates, *ledger.kept_ids})
-    found = [name for name in known if name.startswith(document_id)] if document_id else []
-    if len(found) != 1:
+    return _explained(document_id, fates(ledger), ledger.kept_ids)
+
+
+def explain_run(folder: str | Path, document_id: str) -> str:
+    """`explain` for a folder that the command wrote."""
+    import pyarrow.compute as pc
+    import pyarrow.dataset as ds
+
+    folder = Path(folder)
+    if not (folder / "ledger.json").is_file():
+        raise ValueError(f"{folder} holds no run: it has no ledger.json; give the --output of data_pipelines.wanjuan")
+    begins = pc.starts_with(pc.field("id"), document_id)
+    dropped = ds.dataset(folder / "dropped.parquet").to_table(list(Fate._fields), filter=begins).to_pylist()
+    kept = ds.dataset(folder / "documents", format="parquet").to_table(["id"], filter=begins)
+    return _explained(document_id, (Fate(**row) for row in dropped), set(kept.column("id").to_pylist()))
+
+
+def _explained(document_id: str, dropped: Iterable[Fate], kept_ids: set[str]) -> str:
+    lines: dict[str, list[str]] = {}
+    for fate in dropped:
+        if document_id and fate.id.startswith(document_id):
+            text = f"{fate.id} {fate.path}: dropped by {fate.stage}: {fate.reason} ({fate.detail})"
+            lines.setdefault(fate.id, []).append(text)
+    for name in kept_ids if document_id else ():
+        if name.startswith(document_id):
+            lines.setdefault(name, []).append(f"{name}: kept")
+    if len(lines) != 1:
         raise ValueError(
-            f"document id {document_id!r} matches {len(found)} documents of this run; "
-            f"give one of its {len(known)} ids, or a longer prefix"
+            f"document id {document_id!r} matches {len(lines)} documents of this run; "
+            "give the id of one of them, or a longer prefix"
         )
-    fates = ledger.fates.get(found[0], [])
-    lines = [f"{fate.id} {fate.path}: dropped by {fate.stage}: {fate.reason} ({fate.detail})" for fate in fates]
-    return "\n".join(lines + ([f"{found[0]}: kept"] if found[0] in ledger.kept_ids else []))
+    return "\n".join(next(iter(lines.values())))
 
 
 def save(ledger: Ledger, folder: str | Path) -> None:
     """Writes ledger.json, and dropped.parquet with one row per dropped document; checks the sums first."""
-    import pyarrow.parquet as pq
-
     check(ledger)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    fates = sorted(fate for fates in ledger.fates.values() for fate in fates)
-    table = pa.table({name: pa.array([fate[i] for fate in fates], pa.string()) for i, name in enumerate(Fate._fields)})
-    pq.write_table(table, folder / "dropped.parquet")
+    write_parquet(dropped_in_order(ledger), folder / "dropped.parquet", FATES)
     text = json.dumps(summary(ledger), indent=2, ensure_ascii=False) + "\n"
     temporary = folder / "ledger.json.partial"
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(folder / "ledger.json")
 
 
+ROW_GROUP_ROWS = 4096
+ROW_GROUP_BYTES = 16 << 20
+
+
+def write_parquet(batches: Iterable[pa.RecordBatch], path: Path, schema: pa.Schema) -> None:
+    """Writes one file whose bytes depend on the rows alone, not on how they are cut into batches."""
+    import pyarrow.parquet as pq
+
+    few = [name for name in schema.names if name not in ("id", "text", "path", "detail", "meta")]
+    with pq.ParquetWriter(path, schema, use_dictionary=few, write_statistics=few) as writer:
+        for group in regroup(batches, schema):
+            writer.write_table(pa.Table.from_batches([group], schema=schema), row_group_size=max(group.num_rows, 1))
+
+
+def regroup(
+    batches: Iterable[pa.RecordBatch], schema: pa.Schema, *, rows: int = ROW_GROUP_ROWS, size: int = ROW_GROUP_BYTES
+) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of at most `rows` rows and about `size` bytes of text, cut by the rows alone."""
+    waiting: list[pa.RecordBatch] = []
+    num_rows = num_bytes = 0
+    for batch in batches:
+        start = 0
+        for row, row_bytes in enumerate(sizes(batch)):
+            if num_rows and (num_rows == rows or num_bytes + row_bytes > size):
+                waiting.append(batch.slice(start, row - start))
+                yield _one(waiting, schema)
+                waiting, num_rows, num_bytes, start = [], 0, 0, row
+            num_rows += 1
+            num_bytes += row_bytes
+        waiting.append(batch.slice(start))
+    if num_rows:
+        yield _one(waiting, schema)
+
+
+def _one(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> pa.RecordBatch:
+    return pa.concat_batches([batch for batch in batches if batch.num_rows])
+
+
 def dropped_by_reason(ledger: Ledger) -> dict[str, int]:
     """Reason -> number of documents over all stages, the most frequent first."""
     total: Counter[str] = Counter()
-    for count in ledger.stages:
+    for count in ledger.stages.values():
         total.update(count.dropped)
-    return dict(total.most_common())
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
 def remember_kept(ledger: Ledger, documents: Iterable[Document]) -> None:
     """Enters the survivors, so that `explain` knows them."""
     ledger.kept_ids.update(document.id for document in documents)
+
+
+_PLACE = re.compile(r"(.+?)(?::\d+)?: ")
+
+
+def file_of(message: str) -> str:
+    """The file that a message "file:line: reason" is about."""
+    found = _PLACE.match(message)
+    return found.group(1) if found else message

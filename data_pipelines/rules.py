@@ -181,10 +181,10 @@ def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
 def _table(counts_DM: np.ndarray, data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Scratch space for lines and paragraphs: four times the most newlines of a row, and one power of two to spare."""
     newlines_D = [int((data[start:stop] == 10).sum()) for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
-    return np.zeros(_power_of_two(8 * (max(newlines_D, default=0) + 4)), np.uint64)
+    return np.zeros(power_of_two(8 * (max(newlines_D, default=0) + 4)), np.uint64)
 
 
-def _power_of_two(least: int) -> int:
+def power_of_two(least: int) -> int:
     return 1 << max(least - 1, 15).bit_length()
 
 
@@ -210,7 +210,7 @@ def top_ngram_share(words: Words, n: int) -> np.ndarray:
     """Returns per row the bytes of its most costly repeated n-gram over the bytes of its words."""
     from data_pipelines import kernels
 
-    size = _power_of_two(2 * int(np.diff(words.starts).max(initial=0)))
+    size = power_of_two(2 * int(np.diff(words.starts).max(initial=0)))
     out_D = np.zeros(len(words.starts) - 1)
     tables = np.zeros(size, np.uint64), np.zeros(size, np.int32)
     kernels.top_ngrams(words.hashes, words.lengths, words.starts, n, *tables, out_D)
@@ -221,7 +221,7 @@ def duplicate_ngram_share(words: Words, n: int) -> np.ndarray:
     """Returns per row the bytes of words inside n-grams met before over the bytes of its words."""
     from data_pipelines import kernels
 
-    size = _power_of_two(2 * int(np.diff(words.starts).max(initial=0)))
+    size = power_of_two(2 * int(np.diff(words.starts).max(initial=0)))
     out_D = np.zeros(len(words.starts) - 1)
     kernels.duplicate_ngrams(words.hashes, words.lengths, words.starts, n, np.zeros(size, np.uint64), out_D)
     return out_D

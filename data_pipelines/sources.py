@@ -5,17 +5,20 @@ topics, and the documentation files of the installed packages. Modules are read 
 """
 
 import contextlib
+import functools
+import hashlib
 import io
 import json
 import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from data_pipelines.document import Document, make_document
+from data_pipelines.chain import Unit
+from data_pipelines.document import SCHEMA, Document, make_document, to_documents
 from data_pipelines.outline import Definition, Outline, outline, string_table
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
@@ -198,19 +201,49 @@ def _dedent(text: str) -> str:
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
+BadRow = Callable[[str], None] | None
+"""Takes "file:line: reason" of what cannot be read; None raises it as ValueError instead."""
+MAX_ROW_BYTES = 64 << 20
+"""Longest line, and longest text file, that is read: so much of one row is in memory at a time."""
+MAX_ARRAY_BYTES = 256 << 20
+"""Longest JSON array (a .json file is parsed whole)."""
+READ_SUFFIXES = {".jsonl", ".json", ".parquet", *TEXT_SUFFIXES, *CODE_LANGUAGES}
 
-def read(paths: Iterable[str | Path], *, on_bad_row: Callable[[str], None] | None = None) -> list[Document]:
-    """Documents of JSONL and parquet files, text files and folders, by what each path is.
+
+class File(NamedTuple):
+    """A file and the name that its documents are to bear: "folder/sub/file.py" below a folder that was given."""
+
+    path: Path
+    name: str
+
+
+class Slice(NamedTuple):
+    """Part of a file that can be read by itself: bytes start:stop of JSONL, whose first line has the number first_line;
+    row groups start:stop of parquet; other files whole. digest: SHA-256 of these bytes.
+    """
+
+    file: File
+    start: int
+    stop: int
+    first_line: int
+    digest: str
+    num_bytes: int
+
+
+class Cut(NamedTuple):
+    slices: list[Slice]
+    bad: list[str]
+
+
+def read(paths: Iterable[str | Path], *, on_bad_row: BadRow = None) -> list[Document]:
+    """Documents of JSONL and parquet files, text files and folders, by what each path is, files in sorted order.
 
     A row that cannot be read raises ValueError "file:line: reason", or is handed to `on_bad_row` and left out.
     """
-    documents: list[Document] = []
-    for given in paths:
-        path = existing(given)
-        if path.is_dir():
-            documents.extend(folder(path, on_bad_row=on_bad_row))
-        else:
-            documents.extend(_file(path, path.name, on_bad_row=on_bad_row))
+    paths = list(paths)
+    documents = [
+        document for file in find_files(paths, on_bad_row=on_bad_row) for document in _file(file, on_bad_row=on_bad_row)
+    ]
     if not documents:
         names = ", ".join(str(path) for path in paths) or "no path"
         raise ValueError(f"the corpus is empty: no document in {names}; wanted rows with a non-empty text")
@@ -228,22 +261,130 @@ def existing(path: str | Path) -> Path:
     return path
 
 
-def folder(path: str | Path, *, on_bad_row: Callable[[str], None] | None = None) -> Iterator[Document]:
-    """Documents of every readable file below a folder, by suffix, in sorted order; hidden folders are left out."""
-    base = existing(path)
-    for item in sorted(_files(base, skip={"__pycache__", "node_modules"})):
-        if item.suffix.lower() in {".jsonl", ".json", ".parquet", *TEXT_SUFFIXES, *CODE_LANGUAGES}:
-            yield from _file(item, f"{base.name}/{item.relative_to(base).as_posix()}", on_bad_row=on_bad_row)
+def find_files(paths: Iterable[str | Path], *, on_bad_row: BadRow = None) -> list[File]:
+    """The files to read, sorted, each once: those given, and below folders every one whose suffix says it is read.
+
+    Hidden files and folders are left out; a link to a folder is not followed and is handed to `on_bad_row`. Of a folder
+    that `data_pipelines.wanjuan` wrote, the kept documents are read and nothing else.
+    """
+    found: dict[str, File] = {}
+    for given in sorted({str(path) for path in paths}):
+        path = existing(given)
+        for file in _below(path, on_bad_row) if path.is_dir() else [File(path, path.name)]:
+            found.setdefault(os.path.realpath(file.path), file)
+    return sorted(found.values(), key=lambda file: (file.name, str(file.path)))
 
 
-def _file(path: Path, name: str, *, on_bad_row: Callable[[str], None] | None) -> Iterator[Document]:
-    suffix = path.suffix.lower()
-    if suffix in {".jsonl", ".json"}:
-        yield from jsonl(path, name=name, on_bad_row=on_bad_row)
-    elif suffix == ".parquet":
-        yield from parquet(path, name=name)
-    else:
-        yield from plain_text(path, name=name)
+def _below(base: Path, on_bad_row: BadRow) -> Iterator[File]:
+    if (base / "ledger.json").is_file() and (base / "documents").is_dir():
+        yield from (File(path, f"{base.name}/documents/{path.name}") for path in (base / "documents").glob("*.parquet"))
+        return
+    for path in _files(base, skip={"__pycache__", "node_modules"}):
+        if path.is_symlink() and not path.is_file():
+            reason = "a link to a folder; not followed" if path.is_dir() else "a link that leads nowhere"
+            _set_aside(f"{path}: {reason}", on_bad_row)
+        elif uncompressed_suffix(path) in READ_SUFFIXES:
+            yield File(path, f"{base.name}/{path.relative_to(base).as_posix()}")
+
+
+def _set_aside(message: str, on_bad_row: BadRow) -> None:
+    if on_bad_row is None:
+        raise ValueError(message)
+    on_bad_row(message)
+
+
+def cut(file: File, *, size: int) -> Cut:
+    """The file in slices of about `size` bytes, or the reason why it cannot be read."""
+    try:
+        if file.path.suffix.lower() == ".jsonl":
+            slices = list(_cut_lines(file, size))
+            return Cut(slices, []) if slices else Cut([], [f"{file.path}:1: the file is empty"])
+        with file.path.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        num_bytes = file.path.stat().st_size
+        if file.path.suffix.lower() == ".parquet" and num_bytes > size:
+            return Cut(list(_cut_row_groups(file, size, digest)), [])
+        return Cut([Slice(file, 0, -1, 1, digest, num_bytes)], [])
+    except (OSError, ValueError) as error:
+        return Cut([], [f"{file.path}: cannot be read ({error})"])
+
+
+def _cut_lines(file: File, size: int) -> Iterator[Slice]:
+    """Cuts at the first line end at or after `size` bytes; reads the file once, a megabyte at a time."""
+    start = at = 0
+    first = line = 1
+    digest = hashlib.sha256()
+    with file.path.open("rb") as content:
+        while block := content.read(1 << 20):
+            if at + len(block) - start >= size:
+                end = block.find(b"\n", max(start + size - at - 1, 0)) + 1
+                if end:
+                    digest.update(memoryview(block)[:end])
+                    line += block.count(b"\n", 0, end)
+                    yield Slice(file, start, at + end, first, digest.hexdigest(), at + end - start)
+                    start, first, digest = at + end, line, hashlib.sha256()
+                    content.seek(start)
+                    at = start
+                    continue
+            digest.update(block)
+            line += block.count(b"\n")
+            at += len(block)
+    if at > start:
+        yield Slice(file, start, at, first, digest.hexdigest(), at - start)
+
+
+def _cut_row_groups(file: File, size: int, digest: str) -> Iterator[Slice]:
+    groups = _open_parquet(file.path).metadata
+    start = first = waiting = rows = 0
+    for group in range(groups.num_row_groups):
+        waiting += groups.row_group(group).total_byte_size
+        rows += groups.row_group(group).num_rows
+        if waiting >= size or group == groups.num_row_groups - 1:
+            yield Slice(file, start, group + 1, first + 1, f"{digest}:{start}:{group + 1}", waiting)
+            start, first, waiting = group + 1, rows, 0
+
+
+def groups(slices: Iterable[Slice], *, size: int) -> Iterator[list[Slice]]:
+    """The slices, in order, in groups of about `size` bytes."""
+    waiting: list[Slice] = []
+    for piece in slices:
+        waiting.append(piece)
+        if sum(each.num_bytes for each in waiting) >= size:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
+
+
+def unit(slices: Sequence[Slice]) -> Unit:
+    """The slices as a unit of a chain; numbers of lines and rows are those of the files."""
+    digest = hashlib.sha256()
+    for piece in slices:
+        digest.update(
+            f"{piece.file.path}\0{piece.file.name}\0{piece.first_line}\0{piece.digest}\n".encode("utf-8", "replace")
+        )
+    return Unit(digest.hexdigest(), functools.partial(_unit_documents, tuple(slices)))
+
+
+def _unit_documents(slices: Sequence[Slice], on_bad_row: BadRow) -> Iterator[Document]:
+    for piece in slices:
+        yield from _file(piece.file, on_bad_row=on_bad_row, start=piece.start, stop=piece.stop, first=piece.first_line)
+
+
+def _file(file: File, *, on_bad_row: BadRow, start: int = 0, stop: int = -1, first: int = 1) -> Iterator[Document]:
+    path, name = file
+    suffix = uncompressed_suffix(path)
+    try:
+        if suffix in {".jsonl", ".json"}:
+            yield from jsonl(path, name=name, on_bad_row=on_bad_row, start=start, stop=stop, first_line=first)
+        elif suffix == ".parquet":
+            yield from parquet(path, name=name, on_bad_row=on_bad_row, start=start, stop=stop, first_row=first)
+        else:
+            yield from plain_text(path, name=name, on_bad_row=on_bad_row)
+    except (ValueError, OSError) as error:
+        if on_bad_row is None:
+            raise ValueError(str(error)) from error
+        on_bad_row(str(error) if str(error).startswith(str(path)) else f"{path}: cannot be read ({error})")
 
 
 def jsonl(
@@ -251,74 +392,97 @@ def jsonl(
     *,
     name: str | None = None,
     text_field: str = "text",
-    on_bad_row: Callable[[str], None] | None = None,
+    on_bad_row: BadRow = None,
+    start: int = 0,
+    stop: int = -1,
+    first_line: int = 1,
 ) -> Iterator[Document]:
-    """A document per row; fields beyond text, source, domain, language, licence go to meta."""
-    for row in json_rows(path, on_bad_row=on_bad_row):
-        text = row.value.get(text_field)
-        if not isinstance(text, str):
-            message = (
-                f"{row.place}: field {text_field!r} is {type(text).__name__}, wanted a string; "
-                f"the row has the fields {', '.join(sorted(row.value)) or 'none'}"
-            )
-            if on_bad_row is None:
-                raise ValueError(message)
-            on_bad_row(message)
-            continue
+    """A document per row; fields beyond text, source, domain, language, licence, path go to meta."""
+    path = existing(path)
+    for row in json_rows(path, on_bad_row=on_bad_row, start=start, stop=stop, first_line=first_line):
         line = row.place.rpartition(":")[2]
-        yield _from_fields(
-            text, row.value, text_field, path=f"{name or Path(path).name}:{line}", source=Path(path).stem
+        document = _from_fields(
+            row.value, text_field, path=f"{name or path.name}:{line}", source=path.stem, place=row.place
         )
+        if isinstance(document, Document):
+            yield document
+        else:
+            _set_aside(document, on_bad_row)
 
 
-def json_rows(path: str | Path, *, on_bad_row: Callable[[str], None] | None = None) -> Iterator[Row]:
+def json_rows(
+    path: str | Path, *, on_bad_row: BadRow = None, start: int = 0, stop: int = -1, first_line: int = 1
+) -> Iterator[Row]:
     """JSON objects of a .jsonl file with "file:line", or of the array in a .json file with "file:line[index]".
 
-    Either may be compressed: .jsonl.gz, .json.zst.
+    Either may be compressed: .jsonl.gz, .json.zst. Of a .jsonl, bytes start:stop are read (stop -1: to the end).
     """
     path = existing(path)
-
-    def bad(message: str) -> None:
-        if on_bad_row is None:
-            raise ValueError(message)
-        on_bad_row(message)
-
     if uncompressed_suffix(path) == ".json":
-        yield from _json_array(path, bad)
+        yield from _json_array(path, on_bad_row)
         return
     with opened(path) as lines:
-        for number, raw in enumerate(lines, 1):
+        if start:
+            lines.seek(start)
+        for number, raw in _lines(lines, stop - start if stop >= 0 else None):
+            place = f"{path}:{first_line + number}"
+            if raw is None:
+                _set_aside(f"{place}: a line of more than {MAX_ROW_BYTES} bytes; split it", on_bad_row)
+                continue
             if not raw.strip():
                 continue
-            place = f"{path}:{number}"
             try:
                 value = json.loads(raw.removeprefix(b"\xef\xbb\xbf"))
             except (ValueError, RecursionError) as error:
-                bad(f"{place}: not valid JSON ({error}); wanted one JSON object per line; the line begins {raw[:60]!r}")
+                reason = f"not valid JSON ({error}); wanted one JSON object per line; the line begins {raw[:60]!r}"
+                _set_aside(f"{place}: {reason}", on_bad_row)
                 continue
             if isinstance(value, dict):
                 yield Row(place, value)
             else:
-                bad(f"{place}: a JSON {type(value).__name__}; wanted one JSON object per line")
+                _set_aside(f"{place}: a JSON {type(value).__name__}; wanted one JSON object per line", on_bad_row)
 
 
-def _json_array(path: Path, bad: Callable[[str], None]) -> Iterator[Row]:
+def _lines(file: BinaryIO, size: int | None) -> Iterator[tuple[int, bytes | None]]:
+    """(number, line) of the next `size` bytes; None for a line that is too long to be held."""
+    read_bytes = number = 0
+    while size is None or read_bytes < size:
+        raw = file.readline(MAX_ROW_BYTES)
+        if not raw:
+            return
+        read_bytes += len(raw)
+        if len(raw) == MAX_ROW_BYTES and not raw.endswith(b"\n"):
+            while raw and not raw.endswith(b"\n"):
+                raw = file.readline(MAX_ROW_BYTES)
+                read_bytes += len(raw)
+            yield number, None
+        else:
+            yield number, raw
+        number += 1
+
+
+def _json_array(path: Path, on_bad_row: BadRow) -> Iterator[Row]:
     with opened(path) as file:
-        raw = file.read()
+        raw = file.read(MAX_ARRAY_BYTES + 1)
+    if len(raw) > MAX_ARRAY_BYTES:
+        reason = f"one array of more than {MAX_ARRAY_BYTES} bytes; give one object per line in a file named .jsonl"
+        _set_aside(f"{path}: {reason}", on_bad_row)
+        return
     try:
         elements = _elements(raw.decode(json.detect_encoding(raw), "surrogatepass").removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         if b"\n{" in raw.strip():
-            bad(f"{path}: not valid JSON ({error}); one object per line belongs in a file named .jsonl")
+            reason = "one object per line belongs in a file named .jsonl"
         else:
-            bad(f"{path}: not valid JSON ({error}); wanted one array of objects")
+            reason = "wanted one array of objects"
+        _set_aside(f"{path}: not valid JSON ({error}); {reason}", on_bad_row)
         return
     for index, (line, value) in enumerate(elements):
         place = f"{path}:{line}[{index}]"
         if isinstance(value, dict):
             yield Row(place, value)
         else:
-            bad(f"{place}: a JSON {type(value).__name__}; wanted an array of objects")
+            _set_aside(f"{place}: a JSON {type(value).__name__}; wanted an array of objects", on_bad_row)
 
 
 def _elements(text: str) -> list[tuple[int, Any]]:
@@ -375,10 +539,20 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         raise ValueError(f"{path}: cannot be decompressed ({error}); copy it again") from error
 
 
-def _from_fields(text: str, fields: dict[str, Any], text_field: str, *, path: str, source: str) -> Document:
-    known = {text_field, "source", "domain", "language", "licence", "path"}
-    given = {key: value for key, value in fields.items() if key in known and isinstance(value, str)}
-    meta = {key: value for key, value in fields.items() if key not in known and key != "id"}
+FIELDS = ("source", "domain", "language", "licence", "path")
+
+
+def _from_fields(fields: dict[str, Any], text_field: str, *, path: str, source: str, place: str) -> Document | str:
+    """The document of a row, or "file:line: reason" where it is none. Fields that are null count as absent."""
+    text = fields.get(text_field)
+    if not isinstance(text, str):
+        kind, names = type(text).__name__, ", ".join(sorted(fields)) or "none"
+        return f"{place}: field {text_field!r} is {kind}, wanted a string; the row has the fields {names}"
+    given = {key: fields[key] for key in FIELDS if fields.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, str):
+            return f"{place}: field {key!r} is {type(value).__name__}, wanted a string"
+    meta = {key: value for key, value in fields.items() if key not in FIELDS and key not in (text_field, "id")}
     if "id" in fields:
         meta["original_id"] = fields["id"]
     return make_document(
@@ -392,43 +566,71 @@ def _from_fields(text: str, fields: dict[str, Any], text_field: str, *, path: st
     )
 
 
-def plain_text(path: str | Path, *, name: str | None = None) -> Iterator[Document]:
-    """One document: the whole file. Bytes that are not UTF-8 become U+FFFD, which the rules count."""
+def plain_text(path: str | Path, *, name: str | None = None, on_bad_row: BadRow = None) -> Iterator[Document]:
+    """One document: the whole file, empty or not. Bytes that are not UTF-8 become U+FFFD, which the rules count."""
     path = existing(path)
-    text = path.read_bytes().decode("utf-8-sig", "replace")
-    language = CODE_LANGUAGES.get(path.suffix.lower())
-    if text.strip():
-        name = name or path.name
-        yield make_document(
-            text, source=path.parent.name or "file", path=name, domain="code" if language else "web",
-            language=language or "und", meta={"repository": name.split("/")[0]} if "/" in name else {},
-        )  # fmt: skip
+    with opened(path) as file:
+        raw = file.read(MAX_ROW_BYTES + 1)
+    if len(raw) > MAX_ROW_BYTES:
+        _set_aside(f"{path}:1: one text of more than {MAX_ROW_BYTES} bytes; split it", on_bad_row)
+        return
+    language, name = CODE_LANGUAGES.get(uncompressed_suffix(path)), name or path.name
+    yield make_document(
+        raw.decode("utf-8-sig", "replace"), source=path.parent.name or "file", path=name,
+        domain="code" if language else "web", language=language or "und",
+        meta={"repository": name.split("/")[0]} if "/" in name else {},
+    )  # fmt: skip
 
 
-def parquet(path: str | Path, *, name: str | None = None, text_field: str = "text") -> Iterator[Document]:
-    """A document per row of a parquet file with a text column."""
+def parquet(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    text_field: str = "text",
+    on_bad_row: BadRow = None,
+    start: int = 0,
+    stop: int = -1,
+    first_row: int = 1,
+) -> Iterator[Document]:
+    """A document per row of a parquet file with a text column (row groups start:stop; stop -1: to the last).
+
+    Rows of this project's own schema are taken as they are, with their ids.
+    """
+    path = existing(path)
+    file = _open_parquet(path)
+    if text_field not in file.schema_arrow.names:
+        raise ValueError(f"{path}: no column {text_field!r}; it has {', '.join(file.schema_arrow.names)}")
+    groups = range(start, file.num_row_groups if stop < 0 else stop)
+    row = first_row - 1
+    for batch in file.iter_batches(256, row_groups=list(groups)):
+        if batch.schema.equals(SCHEMA):
+            yield from to_documents(batch)
+            continue
+        for fields in batch.to_pylist():
+            row += 1
+            document = _from_fields(
+                fields, text_field, path=f"{name or path.name}:{row}", source=path.stem, place=f"{path}:{row}"
+            )
+            if isinstance(document, Document):
+                yield document
+            else:
+                _set_aside(document, on_bad_row)
+
+
+def _open_parquet(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = existing(path)
     try:
-        file = pq.ParquetFile(path)
+        return pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: not a readable parquet file ({error}); copy it again, or give a .jsonl") from None
-    if text_field not in file.schema_arrow.names:
-        raise ValueError(f"{path}: no column {text_field!r}; it has {', '.join(file.schema_arrow.names)}")
-    row = 0
-    for batch in file.iter_batches():
-        for fields in batch.to_pylist():
-            row += 1
-            if isinstance(fields[text_field], str):
-                yield _from_fields(
-                    fields[text_field], fields, text_field, path=f"{name or path.name}:{row}", source=path.stem
-                )
 
 
 def _files(base: Path, *, skip: set[str]) -> Iterator[Path]:
+    """Files, and links to folders, below a folder."""
     for where, folders, names in os.walk(base):
+        names += [name for name in folders if os.path.islink(os.path.join(where, name))]
         folders[:] = sorted(name for name in folders if name not in skip and not name.startswith("."))
         yield from (Path(where, name) for name in sorted(names) if not name.startswith("."))
 

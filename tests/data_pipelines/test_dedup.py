@@ -2,6 +2,7 @@ import random
 from itertools import combinations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data_pipelines import dedup
@@ -12,6 +13,17 @@ from tests.data_pipelines.test_rules import plain_words
 
 def batch_of(texts, **fields):
     return to_batch([make_document(t, **({"source": "s", "path": f"f:{i}"} | fields)) for i, t in enumerate(texts)])
+
+
+def decided(stage, batch, scratch):
+    """Reason and detail per row, of a corpus that is one batch."""
+    found = stage.resolve([stage.sketch(batch)], lambda rows: batch.take(pa.array(rows)), scratch)
+    said = dict(zip(found.rows.tolist(), zip(found.reasons, found.details, strict=True), strict=True))
+    return [said.get(row, (None, None)) for row in range(batch.num_rows)]
+
+
+def reasons_of(stage, batch, scratch):
+    return [reason for reason, _ in decided(stage, batch, scratch)]
 
 
 def plain_shingles(text):
@@ -57,7 +69,8 @@ def test_indentation_leaves_code_the_same():
 
 
 def test_signatures_estimate_the_true_jaccard(corpus):
-    signatures = dedup.sign(dedup.shingle(find_words(batch_of(corpus))))
+    sizes, signatures = dedup.sign(find_words(batch_of(corpus)))
+    assert sizes.tolist() == [len(plain_shingles(text)) for text in corpus]
     errors = []
     for a, b in combinations(range(len(corpus)), 2):
         true = plain_jaccard(corpus[a], corpus[b])
@@ -69,54 +82,67 @@ def test_signatures_estimate_the_true_jaccard(corpus):
     assert np.abs(errors).max() < 0.21
 
 
-def test_groups_against_brute_force(corpus):
-    groups = dedup.group(batch_of(corpus), dedup.NearDuplicates())
-    pairs = {(a, b): plain_jaccard(corpus[a], corpus[b]) for a, b in combinations(range(len(corpus)), 2)}
-    duplicates = [pair for pair, value in pairs.items() if value >= 0.7]
-    together = [groups.root_D[a] == groups.root_D[b] for a, b in duplicates]
-    assert len(duplicates) > 100
-    assert np.mean(together) >= 0.99  # recall
-    for row in np.flatnonzero(groups.root_D != np.arange(len(corpus))):  # precision is exact: every edge is verified
-        pair = tuple(sorted((int(row), int(groups.partner_D[row]))))
-        assert pairs[pair] >= 0.7
-        assert groups.similarity_D[row] == pytest.approx(pairs[pair])
+def test_groups_against_brute_force(corpus, tmp_path, monkeypatch):
+    batch, settings = batch_of(corpus), dedup.NearDuplicates()
+    for sketches in ([batch], [batch.slice(0, 50), batch.slice(50)]):
+        sketched = [dedup.sketch_near(part, settings=settings) for part in sketches]
+        if len(sketched) == 2:  # rows are numbered through the corpus
+            sketched[1] = sketched[1].set_column(0, "row", pa.array(np.arange(50, 200)))
+            for name, small in (("KEYS_AT_ONCE", 30), ("PAIRS_AT_ONCE", 20), ("SHINGLES_AT_ONCE", 500)):
+                monkeypatch.setattr(dedup, name, small)
+        groups = dedup.group(sketched, lambda rows: batch.take(pa.array(rows)), tmp_path, settings)
+        row = groups.rows_D
+        root = dict(zip(row.tolist(), row[groups.root_D].tolist(), strict=True))
+        pairs = {(a, b): plain_jaccard(corpus[a], corpus[b]) for a, b in combinations(range(len(corpus)), 2)}
+        duplicates = [pair for pair, value in pairs.items() if value >= 0.7]
+        assert len(duplicates) > 100
+        assert np.mean([root[a] == root[b] for a, b in duplicates]) >= 0.99  # recall
+        for place in np.flatnonzero(groups.root_D != np.arange(len(corpus))):  # precision is exact: edges are verified
+            pair = tuple(sorted((int(row[place]), int(row[groups.partner_D[place]]))))
+            assert pairs[pair] >= 0.7
+            assert groups.similarity_D[place] == pytest.approx(pairs[pair])
 
 
-def test_what_stays_does_not_depend_on_the_order_of_the_input(corpus):
+def test_what_stays_does_not_depend_on_the_order_of_the_input(corpus, tmp_path):
     documents = to_documents(batch_of(corpus))
-    stage = dedup.near_duplicates(dedup.NearDuplicates(neighbours=10_000))
+    stage = dedup.near_duplicates(dedup.NearDuplicates(neighbours=2))
 
-    def kept(given):
-        outcome = stage(to_batch(given))
-        return {d.id for d, reason in zip(given, outcome.reasons, strict=True) if reason is None}
+    def said(given):
+        return {d.id: what for d, what in zip(given, decided(stage, to_batch(given), tmp_path), strict=True)}
 
     shuffled = random.Random(1).sample(documents, len(documents))
-    assert kept(documents) == kept(shuffled) and len(kept(documents)) < len(documents)
+    assert said(documents) == said(shuffled)
+    assert 0 < sum(reason is not None for reason, _ in said(documents).values()) < len(documents)
 
 
-def test_exactly_one_of_a_group_stays_and_it_is_the_newest_then_the_least_id():
+def test_exactly_one_of_a_group_stays_and_it_is_the_newest_then_the_least_id(tmp_path):
     text = " ".join(f"w{i}" for i in range(50))
+    stage = dedup.near_duplicates(dedup.NearDuplicates())
     copies = [make_document(text + f" tail{i}", source="s", path=str(i)) for i in range(5)]
-    outcome = dedup.near_duplicates(dedup.NearDuplicates())(to_batch(copies))
-    stays = [d for d, reason in zip(copies, outcome.reasons, strict=True) if reason is None]
+    outcome = decided(stage, to_batch(copies), tmp_path)
+    stays = [d for d, (reason, _) in zip(copies, outcome, strict=True) if reason is None]
     assert [d.id for d in stays] == [min(d.id for d in copies)]
-    assert {reason for reason in outcome.reasons if reason} == {"near_duplicate"}
-    assert all(stays[0].id in detail for detail in outcome.details if detail)
+    assert {reason for reason, _ in outcome if reason} == {"near_duplicate"}
+    assert all(stays[0].id in detail for _, detail in outcome if detail)
     newest = copies[3]._replace(meta={"date": "2024-05"})
-    outcome = dedup.near_duplicates(dedup.NearDuplicates())(to_batch([*copies[:3], newest, copies[4]]))
-    assert [reason is None for reason in outcome.reasons] == [False, False, False, True, False]
+    reasons = reasons_of(stage, to_batch([*copies[:3], newest, copies[4]]), tmp_path)
+    assert [reason is None for reason in reasons] == [False, False, False, True, False]
 
 
-def test_exact_duplicates_ignore_case_and_white_space_only():
-    outcome = dedup.exact_duplicates(batch_of(["Hello  World\n", "hello world", "hello, world", "x"]))
-    assert sorted(map(str, outcome.reasons)) == ["None", "None", "None", "exact_duplicate"]
-    assert outcome.reasons[2] is None and outcome.reasons[3] is None
-    assert dedup.exact_duplicates(batch_of([])).reasons == []
+def test_exact_duplicates_ignore_case_and_white_space_only(tmp_path):
+    stage = dedup.exact_duplicates
+    reasons = reasons_of(stage, batch_of(["Hello  World\n", "hello world", "hello, world", "x"]), tmp_path)
+    assert sorted(map(str, reasons)) == ["None", "None", "None", "exact_duplicate"]
+    assert reasons[2] is None and reasons[3] is None
+    assert reasons_of(stage, batch_of([]), tmp_path) == []
+    twice = to_batch([make_document("x", source="s", path="p")] * 2)
+    assert reasons_of(stage, twice, tmp_path) == [None, "duplicate_id"]
 
 
-def test_texts_without_words_and_empty_batches_are_no_duplicates():
-    assert dedup.near_duplicates(dedup.NearDuplicates())(batch_of(["", "...", "!!!", ""])).reasons == [None] * 4
-    assert dedup.near_duplicates(dedup.NearDuplicates())(batch_of([])).reasons == []
+def test_texts_without_words_and_empty_batches_are_no_duplicates(tmp_path):
+    stage = dedup.near_duplicates(dedup.NearDuplicates())
+    assert reasons_of(stage, batch_of(["", "...", "!!!", ""]), tmp_path) == [None] * 4
+    assert reasons_of(stage, batch_of([]), tmp_path) == []
 
 
 def test_settings_that_cannot_be_honoured_are_refused():

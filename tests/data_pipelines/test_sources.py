@@ -188,7 +188,9 @@ def test_folder_parquet_text_and_json_array(tmp_path):
     (root / "photo.png").write_bytes(b"\x89PNG")
     (root / "a.json").write_text('[{"text": "row"}]')
     pq.write_table(pa.table({"text": ["p", None], "n": [1, 2]}), root / "t.parquet")
-    found = {d.path: d for d in sources.read([root])}
+    bad = []
+    found = {d.path: d for d in sources.read([root], on_bad_row=bad.append)}
+    assert len(bad) == 1 and "t.parquet:2: field 'text' is NoneType" in bad[0]
     assert sorted(found) == ["repo/README.md", "repo/a.json:1[0]", "repo/sub/m.py", "repo/t.parquet:1"]
     assert found["repo/sub/m.py"].domain == "code" and found["repo/sub/m.py"].text == "x = '\ufffd'\n"
     assert found["repo/README.md"].text == "Read me\n" and found["repo/README.md"].meta == {"repository": "repo"}

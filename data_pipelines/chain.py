@@ -1,0 +1,477 @@
+"""Runs a list of stages over a corpus of any size, in bounded memory, on any executor, from where it was interrupted.
+
+The corpus is cut into units (64 MiB of input). A task takes one unit through all batch stages up to the next corpus
+stage, a batch at a time, and writes a part: an Arrow file of documents, the sketches that the corpus stage decides
+from, the documents that were dropped, and a ledger. The corpus stage resolves the sketches of all parts to one
+decision, and the next tasks begin by leaving out what it drops.
+
+A part lies in a folder named by the digest of its input and of the stages, and appears by one rename: what a killed run
+has finished is taken over, and nothing is counted twice. Nothing in the result depends on how the corpus was cut, on
+the executor or on the number of its workers.
+
+    parts/DIGEST/documents.arrow   documents after the batch stages (absent where no stage changed them)
+                 sketch.arrow      where a corpus stage follows
+                 dropped.arrow     `ledger.FATES`
+                 set_aside.txt     rows that could not be read, one message per line
+                 part.json         counts, number of rows
+    decisions/DIGEST/N.arrow       rows of part N that the corpus stage drops, with reason and detail
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from data_pipelines.document import SCHEMA, Corpus, Document, Outcome, Stage, to_batch
+from data_pipelines.executors import Map
+from data_pipelines.ledger import FATES, Ledger, StageCount, check, file_of, merge, record
+
+DECISION = pa.schema([("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())])
+
+
+class Sizes(NamedTuple):
+    """How the corpus is cut; no result depends on it. A batch, with what stages make of it, is in memory per worker."""
+
+    unit_bytes: int = 64 << 20
+    batch_bytes: int = 4 << 20
+    batch_rows: int = 1024
+
+
+class Unit(NamedTuple):
+    """A slice of the corpus. read: gives its documents; what cannot be read goes to the function it is given, or, where
+    that is None, raises ValueError. digest: of all that `read` depends on.
+    """
+
+    digest: str
+    read: Callable[[Callable[[str], None] | None], Iterable[Document]]
+
+
+class Shard(NamedTuple):
+    """A file of documents, and the decisions whose rows of it are no longer there."""
+
+    documents: Path
+    decisions: tuple[Path, ...] = ()
+
+
+class Settings(NamedTuple):
+    work: Path
+    sizes: Sizes = Sizes()
+    strict: bool = False
+    """Stop at the first row that cannot be read."""
+    keep_dropped: bool = False
+    """Keep the text of dropped documents."""
+
+
+class Task(NamedTuple):
+    """A unit or shard to take through batch stages. decided: the corpus stage that the newest decision is of."""
+
+    key: str
+    given: Unit | Shard
+    decided: str | None
+    stages: tuple[Stage, ...]
+    corpus: Stage | None
+    settings: Settings
+
+
+class Segment(NamedTuple):
+    """Batch stages, and the corpus stage that ends them."""
+
+    stages: tuple[Stage, ...]
+    corpus: Stage | None
+
+
+class Run(NamedTuple):
+    """What is left after all stages, in the order of the input, and the ledger of it."""
+
+    shards: list[Shard]
+    ledger: Ledger
+    set_aside: list[Path]
+
+
+def segments(stages: Sequence[Stage]) -> list[Segment]:
+    """The stages cut after every corpus stage; the last segment has none."""
+    names = Counter(stage.name for stage in stages)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"stage {twice[0]!r} stands twice in the chain; give each stage a name of its own")
+    found, waiting = [], []
+    for stage in stages:
+        if stage.scope == "batch":
+            waiting.append(stage)
+            continue
+        if not isinstance(stage.apply, Corpus):
+            raise ValueError(f"stage {stage.name!r} has scope corpus and is no Corpus; give Corpus(sketch, resolve)")
+        found.append(Segment(tuple(waiting), stage))
+        waiting = []
+    return [*found, Segment(tuple(waiting), None)]
+
+
+def run(
+    units: Sequence[Unit],
+    stages: Sequence[Stage],
+    settings: Settings,
+    run_tasks: Map,
+    *,
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+) -> Run:
+    """Takes the units through the stages. progress is told (what, done, of how many).
+
+    Raises RuntimeError where the ledger does not sum, ValueError where nothing came in or nothing is kept.
+    """
+    cleared = settings.work / "new"
+    shutil.rmtree(cleared, ignore_errors=True)  # what a killed run had not finished
+    for name in ("parts", "decisions", "new"):
+        (settings.work / name).mkdir(parents=True, exist_ok=True)
+    ledger, set_aside = Ledger(keeps_text=settings.keep_dropped), []
+    given: list[Unit | Shard] = list(units)
+    keys = [unit.digest for unit in units]
+    decided = None
+    for segment in segments(stages):
+        digest = _digest([stage_digest(stage) for stage in (*segment.stages, *filter(None, [segment.corpus]))])
+        marks = f"{settings.keep_dropped}{settings.strict}"
+        keys = [_digest(["part", key, decided or "", digest, marks]) for key in keys]
+        tasks = [
+            Task(key, each, decided, segment.stages, segment.corpus, settings)
+            for key, each in zip(keys, given, strict=True)
+        ]
+        label = ", ".join(stage.name for stage in segment.stages) or f"without {decided}"
+        label = f"{label} | {segment.corpus.name}" if segment.corpus else label
+        progress(label, 0, len(tasks))
+        for done, _ in enumerate(run_tasks(run_task, tasks), 1):
+            progress(label, done, len(tasks))
+        parts = [settings.work / "parts" / key for key in keys]
+        for part in parts:
+            merge(ledger, _part_ledger(part))
+        set_aside += [part / "set_aside.txt" for part in parts]
+        given = [_shard(part, each) for part, each in zip(parts, given, strict=True)]
+        decided = None
+        if segment.corpus:
+            decided = segment.corpus.name
+            place, report = _decide(segment.corpus, parts, given, keys, settings)
+            ledger.reports[decided] = report
+            given = [
+                shard._replace(decisions=(*shard.decisions, place / f"{number}.arrow"))
+                for number, shard in enumerate(given)
+            ]
+            keys = [_digest([key, place.name]) for key in keys]
+    check(ledger)
+    return Run(given, ledger, set_aside)
+
+
+# --- a task ----------------------------------------------------------------------------------------------------------
+
+
+def run_task(task: Task) -> str:
+    """Writes the part of a task, unless it is there, and returns its key."""
+    parts = task.settings.work / "parts"
+    if (parts / task.key).is_dir():
+        return task.key
+    new = Path(tempfile.mkdtemp(dir=task.settings.work / "new"))
+    ledger = Ledger(keeps_text=task.settings.keep_dropped)
+    names = [*filter(None, [task.decided]), *(stage.name for stage in task.stages)]
+    ledger.stages.update({name: StageCount(name) for name in names})
+    writes = isinstance(task.given, Unit) or bool(task.stages)
+    sketch = task.corpus.apply.sketch if task.corpus else None
+    num_rows = 0
+    with contextlib.ExitStack() as files:
+        documents = _Writer(files, new / "documents.arrow", SCHEMA) if writes else None
+        dropped = _Writer(files, new / "dropped.arrow", FATES)
+        sketches = _Writer(files, new / "sketch.arrow", None) if sketch else None
+        set_aside = files.enter_context((new / "set_aside.txt").open("w", encoding="utf-8"))
+        for rows, batch in _input(task, ledger, set_aside):
+            for stage in task.stages:
+                batch = record(ledger, stage.name, batch, stage.apply(batch))
+            for fates in ledger.dropped:
+                dropped.write(fates)
+            ledger.dropped.clear()
+            if documents:
+                documents.write(batch)
+                rows = np.arange(num_rows, num_rows + batch.num_rows)
+                num_rows += batch.num_rows
+            if sketches:
+                sketches.write(_numbered(sketch(batch), rows))
+        if sketches and sketches.writer is None:
+            sketches.write(sketch(to_batch([])))
+    counts = [count._asdict() for count in ledger.stages.values()]
+    about = {"stages": counts, "unreadable": dict(sorted(ledger.unreadable.items())), "num_rows": num_rows}
+    (new / "part.json").write_text(json.dumps(about), encoding="utf-8")
+    _appear(new, parts / task.key)
+    return task.key
+
+
+def _appear(new: Path, place: Path) -> None:
+    """Renames a finished folder to where it belongs; where another worker was faster, its equal is kept."""
+    try:
+        new.rename(place)
+    except OSError:
+        if not place.is_dir():
+            raise
+        shutil.rmtree(new)
+
+
+class _Writer:
+    """An Arrow file that is opened at its first batch, or, where its schema is known, at once."""
+
+    def __init__(self, files: contextlib.ExitStack, path: Path, schema: pa.Schema | None):
+        self._files, self._path = files, path
+        self.writer = self._open(schema) if schema is not None else None
+
+    def _open(self, schema: pa.Schema) -> pa.ipc.RecordBatchFileWriter:
+        return self._files.enter_context(pa.ipc.new_file(str(self._path), schema))
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        self.writer = self.writer or self._open(batch.schema)
+        if batch.num_rows:
+            self.writer.write_batch(batch)
+
+
+def _numbered(sketch: pa.RecordBatch, rows: np.ndarray) -> pa.RecordBatch:
+    """The sketch with the numbers of its rows in the shard in place of those in the batch."""
+    place = sketch.schema.get_field_index("row")
+    return sketch.set_column(place, "row", pa.array(rows[sketch.column("row").to_numpy()], pa.int64()))
+
+
+def _input(task: Task, ledger: Ledger, set_aside: Any) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+    """(rows of the shard, batch): the documents of a unit, or those of a shard that the newest decision leaves."""
+    if isinstance(task.given, Unit):
+
+        def bad(message: str) -> None:
+            ledger.unreadable[file_of(message)] += 1
+            set_aside.write(message.replace("\n", " ").encode("utf-8", "replace").decode() + "\n")
+
+        for batch in _batches(task.given.read(None if task.settings.strict else bad), task.settings.sizes):
+            yield np.arange(batch.num_rows), batch
+        return
+    newest = task.given.decisions[-1:]
+    drops = _read_decision(newest[0]) if newest else None
+    for rows, batch in _batches_of(task.given._replace(decisions=task.given.decisions[:-1])):
+        if drops is None:
+            yield rows, batch
+            continue
+        reasons: list[str | None] = [None] * batch.num_rows
+        details: list[str | None] = [None] * batch.num_rows
+        for at, found in zip(*_places(rows, drops)):
+            reasons[at], details[at] = drops.column("reason")[found].as_py(), drops.column("detail")[found].as_py()
+        kept = record(ledger, task.decided, batch, Outcome(batch, reasons, details))
+        yield rows[np.array([reason is None for reason in reasons], bool)], kept
+
+
+def _places(rows: np.ndarray, drops: pa.Table) -> tuple[list[int], list[int]]:
+    """Where those of `rows` that the decision drops stand in `rows`, and in the decision."""
+    _, at, found = np.intersect1d(rows, drops.column("row").to_numpy(), assume_unique=True, return_indices=True)
+    return at.tolist(), found.tolist()
+
+
+def _batches(documents: Iterable[Document], sizes: Sizes) -> Iterator[pa.RecordBatch]:
+    waiting: list[Document] = []
+    num_characters = 0
+    for document in documents:
+        waiting.append(document)
+        num_characters += len(document.text)
+        if len(waiting) >= sizes.batch_rows or num_characters >= sizes.batch_bytes:
+            yield to_batch(waiting)
+            waiting, num_characters = [], 0
+    if waiting:
+        yield to_batch(waiting)
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _open(path: Path) -> pa.ipc.RecordBatchFileReader:
+    return pa.ipc.open_file(pa.memory_map(str(path)))
+
+
+def _file_batches(path: Path) -> list[pa.RecordBatch]:
+    """The batches of a file, memory-mapped: what is not looked at is not read."""
+    reader = _open(path)
+    return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+
+
+def _shard(part: Path, given: Unit | Shard) -> Shard:
+    written = part / "documents.arrow"
+    return Shard(written) if written.is_file() else given
+
+
+def _part_ledger(part: Path) -> Ledger:
+    about = json.loads((part / "part.json").read_text(encoding="utf-8"))
+    stages = {count["stage"]: StageCount(**count) for count in about["stages"]}
+    return Ledger(stages, _file_batches(part / "dropped.arrow"), unreadable=Counter(about["unreadable"]))
+
+
+def _read_decision(path: Path) -> pa.Table:
+    return _open(path).read_all()
+
+
+def _batches_of(shard: Shard) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+    """(rows of the file, documents) for what the decisions leave of a shard."""
+    gone = [_read_decision(path).column("row").to_numpy() for path in shard.decisions]
+    gone = np.unique(np.concatenate(gone)) if gone else np.zeros(0, np.int64)
+    start = 0
+    for batch in _file_batches(shard.documents):
+        rows = np.arange(start, start + batch.num_rows)
+        start += batch.num_rows
+        stays = ~np.isin(rows, gone, assume_unique=True)
+        if not stays.all():
+            rows, batch = rows[stays], batch.filter(pa.array(stays))
+        if batch.num_rows:
+            yield rows, batch
+
+
+def kept_rows(shards: Sequence[Shard]) -> Iterator[np.ndarray]:
+    """The numbers in the corpus of the documents that are left, in order, shard by shard."""
+    start = 0
+    for shard in shards:
+        num_rows = _num_rows(shard.documents)
+        gone = [_read_decision(path).column("row").to_numpy() for path in shard.decisions]
+        yield start + np.setdiff1d(np.arange(num_rows), np.concatenate([np.zeros(0, np.int64), *gone]))
+        start += num_rows
+
+
+class Places(NamedTuple):
+    """Every file's batches, and the number of the first row of each in the whole."""
+
+    batches: list[pa.RecordBatch]
+    starts: np.ndarray
+
+
+def places(paths: Sequence[Path]) -> Places:
+    batches = [batch for path in paths for batch in _file_batches(path)]
+    return Places(batches, np.cumsum([0, *(batch.num_rows for batch in batches)]))
+
+
+def fetch(whole: Places, rows: np.ndarray, *, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.RecordBatch:
+    """The documents with these numbers, or some columns of them, in that order; only their batches are touched."""
+    order = np.argsort(rows, kind="stable")
+    wanted = np.asarray(rows)[order]
+    batch_of = np.searchsorted(whole.starts, wanted, side="right") - 1
+    found = []
+    for number in np.unique(batch_of).tolist():
+        local = wanted[batch_of == number] - whole.starts[number]
+        found.append(whole.batches[number].select(list(columns)).take(pa.array(local)))
+    if not found:
+        return to_batch([]).select(list(columns))
+    back = np.empty(len(order), np.int64)
+    back[order] = np.arange(len(order))
+    together = pa.concat_batches(found)
+    return together if np.array_equal(order, np.arange(len(order))) else together.take(pa.array(back))
+
+
+# --- a decision over the corpus --------------------------------------------------------------------------------------
+
+
+def _decide(
+    stage: Stage, parts: Sequence[Path], shards: Sequence[Shard], keys: Sequence[str], settings: Settings
+) -> tuple[Path, dict[str, Any]]:
+    """The folder with the decision on every part, taken over or made; and its report."""
+    place = settings.work / "decisions" / _digest(["decision", stage_digest(stage), *keys])
+    if not place.is_dir():
+        whole = places([shard.documents for shard in shards])
+        firsts = np.cumsum([0, *(_num_rows(shard.documents) for shard in shards)])
+        sketches = [
+            batch.set_column(
+                batch.schema.get_field_index("row"), "row", pa.array(batch.column("row").to_numpy() + first, pa.int64())
+            )
+            for part, first in zip(parts, firsts)
+            for batch in _file_batches(part / "sketch.arrow")
+        ]
+        new = Path(tempfile.mkdtemp(dir=settings.work / "new"))
+        (new / "scratch").mkdir()
+        decision = stage.apply.resolve(sketches, functools.partial(fetch, whole), new / "scratch")
+        shutil.rmtree(new / "scratch")
+        bounds = np.searchsorted(decision.rows, firsts)
+        for number, (start, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist())):
+            columns = [
+                pa.array(decision.rows[start:stop] - firsts[number], pa.int64()),
+                pa.array(decision.reasons[start:stop], pa.string()),
+                pa.array(decision.details[start:stop], pa.string()),
+            ]
+            with pa.ipc.new_file(str(new / f"{number}.arrow"), DECISION) as writer:
+                writer.write_table(pa.table(columns, schema=DECISION))
+        (new / "report.json").write_text(json.dumps(dict(decision.report)), encoding="utf-8")
+        _appear(new, place)
+    return place, json.loads((place / "report.json").read_text(encoding="utf-8"))
+
+
+def _num_rows(path: Path) -> int:
+    return sum(batch.num_rows for batch in _file_batches(path))
+
+
+# --- digests ---------------------------------------------------------------------------------------------------------
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 over this package's sources: parts that other code wrote are not taken over."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def stage_digest(stage: Stage) -> str:
+    """Digest of a stage: its name, version and settings, its own code and that of this package."""
+    return _digest([code_digest(), stage.name, stage.scope, stage.version, _described(stage.apply, stage.name)])
+
+
+def _described(value: Any, stage: str) -> str:
+    """A text that is equal for equal settings and functions, in every process."""
+    if value is None or isinstance(value, (str, bytes, int, float, complex, Path)):
+        return repr(value)
+    again = functools.partial(_described, stage=stage)
+    if isinstance(value, FunctionType):
+        cells = [again(cell.cell_contents) for cell in value.__closure__ or ()]
+        defaults = [again(value.__defaults__), again(value.__kwdefaults__)]
+        return f"{value.__module__}.{value.__qualname__}{again(value.__code__)}{cells}{defaults}"
+    if isinstance(value, CodeType):
+        return f"{value.co_code.hex()}{[again(constant) for constant in value.co_consts]}{value.co_names}"
+    if isinstance(value, functools.partial):
+        return f"partial{again(value.func)}{again(value.args)}{again(value.keywords)}"
+    if is_dataclass(value) and not isinstance(value, type):
+        return f"{type(value).__qualname__}{[(f.name, again(getattr(value, f.name))) for f in fields(value)]}"
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__qualname__}{[again(each) for each in value]}"
+    if isinstance(value, (set, frozenset)):
+        return f"set{sorted(again(each) for each in value)}"
+    if isinstance(value, dict):
+        return f"dict{sorted((again(key), again(each)) for key, each in value.items())}"
+    if isinstance(value, np.ndarray):
+        return f"array{value.dtype}{value.shape}{hashlib.sha256(np.ascontiguousarray(value)).hexdigest()}"
+    if hasattr(value, "pattern") and hasattr(value, "flags"):
+        return f"pattern{value.pattern!r}{value.flags}"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    if callable(value) and hasattr(value, "__wrapped__"):
+        return again(value.__wrapped__)
+    raise ValueError(
+        f"stage {stage!r} holds a {type(value).__qualname__}, whose content cannot be told from another's; let the "
+        "function hold plain settings and make the object in it, with what it reads named by Stage(..., version=...)"
+    )
+
+
+@contextlib.contextmanager
+def locked(work: Path) -> Iterator[None]:
+    """Holds the work folder for this run; ValueError where another one has it."""
+    import fcntl
+
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another run is writing to {work}; wait for it, or give another --output") from None
+        yield

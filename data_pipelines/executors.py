@@ -1,0 +1,79 @@
+"""Where tasks run: in threads of this process, or on a Ray cluster. The same functions, so the same bytes.
+
+A task writes its result into the work folder and returns little, so an executor is no more than a map. With Ray every
+node must see the input and the output folder under the same path.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from typing import Any
+
+Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
+"""(function, items) -> its results, in the order of the items."""
+
+
+@contextlib.contextmanager
+def local(num_threads: int | None = None) -> Iterator[Map]:
+    """Gives a map over threads of this process (default: one per core); compiled loops leave the interpreter to others.
+
+    After the first error no further item is begun.
+    """
+    num_threads = num_threads or os.cpu_count() or 1
+
+    def run(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        if num_threads == 1:
+            yield from map(function, items)
+            return
+        with futures.ThreadPoolExecutor(num_threads) as pool:
+            waiting = [pool.submit(function, item) for item in items]
+            try:
+                for future in waiting:
+                    yield future.result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    yield run
+
+
+@contextlib.contextmanager
+def ray(address: str | None = None) -> Iterator[Map]:
+    """Gives a map over the Ray cluster at `address` (None: one is started here, or the one already joined is used).
+
+    A task whose worker or node dies is begun again, elsewhere; nothing is reported to anybody.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("--executor ray needs the package ray; pip install 'internjax[cluster]'") from error
+    started = not ray.is_initialized()
+    if started:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+    @ray.remote(max_retries=-1, num_cpus=1)
+    def call(function: Any, item: Any) -> Any:
+        return function(item)
+
+    def run(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        in_flight = 4 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
+        shared = ray.put(function)
+        waiting = [call.remote(shared, item) for item in items[:in_flight]]
+        for number in range(len(items)):
+            if in_flight + number < len(items):
+                waiting.append(call.remote(shared, items[in_flight + number]))
+            try:
+                yield ray.get(waiting[number])
+            except ray.exceptions.RayTaskError as error:
+                for other in waiting[number + 1 :]:
+                    ray.cancel(other)
+                raise (error.cause if error.cause is not None else error) from None
+
+    try:
+        yield run
+    finally:
+        if started:
+            ray.shutdown()
