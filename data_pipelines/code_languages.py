@@ -5,7 +5,6 @@ A table of suffixes, a table of whole names, and the interpreter that a `#!` lin
 
 import json
 import re
-from collections.abc import Sequence
 
 import pyarrow as pa
 
@@ -136,23 +135,24 @@ def fenced(text: str, language: str) -> str:
 def detect_languages(batch: pa.RecordBatch) -> Outcome:
     """The stage that enters the programming language of each file and makes notebooks markdown.
 
-    A language that is entered already stays. Rows without one that no table knows keep "und"; broken notebooks go.
+    For rows of domain "code". A language that is entered already stays. Rows without one that no table knows keep
+    "und"; broken notebooks go; documents (markdown, notebooks and their like) become domain "reference".
     """
-    languages: list[str] = batch.column("language").to_pylist()
-    texts: list[str] = batch.column("text").to_pylist()
+    columns = {name: batch.column(name).to_pylist() for name in ("text", "path", "language", "domain")}
     reasons: list[str | None] = [None] * batch.num_rows
     details: list[str | None] = [None] * batch.num_rows
-    for row, path in enumerate(batch.column("path").to_pylist()):
-        if languages[row] == UNKNOWN:
-            languages[row] = language_of(path, texts[row])
-        if languages[row] == "notebook":
+    for row, (text, path, language, domain) in enumerate(zip(*columns.values(), strict=True)):
+        if language == UNKNOWN:
+            language = language_of(path, text)
+        if language == "notebook":
             try:
-                texts[row], languages[row] = notebook_markdown(texts[row]), "markdown"
+                columns["text"][row], language = notebook_markdown(text), "markdown"
             except ValueError as error:
                 reasons[row], details[row] = "broken_notebook", str(error)
-    return Outcome(_with_language(with_text(batch, texts), languages), reasons, details)
-
-
-def _with_language(batch: pa.RecordBatch, languages: Sequence[str]) -> pa.RecordBatch:
-    place = SCHEMA.get_field_index("language")
-    return batch.set_column(place, SCHEMA.field("language"), pa.array(languages, pa.string()))
+        columns["language"][row] = language
+        columns["domain"][row] = "reference" if domain == "code" and language in PROSE else domain
+    batch = with_text(batch, columns["text"])
+    for name in ("language", "domain"):
+        place = SCHEMA.get_field_index(name)
+        batch = batch.set_column(place, SCHEMA.field(name), pa.array(columns[name], pa.string()))
+    return Outcome(batch, reasons, details)

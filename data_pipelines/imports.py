@@ -58,8 +58,8 @@ def _index(texts: Mapping[str, str]) -> Repository:
         lowered[path.lower()].append(path)
         named[name.lower()].append(path)
         if name.endswith(".java"):
-            package = JAVA_PACKAGE.search(plain(texts[path]))
-            classes[f"{package[1]}.{name[:-5]}" if package else name[:-5]].append(path)
+            package = next(iter(_statements(JAVA_PACKAGE, texts[path])), None)
+            classes[f"{package}.{name[:-5]}" if package else name[:-5]].append(path)
         elif name.endswith(".go") and not name.endswith("_test.go"):
             packages[folder].append(path)
         elif name == "go.mod" and (module := GO_MODULE.search(texts[path])):
@@ -82,6 +82,17 @@ def plain(text: str) -> str:
     if "//" not in text and "/*" not in text:
         return text
     return COMMENT.sub(lambda found: found[1] or " ", text)
+
+
+def _statements(pattern: re.Pattern[str], text: str) -> list:
+    """Returns what `findall` gives outside comments, for a pattern that begins at the start of a line.
+
+    Comments are taken out only where a match may lie inside one: doing so costs more than the search.
+    """
+    for found in pattern.finditer(text):
+        if text.rfind("/*", 0, found.start()) > text.rfind("*/", 0, found.start()):
+            return pattern.findall(plain(text))
+    return pattern.findall(text)
 
 
 def join(folder: str, name: str) -> str:
@@ -128,7 +139,7 @@ STANDARD_HEADERS = frozenset(
 
 def _c_imports(path: str, repository: Repository) -> Iterator[str]:
     folder = path.rpartition("/")[0]
-    for quoted, angled in INCLUDE.findall(plain(repository.texts[path])):
+    for quoted, angled in _statements(INCLUDE, repository.texts[path]):
         beside = _find(join(folder, quoted), repository) if quoted else None
         if angled.removesuffix(".h") in STANDARD_HEADERS:
             continue
@@ -153,15 +164,15 @@ WORD = re.compile(r"\w+")
 
 
 def _java_imports(path: str, repository: Repository) -> Iterator[str]:
-    text = plain(repository.texts[path])
+    text = repository.texts[path]
     used: set[str] = set()
-    for name, star in JAVA_IMPORT.findall(text):
+    for name, star in _statements(JAVA_IMPORT, text):
         name = name.rstrip(".")
         found = _java_class(name, path, repository)
         if found:
             yield found
         elif star:
-            used = used or set(WORD.findall(JAVA_IMPORT.sub("", text)))
+            used = used or set(WORD.findall(JAVA_IMPORT.sub("", plain(text))))
             for full, paths in repository.classes.items():
                 package, _, simple = full.rpartition(".")
                 if package == name and simple in used and (nearest := _nearest(paths, path)):
@@ -321,9 +332,9 @@ RUST_ROOTS = ("lib.rs", "main.rs")
 
 
 def _rust_imports(path: str, repository: Repository) -> Iterator[str]:
-    text = plain(repository.texts[path])
+    text = repository.texts[path]
     root, own = _rust_place(path, repository)
-    for child in RUST_MOD.findall(text):
+    for child in _statements(RUST_MOD, text):
         if found := _rust_module(root, [*own, child], repository, whole=True):
             yield found[0]
     for parts, _ in _rust_uses(text):
@@ -379,7 +390,7 @@ def _rust_use(parts: Sequence[str], root: str, own: Sequence[str], repository: R
     # `pub use`: the file that the name is taken from.
     path, names = found
     inner_root, inner_own = _rust_place(path, repository)
-    for other, name in _rust_uses(plain(repository.texts[path])):
+    for other, name in _rust_uses(repository.texts[path]):
         if name == names[0]:
             return _rust_use(other, inner_root, inner_own, repository, depth=depth + 1) or path
     return path
@@ -388,7 +399,9 @@ def _rust_use(parts: Sequence[str], root: str, own: Sequence[str], repository: R
 @functools.lru_cache(maxsize=4096)
 def _rust_uses(text: str) -> tuple[tuple[tuple[str, ...], str], ...]:
     """Returns the paths of all `use` declarations, trees of braces unfolded, each with the name it is known by here."""
-    return tuple(item for tree in RUST_USE.findall(text) for item in _rust_tree("".join(tree.split("\n")), ()))
+    return tuple(
+        item for tree in _statements(RUST_USE, text) for item in _rust_tree("".join(plain(tree).split("\n")), ())
+    )
 
 
 def _rust_tree(tree: str, before: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:

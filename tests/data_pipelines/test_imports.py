@@ -79,7 +79,7 @@ RUST = {
     "src/lib.rs": "pub mod model;\nmod error;\npub use crate::error::Failure;\nuse std::fmt;\n",
     "src/error.rs": "pub struct Failure;\n",
     "src/model/mod.rs": "mod layer;\nuse self::layer::Layer;\n",
-    "src/model/layer.rs": "use crate::{Failure as F, error::{self, Failure}};\nuse super::super::model;\n",
+    "src/model/layer.rs": "use crate::{Failure as F, // a, b\n    error::{self, Failure}};\nuse super::super::model;\n",
     "examples/run.rs": "use my_tool::model::layer::{Layer, Other};\nuse my_tool::Failure;\n",
 }
 RUST_EDGES = {
@@ -181,6 +181,7 @@ def test_languages_are_entered_and_notebooks_become_markdown():
     outcome = detect_languages(to_batch([*given, given[2]._replace(language="kept")]))
     found = to_documents(outcome.batch)
     assert [row.language for row in found] == ["markdown", "notebook", "rust", "und", "kept"]
+    assert [row.domain for row in found] == ["reference", "reference", "code", "code", "code"]
     assert found[0].text == "# Title\ntext\n\n````python\nif x:\n\ty = '```'\n```\n````\n"
     assert list(outcome.reasons) == [None, "broken_notebook", None, None, None]
     assert [row.text for row in found[1:4]] == [row.text for row in given[1:]]
