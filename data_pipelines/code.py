@@ -1,144 +1,37 @@
 """Files of a repository in the order of their dependencies, and a repository as one markdown text.
 
+    python -m data_pipelines.code REPOSITORY [--output FILE.md]
+
 InternLM2's report, section 3.1.2: what a file imports comes before it, across folders; loops are broken in alphabetical
-order; documents come before the first code file of their folder; batched imports (`__init__.py`) are followed to the
-file that defines the name, and the unused edge is dropped. Python, by `ast`; files of other languages have no edges yet
-and keep the alphabetical order.
+order; documents come before the first code file of their folder. What imports what is in `imports.py`; files of
+languages without import patterns keep the alphabetical order.
 """
 
+import argparse
 import heapq
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from data_pipelines.code_languages import DATA, PROSE, UNKNOWN, fenced, language_of
 from data_pipelines.document import Document, make_document
-from data_pipelines.outline import Import, outline
+from data_pipelines.imports import import_graph
 
-FENCE = re.compile(r"^`{3,}", re.MULTILINE)
 Graph = Mapping[str, frozenset[str]]
 """Path -> the paths it depends on."""
 
 
-class Repository(NamedTuple):
-    """Paths of Python files by every dotted name they can be imported as."""
+class OrderReport(NamedTuple):
+    """component_sizes: size of a strongly connected component -> how many there are. violations: imports that come
+    after the file that wants them, each inside a loop; alphabetical_violations: those of the alphabetical order."""
 
-    modules: dict[str, str]
-    texts: dict[str, str]
-
-
-def index(texts: Mapping[str, str]) -> Repository:
-    """Returns the repository's modules. A folder without `__init__.py` is also a root that names may start from."""
-    packages = {path.rpartition("/")[0] for path in texts if path.rpartition("/")[2] == "__init__.py"}
-    modules: dict[str, str] = {}
-    for path in sorted(texts, key=lambda path: (path.count("/"), path)):
-        if not path.endswith(".py"):
-            continue
-        parts = path.removesuffix(".py").split("/")
-        if parts[-1] == "__init__" and len(parts) > 1:
-            parts = parts[:-1]
-        folders = path.split("/")[:-1]
-        modules.setdefault(".".join(parts), path)
-        for depth in range(1, len(parts)):
-            if "/".join(folders[:depth]) in packages:
-                break
-            modules.setdefault(".".join(parts[depth:]), path)
-    return Repository(modules, dict(texts))
-
-
-def import_graph(texts: Mapping[str, str]) -> dict[str, frozenset[str]]:
-    """Returns for every path the other files of the repository that it imports; missing modules and itself left out."""
-    repository = index(texts)
-    return {
-        path: frozenset(_dependencies(path, repository)) - {path} if path.endswith(".py") else frozenset()
-        for path in sorted(texts)
-    }
-
-
-def _dependencies(path: str, repository: Repository) -> Iterable[str]:
-    for item in outline(repository.texts[path]).imports:
-        yield from _resolve(item, path, repository, depth=0)
-
-
-def _resolve(item: Import, path: str, repository: Repository, *, depth: int) -> Iterable[str]:
-    if not item.names:
-        found = _longest(item.module, path, repository)
-        if found:
-            yield found
-        return
-    for name in item.names:
-        base = _module(item, path, repository)
-        if base is None:
-            # `from . import b` in a folder that is no package: b lies beside the file.
-            beside = _beside(item, path, name, repository)
-            if beside:
-                yield beside
-            continue
-        as_module = _submodule(base, name, repository)
-        yield as_module or _definition_of(name, base, repository, depth=depth)
-
-
-def _module(item: Import, path: str, repository: Repository) -> str | None:
-    """Returns the file of the module that a `from` import names, relative ones included."""
-    if item.level == 0:
-        return _exact(item.module, path, repository)
-    folder = path.split("/")[:-1]
-    if item.level - 1 > len(folder):
-        return None
-    parts = folder[: len(folder) - (item.level - 1)] + (item.module.split(".") if item.module else [])
-    for candidate in ("/".join([*parts, "__init__.py"]), "/".join(parts) + ".py"):
-        if candidate in repository.texts:
-            return candidate
-    return None
-
-
-def _beside(item: Import, path: str, name: str, repository: Repository) -> str | None:
-    if item.level == 0:
-        return _exact(f"{item.module}.{name}", path, repository)
-    folder = path.split("/")[:-1]
-    if item.level - 1 > len(folder):
-        return None
-    parts = [*folder[: len(folder) - (item.level - 1)], *(item.module.split(".") if item.module else []), name]
-    found = "/".join(parts)
-    return next((c for c in (found + ".py", found + "/__init__.py") if c in repository.texts), None)
-
-
-def _exact(module: str, path: str, repository: Repository) -> str | None:
-    """Returns the file of an absolute module name; a script sees the files of its own folder first."""
-    folder = path.rpartition("/")[0]
-    if folder and f"{folder}/__init__.py" not in repository.texts:
-        inside = f"{folder}/{module.replace('.', '/')}"
-        for candidate in (f"{inside}.py", f"{inside}/__init__.py"):
-            if candidate in repository.texts:
-                return candidate
-    return repository.modules.get(module)
-
-
-def _longest(module: str, path: str, repository: Repository) -> str | None:
-    parts = module.split(".")
-    names = (".".join(parts[:size]) for size in range(len(parts), 0, -1))
-    return next((found for name in names if (found := _exact(name, path, repository))), None)
-
-
-def _submodule(base: str, name: str, repository: Repository) -> str | None:
-    if not base.endswith("__init__.py"):
-        return None
-    folder = base.removesuffix("__init__.py")
-    return next((c for c in (f"{folder}{name}.py", f"{folder}{name}/__init__.py") if c in repository.texts), None)
-
-
-def _definition_of(name: str, base: str, repository: Repository, *, depth: int) -> str:
-    """Returns the file that a package's `__init__` takes the name from, else the `__init__` itself."""
-    if depth >= 8 or not base.endswith("__init__.py"):
-        return base
-    for item in outline(repository.texts[base]).imports:
-        if name in item.names:
-            found = next(
-                iter(_resolve(Import(item.module, (name,), item.level), base, repository, depth=depth + 1)), None
-            )
-            if found and found != base:
-                return found
-    return base
+    num_files: int
+    num_edges: int
+    component_sizes: dict[int, int]
+    violations: int
+    alphabetical_violations: int
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
@@ -230,30 +123,52 @@ def _free_first(graph: Mapping[str, set[str]]) -> list[str]:
     return order
 
 
+def order_report(graph: Graph, order: Sequence[str]) -> OrderReport:
+    """Returns what the order makes of the graph. An import that is violated outside a loop is a RuntimeError."""
+    parts = components(graph)
+    member = {path: component[0] for component in parts for path in component}
+    edges = [(path, other) for path in sorted(graph) for other in sorted(graph[path])]
+    place = {path: rank for rank, path in enumerate(order)}
+    violated = [(path, other) for path, other in edges if place[other] > place[path]]
+    between = [f"{path} imports {other}" for path, other in violated if member[path] != member[other]]
+    if between:
+        raise RuntimeError(f"{len(between)} imports are out of order outside loops, the first: {between[0]}")
+    sizes = Counter(map(len, parts))
+    alphabetical = sum(other > path for path, other in edges)
+    return OrderReport(len(graph), len(edges), dict(sorted(sizes.items())), len(violated), alphabetical)
+
+
 def order_files(texts: Mapping[str, str], *, is_code: Mapping[str, bool]) -> list[str]:
     """Returns all paths: code by dependency, and documents before the first code file of their folder.
 
     A folder without code of its own looks below itself, then above.
     """
-    code = {path: text for path, text in texts.items() if is_code[path]}
-    ordered = dependency_order(import_graph(code))
-    place = {path: rank for rank, path in enumerate(ordered)}
+    imported = import_graph(texts)
+    graph = {path: frozenset(p for p in imported[path] if is_code[p]) for path in imported if is_code[path]}
+    ordered = dependency_order(graph)
+    order_report(graph, ordered)
+    own, below = _first_places(ordered)
     before: dict[int, list[str]] = defaultdict(list)
     for path in sorted(path for path in texts if not is_code[path]):
-        before[_first_code(path.rpartition("/")[0], place)].append(path)
+        folder = path.rpartition("/")[0]
+        while folder and folder not in below:
+            folder = folder.rpartition("/")[0]
+        before[own.get(folder, below.get(folder, len(ordered)))].append(path)
     result = [path for rank, code_path in enumerate(ordered) for path in [*before[rank], code_path]]
     return result + before[len(ordered)]
 
 
-def _first_code(folder: str, place: Mapping[str, int]) -> int:
-    while True:
-        own = [rank for path, rank in place.items() if path.rpartition("/")[0] == folder]
-        below = [rank for path, rank in place.items() if not folder or path.startswith(folder + "/")]
-        if own or below:
-            return min(own or below)
-        if not folder:
-            return len(place)
-        folder = folder.rpartition("/")[0]
+def _first_places(ordered: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns the place of the first code file by folder: of those in it, and of those in it or below."""
+    own: dict[str, int] = {}
+    below: dict[str, int] = {}
+    for rank, path in enumerate(ordered):
+        folder = path.rpartition("/")[0]
+        own.setdefault(folder, rank)
+        while folder not in below:
+            below[folder] = rank
+            folder = folder.rpartition("/")[0]
+    return own, below
 
 
 def order_documents(documents: Sequence[Document]) -> list[Document]:
@@ -313,7 +228,61 @@ def markdown(documents: Sequence[Document], *, title: str, max_bytes: int | None
 def _body(document: Document) -> str:
     if document.domain != "code":
         return document.text.rstrip("\n") + "\n"
-    longest = max((len(run) for run in FENCE.findall(document.text)), default=2)
-    fence = "`" * max(3, longest + 1)
-    end = "" if document.text.endswith("\n") else "\n"
-    return f"{fence}{document.language}\n{document.text}{end}{fence}\n"
+    return fenced(document.text, document.language)
+
+
+def repository_documents(folder: str | Path) -> list[Document]:
+    """Returns a document per file of the repository whose language is known, data files and hidden folders left out."""
+    base = Path(folder)
+    if not base.is_dir():
+        raise ValueError(f"{base} is no folder; give the folder of a repository")
+    documents = []
+    for path in sorted(base.rglob("*")):
+        inside = path.relative_to(base)
+        if path.is_symlink() or not path.is_file() or any(part.startswith(".") for part in inside.parts):
+            continue
+        text = path.read_bytes().decode("utf-8-sig", "replace")
+        language = language_of(inside.as_posix(), text)
+        if text.strip() and language != UNKNOWN and (language not in DATA or inside.name in ("go.mod", "Cargo.toml")):
+            is_code = language not in PROSE and language not in DATA
+            documents.append(
+                make_document(
+                    text, source="repository", path=f"{base.name}/{inside.as_posix()}",
+                    domain="code" if is_code else "reference", language=language, meta={"repository": base.name},
+                )
+            )  # fmt: skip
+    if not documents:
+        raise ValueError(f"{base} holds no file of a known language; give the folder of a repository")
+    return documents
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m data_pipelines.code", description="A repository in its order.")
+    parser.add_argument("repository", help="a folder with the files of one repository")
+    parser.add_argument("--output", metavar="FILE.md", help="where the repository goes as one markdown text")
+    given = parser.parse_args(arguments)
+    try:
+        documents = repository_documents(given.repository)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    ordered = order_documents(documents)
+    graph = import_graph({_inside(document): document.text for document in documents})
+    found = order_report(graph, dependency_order(graph))
+    languages = Counter(document.language for document in documents)
+    print(", ".join(f"{count} {language}" for language, count in languages.most_common()))
+    print(f"{found.num_files} files, {found.num_edges} imports between them")
+    loops = [f"{count} of {size}" for size, count in found.component_sizes.items() if size > 1]
+    print(f"loops: {', '.join(loops) + ' files' if loops else 'none'}")
+    print(
+        f"imports against the order: {found.violations}, all in loops; alphabetically {found.alphabetical_violations}"
+    )
+    if given.output:
+        (text,) = markdown(ordered, title=Path(given.repository).name)
+        Path(given.output).write_text(text.text, "utf-8")
+        print(f"written to {given.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

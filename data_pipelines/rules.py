@@ -22,10 +22,27 @@ from data_pipelines.outline import outline
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 MARKS_OF_GENERATED_CODE = re.compile(
-    r"auto-?\s?generated|@generated|do not (edit|modify)( this file)?|generated (by|from|with|using) \S*"
-    r"(script|sphinx|swig|yacc|bison|protoc|protocol buffer|cython|openapi|tool|codec|mapping)",
+    r"auto-?\s?generated|automatically generated|machine generated|@generated|do not (edit|modify)( this file)?|"
+    r"generated (by|from|with|using) \S*(script|sphinx|swig|yacc|bison|flex|lex|antlr|protoc|the protocol buffer|"
+    r"protocol buffer|thrift|grpc|cython|openapi|swagger|bindgen|mockgen|sqlc|stringer|django|autoconf|automake|tool|"
+    r"codec|mapping)",
     re.IGNORECASE,
 )
+GO_GENERATED = re.compile(r"^// Code generated .* DO NOT EDIT\.$", re.MULTILINE)
+"""Go's own line, which may stand anywhere before the package clause."""
+GENERATED_NAMES = re.compile(
+    r"_pb2(_grpc)?\.pyi?|\.pb\.(go|cc|h)|\.g\.dart|\.designer\.(cs|vb)|\.generated\.\w+|package-lock\.json|"
+    r"yarn\.lock|pnpm-lock\.yaml|cargo\.lock|go\.sum|poetry\.lock|composer\.lock"
+)
+MINIFIED_NAMES = re.compile(r"[.-]min\.(m?js|css)|\.bundle\.m?js|\.map")
+WEB_LANGUAGES = ("javascript", "typescript", "css")
+DATA_LANGUAGES = ("json", "csv", "xml")
+DATA_LINE = re.compile(
+    r"""^(?>[ \t\[\](){},:;=+-]+|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|0[xX][0-9a-fA-F]+[uUlL]*"""
+    r"""|[0-9][0-9_.]*(?:[eE][+-]?[0-9]+)?[fFuUlL]*|(?:true|false|null|nil|NULL|None|True|False)\b)+$""",
+    re.MULTILINE,
+)
+"""A line of numbers, texts, brackets and commas, and no name: part of a table."""
 
 
 @dataclass(frozen=True)
@@ -281,9 +298,12 @@ class CodeRules:
     max_line: int = 1000
     min_alphanumeric: float = 0.25
     max_data_share: float = 0.6
-    """Share of a Python file that lies in module-level tables (`__all__` aside)."""
+    """Share of a file that is tables: in Python module-level literals (`__all__` aside), in other languages lines of
+    literals alone. JSON, CSV and XML are tables as a whole."""
     min_data_characters: int = 2000
     """Smaller tables are no reason."""
+    min_white_space: float = 0.06
+    """Of JavaScript, TypeScript and CSS; less is minified, however its lines are broken."""
     header_characters: int = 400
     """Where a mark of generated code is looked for."""
 
@@ -292,37 +312,66 @@ def code_rules(rules: CodeRules) -> Callable[[pa.RecordBatch], Outcome]:
     """Returns the stage that drops generated, minified, data-only and (Python) unparsable files."""
 
     def apply(batch: pa.RecordBatch) -> Outcome:
-        columns = (batch.column(name).to_pylist() for name in ("text", "language"))
-        verdicts = [_code_reason(text, language, rules) for text, language in zip(*columns, strict=True)]
+        columns = (batch.column(name).to_pylist() for name in ("text", "language", "path"))
+        verdicts = [_code_reason(*row, rules) for row in zip(*columns, strict=True)]
         return Outcome(batch, [reason for reason, _ in verdicts], [detail for _, detail in verdicts])
 
     return apply
 
 
-def _code_reason(text: str, language: str, rules: CodeRules) -> tuple[str | None, str | None]:
+def _code_reason(text: str, language: str, path: str, rules: CodeRules) -> tuple[str | None, str | None]:
     if not text.strip():
         return "empty", "no character"
     if len(text) > rules.max_bytes:
         return "huge_file", f"{len(text)} characters are above {rules.max_bytes}"
+    name = path.rpartition("/")[2].lower()
+    if GENERATED_NAMES.search(name):
+        return "generated", f"its name is {name}"
     mark = MARKS_OF_GENERATED_CODE.search(text, 0, rules.header_characters)
+    mark = mark or (GO_GENERATED.search(text) if language == "go" else None)
     if mark:
         return "generated", f"its head says {mark.group()!r}"
+    minified = _minified(text, language, name, rules)
+    if minified:
+        return "minified", minified
+    alphanumeric = len(NOT_ALPHANUMERIC.sub("", text)) / len(text)
+    data = _data_only(text, language, rules)
+    if data:
+        return "data_only", data
+    if alphanumeric < rules.min_alphanumeric:
+        return "few_letters_and_digits", f"{alphanumeric:.2f} is below {rules.min_alphanumeric}"
+    if language == "python" and (error := outline(text).error):
+        return "does_not_parse", error
+    return None, None
+
+
+def _minified(text: str, language: str, name: str, rules: CodeRules) -> str | None:
+    """Returns what shows that a file is minified, or None."""
+    if MINIFIED_NAMES.search(name):
+        return f"its name is {name}"
     lines = text.splitlines()
     longest, mean = max(map(len, lines)), len(text) / len(lines)
     if longest > rules.max_line or mean > rules.max_mean_line:
-        bounds = f"{rules.max_line} and {rules.max_mean_line}"
-        return "minified", f"longest line {longest}, mean {mean:.0f}: one of them above {bounds}"
-    alphanumeric = len(NOT_ALPHANUMERIC.sub("", text)) / len(text)
-    if alphanumeric < rules.min_alphanumeric:
-        return "few_letters_and_digits", f"{alphanumeric:.2f} is below {rules.min_alphanumeric}"
-    if language != "python":
-        return None, None
-    found = outline(text)
-    if found.error:
-        return "does_not_parse", found.error
-    if found.data_share > rules.max_data_share and found.data_share * len(text) >= rules.min_data_characters:
-        return "data_only", f"{found.data_share:.2f} of it is tables, above {rules.max_data_share}"
-    return None, None
+        return f"longest line {longest}, mean {mean:.0f}: above {rules.max_line} or {rules.max_mean_line}"
+    white = 1 - len("".join(text.split())) / len(text)
+    if language in WEB_LANGUAGES and white < rules.min_white_space:
+        return f"white space is {white:.3f} of it, below {rules.min_white_space}"
+    return None
+
+
+def _data_only(text: str, language: str, rules: CodeRules) -> str | None:
+    """Returns what shows that a file is a table, or None."""
+    if len(text) < rules.min_data_characters:
+        return None
+    if language in DATA_LANGUAGES:
+        return f"{len(text)} characters of {language}, at least {rules.min_data_characters}"
+    if language == "python":
+        share = outline(text).data_share
+    else:
+        share = sum(found.end() - found.start() + 1 for found in DATA_LINE.finditer(text)) / len(text)
+    if share > rules.max_data_share and share * len(text) >= rules.min_data_characters:
+        return f"{share:.2f} of it is tables, above {rules.max_data_share}"
+    return None
 
 
 NOT_ALPHANUMERIC = re.compile(r"[^\w]+")
