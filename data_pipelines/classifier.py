@@ -7,7 +7,6 @@ and the checksum of weights.npy (float32, one per bucket).
     Stage("fluency", "batch", classified("models/fluency", drop="below", reason="not_fluent"))
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -191,15 +190,14 @@ def classified(
     if threshold is not None and not 0 < threshold < 1:
         raise ValueError(f"threshold is {threshold}; give a probability between 0 and 1")
 
-    chosen = functools.cache(functools.partial(threshold_for, classifier))
-
     def apply(batch: pa.RecordBatch) -> Outcome:
         scores_D = probabilities(text_buffer(batch), classifier).tolist()
         reasons: list[str | None] = []
         details: list[str | None] = []
-        keys = zip(batch.column("domain").to_pylist(), batch.column("language").to_pylist(), strict=True)
-        for score, (domain, language) in zip(scores_D, keys, strict=True):
-            found = chosen(domain, language)
+        keys = list(zip(batch.column("domain").to_pylist(), batch.column("language").to_pylist(), strict=True))
+        chosen = {key: threshold_for(classifier, *key) for key in set(keys)}
+        for score, key in zip(scores_D, keys, strict=True):
+            found = chosen[key]
             bound = found.value if threshold is None else threshold
             goes = score > bound if drop == "above" else score < bound
             reasons.append("unscored" if score != score else reason if goes else None)

@@ -33,8 +33,8 @@ def write_report(folder: Path, name: str, trained: Trained) -> None:
     counts = metrics["num_documents"]
     said = (
         f"{sum(counts.values())} labelled documents, {metrics['num_positive']} with label 1; {counts['learn']} to "
-        f"learn from, {counts['calibrate']} to calibrate and choose thresholds, {counts['test']} to test: the "
-        f"numbers above are those of the test. {metrics['num_disagreed']} on which the annotators disagree were left out."
+        f"learn from, {counts['calibrate']} to calibrate and choose thresholds, {counts['test']} to test. The "
+        f"numbers above are those of the test. Left out, as the annotators disagree: {metrics['num_disagreed']}."
     )
     sections = [
         report.Section("Result", [report.Numbers(numbers), report.Text(said)]),

@@ -9,13 +9,14 @@ none comes with this project. A toxicity or adult-content classifier is a model 
     )
 """
 
+import functools
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -194,14 +195,7 @@ def blocked_words(
     a boundary there ("ass" is not in "class", nor in "assess"); Han and kana match anywhere. Of overlapping words the
     first counts, of those that begin together the longest. The detail names the words that weigh most.
     """
-    import ahocorasick_rs
-
     listed = read_words(files)
-    patterns = [word.encode() for word in listed.words]
-    # The table of states is a third faster than the compact automaton, and at this size still in the tens of MB.
-    is_small = sum(map(len, patterns)) <= 1_000_000
-    kind = ahocorasick_rs.Implementation.DFA if is_small else ahocorasick_rs.Implementation.ContiguousNFA
-    automaton = ahocorasick_rs.BytesAhoCorasick(patterns, implementation=kind)
 
     def apply(batch: pa.RecordBatch) -> Outcome:
         import pyarrow.compute as pc
@@ -209,7 +203,9 @@ def blocked_words(
         lowered = pc.utf8_lower(batch.column("text"))
         data, offsets = text_buffer(pa.record_batch([lowered], names=["text"]))
         text = data[offsets[0] : offsets[-1]]
-        matches = automaton.find_matches_as_indexes(text.tobytes(), overlapping=True) if len(text) else []
+        matches = (
+            _automaton(listed.words).find_matches_as_indexes(text.tobytes(), overlapping=True) if len(text) else []
+        )
         found = _whole_words(text, offsets - offsets[0], np.array(matches, np.int64).reshape(-1, 3))
         weight_D = np.bincount(found.rows, listed.weights[found.words], minlength=batch.num_rows)
         characters_D = pc.utf8_length(batch.column("text")).to_numpy(zero_copy_only=False)
@@ -225,6 +221,18 @@ def blocked_words(
         return Outcome(batch, [detail and "blocked_words" for detail in details], details)
 
     return apply
+
+
+@functools.lru_cache(maxsize=8)
+def _automaton(words: tuple[str, ...]) -> Any:
+    """Of Aho and Corasick; made once per process, since it cannot be sent to another one."""
+    import ahocorasick_rs
+
+    patterns = [word.encode() for word in words]
+    # The table of states is the faster one, and at this size still in the tens of MB.
+    is_small = sum(map(len, patterns)) <= 1_000_000
+    kind = ahocorasick_rs.Implementation.DFA if is_small else ahocorasick_rs.Implementation.ContiguousNFA
+    return ahocorasick_rs.BytesAhoCorasick(patterns, implementation=kind)
 
 
 def read_words(files: Sequence[str | Path]) -> WeightedWords:
