@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.classifier import Threshold
-from data_pipelines.quality import Point, Trained, curve
+from data_pipelines.quality_training import Point, Trained, curve
 
 
 def write_report(folder: Path, name: str, trained: Trained) -> None:

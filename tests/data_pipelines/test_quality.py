@@ -1,13 +1,22 @@
 import json
 import random
+import re
+import shlex
+import shutil
+from pathlib import Path
 
+import cloudpickle
 import numpy as np
 import pytest
 import scipy.optimize
 
-from data_pipelines import classifier, hashing, quality
+from data_pipelines import classifier, hashing, quality, quality_training
 from data_pipelines.classifier import Classifier, Settings, Threshold, classified, open_classifier, text_rows
-from data_pipelines.document import make_document, to_batch, to_documents
+from data_pipelines.document import Stage, make_document, to_batch, to_documents
+from data_pipelines.ledger import Ledger
+from data_pipelines.pii import masked
+from data_pipelines.safety import WordBounds, blocked_domains, blocked_words
+from data_pipelines.wanjuan import run_chain
 
 PLAIN = "the river runs by the old town and 人们 在 河边 散步 while boats carry stone to the harbour wall".split()
 ADVERT = "buy cheap watches now 优惠 价格 免费 click here order today best price discount shipping offer".split()
@@ -75,6 +84,27 @@ def test_the_stage_drops_by_the_chosen_threshold_and_keeps_scores(model):
     assert stage(batch_of(*texts).slice(1, 2)).reasons == [None, "unscored"]
     assert stage(batch_of()).reasons == []
     assert classified(model, drop="above", reason="x", threshold=0.999999)(batch_of(*texts[:2])).reasons == [None, None]
+
+
+def test_a_model_that_scores_nothing_fails_the_run(model):
+    documents = [make_document("!", source="s", path=f"p{n}") for n in range(3)]
+    chain = (Stage("advertisements", "batch", classified(model, drop="above", reason="advertisement")),)
+    with pytest.raises(ValueError, match=r"all 3 documents were dropped: unscored \(3\)"):
+        run_chain(documents, chain, Ledger())
+
+
+def test_the_stages_can_be_sent_to_another_process(model, tmp_path):
+    """As Ray sends them: by value, with what they hold."""
+    (tmp_path / "list.txt").write_text("bad.example\n")
+    batch = batch_of("write to a@b.com at bad.example", " ".join(ADVERT), url="https://bad.example/")
+    for stage in (
+        classified(model, drop="above", reason="advertisement"),
+        masked(),
+        blocked_domains([tmp_path / "list.txt"]),
+        blocked_words([tmp_path / "list.txt"], WordBounds(0, 0)),
+    ):
+        sent = cloudpickle.loads(cloudpickle.dumps(stage))
+        assert sent(batch).reasons == stage(batch).reasons and sent(batch).batch.equals(stage(batch).batch)
 
 
 def test_scores_do_not_depend_on_the_batch(model):
@@ -165,7 +195,7 @@ def test_calibration_is_the_least_loss():
     draw = np.random.default_rng(0)
     labels = draw.integers(0, 2, 200)
     margins = 3 * labels + draw.normal(size=200) * 2 - 4
-    slope, offset = quality.calibrate(margins, labels)
+    slope, offset = quality_training.calibrate(margins, labels)
     high, low = (labels.sum() + 1) / (labels.sum() + 2), 1 / ((1 - labels).sum() + 2)
     targets = np.where(labels, high, low)
     best = scipy.optimize.minimize(
@@ -176,18 +206,21 @@ def test_calibration_is_the_least_loss():
 
 def test_measures_by_hand():
     first, second = np.array([1, 1, 0, 0, 1, 0, 0, 0, 0, 1]), np.array([1, 0, 0, 0, 1, 0, 0, 1, 0, 1])
-    assert quality.kappa(first, second) == pytest.approx((0.8 - 0.52) / 0.48)
-    assert quality.kappa(np.ones(3), np.ones(3)) == 1.0
+    assert quality_training.kappa(first, second) == pytest.approx((0.8 - 0.52) / 0.48)
+    assert quality_training.kappa(np.ones(3), np.ones(3)) == 1.0
     scores, labels = np.array([0.9, 0.8, 0.8, 0.3, 0.1]), np.array([1, 0, 1, 1, 0])
     pairs = [(a > b) + (a == b) / 2 for a in scores[labels == 1] for b in scores[labels == 0]]
-    assert quality.area_under_curve(scores, labels) == pytest.approx(np.mean(pairs))
-    points = quality.curve(scores, labels, "above")
+    assert quality_training.area_under_curve(scores, labels) == pytest.approx(np.mean(pairs))
+    points = quality_training.curve(scores, labels, "above")
     assert [tuple(np.round(p, 6)) for p in points] == [
         (0.85, 1.0, 0.333333, 1), (0.55, 0.666667, 0.666667, 3), (0.2, 0.75, 1.0, 4)
     ]  # fmt: skip
-    assert [p.num_dropped for p in quality.curve(scores, labels, "below")] == [1, 2, 4]
-    assert quality.curve(scores, labels, "below")[0] == (0.2, 1.0, 0.5, 1)
-    measured = quality.measure(scores, labels, "above", 0.55)
+    assert [p.num_dropped for p in quality_training.curve(scores, labels, "below")] == [1, 2, 4]
+    assert quality_training.curve(scores, labels, "below")[0] == (0.2, 1.0, 0.5, 1)
+    many = quality_training.curve(np.linspace(1, 0, 20), np.array([1] * 5 + [0] * 2 + [1] + [0] * 12), "above")
+    assert [quality_training.choose(many, p).num_dropped for p in (0.9, 0.75, 0.3)] == [5, 8, 8]
+    assert quality_training.choose(many[:4], 0.1) is None and quality_training.choose(many[5:7], 0.9) is None
+    measured = quality_training.measure(scores, labels, "above", 0.55)
     assert (measured["precision"], measured["recall"], measured["dropped_share"]) == pytest.approx((2 / 3, 2 / 3, 0.6))
 
 
@@ -196,8 +229,8 @@ def test_thresholds_go_by_domain_and_language_where_there_are_enough():
     labels = np.tile([0, 1], 300)
     languages = ["en"] * 300 + ["zh"] * 250 + ["fr"] * 50
     scores = np.clip(0.3 * labels + 0.35 + draw.normal(size=600) * 0.1 + np.repeat([0.2, -0.2], 300), 0, 1)
-    data = quality.Labelled([""] * 600, labels, np.full(600, -1), ["web"] * 600, languages)
-    chosen, notes = quality.choose_thresholds(scores, data, "above", 0.9)
+    data = quality_training.Labelled([""] * 600, labels, np.full(600, -1), ["web"] * 600, languages)
+    chosen, notes = quality_training.choose_thresholds(scores, data, "above", 0.9)
     held = {(item.domain, item.language): item for item in chosen}
     assert list(held) == [("*", "*"), ("*", "en"), ("*", "zh"), ("web", "en"), ("web", "zh")]
     assert held["*", "en"].value - held["*", "zh"].value > 0.3
@@ -208,7 +241,7 @@ def test_thresholds_go_by_domain_and_language_where_there_are_enough():
     found = [classifier.threshold_for(model, *key) for key in keys]
     assert [(item.domain, item.language) for item in found] == [("web", "zh"), ("*", "zh"), ("*", "*")]
     with pytest.raises(ValueError, match="no threshold drops at least 5 of 600 .* or a lower --precision"):
-        quality.choose_thresholds(draw.random(600), data, "above", 0.99)
+        quality_training.choose_thresholds(draw.random(600), data, "above", 0.99)
 
 
 def test_a_stage_below_its_threshold(model, tmp_path):
@@ -244,7 +277,6 @@ def test_a_stage_below_its_threshold(model, tmp_path):
     ],
 )  # fmt: skip
 def test_labels_that_do_not_suffice_are_one_clear_message(rows, options, message, tmp_path, capsys):
-    import re
 
     data = write_rows(tmp_path / "rows.jsonl", rows)
     output = tmp_path / "model"
@@ -268,3 +300,18 @@ def test_the_score_command_adds_scores(model, tmp_path, capsys):
     write_rows(tmp_path / "pages.jsonl", [{"text": "!"}])
     assert quality.main(arguments) == 1 and "scored none of 1 rows" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pages.jsonl", "scored.jsonl"]
+
+
+def test_the_commands_and_stages_of_the_readme_hold(model, tmp_path):
+    text = (Path(quality.__file__).parent / "README.md").read_text("utf-8")
+    commands = re.findall(r"^python -m data_pipelines.quality (.*)", text, re.MULTILINE)
+    assert [quality._parser().parse_args(shlex.split(command)).command for command in commands] == ["train", "score"]
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "not_fluent" in code]
+    scope = {}
+    exec(compile(code, "data_pipelines/README.md", "exec"), scope)
+    shutil.copytree(model, tmp_path / "advertisement")
+    shutil.copytree(model, tmp_path / "fluency")
+    edit(
+        tmp_path / "fluency", settings=json.loads((model / "manifest.json").read_text())["settings"] | {"drop": "below"}
+    )
+    assert [stage.name for stage in scope["quality_stages"](tmp_path)] == ["advertisements", "fluency"]

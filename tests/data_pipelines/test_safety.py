@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -144,3 +147,12 @@ def test_weight_per_length_decides_and_the_detail_names_the_heaviest(tmp_path):
 def test_weights_that_are_none_are_refused_with_file_and_line(line, tmp_path):
     with pytest.raises(ValueError, match="list.txt:2: .*behind a tab a weight above 0"):
         safety.read_words(listing(tmp_path, f"good\n{line}\n"))
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    text = (Path(safety.__file__).parent / "README.md").read_text("utf-8")
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "blocked_words" in code]
+    exec(compile(code, "data_pipelines/README.md", "exec"), {})
+    assert capsys.readouterr().out == (
+        "Ask [EMAIL] {'personal_data_masked': {'email': 1}} {'blocked_domain': 1, 'blocked_words': 1}\n"
+    )
