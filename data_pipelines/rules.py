@@ -334,10 +334,10 @@ def _code_reason(text: str, language: str, path: str, rules: CodeRules) -> tuple
     minified = _minified(text, language, name, rules)
     if minified:
         return "minified", minified
-    alphanumeric = len(NOT_ALPHANUMERIC.sub("", text)) / len(text)
     data = _data_only(text, language, rules)
     if data:
         return "data_only", data
+    alphanumeric = _num_word_characters(text) / len(text)
     if alphanumeric < rules.min_alphanumeric:
         return "few_letters_and_digits", f"{alphanumeric:.2f} is below {rules.min_alphanumeric}"
     if language == "python" and (error := outline(text).error):
@@ -353,8 +353,8 @@ def _minified(text: str, language: str, name: str, rules: CodeRules) -> str | No
     longest, mean = max(map(len, lines)), len(text) / len(lines)
     if longest > rules.max_line or mean > rules.max_mean_line:
         return f"longest line {longest}, mean {mean:.0f}: above {rules.max_line} or {rules.max_mean_line}"
-    white = 1 - len("".join(text.split())) / len(text)
-    if language in WEB_LANGUAGES and white < rules.min_white_space:
+    white = 1 - len("".join(text.split())) / len(text) if language in WEB_LANGUAGES else 1
+    if white < rules.min_white_space:
         return f"white space is {white:.3f} of it, below {rules.min_white_space}"
     return None
 
@@ -374,4 +374,12 @@ def _data_only(text: str, language: str, rules: CodeRules) -> str | None:
     return None
 
 
+def _num_word_characters(text: str) -> int:
+    """Returns the number of letters, digits and underscores."""
+    if text.isascii():
+        return len(text.encode().translate(None, ASCII_SEPARATORS))
+    return len(NOT_ALPHANUMERIC.sub("", text))
+
+
 NOT_ALPHANUMERIC = re.compile(r"[^\w]+")
+ASCII_SEPARATORS = bytes(value for value in range(128) if not (chr(value).isalnum() or chr(value) == "_"))
