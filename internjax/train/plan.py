@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from internjax.kernels import ring_attention
 from internjax.model.config import num_matmul_params, num_params
 from internjax.model.lora import LoraConfig
 from internjax.model.quantize import Quantised
@@ -174,7 +175,8 @@ def executed_flops(job: Job) -> int:
     """Returns the FLOPs per token that a device executes: useful ones, recomputation, and masked attention scores.
 
     Recomputed: the logits always, a layer's products with remat=full, attention with any remat and, once more, where
-    its back end keeps no weights (all but xla). Back ends but cudnn_packed compute the half that the causal mask hides.
+    its back end keeps no weights (all but xla). Back ends compute the half that the causal mask hides as well, but for
+    cudnn_packed, and for ring, which computes no more of it than half a block beside every query.
     """
     config = job.model
     head = config.d_model * (config.vocab_size if config.head == "lm" else 1)
@@ -183,7 +185,11 @@ def executed_flops(job: Job) -> int:
     forwards = 3 + (config.remat != "none") + (config.attention != "xla")
     executed = flops.matmul_flops(config, lora_config=job.lora) + 2 * head
     executed += 2 * layers if config.remat == "full" else 0
-    return executed + attention * forwards // 3 * (1 if config.attention == "cudnn_packed" else 2)
+    hidden = {
+        "cudnn_packed": 0.0,
+        "ring": min(1.0, (ring_attention.KEY_BLOCK + ring_attention.QUERY_CHUNK) / job.seq_len),
+    }
+    return executed + round(attention * forwards // 3 * (1 + hidden.get(config.attention, 1.0)))
 
 
 def traffic(job: Job, shape: tuple[int, int, int, int], device: Device | None, have: Held) -> tuple[Traffic, ...]:
@@ -309,7 +315,7 @@ def describe(plan: Plan) -> str:
     """Returns the plan as a table for the terminal, with what is exact and what is estimated."""
     job, lines = plan.job, []
     size = " x ".join(f"{axis} {count}" for axis, count in zip(MESH_AXES, plan.shape) if count > 1) or "one device"
-    name = plan.device.name if plan.device else "no device given"
+    name = plan.device.name if plan.device else "unnamed device"
     rows = memory.rows_per_device(job, plan.shape)
     lines += [
         f"{num_params(job.model):,} parameters, {job.method}, {plan.num_devices} x {name} ({size})",
