@@ -95,7 +95,8 @@ def plan_and_check(config: Settings, task: Task, folder: Path, *, base: dict | N
     planned = plan.make_plan(task.job, num_devices=jax.device_count(), device=device)
     if processes.index() == 0:
         print(plan.describe(planned))
-        print(plan.verdict(planned))
+        if device is not None:  # of others it is not known what they hold
+            print(plan.verdict(planned))
     if not config.preflight:
         return None
     subject = preflight.Subject(

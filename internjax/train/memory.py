@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType
 from internjax import sharding
 from internjax.kernels.attention import QUERY_CHUNK
 from internjax.kernels.cudnn_attention import MAX_SEGMENTS
+from internjax.kernels.ring_attention import KEY_BLOCK
 from internjax.model import decoder, lora, quantize
 from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
@@ -407,6 +408,9 @@ def _layer_bytes(job: Job, config: ModelConfig, saved_by_all: int, rows: int, se
     layer = saved_by_all // config.num_layers
     if config.attention == "xla":
         scores = 0  # they are among the saved values
+    elif config.attention == "ring":
+        time = job.seq_len // sequence
+        scores = 4 * rows * config.num_heads * min(QUERY_CHUNK, time) * min(KEY_BLOCK, time)
     elif config.attention == "chunked" or sequence > 1:
         scores = 4 * rows * config.num_heads * min(QUERY_CHUNK, job.seq_len) * job.seq_len // sequence
     else:

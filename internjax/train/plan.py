@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from internjax.kernels import ring_attention
 from internjax.model.config import num_matmul_params, num_params
 from internjax.model.lora import LoraConfig
 from internjax.model.quantize import Quantised
@@ -177,14 +178,19 @@ def executed_flops(job: Job) -> int:
     """Returns the FLOPs per token that a device executes: useful ones, recomputation, and masked attention scores.
 
     Recomputed: the logits always, a layer's products with remat=full, attention with any remat and, once more, where
-    its back end keeps no weights (all but xla). Back ends but cudnn_packed compute all that a mask hides: the half of
-    the causal one, and what lies beyond a window. Layers below all that is trained are gone through once.
+    its back end keeps no weights (all but xla). Back ends compute all that a mask hides: the half of the causal one,
+    and what lies beyond a window; but not cudnn_packed, and ring computes no more of the causal half than half a block
+    beside every query. Layers below all that is trained are gone through once.
     """
     config = job.model
     head = config.d_model * (config.vocab_size if config.head == "lm" else 1)
     layers = num_matmul_params(config) - head
-    masked = 1 if config.attention == "cudnn_packed" else 2
-    attention = flops.attention_flops(dataclasses.replace(config, window=None), 1) // 3 * job.seq_len * masked
+    hidden = {
+        "cudnn_packed": 0.0,
+        "ring": min(1.0, (ring_attention.KEY_BLOCK + ring_attention.QUERY_CHUNK) / job.seq_len),
+    }
+    causal = flops.attention_flops(dataclasses.replace(config, window=None), 1) // 3 * job.seq_len
+    attention = round(causal * (1 + hidden.get(config.attention, 1.0)))
     executed = flops.matmul_flops(config, lora_config=job.lora, freeze=job.freeze) + 2 * head
     if not flops.gradients_reach_layers(config, job.freeze):
         return executed + attention
@@ -315,7 +321,7 @@ def describe(plan: Plan) -> str:
     """Returns the plan as a table for the terminal, with what is exact and what is estimated."""
     job, lines = plan.job, []
     size = " x ".join(f"{axis} {count}" for axis, count in zip(MESH_AXES, plan.shape) if count > 1) or "one device"
-    name = plan.device.name if plan.device else "no device given"
+    name = plan.device.name if plan.device else "unnamed device"
     trained = _num_trained(job)
     some = "" if trained == num_params(job.model) else f" ({trained:,} trained)"
     rows = memory.rows_per_device(job, plan.shape)

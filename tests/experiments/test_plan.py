@@ -47,7 +47,7 @@ def test_what_does_not_fit_ends_with_1_and_a_remedy(capsys):
 def test_without_a_device_only_bytes_and_flops(capsys):
     assert plan.main(["internlm2_1_8b"]) == 0
     printed = capsys.readouterr().out
-    assert "8 x no device given" in printed and "tokens/s" not in printed and "meshes" not in printed
+    assert "8 x unnamed device" in printed and "tokens/s" not in printed and "meshes" not in printed
 
 
 MISTAKES = {

@@ -98,14 +98,14 @@ def test_a_row_of_times_covers_the_steps_since_the_last_one(tmp_path):
 def test_waiting_for_data_is_told_from_computing(tmp_path):
     def slow(position):
         for batch in data(position):
-            time.sleep(0.03)
+            time.sleep(0.1)  # much longer than a step takes on a busy machine too
             yield batch
 
     with quiet(tmp_path / "run") as run:
-        train(new_state(), slow, make_step(loss, OPTIMIZER), num_steps=8, tracker=run)
+        train(new_state(), slow, make_step(loss, OPTIMIZER), num_steps=4, tracker=run)
     _, steps = timing(tmp_path / "run")
     waited, seconds = (sum(row[name] for row in steps) for name in ("input_wait", "seconds"))
-    assert waited > 0.7 * seconds and seconds > 7 * 0.025
+    assert waited > 0.5 * seconds and seconds > 3 * 0.09
 
 
 def test_mfu_is_flops_over_time_and_peak(tmp_path, capsys):

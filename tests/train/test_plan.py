@@ -235,6 +235,15 @@ def test_time_traffic_and_mfu_by_hand():
     assert found.step_seconds == pytest.approx(found.compute_seconds + by_axis["tensor"].seconds)
     assert found.mfu == pytest.approx(found.flops / (found.step_seconds * 16 * 989e12)) and found.mfu < 0.5
     assert found.gpu_hours(64 * 4096 * 3600) == pytest.approx(16 * found.step_seconds)
+    # The ring leaves blocks out that no query sees: beside the diagonal it computes half a block of keys and a chunk of
+    # queries in vain, where other back ends compute the other half of the square.
+    shares = {}
+    for backend in ("cudnn_packed", "ring", "chunked"):
+        long = dataclasses.replace(job, model=dataclasses.replace(model, attention=backend), seq_len=32_768)
+        shares[backend] = plan.executed_flops(long)
+    assert (shares["ring"] - shares["cudnn_packed"]) / (shares["chunked"] - shares["cudnn_packed"]) == pytest.approx(
+        (2048 + 512) / 32_768, rel=1e-3
+    )
     slow = H100._replace(network_bandwidth=1e8)
     assert plan.make_plan(job, num_devices=16, device=slow).bound == "communication over data"
 
