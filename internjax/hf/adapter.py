@@ -203,6 +203,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         rank, alpha = int(values["r"]), float(values["lora_alpha"])
+        if rank < 1:
+            raise ValueError(f"r is {rank}, at least 1 is wanted")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}); PEFT writes r and lora_alpha there") from error
     wrong = [
@@ -271,7 +273,7 @@ def _assemble(modules: list, values: dict, config: ModelConfig, *, where: Path) 
         for name, tensors in zip(tensor_names(row, config), layers, strict=True):
             name = name.removesuffix(".weight")
             rank = _by_pattern(values.get("rank_pattern"), name, values["r"])
-            _check_shapes(row, tensors, rank, config, where=where)
+            _check_shapes(row, name, tensors, rank, config, where=where)
             alpha = _by_pattern(values.get("alpha_pattern"), name, values["lora_alpha"])
             scales.append(alpha / rank**power)
             ranks.append(rank)
@@ -394,19 +396,25 @@ def check_copies(adapter: Adapter, base: Mapping[str, TensorInfo], *, where: Pat
             )
 
 
-def _check_shapes(row: Row, tensors: dict, rank: int, config: ModelConfig, *, where: Path) -> None:
+def _check_shapes(row: Row, name: str, tensors: dict, rank: int, config: ModelConfig, *, where: Path) -> None:
     shapes = leaf_shapes(config)
     in_features = shapes[row.leaves[0]][0]
     out_features = sum(shapes[leaf][1] for leaf in row.leaves)
     a, b, magnitude = tensors["a"], tensors["b"], tensors.get("magnitude")
-    if a.shape != (rank, in_features) or b.shape != (out_features, rank):
+    found = f"{where}: the adapter of {name} has factors {a.shape} and {b.shape}"
+    if (a.shape[1:], b.shape[:1]) != ((in_features,), (out_features,)):
         raise ValueError(
-            f"{where}: the adapter of {row.name} has factors {a.shape} and {b.shape}; rank {rank} on this base "
-            f"asks for {(rank, in_features)} and {(out_features, rank)}. It was trained on another base"
+            f"{found}; rank {rank} on this base asks for {(rank, in_features)} and {(out_features, rank)}. It was "
+            "trained on another base: name that one as BASE+ADAPTER"
+        )
+    if (a.shape[0], b.shape[1]) != (rank, rank):
+        raise ValueError(
+            f"{found}, {CONFIG} says rank {rank}; the two files are not of one adapter. Take both from where it was "
+            "trained"
         )
     if magnitude is not None and magnitude.shape != (out_features,):
         raise ValueError(
-            f"{where}: the magnitude of {row.name} has shape {magnitude.shape}, its {out_features} outputs ask for "
+            f"{where}: the magnitude of {name} has shape {magnitude.shape}, its {out_features} outputs ask for "
             f"{(out_features,)}. It was trained on another base"
         )
 

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,8 @@ def open_model(
     are not whole.
     """
     start = time.perf_counter()
+    if dtype is not None and dtype not in get_args(DType):
+        raise ValueError(f"dtype {dtype!r} is none to compute in; give one of {', '.join(get_args(DType))}")
     source = resolve(model, adapters=adapters)
     values = read_json(source.folder / CONFIG)
     family = family_of(values)
@@ -86,6 +89,9 @@ def open_model(
     loaded = [adapter.load_adapter(folder, model_config=config) for folder in source.adapters]
     for folder, each in zip(source.adapters, loaded, strict=True):
         adapter.check_copies(each, tensors, where=folder)
+        named = Path(each.base or "")
+        if each.base and named.is_dir() and not named.samefile(source.folder):
+            print(f"{folder} was trained on {named}; here it acts on {source.folder}")
     if source.trained_adapter is not None:
         trained, step = _restore_adapter(source, config)
         source = source._replace(step=step)

@@ -8,7 +8,7 @@ from internjax.hf.resolve import ABOUT, EXPERIMENT, Source, read_json
 
 METRICS, VERSIONS = "metrics.jsonl", "versions.json"
 # Parts of a run's config that say where and how it ran, and nothing about the model.
-_ELSEWHERE = ("run", "tracking", "checkpoint", "mesh", "fresh")
+_ELSEWHERE = "run tracking checkpoint mesh fresh preflight dry_run profile prompts push".split()
 
 
 def provenance_of(source: Source) -> dict[str, Any]:

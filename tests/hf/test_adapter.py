@@ -249,13 +249,14 @@ def test_adapters_together_are_the_sum_of_each(config, params, tmp_path):
         ({"use_dora": True}, r"lacks base_model.model.model.layers.0.mlp.down_proj.lora_magnitude_vector"),
         ({"bias": "all"}, "bias = 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"down_proj": 8}}, r"factors \(3, 48\) and \(32, 3\); rank 8 on this base"),
+        ({"rank_pattern": {"down_proj": 8}}, r"factors \(3, 48\) and \(32, 3\), adapter_config.json says rank 8"),
         ({"lora_bias": True}, "lora_bias = True is not supported"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'.*path_initial_model_for_weight_conversion"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
         ({"r": None}, "PEFT writes r and lora_alpha"),
-        ({"r": 4}, r"factors \(3, 48\) and \(32, 3\); rank 4 on this base asks for \(4, 48\) and \(32, 4\)"),
+        ({"r": 0}, "r is 0, at least 1 is wanted"),
+        ({"r": 4}, r"layers.0.mlp.down_proj has factors \(3, 48\) and \(32, 3\), adapter_config.json says rank 4"),
     ],
 )
 def test_adapters_of_another_kind_are_refused(tmp_path, config, values, message):

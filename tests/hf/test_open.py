@@ -173,12 +173,14 @@ def test_a_tokenizer_model_is_a_tokenizer(tmp_path, config, make_params):
         assert model.tokenizer.encode(text) == ids
 
 
-def test_an_adapter_folder_and_its_base(params):
+def test_an_adapter_folder_and_its_base(params, capsys):
     wanted = logits_of(merge(params, apply_config(trained_lora(params), LORA)))
     assert np.abs(wanted - logits_of(params)).max() > 0.1
     for name in ("adapter", "base+adapter", "done+adapter", "tuning", "tuning@2"):
         model = open_model(name)
         assert_params(model, half(params) if name.startswith("done") else params)
+        other = "base; here it acts on runs/done/model" in capsys.readouterr().out
+        assert other == name.startswith("done")
         assert model.lora.scale == 2.0
         if not name.startswith("done"):
             np.testing.assert_allclose(logits(model, TOKENS), wanted, atol=2e-5)
@@ -315,6 +317,8 @@ def test_a_mesh_that_does_not_fit_is_refused():
 def test_the_dtype_of_the_computation_is_a_choice():
     model = open_model("base", dtype="bfloat16")
     assert (model.config.dtype, model.config.param_dtype) == ("bfloat16", "float32")
+    with pytest.raises(ValueError, match="dtype 'float8' is none to compute in; give one of float32"):
+        open_model("base", dtype="float8")
     assert model.params["head"]["kernel"].dtype == jnp.float32
 
 

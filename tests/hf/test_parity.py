@@ -130,8 +130,6 @@ def test_a_scalar_head_is_a_stock_sequence_classifier(torch, tmp_path, config, m
 
 
 def test_the_hf_back_end_of_lm_eval_scores_the_same(torch, tmp_path, config, make_params, tokenizer):
-    pytest.importorskip("lm_eval")
-    pytest.importorskip("accelerate")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
