@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines.document import SCHEMA, Corpus, Document, Outcome, Stage, to_batch
+from data_pipelines.document import SCHEMA, Corpus, Decision, Document, Outcome, Stage, to_batch
 from data_pipelines.executors import Map
 from data_pipelines.ledger import FATES, Ledger, StageCount, check, file_of, merge, record
 
@@ -387,7 +387,10 @@ def _decide(
         ]
         new = Path(tempfile.mkdtemp(dir=settings.work / "new"))
         (new / "scratch").mkdir()
-        decision = stage.apply.resolve(sketches, functools.partial(fetch, whole), new / "scratch")
+        # Where all were dropped before, there is nothing to decide.
+        decision = Decision(np.zeros(0, np.int64), [], [])
+        if sketches:
+            decision = stage.apply.resolve(sketches, functools.partial(fetch, whole), new / "scratch")
         shutil.rmtree(new / "scratch")
         bounds = np.searchsorted(decision.rows, firsts)
         for number, (start, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist())):
@@ -451,6 +454,9 @@ def _described(value: Any, stage: str) -> str:
         return f"dict{sorted((again(key), again(each)) for key, each in value.items())}"
     if isinstance(value, np.ndarray):
         return f"array{value.dtype}{value.shape}{hashlib.sha256(np.ascontiguousarray(value)).hexdigest()}"
+    if isinstance(value, pa.Array):
+        whole = pa.record_batch([value], names=["values"]).serialize()
+        return f"{value.type}{len(value)}{hashlib.sha256(whole).hexdigest()}"
     if hasattr(value, "pattern") and hasattr(value, "flags"):
         return f"pattern{value.pattern!r}{value.flags}"
     if callable(value) and hasattr(value, "__qualname__"):

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines import code, sources, wanjuan
 from data_pipelines.chain import Sizes
-from data_pipelines.document import make_document, to_batch
+from data_pipelines.document import Outcome, Stage, make_document, to_batch
 from data_pipelines.ledger import Ledger, explain, fates, summary
 from tests.data_pipelines.test_rules import CHINESE, FUNCTION, GOOD
 
@@ -174,3 +174,11 @@ def test_the_readme_holds(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sources, "package_documents", list)  # its time, not its truth
     exec(compile(program, "README.md", "exec"), {})
     assert capsys.readouterr().out.endswith(": kept\n")
+
+
+def test_all_dropped_before_a_decision_over_the_corpus_is_said():
+    """Batches of which nothing is left reach no sketch."""
+    documents = [make_document("no", source="s", path=f"{n}.txt") for n in range(3)]
+    gone = Stage("gone", "batch", lambda batch: Outcome(batch, ["gone"] * batch.num_rows, [None] * batch.num_rows))
+    with pytest.raises(ValueError, match=r"all 3 documents were dropped: gone \(3\)"):
+        wanjuan.run_chain(documents, (gone, *wanjuan.REFERENCE_TEXT), Ledger())
