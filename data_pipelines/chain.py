@@ -249,7 +249,7 @@ def _input(task: Task, ledger: Ledger, set_aside: Any) -> Iterator[tuple[np.ndar
             ledger.unreadable[file_of(message)] += 1
             set_aside.write(message.replace("\n", " ").encode("utf-8", "replace").decode() + "\n")
 
-        for batch in _batches(task.given.read(None if task.settings.strict else bad), task.settings.sizes):
+        for batch in batches(task.given.read(None if task.settings.strict else bad), task.settings.sizes):
             yield np.arange(batch.num_rows), batch
         return
     newest = task.given.decisions[-1:]
@@ -272,7 +272,8 @@ def _places(rows: np.ndarray, drops: pa.Table) -> tuple[list[int], list[int]]:
     return at.tolist(), found.tolist()
 
 
-def _batches(documents: Iterable[Document], sizes: Sizes) -> Iterator[pa.RecordBatch]:
+def batches(documents: Iterable[Document], sizes: Sizes) -> Iterator[pa.RecordBatch]:
+    """The documents in record batches of at most about `sizes.batch_bytes`."""
     waiting: list[Document] = []
     num_characters = 0
     for document in documents:
@@ -288,14 +289,11 @@ def _batches(documents: Iterable[Document], sizes: Sizes) -> Iterator[pa.RecordB
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> pa.ipc.RecordBatchFileReader:
-    return pa.ipc.open_file(pa.memory_map(str(path)))
-
-
 def _file_batches(path: Path) -> list[pa.RecordBatch]:
     """The batches of a file, memory-mapped: what is not looked at is not read."""
-    reader = _open(path)
-    return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    with pa.memory_map(str(path)) as file:  # the mapping lives as long as the batches; the file is closed at once
+        reader = pa.ipc.open_file(file)
+        return [reader.get_batch(number) for number in range(reader.num_record_batches)]
 
 
 def _shard(part: Path, given: Unit | Shard) -> Shard:
@@ -310,7 +308,7 @@ def _part_ledger(part: Path) -> Ledger:
 
 
 def _read_decision(path: Path) -> pa.Table:
-    return _open(path).read_all()
+    return pa.Table.from_batches(_file_batches(path), DECISION)
 
 
 def _batches_of(shard: Shard) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
@@ -346,8 +344,8 @@ class Places(NamedTuple):
 
 
 def places(paths: Sequence[Path]) -> Places:
-    batches = [batch for path in paths for batch in _file_batches(path)]
-    return Places(batches, np.cumsum([0, *(batch.num_rows for batch in batches)]))
+    found = [batch for path in paths for batch in _file_batches(path)]
+    return Places(found, np.cumsum([0, *(batch.num_rows for batch in found)]))
 
 
 def fetch(whole: Places, rows: np.ndarray, *, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.RecordBatch:
@@ -439,7 +437,7 @@ def _described(value: Any, stage: str) -> str:
     if isinstance(value, FunctionType):
         cells = [again(cell.cell_contents) for cell in value.__closure__ or ()]
         defaults = [again(value.__defaults__), again(value.__kwdefaults__)]
-        return f"{value.__module__}.{value.__qualname__}{again(value.__code__)}{cells}{defaults}"
+        return f"{value.__qualname__}{again(value.__code__)}{cells}{defaults}"
     if isinstance(value, CodeType):
         return f"{value.co_code.hex()}{[again(constant) for constant in value.co_consts]}{value.co_names}"
     if isinstance(value, functools.partial):

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipelines.document import Corpus, Decision, Fetch
-from data_pipelines.rules import Words, find_words, power_of_two
+from data_pipelines.rules import Words, find_words, plain_rows, power_of_two
 
 NUM_HASHES = 128
 SHINGLE_WORDS = 5
@@ -123,14 +123,20 @@ def _name(high: np.uint64, low: np.uint64) -> str:
 
 def sketch_exact(batch: pa.RecordBatch) -> pa.RecordBatch:
     """Returns identity and 128-bit key of every row."""
-    keys = b"".join(_key(text) for text in batch.column("text").to_pylist())
-    halves = np.frombuffer(keys, np.uint64).reshape(batch.num_rows, 2)
+    edited = plain_rows(batch)
+    content, bounds = memoryview(edited.data), edited.offsets.tolist()
+    texts = batch.column("text")
+    keys = bytearray()
+    for row, is_hard in enumerate(edited.hard.tolist()):
+        raw = plain_text(texts[row].as_py()).encode() if is_hard else content[bounds[row] : bounds[row + 1]]
+        keys += hashlib.blake2b(raw, digest_size=16).digest()
+    halves = np.frombuffer(bytes(keys), np.uint64).reshape(batch.num_rows, 2)
     return pa.record_batch(_identity(batch) | {"key_a": pa.array(halves[:, 0]), "key_b": pa.array(halves[:, 1])})
 
 
-def _key(text: str) -> bytes:
-    plain = _SPACE.sub(" ", text).strip().lower()
-    return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def plain_text(text: str) -> str:
+    """Returns the text in lower case, each run of white space one space, none at the ends."""
+    return _SPACE.sub(" ", text).strip().lower()
 
 
 def resolve_exact(sketches: Sequence[pa.RecordBatch], fetch: Fetch, scratch: Path) -> Decision:

@@ -151,9 +151,10 @@ def to_documents(batch: pa.RecordBatch) -> list[Document]:
     return [Document(*row) for row in zip(*(columns[name] for name in Document._fields), strict=True)]
 
 
-def with_text(batch: pa.RecordBatch, texts: Sequence[str]) -> pa.RecordBatch:
+def with_text(batch: pa.RecordBatch, texts: Sequence[str] | pa.Array) -> pa.RecordBatch:
     """The batch with another text column; ids stay those of the raw documents."""
-    return batch.set_column(SCHEMA.get_field_index("text"), SCHEMA.field("text"), pa.array(texts, pa.large_string()))
+    column = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.large_string())
+    return batch.set_column(SCHEMA.get_field_index("text"), SCHEMA.field("text"), column)
 
 
 class TextBuffer(NamedTuple):

@@ -74,37 +74,60 @@ def _kind(data, at, end):
     return 3
 
 
+def _word_bytes():
+    """ASCII word byte -> its lower case; 0 for all other bytes."""
+    table = np.zeros(256, np.uint8)
+    for byte in b"0123456789_abcdefghijklmnopqrstuvwxyz":
+        table[byte] = byte
+        if byte >= 97:
+            table[byte - 32] = byte
+    return table
+
+
+LOWER = _word_bytes()
+
+
 @compiled
 def words(data, offsets, hashes, lengths, flags, starts):
     """Number of words found; hash, bytes and flags of each; those of document d lie at starts[d]:starts[d + 1].
 
-    The hash is FNV-1a over the bytes, ASCII letters in lower case. The three arrays must hold a value per byte of text.
+    The hash is FNV-1a over the bytes, ASCII letters in lower case. The three arrays must hold two values per three
+    bytes of text, and one more.
     """
     filled = 0
     for document in range(offsets.shape[0] - 1):
         starts[document] = filled
         at, end = offsets[document], offsets[document + 1]
         while at < end:
-            kind = _kind(data, at, end)
-            if kind == 0:
-                at += _width(data[at])
-                continue
-            value, flag, begin = np.uint64(FNV_OFFSET), np.uint8(kind != 1), at
-            while True:
-                stop = min(at + _width(data[at]), end)
-                while at < stop:
-                    byte = data[at]
-                    if 65 <= byte <= 90:
-                        byte += np.uint8(32)
-                    if 97 <= byte <= 122:
-                        flag |= np.uint8(1)
-                    value = (value ^ np.uint64(byte)) * np.uint64(FNV_PRIME)
+            byte = data[at]
+            value, begin = np.uint64(FNV_OFFSET), at
+            lowered = LOWER[byte]
+            if lowered != 0:
+                flag = np.uint8(0)
+                while lowered != 0:
+                    value = (value ^ np.uint64(lowered)) * np.uint64(FNV_PRIME)
+                    flag |= np.uint8(lowered >= 97)
                     at += 1
-                if kind == 2 or at >= end or _kind(data, at, end) != kind:
-                    break
+                    lowered = LOWER[data[at]] if at < end else np.uint8(0)
+            elif byte < 0x80:
+                at += 1
+                continue
+            else:
+                kind = _kind(data, at, end)
+                if kind == 0:
+                    at += _width(byte)
+                    continue
+                while True:
+                    stop = min(at + _width(data[at]), end)
+                    while at < stop:
+                        value = (value ^ np.uint64(data[at])) * np.uint64(FNV_PRIME)
+                        at += 1
+                    if kind == 2 or at >= end or _kind(data, at, end) != kind:
+                        break
+                flag = np.uint8(3) if kind == 2 else np.uint8(1)
             hashes[filled] = value
             lengths[filled] = at - begin
-            flags[filled] = np.uint8(3) if kind == 2 else flag
+            flags[filled] = flag
             filled += 1
     starts[offsets.shape[0] - 1] = filled
     return filled
@@ -337,50 +360,68 @@ def measures(data, offsets, table, out):
         _count_lines(data, offsets[document], offsets[document + 1], table, row)
 
 
+def _ascii_classes():
+    """ASCII byte -> 0 white space, 1 letter, 2 digit, 3 newline, 4 control, 5 punctuation; 6 for other bytes."""
+    table = np.full(256, 6, np.uint8)
+    for byte in range(128):
+        character = chr(byte)
+        if character.isalpha():
+            table[byte] = 1
+        elif character.isdigit():
+            table[byte] = 2
+        elif byte in (9, 13, 32):
+            table[byte] = 0
+        else:
+            table[byte] = 3 if byte == 10 else 4 if byte < 32 or byte == 127 else 5
+    return table
+
+
+ASCII_CLASS = _ascii_classes()
+
+
 @compiled
 def _count_characters(data, begin, end, row):
-    was_terminal = False
+    seen = np.zeros(6, np.int64)
+    hashes, braces, ellipses, sentences, han, letters, replacements = 0, 0, 0, 0, 0, 0, 0
+    controls, punctuation, others = 0, 0, 0
     at = begin
     while at < end:
         byte = data[at]
-        terminal = False
-        row[CHARACTERS] += 1
-        if byte < 0x80:
-            if 65 <= byte <= 90 or 97 <= byte <= 122:
-                row[LETTERS] += 1
-            elif 48 <= byte <= 57:
-                row[DIGITS] += 1
-            elif byte == 10:
-                row[NEWLINES] += 1
-            elif byte < 32 or byte == 127:
-                row[CONTROLS] += byte != 9 and byte != 13
-            elif byte > 32:
-                row[PUNCTUATION] += 1
-                row[HASHES] += byte == 35
-                row[BRACES] += byte == 123
-                terminal = byte == 46 or byte == 33 or byte == 63
-                if byte == 46 and at + 2 < end and data[at + 1] == 46 and data[at + 2] == 46:
-                    row[ELLIPSES] += at == begin or data[at - 1] != 46
-        else:
-            kind = _kind(data, at, end)
-            row[HAN] += kind == 2
-            row[LETTERS] += kind >= 2
-            if kind == 0:
-                second = data[at + 1] if at + 1 < end else np.uint8(0)
-                third = data[at + 2] if at + 2 < end else np.uint8(0)
-                if byte == 0xEF and second == 0xBF and third == 0xBD:
-                    row[REPLACEMENTS] += 1
-                elif byte == 0xC2 and second < 0xA0:
-                    row[CONTROLS] += 1
-                else:
-                    row[PUNCTUATION] += 1
-                    row[ELLIPSES] += byte == 0xE2 and second == 0x80 and third == 0xA6
-                    row[SENTENCES] += byte != 0xE2 and _is_terminal(data, at, end)
-        if was_terminal and (byte == 32 or byte == 10 or byte == 9 or byte == 34 or byte == 39):
-            row[SENTENCES] += 1
-        was_terminal = terminal
+        kind = ASCII_CLASS[byte]
+        if kind < 6:
+            seen[kind] += 1
+            at += 1
+            if kind == 5:
+                hashes += byte == 35
+                braces += byte == 123
+                if byte == 46 or byte == 33 or byte == 63:
+                    # A sentence ends where its mark is followed by white space or a quotation mark, or by nothing.
+                    after = data[at] if at < end else np.uint8(32)
+                    sentences += after == 32 or after == 10 or after == 9 or after == 34 or after == 39
+                    if byte == 46 and at + 1 < end and data[at] == 46 and data[at + 1] == 46:
+                        ellipses += at - 1 == begin or data[at - 2] != 46
+            continue
+        others += 1
+        kind = _kind(data, at, end)
+        han += kind == 2
+        letters += kind >= 2
+        if kind == 0:
+            second = data[at + 1] if at + 1 < end else np.uint8(0)
+            third = data[at + 2] if at + 2 < end else np.uint8(0)
+            if byte == 0xEF and second == 0xBF and third == 0xBD:
+                replacements += 1
+            elif byte == 0xC2 and second < 0xA0:
+                controls += 1
+            else:
+                punctuation += 1
+                ellipses += byte == 0xE2 and second == 0x80 and third == 0xA6
+                sentences += byte != 0xE2 and _is_terminal(data, at, end)
         at += _width(byte)
-    row[SENTENCES] += was_terminal
+    row[CHARACTERS] = others + seen.sum()
+    row[HAN], row[HASHES], row[ELLIPSES], row[BRACES] = han, hashes, ellipses, braces
+    row[LETTERS], row[DIGITS], row[NEWLINES] = letters + seen[1], seen[2], seen[3]
+    row[CONTROLS], row[PUNCTUATION] = controls + seen[4], punctuation + seen[5]
+    row[REPLACEMENTS], row[SENTENCES] = replacements, sentences
 
 
 @compiled
@@ -436,42 +477,12 @@ def _count_lines(data, at, end, table, row):
 
 
 @compiled
-def top_ngrams(hashes, lengths, starts, n, table, counts, out):
-    """Fills out[d]: bytes of the most costly n-gram's occurrences over bytes of all words (arXiv:2112.11446, A1.1).
+def duplicate_ngrams(hashes, lengths, starts, n, table, rows, out):
+    """Fills out[d] for the documents `rows`: bytes of words inside n-grams met before over bytes of all words.
 
-    `table` and `counts` are scratch space: a power of two, at least twice the words of any document.
+    The scan jumps n after a hit (arXiv:2112.11446, A1.1).
     """
-    for document in range(starts.shape[0] - 1):
-        start, end = starts[document], starts[document + 1]
-        size = 16
-        while size < 2 * (end - start):
-            size *= 2
-        table[:size] = 0
-        counts[:size] = 0
-        mask, total, most = np.uint64(size - 1), 0, 0
-        for i in range(start, end):
-            total += lengths[i]
-            if i + n > end:
-                continue
-            value, gram_bytes = np.uint64(n), 0
-            for k in range(n):
-                value = _combine(value, hashes[i + k])
-                gram_bytes += lengths[i + k]
-            value |= np.uint64(1)
-            slot = (value ^ (value >> np.uint64(32))) & mask
-            while table[slot] != 0 and table[slot] != value:
-                slot = (slot + np.uint64(1)) & mask
-            table[slot] = value
-            counts[slot] += 1
-            if counts[slot] > 1:
-                most = max(most, counts[slot] * gram_bytes)
-        out[document] = min(most / total, 1.0) if total > 0 else 0.0
-
-
-@compiled
-def duplicate_ngrams(hashes, lengths, starts, n, table, out):
-    """Fills out[d]: bytes of words inside n-grams met before over bytes of all words; the scan jumps n after a hit."""
-    for document in range(starts.shape[0] - 1):
+    for document in rows:
         start, end = starts[document], starts[document + 1]
         size = 16
         while size < 2 * (end - start):
@@ -491,3 +502,67 @@ def duplicate_ngrams(hashes, lengths, starts, n, table, out):
             else:
                 i += 1
         out[document] = inside / total if total > 0 else 0.0
+
+
+@compiled
+def _count_grams(hashes, lengths, start, end, n, alive, table, counts, slots):
+    """(bytes of the most costly n-gram's occurrences, bytes of words inside n-grams met before) of one document.
+
+    Looks at the n-grams whose place i has alive[i - start], and leaves there whether the n-gram is repeated.
+    """
+    looked = 0
+    for i in range(start, end - n + 1):
+        looked += alive[i - start]
+    size = 16
+    while size < 2 * looked:
+        size *= 2
+    table[:size] = 0
+    counts[:size] = 0
+    mask, most, inside, covered = np.uint64(size - 1), 0, 0, start
+    for i in range(start, end - n + 1):
+        if not alive[i - start]:
+            continue
+        value, gram_bytes = np.uint64(n), 0
+        for k in range(n):
+            value = _combine(value, hashes[i + k])
+            gram_bytes += lengths[i + k]
+        value |= np.uint64(1)
+        slot = (value ^ (value >> np.uint64(32))) & mask
+        while table[slot] != 0 and table[slot] != value:
+            slot = (slot + np.uint64(1)) & mask
+        table[slot] = value
+        counts[slot] += 1
+        slots[i - start] = slot
+        if counts[slot] > 1:
+            most = max(most, counts[slot] * gram_bytes)
+            for word in range(max(covered, i), i + n):
+                inside += lengths[word]
+            covered = i + n
+    for i in range(start, end - n + 1):
+        alive[i - start] = alive[i - start] and counts[slots[i - start]] > 1
+    return most, inside
+
+
+@compiled
+def repetition(hashes, lengths, starts, table, counts, slots, alive, top, cover):
+    """Fills top[d]: bytes of the most costly 2-, 3- and 4-gram's occurrences over bytes of all words (arXiv:2112.11446,
+    A1.1); and cover[d]: no share of `duplicate_ngrams` from 5 on is larger.
+
+    An n-gram can only be repeated where the (n - 1)-grams it begins and ends with are, so few are looked at. The words
+    inside 5-grams met before hold those inside longer ones.
+    Scratch space: table, counts: a power of two, at least twice the words of any document; slots, alive: as many words.
+    """
+    for document in range(starts.shape[0] - 1):
+        start, end = starts[document], starts[document + 1]
+        total = 0
+        for word in range(start, end):
+            total += lengths[word]
+        alive[: end - start] = True
+        for n in range(2, 6):
+            most, inside = _count_grams(hashes, lengths, start, end, n, alive, table, counts, slots)
+            if n < 5:
+                top[document, n - 2] = min(most / total, 1.0) if total > 0 else 0.0
+                for i in range(end - start - n):
+                    alive[i] = alive[i] and alive[i + 1]
+            else:
+                cover[document] = inside / total if total > 0 else 0.0

@@ -278,7 +278,7 @@ def remember_kept(ledger: Ledger, documents: Iterable[Document]) -> None:
     ledger.kept_ids.update(document.id for document in documents)
 
 
-_PLACE = re.compile(r"(.+?)(?::\d+)?: ")
+_PLACE = re.compile(r"(.+?)(?::\d+(?:\[\d+\])?)?: ")
 
 
 def file_of(message: str) -> str:

@@ -121,7 +121,7 @@ def find_words(batch: pa.RecordBatch) -> Words:
     from data_pipelines import kernels
 
     data, offsets = text_buffer(batch)
-    size = int(offsets[-1] - offsets[0]) + 1
+    size = 2 * int(offsets[-1] - offsets[0]) // 3 + 2
     hashes, lengths, flags = np.empty(size, np.uint64), np.empty(size, np.int32), np.empty(size, np.uint8)
     starts = np.zeros(len(offsets), np.int64)
     found = kernels.words(data, offsets, hashes, lengths, flags, starts)
@@ -146,7 +146,10 @@ def text_rules(rules: TextRules) -> Callable[[pa.RecordBatch], Outcome]:
 
 
 def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
-    """Returns every measure of the batch beside its bound; the order decides which reason is recorded first."""
+    """Returns every measure of the batch beside its bound; the order decides which reason is recorded first.
+
+    Shares of duplicate n-grams are 0 where they cannot reach the least of their bounds.
+    """
     from data_pipelines import kernels as k
 
     data, offsets = text_buffer(batch)
@@ -162,8 +165,13 @@ def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
     spaced_D = count[k.HAN] < 0.3 * np.maximum(count[k.LETTERS], 1)  # scripts that put spaces between words
     mean_D = _sum(words, words.lengths) / some_D
     alphabetic_D = _sum(words, words.flags & k.WORD_HAS_LETTER) / some_D
-    ngrams = zip(k.TOP_NGRAMS, rules.max_top_ngram_bytes, strict=True)
-    repeats = zip(k.DUPLICATE_NGRAMS, rules.max_duplicate_ngram_bytes, strict=True)
+    top_D3, cover_D = repetition(words)
+    ngrams = zip(k.TOP_NGRAMS, top_D3.T, rules.max_top_ngram_bytes, strict=True)
+    suspects = np.flatnonzero(cover_D > min(rules.max_duplicate_ngram_bytes))  # no other row can break a bound
+    repeats = [
+        (n, duplicate_ngram_share(words, n, rows=suspects), bound)
+        for n, bound in zip(k.DUPLICATE_NGRAMS, rules.max_duplicate_ngram_bytes, strict=True)
+    ]
     return [
         Check("few_words", num_D, "below", rules.min_words),
         Check("many_words", num_D, "above", rules.max_words),
@@ -190,8 +198,8 @@ def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
         Check("duplicate_lines", count[k.DUPLICATE_LINES], "above", rules.max_duplicate_lines),
         Check("duplicate_line_bytes", count[k.DUPLICATE_LINE_BYTES], "above", rules.max_duplicate_line_bytes),
         Check("duplicate_paragraphs", count[k.DUPLICATE_PARAGRAPHS], "above", rules.max_duplicate_paragraphs),
-        *(Check(f"top_{n}gram", top_ngram_share(words, n), "above", bound) for n, bound in ngrams),
-        *(Check(f"duplicate_{n}grams", duplicate_ngram_share(words, n), "above", bound) for n, bound in repeats),
+        *(Check(f"top_{n}gram", values, "above", bound) for n, values, bound in ngrams),
+        *(Check(f"duplicate_{n}grams", values, "above", bound) for n, values, bound in repeats),
     ]
 
 
@@ -223,24 +231,39 @@ def _contains(batch: pa.RecordBatch, text: str) -> np.ndarray:
     return pc.match_substring(batch.column("text"), text, ignore_case=True).to_numpy(zero_copy_only=False).astype(float)
 
 
-def top_ngram_share(words: Words, n: int) -> np.ndarray:
-    """Returns per row the bytes of its most costly repeated n-gram over the bytes of its words."""
+class Repetition(NamedTuple):
+    """Shares of the bytes of the words: of the top 2-, 3- and 4-gram; a bound on those of longer duplicate n-grams."""
+
+    top_D3: np.ndarray
+    cover_D: np.ndarray
+
+
+def repetition(words: Words) -> Repetition:
+    """Returns how much of every row repeats itself."""
     from data_pipelines import kernels
 
-    size = power_of_two(2 * int(np.diff(words.starts).max(initial=0)))
-    out_D = np.zeros(len(words.starts) - 1)
+    num_rows, most = len(words.starts) - 1, int(np.diff(words.starts).max(initial=0))
+    size = power_of_two(2 * most)
     tables = np.zeros(size, np.uint64), np.zeros(size, np.int32)
-    kernels.top_ngrams(words.hashes, words.lengths, words.starts, n, *tables, out_D)
-    return out_D
+    scratch = np.zeros(most + 1, np.int64), np.zeros(most + 1, bool)
+    top_D3, cover_D = np.zeros((num_rows, len(kernels.TOP_NGRAMS))), np.zeros(num_rows)
+    kernels.repetition(words.hashes, words.lengths, words.starts, *tables, *scratch, top_D3, cover_D)
+    return Repetition(top_D3, cover_D)
 
 
-def duplicate_ngram_share(words: Words, n: int) -> np.ndarray:
-    """Returns per row the bytes of words inside n-grams met before over the bytes of its words."""
+def top_ngram_share(words: Words, n: int) -> np.ndarray:
+    """Returns per row the bytes of its most costly repeated n-gram, n from 2 to 4, over the bytes of its words."""
+    return repetition(words).top_D3[:, n - 2]
+
+
+def duplicate_ngram_share(words: Words, n: int, *, rows: np.ndarray | None = None) -> np.ndarray:
+    """Returns per row the bytes of words inside n-grams met before over those of all words; 0 in rows not named."""
     from data_pipelines import kernels
 
-    size = power_of_two(2 * int(np.diff(words.starts).max(initial=0)))
     out_D = np.zeros(len(words.starts) - 1)
-    kernels.duplicate_ngrams(words.hashes, words.lengths, words.starts, n, np.zeros(size, np.uint64), out_D)
+    rows = np.arange(len(out_D)) if rows is None else rows
+    size = power_of_two(2 * int(np.diff(words.starts)[rows].max(initial=0)))
+    kernels.duplicate_ngrams(words.hashes, words.lengths, words.starts, n, np.zeros(size, np.uint64), rows, out_D)
     return out_D
 
 
@@ -250,9 +273,10 @@ INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\uf
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
 TRAILING = re.compile(r"[ \t\u3000\xa0]+$", re.MULTILINE)
 BLANK_RUN = re.compile(r"\n{4,}")
-POLICY = re.compile(
-    r"javascript|terms of use|privacy policy|cookie policy|uses cookies|use of cookies|use cookies", re.IGNORECASE
-)
+POLICY_PHRASES = (
+    "javascript", "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies",
+)  # fmt: skip
+POLICY = re.compile("|".join(POLICY_PHRASES), re.IGNORECASE)
 CITATION = re.compile(r"\[(\d+|edit|citation needed)\]")
 
 
@@ -275,15 +299,85 @@ def clean_lines(text: str) -> str:
     return "\n".join(CITATION.sub("", line) for line in text.split("\n") if not POLICY.search(line))
 
 
-def edit(change: Callable[[str], str]) -> Callable[[pa.RecordBatch], Outcome]:
-    """Returns the stage that changes every text and drops those of which nothing is left ("empty")."""
+class Edited(NamedTuple):
+    """Bytes of the edited rows end to end, where each starts, and which rows are left to the edit's definition."""
+
+    data: np.ndarray
+    offsets: np.ndarray
+    hard: np.ndarray
+
+
+def _compiled_edit(batch: pa.RecordBatch, kernel: Callable[..., None], *arguments: np.ndarray) -> Edited:
+    data, offsets = text_buffer(batch)
+    out = np.empty(int(offsets[-1] - offsets[0]) + batch.num_rows + 1, np.uint8)
+    edited = Edited(out, np.zeros(batch.num_rows + 1, np.int64), np.zeros(batch.num_rows, bool))
+    kernel(data, offsets, *arguments, *edited)
+    return edited
+
+
+def normalise_rows(batch: pa.RecordBatch) -> Edited:
+    """`normalise_text`, compiled."""
+    from data_pipelines import editing
+
+    return _compiled_edit(batch, editing.normalise)
+
+
+def clean_rows(batch: pa.RecordBatch) -> Edited:
+    """`clean_lines`, compiled."""
+    from data_pipelines import editing
+
+    phrases = [phrase.encode() for phrase in POLICY_PHRASES]
+    starts = np.cumsum([0, *map(len, phrases)])
+    return _compiled_edit(batch, editing.clean_lines, np.frombuffer(b"".join(phrases), np.uint8), starts)
+
+
+def plain_rows(batch: pa.RecordBatch) -> Edited:
+    """The text as exact duplicates compare it (`dedup.plain_text`), compiled."""
+    from data_pipelines import editing
+
+    return _compiled_edit(batch, editing.plain)
+
+
+def edit(
+    change: Callable[[str], str], fast: Callable[[pa.RecordBatch], Edited] | None = None
+) -> Callable[[pa.RecordBatch], Outcome]:
+    """Returns the stage that changes every text and drops those of which nothing is left ("empty").
+
+    fast: the same change for whole batches; `change` edits the rows that it leaves.
+    """
 
     def apply(batch: pa.RecordBatch) -> Outcome:
-        texts = [change(text) for text in batch.column("text").to_pylist()]
-        reasons = [None if text.strip() else "empty" for text in texts]
+        if fast is None or batch.num_rows == 0:
+            texts = pa.array([change(text) for text in batch.column("text").to_pylist()], pa.large_string())
+        else:
+            texts = _texts(batch, fast(batch), change)
+        reasons: list[str | None] = [None] * batch.num_rows
+        for row in np.flatnonzero(_may_be_blank(texts)).tolist():
+            reasons[row] = None if texts[row].as_py().strip() else "empty"
         return Outcome(with_text(batch, texts), reasons, [reason and "no character is left" for reason in reasons])
 
     return apply
+
+
+def _texts(batch: pa.RecordBatch, edited: Edited, change: Callable[[str], str]) -> pa.Array:
+    """The edited texts as one column."""
+    buffers = [None, pa.py_buffer(edited.offsets), pa.py_buffer(edited.data[: edited.offsets[-1]])]
+    texts = pa.LargeStringArray.from_buffers(batch.num_rows, buffers[1], buffers[2])
+    rows = np.flatnonzero(edited.hard)
+    if not len(rows):
+        return texts
+    others = pa.array([change(text) for text in batch.column("text").take(pa.array(rows)).to_pylist()], texts.type)
+    where = np.arange(batch.num_rows)
+    where[rows] = batch.num_rows + np.arange(len(rows))
+    return pa.concat_arrays([texts, others]).take(pa.array(where))
+
+
+def _may_be_blank(texts: pa.Array) -> np.ndarray:
+    """Rows whose first 64 characters are white space, or that are empty."""
+    import pyarrow.compute as pc
+
+    heads = pc.utf8_slice_codeunits(texts, 0, 64)
+    return pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(heads)), 0).to_numpy(zero_copy_only=False)
 
 
 # --- code ------------------------------------------------------------------------------------------------------------

@@ -293,8 +293,17 @@ def _set_aside(message: str, on_bad_row: BadRow) -> None:
     on_bad_row(message)
 
 
-def cut(file: File, *, size: int) -> Cut:
-    """The file in slices of about `size` bytes, or the reason why it cannot be read."""
+def cut(files: Iterable[File], *, size: int) -> Cut:
+    """The files in slices of about `size` bytes, and the reasons why some cannot be read."""
+    found = Cut([], [])
+    for file in files:
+        slices, bad = _cut(file, size)
+        found.slices.extend(slices)
+        found.bad.extend(bad)
+    return found
+
+
+def _cut(file: File, size: int) -> Cut:
     try:
         if file.path.suffix.lower() == ".jsonl":
             slices = list(_cut_lines(file, size))
@@ -347,11 +356,13 @@ def _cut_row_groups(file: File, size: int, digest: str) -> Iterator[Slice]:
 def groups(slices: Iterable[Slice], *, size: int) -> Iterator[list[Slice]]:
     """The slices, in order, in groups of about `size` bytes."""
     waiting: list[Slice] = []
+    num_bytes = 0
     for piece in slices:
         waiting.append(piece)
-        if sum(each.num_bytes for each in waiting) >= size:
+        num_bytes += piece.num_bytes
+        if num_bytes >= size:
             yield waiting
-            waiting = []
+            waiting, num_bytes = [], 0
     if waiting:
         yield waiting
 

@@ -56,9 +56,11 @@ from data_pipelines.rules import (
     WEB,
     CodeRules,
     clean_lines,
+    clean_rows,
     code_rules,
     edit,
     normalise_code,
+    normalise_rows,
     normalise_text,
     text_rules,
 )
@@ -113,14 +115,14 @@ def _mixed(code: Sequence[Stage], text: Sequence[Stage]) -> tuple[Stage, ...]:
 
 
 WEB_TEXT = (
-    Stage("normalise", "batch", edit(normalise_text)),
-    Stage("clean_lines", "batch", edit(clean_lines)),
+    Stage("normalise", "batch", edit(normalise_text, normalise_rows)),
+    Stage("clean_lines", "batch", edit(clean_lines, clean_rows)),
     Stage("rules", "batch", text_rules(WEB)),
     Stage("exact_duplicates", "corpus", exact_duplicates),
     Stage("near_duplicates", "corpus", near_duplicates(NearDuplicates())),
 )
 REFERENCE_TEXT = (
-    Stage("normalise", "batch", edit(normalise_text)),
+    Stage("normalise", "batch", edit(normalise_text, normalise_rows)),
     Stage("rules", "batch", text_rules(REFERENCE)),
     Stage("exact_duplicates", "corpus", exact_duplicates),
     Stage("near_duplicates", "corpus", near_duplicates(NearDuplicates())),
@@ -287,14 +289,16 @@ def run_files(
     if folder.exists() and not (folder / "ledger.json").is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and was not written by this command (no ledger.json); give another --output")
     bad: list[str] = []
-    files = sources.find_files(paths, on_bad_row=None if strict else bad.append)
+    # Absolute, because the workers of a cluster run in folders of their own.
+    files = sources.find_files([Path(path).absolute() for path in paths], on_bad_row=None if strict else bad.append)
+    lists = [files[start : start + 64] for start in range(0, len(files), 64)]
     slices = []
-    for number, found in enumerate(run_tasks(functools.partial(sources.cut, size=sizes.unit_bytes), files), 1):
+    for number, found in enumerate(run_tasks(functools.partial(sources.cut, size=sizes.unit_bytes), lists), 1):
         if strict and found.bad:
             raise ValueError(found.bad[0])
         slices += found.slices
         bad += found.bad
-        progress("look at the files", number, len(files))
+        progress("look at the files", min(64 * number, len(files)), len(files))
     work = folder.with_name(f".{folder.name}.work")
     with chain.locked(work):
         settings = chain.Settings(work.resolve(), sizes, strict, keep_dropped)
@@ -311,17 +315,19 @@ def run_files(
 @contextlib.contextmanager
 def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
     """Gives what shows (what, done, of how many): a bar on a terminal, a line per step of the chain elsewhere."""
+    tqdm: Any = None
+    if sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
     bar: Any = None
     label_now = ""
 
     def show(label: str, done: int, total: int) -> None:
         nonlocal bar, label_now
-        if not sys.stderr.isatty():
+        if tqdm is None:
             if done == total:
                 print(f"{label}: {done} of {total}", file=sys.stderr, flush=True)
             return
-        from tqdm import tqdm
-
         if label != label_now or bar is None:
             if bar is not None:
                 bar.close()

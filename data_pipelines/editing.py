@@ -1,0 +1,269 @@
+"""Compiled forms of the edits that `rules.py` and `dedup.py` define by regular expressions, for most texts.
+
+Each writes the edited bytes of all documents end to end and gives up a document (hard[d] = True, nothing written) where
+it holds a character that this file does not settle: one that NFC may change or join to its neighbours, a cased letter
+beyond Latin-1, rare white space. The definitions then edit that document; a test compares both on every code point.
+"""
+
+import numpy as np
+
+from data_pipelines.kernels import compiled
+
+COPY, DROP, HARD = 0, 1, 2
+
+
+@compiled
+def _settled(data, at, end):
+    """What becomes of the non-ASCII character at `at`: COPY (NFC leaves it, alone and beside others), DROP, or HARD."""
+    byte = data[at]
+    second = data[at + 1] if at + 1 < end else np.uint8(0)
+    third = data[at + 2] if at + 2 < end else np.uint8(0)
+    if 0xE4 <= byte <= 0xE9 or 0xC3 <= byte <= 0xCB or byte == 0xD0 or byte == 0xD1 or byte == 0xCF:
+        return COPY
+    if byte == 0xC2:  # controls but U+0085, and the soft hyphen
+        return DROP if (second < 0xA0 and second != 0x85) or second == 0xAD else COPY
+    if byte == 0xCE:
+        return HARD if second == 0x87 else COPY
+    if byte == 0xE2:
+        if second == 0x80:
+            if third <= 0x81:
+                return HARD
+            return DROP if 0x8B <= third <= 0x8F or 0xAA <= third <= 0xAE else COPY
+        if second == 0x81:
+            return DROP if 0xA0 <= third <= 0xA4 or 0xA6 <= third <= 0xA9 else COPY
+        if second == 0x82 or 0x85 <= second <= 0x8B or 0x8D <= second <= 0xAA:
+            return COPY
+        return HARD if second != 0x8C or third == 0xA9 or third == 0xAA else COPY
+    if byte == 0xE3:
+        if (second == 0x80 and 0xAA <= third <= 0xAF) or (second == 0x82 and (third == 0x99 or third == 0x9A)):
+            return HARD
+        return COPY
+    if 0xEB <= byte <= 0xEC or (byte == 0xEA and second >= 0xB0) or (byte == 0xED and second < 0x9E):
+        return COPY
+    if byte == 0xEF:
+        if second == 0xBB and third == 0xBF:
+            return DROP
+        return COPY if second >= 0xBC or second < 0xA4 else HARD
+    return COPY if byte == 0xF0 and second == 0x9F else HARD
+
+
+@compiled
+def _char_bytes(byte):
+    return 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+
+
+@compiled
+def _without_trailing(out, start, stop):
+    """End of out[start:stop] without spaces, tabs, U+00A0 and U+3000 at its end."""
+    while stop > start:
+        last = out[stop - 1]
+        if last == 32 or last == 9:
+            stop -= 1
+        elif last == 0xA0 and stop - start >= 2 and out[stop - 2] == 0xC2:
+            stop -= 2
+        elif last == 0x80 and stop - start >= 3 and out[stop - 2] == 0x80 and out[stop - 3] == 0xE3:
+            stop -= 3
+        else:
+            break
+    return stop
+
+
+@compiled
+def normalise(data, offsets, out, out_offsets, hard):
+    """`rules.normalise_text`; `out` must hold all bytes and one more per document."""
+    filled = np.int64(0)
+    out_offsets[0] = 0
+    for document in range(offsets.shape[0] - 1):
+        at, end = offsets[document], offsets[document + 1]
+        first = line = filled
+        newlines = 0
+        hard[document] = False
+        while at < end:
+            byte = data[at]
+            if byte >= 0x80:
+                what = _settled(data, at, end)
+                if what == HARD:
+                    hard[document] = True
+                    break
+                size = _char_bytes(byte)
+                if what == COPY:
+                    for i in range(at, at + size):
+                        out[filled] = data[i]
+                        filled += 1
+                at += size
+                continue
+            at += 1
+            if byte >= 32 and byte != 127 or byte == 9:
+                out[filled] = byte
+                filled += 1
+            elif byte == 10 or byte == 13:
+                if byte == 13 and at < end and data[at] == 10:
+                    at += 1
+                filled = _without_trailing(out, line, filled)
+                newlines = newlines + 1 if filled == line else 1
+                # None at the start of the text, and at most three running.
+                if filled > first and newlines <= 3:
+                    out[filled] = 10
+                    filled += 1
+                line = filled
+        if hard[document]:
+            filled = first
+        else:
+            filled = _without_trailing(out, line, filled)
+            while filled > first and out[filled - 1] == 10:
+                filled -= 1
+            out[filled] = 10
+            filled += 1
+        out_offsets[document + 1] = filled
+
+
+@compiled
+def _begins(data, at, end, text):
+    """Whether data[at:end] begins with the text, in any case; the text is in lower case."""
+    if end - at < text.shape[0]:
+        return False
+    for i in range(text.shape[0]):
+        byte = data[at + i]
+        if 65 <= byte <= 90:
+            byte += np.uint8(32)
+        if byte != text[i]:
+            return False
+    return True
+
+
+@compiled
+def _citation_bytes(data, at, end):
+    """Bytes of the citation mark [12], [edit], [citation needed] at `at`; 0: none, -1: cannot be told."""
+    i = at + 1
+    while i < end and 48 <= data[i] <= 57:
+        i += 1
+    if i > at + 1 and i < end and data[i] == 93:
+        return i + 1 - at
+    if i < end and data[i] >= 0x80:  # a digit of another script?
+        return -1
+    if end - at >= 6 and data[at + 1] == 101 and data[at + 2] == 100 and data[at + 3] == 105 and data[at + 4] == 116:
+        return 6 if data[at + 5] == 93 else 0
+    mark = (99, 105, 116, 97, 116, 105, 111, 110, 32, 110, 101, 101, 100, 101, 100, 93)
+    if end - at <= len(mark):
+        return 0
+    for k in range(len(mark)):
+        if data[at + 1 + k] != mark[k]:
+            return 0
+    return len(mark) + 1
+
+
+@compiled
+def clean_lines(data, offsets, phrases, starts, out, out_offsets, hard):
+    """`rules.clean_lines`: without lines that hold a phrase (in lower case, end to end, cut at `starts`), and without
+    citation marks. `out` must hold all bytes.
+    """
+    firsts = np.zeros(256, np.bool_)
+    for p in range(starts.shape[0] - 1):
+        firsts[phrases[starts[p]]] = True
+        firsts[phrases[starts[p]] - 32] = True
+    filled = np.int64(0)
+    out_offsets[0] = 0
+    for document in range(offsets.shape[0] - 1):
+        at, end = offsets[document], offsets[document + 1]
+        first = filled
+        is_first_line = True
+        hard[document] = False
+        while at <= end and not hard[document]:
+            line = filled
+            keeps = True
+            if not is_first_line:
+                out[filled] = 10
+                filled += 1
+            while at < end and data[at] != 10:
+                byte = data[at]
+                if firsts[byte]:
+                    for p in range(starts.shape[0] - 1):
+                        if _begins(data, at, end, phrases[starts[p] : starts[p + 1]]):
+                            keeps = False
+                    if not keeps:
+                        break
+                elif byte == 91:
+                    size = _citation_bytes(data, at, end)
+                    if size < 0:
+                        hard[document] = True
+                        break
+                    at += size
+                    if size:
+                        continue
+                elif byte >= 0xC5 and at + 1 < end:  # long s and the Kelvin sign match s and k
+                    if byte == 0xC5 and data[at + 1] == 0xBF or byte == 0xE2 and data[at + 1] == 0x84:
+                        hard[document] = True
+                        break
+                out[filled] = byte
+                filled += 1
+                at += 1
+            if keeps:
+                is_first_line = False
+            else:
+                filled = line
+                while at < end and data[at] != 10:
+                    at += 1
+            at += 1
+        if hard[document]:
+            filled = first
+        out_offsets[document + 1] = filled
+
+
+@compiled
+def plain(data, offsets, out, out_offsets, hard):
+    """The text in lower case, each run of white space one space, none at the ends; `out` must hold all bytes."""
+    filled = np.int64(0)
+    out_offsets[0] = 0
+    for document in range(offsets.shape[0] - 1):
+        at, end = offsets[document], offsets[document + 1]
+        first = filled
+        space = False
+        hard[document] = False
+        while at < end:
+            byte = data[at]
+            if byte == 32 or 9 <= byte <= 13 or 28 <= byte <= 31:
+                space = filled > first
+                at += 1
+                continue
+            if space:
+                out[filled] = 32
+                filled += 1
+                space = False
+            if byte < 0x80:
+                out[filled] = byte + np.uint8(32) if 65 <= byte <= 90 else byte
+                filled += 1
+                at += 1
+                continue
+            if not _is_plain(data, at, end):
+                hard[document] = True
+                break
+            raises = byte == 0xC3 and data[at + 1] < 0x9F and data[at + 1] != 0x97  # capital letters of Latin-1
+            size = _char_bytes(byte)
+            for i in range(at, at + size):
+                out[filled] = data[i]
+                filled += 1
+            if raises:
+                out[filled - 1] += np.uint8(32)
+            at += size
+        if hard[document]:
+            filled = first
+        out_offsets[document + 1] = filled
+
+
+@compiled
+def _is_plain(data, at, end):
+    """Whether the non-ASCII character is no white space and has no lower case, or is a letter of Latin-1."""
+    byte = data[at]
+    second = data[at + 1] if at + 1 < end else np.uint8(0)
+    third = data[at + 2] if at + 2 < end else np.uint8(0)
+    if 0xE4 <= byte <= 0xE9 or byte == 0xC3:
+        return True
+    if byte == 0xC2:
+        return second > 0xA0
+    if byte == 0xE3:
+        return second != 0x80 or third != 0x80
+    if byte == 0xE2:
+        return second == 0x80 and (0x90 <= third <= 0xA7 or third >= 0xB0) or 0x94 <= second <= 0x9F
+    if byte == 0xEF:  # full-width capitals are left to the definition
+        return second == 0xBC and (third < 0xA1 or third > 0xBA) or second == 0xBD or second == 0xBF
+    return 0xEB <= byte <= 0xEC or (byte == 0xEA and second >= 0xB0) or (byte == 0xED and second < 0x9E)

@@ -1,0 +1,99 @@
+"""A corpus and a chain that need no compiled code to be seen at work, and a stage that kills its process once.
+
+`python -m tests.data_pipelines.small_chain FOLDER` runs the chain on FOLDER/in.jsonl into FOLDER/out and dies on the
+way; `... FOLDER memory` runs exact and near duplicates on FOLDER/big.jsonl under a limit on memory.
+"""
+
+import functools
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from data_pipelines import dedup, executors, wanjuan
+from data_pipelines.chain import Sizes
+from data_pipelines.document import Outcome, Stage
+
+SIZES = Sizes(unit_bytes=2000, batch_bytes=700, batch_rows=4)
+
+
+def write_corpus(path: Path, num_documents: int = 60) -> None:
+    """JSONL: every third text is a copy of an earlier one, every seventh is short, and one line is broken."""
+    rng = random.Random(1)
+    texts = []
+    for number in range(num_documents):
+        if number % 3 == 2:
+            texts.append(texts[rng.randrange(len(texts))].upper())
+        elif number % 7 == 3:
+            texts.append(f"short {number}")
+        else:
+            texts.append(" ".join(f"w{rng.randrange(500)}" for _ in range(60)))
+    lines = [json.dumps({"text": text, "n": number}) for number, text in enumerate(texts)]
+    path.write_text("\n".join([*lines[:20], "{broken", *lines[20:]]) + "\n")
+
+
+def watched(batch: pa.RecordBatch, *, log: str, kill: str) -> Outcome:
+    """Drops short texts; writes the documents it sees to the log; dies at row 31 while the file `kill` is there."""
+    texts, paths = batch.column("text").to_pylist(), batch.column("path").to_pylist()
+    if any(path.endswith(":31") for path in paths) and os.path.exists(kill):
+        os.unlink(kill)
+        os.kill(os.getpid(), signal.SIGKILL)
+    with open(log, "a") as lines:
+        lines.write("".join(path + "\n" for path in paths))
+    return Outcome(batch, ["short" if len(text) < 20 else None for text in texts], texts)
+
+
+def stages(folder: Path) -> list[Stage]:
+    seen = functools.partial(watched, log=str(folder / "log"), kill=str(folder / "kill"))
+    return [
+        Stage("short", "batch", seen),
+        Stage("exact", "corpus", dedup.exact_duplicates),
+        Stage("near", "corpus", dedup.near_duplicates(dedup.NearDuplicates())),
+    ]
+
+
+def run(folder: Path, output: Path, run_tasks: executors.Map, *, sizes: Sizes = SIZES, **how) -> None:
+    wanjuan.run_files([folder / "in.jsonl"], stages(folder), output, run_tasks, sizes=sizes, **how)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def under_a_limit(folder: Path) -> None:
+    """Runs duplicates over a corpus of ten times the memory that may be taken beyond what the process has."""
+    from tests.hf.limited_memory import at_most
+
+    rng = np.random.default_rng(2)
+    limit, num_documents = 6 << 20, 1300
+    with (folder / "big.jsonl").open("w") as lines:
+        for number in range(num_documents):
+            letters = rng.integers(97, 123, 50_000, dtype=np.uint8)
+            letters[5::6] = 32
+            text = letters.tobytes().decode() if number % 10 else "the same text " * 3500
+            lines.write(json.dumps({"text": text}) + "\n")
+    size = (folder / "big.jsonl").stat().st_size
+    assert size > 10 * limit, size
+    chain = [Stage("exact", "corpus", dedup.exact_duplicates), stages(folder)[-1]]
+    small = Sizes(unit_bytes=4 << 20, batch_bytes=1 << 18)
+    with executors.local(1) as run_tasks:
+        write_corpus(folder / "in.jsonl")
+        wanjuan.run_files([folder / "in.jsonl"], chain, folder / "warm", run_tasks)  # compiled and imported beforehand
+        with at_most(limit):
+            ledger = wanjuan.run_files([folder / "big.jsonl"], chain, folder / "out", run_tasks, sizes=small)
+    print(size // limit, ledger.stages["near"].documents_kept)
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    if sys.argv[2:] == ["memory"]:
+        under_a_limit(place)
+    else:
+        with executors.local(1) as one_thread:
+            run(place, place / "out", one_thread)

@@ -1,0 +1,224 @@
+"""Units, parts, decisions, restart: nothing in the result depends on how the work was cut, done or interrupted."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipelines import chain, dedup, executors, sources, wanjuan
+from data_pipelines.chain import Sizes
+from data_pipelines.document import Outcome, Stage
+from data_pipelines.ledger import explain_run
+from tests.data_pipelines.small_chain import SIZES, contents, run, stages, write_corpus
+
+SAME = ("documents/00000.parquet", "dropped.parquet", "repositories.jsonl")
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def program(*arguments, **variables):
+    return subprocess.run(
+        [sys.executable, "-m", "tests.data_pipelines.small_chain", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("expected")
+    write_corpus(folder / "in.jsonl")
+    with executors.local(1) as run_tasks:
+        run(folder, folder / "out", run_tasks)
+    return contents(folder / "out")
+
+
+def test_the_result_is_what_it_says(expected, tmp_path):
+    counts = json.loads(expected["ledger.json"])
+    assert counts["documents_in"] == 60 and counts["documents_kept"] + counts["documents_dropped"] == 60
+    assert counts["dropped"]["short"]["short"] > 5 and counts["dropped"]["exact"]["exact_duplicate"] > 5
+    assert (
+        list(counts["rows_set_aside"].values()) == [1] and b"in.jsonl:21: not valid JSON" in expected["set_aside.txt"]
+    )
+    for name, content in expected.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    dropped = pq.read_table(tmp_path / "dropped.parquet").to_pylist()
+    assert [row["stage"] for row in dropped] == sorted((row["stage"] for row in dropped), key=["short", "exact"].index)
+    assert all(row["text"] is None for row in dropped)
+    assert f"dropped by {dropped[-1]['stage']}" in explain_run(tmp_path, dropped[-1]["id"])
+    kept = sources.read([tmp_path])
+    assert explain_run(tmp_path, kept[0].id) == f"{kept[0].id}: kept"
+    numbers = [int(document.path.rpartition(":")[2]) for document in kept]
+    assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "threads"), [(Sizes(), 1), (SIZES, 2), (Sizes(unit_bytes=1, batch_rows=1), 2), (Sizes(batch_bytes=1), 1)]
+)
+def test_units_batches_and_threads_leave_no_trace(expected, tmp_path, sizes, threads):
+    write_corpus(tmp_path / "in.jsonl")
+    with executors.local(threads) as run_tasks:
+        run(tmp_path, tmp_path / "out", run_tasks, sizes=sizes)
+    found = contents(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    for name in SAME:
+        assert found[name] == expected[name], name
+    counts, others = json.loads(found["ledger.json"]), json.loads(expected["ledger.json"])
+    assert len(counts.pop("rows_set_aside")) == len(others.pop("rows_set_aside")) == 1  # it names the file by its place
+    assert counts == others
+    assert not list(tmp_path.glob(".out*")), "work is removed at the end"
+
+
+def test_order_and_copies_of_the_input(tmp_path):
+    for name, first in (("a", 0), ("b", 20)):
+        write_corpus(tmp_path / "in.jsonl")
+        lines = (tmp_path / "in.jsonl").read_text().splitlines()
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines[first : first + 20]) + "\n")
+    chain_of = stages(tmp_path)
+    results = []
+    with executors.local(1) as run_tasks:
+        for number, names in enumerate(("ab", "ba", "bab")):
+            paths = [tmp_path / f"{name}.jsonl" for name in names]
+            wanjuan.run_files(paths, chain_of, tmp_path / f"out{number}", run_tasks, sizes=SIZES)
+            results.append(contents(tmp_path / f"out{number}"))
+        assert results[0] == results[1] == results[2]
+        (tmp_path / "copy").mkdir()
+        (tmp_path / "copy" / "b.jsonl").write_bytes((tmp_path / "b.jsonl").read_bytes())
+        paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "copy"]
+        wanjuan.run_files(paths, chain_of, tmp_path / "twice", run_tasks, sizes=SIZES)
+
+    def texts(folder):
+        return {document.text.lower() for document in sources.read([folder])}
+
+    assert texts(tmp_path / "twice") == texts(tmp_path / "out0")
+
+
+def test_a_killed_run_goes_on_where_it_was(expected, tmp_path):
+    write_corpus(tmp_path / "in.jsonl")
+    (tmp_path / "kill").touch()
+    killed = program(tmp_path)
+    assert killed.returncode == -9 and not (tmp_path / "out").exists()
+    before = (tmp_path / "log").read_text().splitlines()
+    with executors.local(1) as run_tasks:
+        run(tmp_path, tmp_path / "out", run_tasks)
+    after = (tmp_path / "log").read_text().splitlines()[len(before) :]
+    again = set(before) & set(after)
+    assert len(before) > 20 and len(again) < 8, "the unit that was under way alone is read again"
+    found = contents(tmp_path / "out")
+    for name in SAME:
+        assert found[name] == expected[name]
+    assert json.loads(found["ledger.json"])["stages"] == json.loads(expected["ledger.json"])["stages"]
+
+
+@pytest.mark.slow
+def test_a_corpus_of_ten_times_the_memory_passes(tmp_path):
+    done = program(tmp_path, "memory", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    times, kept = map(int, done.stdout.split())
+    assert times >= 10 and kept == 1171
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes_though_a_worker_is_killed(expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "240")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    from ray.cluster_utils import Cluster
+
+    small = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=small)
+    try:
+        cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        write_corpus(tmp_path / "in.jsonl")
+        (tmp_path / "kill").touch()
+        with executors.ray(cluster.address) as run_tasks:
+            run(tmp_path, tmp_path / "out", run_tasks)
+    finally:
+        cluster.shutdown()
+    assert not (tmp_path / "kill").exists(), "a worker was killed"
+    found = contents(tmp_path / "out")
+    for name in SAME:
+        assert found[name] == expected[name]
+    assert json.loads(found["ledger.json"])["stages"] == json.loads(expected["ledger.json"])["stages"]
+
+
+def test_what_cannot_be_read_is_set_aside_by_file_and_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 3000)
+    base = tmp_path / "in"
+    base.mkdir()
+    good = json.dumps({"text": "a good row of text"})
+    (base / "long.jsonl").write_text("\n".join([good, json.dumps({"text": "x" * 5000}), good.replace("good", "fine")]))
+    (base / "utf8.jsonl").write_bytes(b'{"text": "\xff\xfe"}\n')
+    (base / "types.jsonl").write_text(
+        '{"text": 5}\n{"txt": "x"}\n{"text": "x", "language": 3}\n[]\n{"text": "\\ud800 y"}\n'
+    )
+    (base / "short.jsonl.gz").write_bytes(gzip.compress(f"{good}\n".encode() * 300)[:-12])
+    (base / "empty.jsonl").touch()
+    (base / "loop").symlink_to(base)
+    (base / "self.txt").symlink_to(base / "self.txt")
+    (base / "cut.parquet").write_bytes(b"PAR1")
+    pq.write_table(pa.table({"n": [1]}), base / "columns.parquet")
+    pq.write_table(pa.table({"text": pa.array([None, "one row"]), "when": [None, b"\xff"]}), base / "nulls.parquet")
+    chain_of = [Stage("exact", "corpus", dedup.exact_duplicates)]
+    with executors.local(1) as run_tasks:
+        wanjuan.run_files([base], chain_of, tmp_path / "out", run_tasks)
+        with pytest.raises(ValueError, match="a link to a folder; not followed"):
+            wanjuan.run_files([base], chain_of, tmp_path / "strict", run_tasks, strict=True)
+        with pytest.raises(ValueError, match=r"utf8\.jsonl:1: not valid JSON"):
+            wanjuan.run_files([base / "utf8.jsonl"], chain_of, tmp_path / "strict", run_tasks, strict=True)
+    said = (tmp_path / "out" / "set_aside.txt").read_text().replace(str(base) + "/", "")
+    for message in (
+        "long.jsonl:2: a line of more than 3000 bytes",
+        "utf8.jsonl:1: not valid JSON",
+        "types.jsonl:1: field 'text' is int",
+        "types.jsonl:2: field 'text' is NoneType",
+        "types.jsonl:3: field 'language' is int",
+        "types.jsonl:4: a JSON list",
+        "short.jsonl.gz: cannot be decompressed",
+        "empty.jsonl:1: the file is empty",
+        "loop: a link to a folder",
+        "self.txt: a link that leads nowhere",
+        "cut.parquet: not a readable parquet file",
+        "columns.parquet: no column 'text'",
+        "nulls.parquet:1: field 'text' is NoneType",
+    ):
+        assert message in said, (message, said)
+    counts = json.loads((tmp_path / "out" / "ledger.json").read_text())
+    assert sum(counts["rows_set_aside"].values()) == len(said.splitlines()) == 13
+    assert counts["dropped"]["exact"]["exact_duplicate"] >= 1
+
+
+def test_all_dropped_fails_and_the_text_of_dropped_documents_is_kept_on_request(tmp_path):
+    write_corpus(tmp_path / "in.jsonl")
+    nothing = Stage("all", "batch", lambda batch: Outcome(batch, ["bad"] * batch.num_rows, [None] * batch.num_rows))
+    with executors.local(1) as run_tasks:
+        with pytest.raises(ValueError, match=r"all 60 documents were dropped: bad \(60\)"):
+            wanjuan.run_files([tmp_path / "in.jsonl"], [nothing], tmp_path / "none", run_tasks)
+        run(tmp_path, tmp_path / "out", run_tasks, keep_dropped=True)
+    dropped = pq.read_table(tmp_path / "out" / "dropped.parquet").to_pylist()
+    assert all(row["text"] for row in dropped) and any(row["text"].startswith("short ") for row in dropped)
+
+
+def test_a_digest_follows_settings_and_code_and_refuses_what_it_cannot_tell():
+    def stage(bound, version=""):
+        return Stage("s", "batch", lambda batch: Outcome(batch, [bound], []), version)
+
+    assert chain.stage_digest(stage(1)) == chain.stage_digest(stage(1))
+    assert len({chain.stage_digest(each) for each in (stage(1), stage(2), stage(1, "2"))}) == 3
+    assert chain.stage_digest(stage({"a", "b", "c"})) == chain.stage_digest(stage({"c", "b", "a"}))
+    with pytest.raises(ValueError, match="holds a object, whose content cannot be told"):
+        chain.stage_digest(stage(object()))
+    with pytest.raises(ValueError, match="'s' stands twice"):
+        chain.segments([stage(1), stage(2)])
+    with pytest.raises(ValueError, match="scope corpus and is no Corpus"):
+        chain.segments([stage(1)._replace(scope="corpus")])
