@@ -43,7 +43,8 @@ def _settled(data, at, end):
     if byte == 0xEF:
         if second == 0xBB and third == 0xBF:
             return DROP
-        return COPY if second >= 0xBC or second < 0xA4 else HARD
+        selects = second == 0xB8 and third < 0x90  # variation selectors, which follow emoji
+        return COPY if second >= 0xBC or second < 0xA4 or selects else HARD
     return COPY if byte == 0xF0 and second == 0x9F else HARD
 
 
@@ -263,7 +264,15 @@ def _is_plain(data, at, end):
     if byte == 0xE3:
         return second != 0x80 or third != 0x80
     if byte == 0xE2:
-        return second == 0x80 and (0x90 <= third <= 0xA7 or third >= 0xB0) or 0x94 <= second <= 0x9F
+        if second == 0x80:
+            return 0x90 <= third <= 0xA7 or third >= 0xB0
+        if second == 0x81:
+            return third != 0x9F
+        arrows = second == 0x86 and third >= 0x90
+        return second == 0x82 or second == 0x83 or arrows or 0x87 <= second <= 0x91 or 0x94 <= second <= 0xAF
     if byte == 0xEF:  # full-width capitals are left to the definition
-        return second == 0xBC and (third < 0xA1 or third > 0xBA) or second == 0xBD or second == 0xBF
+        selects = second == 0xB8 and third < 0x90
+        return second == 0xBC and (third < 0xA1 or third > 0xBA) or second == 0xBD or second == 0xBF or selects
+    if byte == 0xF0:
+        return second == 0x9F
     return 0xEB <= byte <= 0xEC or (byte == 0xEA and second >= 0xB0) or (byte == 0xED and second < 0x9E)
