@@ -140,6 +140,7 @@ class Watch:
         self._count(flight)
         finite = metrics.pop("finite")
         incident = self._judge.incident(flight.step, flight.position, metrics, finite=finite)
+        metrics.pop("broken_layer", None)  # of a healthy step there is nothing to tell
         if incident is not None:
             self._report(incident)
         if self._judge.ends_the_run():
