@@ -170,7 +170,7 @@ def step(params: dict, state: DecodeState, *, config: ModelConfig, lora: Lora | 
     rows_B = jnp.arange(B)
     last_B = state.tokens_BS[rows_B, state.lengths_B - 1]
     with jax.named_scope("decode_step"):
-        hidden_BTD, cache = decoder.forward(
+        hidden_BTD, cache, _ = decoder.forward(
             params,
             last_B[:, None],
             config=config,

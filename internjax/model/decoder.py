@@ -129,7 +129,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: h + attention(norm(h)), then h + ffn(norm(h)). The cache rides along in the carry."""
+    """One layer: h + attention(norm(h)), then h + ffn(norm(h)). The cache rides along in the carry.
+
+    Without one it says where its output is finite, `[B, T]`.
+    """
 
     config: ModelConfig
     linear: Callable[..., nn.Module]
@@ -142,7 +145,9 @@ class Block(nn.Module):
         x_BTD = constrain(x_BTD + mixed, ("batch", "sequence", "act_embed"))
         normed = Norm(self.config, name="ffn_norm")(x_BTD)
         x_BTD += FeedForward(self.config, self.linear, name="ffn")(normed)
-        return (constrain(x_BTD, ("batch", "sequence", "act_embed")), cache), None
+        x_BTD = constrain(x_BTD, ("batch", "sequence", "act_embed"))
+        # Over the width alone: no device has to ask another in every layer.
+        return (x_BTD, cache), jnp.isfinite(x_BTD).all(axis=-1) if cache is None else None
 
 
 _REMAT_POLICIES = {
@@ -197,8 +202,8 @@ class Decoder(nn.Module):
         if self.config.positions == "rotary":
             rotation = rope.rotation(positions_BT, inv_freq_BF, magnitude=rope.magnitude(self.config))
         inputs = Inputs(positions_BT, segments_BT, rotation)
-        (x_BTD, cache), _ = self.layers((x_BTD, cache), jnp.arange(self.config.num_layers), inputs)
-        return self.norm(x_BTD), cache
+        (x_BTD, cache), finite_LBT = self.layers((x_BTD, cache), jnp.arange(self.config.num_layers), inputs)
+        return self.norm(x_BTD), cache, finite_LBT
 
     def unembed(self, hidden_BTD):
         hidden_BTD = hidden_BTD.astype(jnp.dtype(self.config.dtype))
@@ -276,6 +281,8 @@ class Forward(NamedTuple):
 
     hidden_BTD: jax.Array
     cache: KVCache | None
+    finite_LBT: jax.Array | None
+    """Where the output of each layer is finite; None with a cache."""
 
 
 def _variables(params: dict, lora: Lora | None) -> tuple[dict, dict]:
@@ -298,7 +305,7 @@ def forward(
     dropout_rng: jax.Array | None = None,
     embedding_noise: float = 0.0,
 ) -> Forward:
-    """Returns the final-normed hidden states `[B, T, D]` and the updated cache.
+    """Returns the final-normed hidden states `[B, T, D]`, the updated cache, and where each layer is finite.
 
     positions default to 0..T-1, segments to 1 (0 is padding: never attended, never cached), inv_freq to the config's
     frequencies. Under a cache, row b's token at position p is stored in slot p of its pages and attends to slots 0..p.
@@ -313,10 +320,10 @@ def forward(
         inv_freq_BF = rope.inv_freq(config)[None]
     variables, adapter = _variables(params, lora)
     rngs = None if dropout_rng is None else {"dropout": dropout_rng}
-    hidden_BTD, cache = Decoder(config, embedding_noise=embedding_noise, **adapter).apply(
+    found = Decoder(config, embedding_noise=embedding_noise, **adapter).apply(
         variables, tokens_BT, positions_BT, segments_BT, inv_freq_BF, cache, method=Decoder.hidden, rngs=rngs
     )
-    return Forward(hidden_BTD, cache)
+    return Forward(*found)
 
 
 def _with_normalised_head(params: dict, config: ModelConfig) -> dict:

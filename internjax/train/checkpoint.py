@@ -24,8 +24,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -53,6 +51,7 @@ from internjax.train.checkpoint_files import (
     require_history,
     write_durably,
 )
+from internjax.train.checkpoint_orbax import handlers, multiprocessing, mute, restore_args, save_args
 from internjax.train.step import TrainState
 
 
@@ -68,10 +67,6 @@ class CheckpointConfig:
     def __post_init__(self):
         if self.every < 1 or self.max_to_keep < 1:
             raise ValueError(f"checkpoint.every and checkpoint.max_to_keep must be at least 1; given {self}")
-
-
-FILE_BYTES = 64 * 2**20
-"""Roughly what a file of arrays grows to before the next one is begun."""
 
 
 class RestoredParams(NamedTuple):
@@ -123,10 +118,10 @@ def restore_params(folder: str | Path, step: int | None = None, *, shardings: An
             name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=placed.get(name, first_device))
             for name, (shape, dtype) in about["trainable"].items()
         }
-        together = _multiprocessing(folder)
+        together = multiprocessing(folder)
         options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=together)
-        with ocp.CheckpointManager(folder, options=options, item_handlers=_handlers(together)) as manager:
-            args = ocp.args.Composite(trainable=_restore_args(abstract))
+        with ocp.CheckpointManager(folder, options=options, item_handlers=handlers(together)) as manager:
+            args = ocp.args.Composite(trainable=restore_args(abstract))
             leaves = manager.restore(candidate, args=args)["trainable"]
         return RestoredParams(_nested(leaves), candidate, about["base"])
     raise ValueError(_none_loads(folder, skipped))
@@ -147,7 +142,7 @@ class Checkpoints:
         self._pending: concurrent.futures.Future | None = None
         self._base: tuple[Any, str | None] = (None, None)
         self._opened, self._save = 0, 0
-        _mute_orbax()
+        mute()
         processes.first("open checkpoints", self._make_folder)
         self._experiment = experiment_of(self.folder)
         self._manager = self._open_manager()
@@ -182,8 +177,7 @@ class Checkpoints:
             "extra": _json_copy(self.extra),
         }
         args = ocp.args.Composite(
-            trainable=ocp.args.PyTreeSave(_named(state.trainable), ocdbt_target_data_file_size=FILE_BYTES),
-            optimizer=ocp.args.PyTreeSave(_named(state.opt_state), ocdbt_target_data_file_size=FILE_BYTES),
+            trainable=save_args(_named(state.trainable)), optimizer=save_args(_named(state.opt_state))
         )
         self._save += 1
         try:
@@ -329,7 +323,7 @@ class Checkpoints:
 
     def _open_manager(self) -> ocp.CheckpointManager:
         self._opened += 1
-        together = _multiprocessing(f"{self.folder} {self._opened}")
+        together = multiprocessing(f"{self.folder} {self._opened}")
         # No step is deleted by Orbax: it counts steps, here only committed ones count.
         options = ocp.CheckpointManagerOptions(
             create=False,
@@ -338,7 +332,7 @@ class Checkpoints:
             multiprocessing_options=together,
             async_options=ocp.AsyncOptions(timeout_secs=int(processes.TIMEOUT), barrier_sync_fn=self._meet),
         )
-        return ocp.CheckpointManager(self.folder, options=options, item_handlers=_handlers(together))
+        return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers(together))
 
     def _meet(self, *, key: str, timeout_ms: int) -> None:
         """The barrier of Orbax's background thread: ends early when another process has failed to write."""
@@ -381,8 +375,8 @@ class Checkpoints:
 
     def _load(self, step: int, about: dict, target: TrainState) -> TrainState:
         args = ocp.args.Composite(
-            trainable=_restore_args(_abstract(target.trainable)),
-            optimizer=_restore_args(_abstract(target.opt_state)),
+            trainable=restore_args(_abstract(target.trainable)),
+            optimizer=restore_args(_abstract(target.opt_state)),
         )
         loaded = self._manager.restore(step, args=args)
 
@@ -435,48 +429,6 @@ def _hash_bits(x: jax.Array) -> jax.Array:
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
     mixed = mixed ^ (mixed >> 16)
     return jnp.stack([jnp.sum(mixed), jnp.sum(mixed * (2 * place + 1))])
-
-
-def _multiprocessing(name: Any) -> ocp.options.MultiprocessingOptions:
-    """Returns options by which Orbax's processes meet in the key-value store, with timeouts, and not on the devices.
-
-    Its default is a collective of all devices, which its background thread would run in the midst of a training step.
-    """
-    if processes.count() == 1:
-        return ocp.options.MultiprocessingOptions()
-    return ocp.options.MultiprocessingOptions(
-        active_processes=set(range(processes.count())), barrier_sync_key_prefix=str(name).replace("/", "_")
-    )
-
-
-def _handlers(together: ocp.options.MultiprocessingOptions) -> dict[str, ocp.PyTreeCheckpointHandler]:
-    return {
-        part: ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=together)
-        for part in ("trainable", "optimizer")
-    }
-
-
-def _restore_args(abstract: dict[str, jax.ShapeDtypeStruct]) -> ocp.args.PyTreeRestore:
-    return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
-
-
-def _mute_orbax() -> None:
-    """Keeps Orbax from telling a failed write dozens of times with full tracebacks; it is raised here, once."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_not_from_orbax)  # the same filter is added once only
-    if getattr(sys.unraisablehook, "__name__", "") != "_unraisable_but_of_orbax":
-        shown = sys.unraisablehook
-
-        def _unraisable_but_of_orbax(unraisable):
-            # Writes that end after the first one failed find the event loop of the save gone.
-            if "Event loop is closed" not in str(unraisable.exc_value):
-                shown(unraisable)
-
-        sys.unraisablehook = _unraisable_but_of_orbax
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname + record.getMessage()
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -87,7 +87,11 @@ class Judge:
     def incident(self, step: int, position: int, metrics: Mapping[str, Any], *, finite: bool) -> dict | None:
         """Returns the row of what went wrong in a step, or None when nothing did."""
         self.num_skipped = 0 if finite else self.num_skipped + 1
-        row = None if finite else {"step": step, "incident": NOT_FINITE, "position": position} | _told(metrics)
+        row = None
+        if not finite:
+            layer = metrics.get("broken_layer", -1)
+            row = {"step": step, "incident": NOT_FINITE, "position": position} | _told(metrics)
+            row |= {"layer": layer} if layer >= 0 else {}
         if finite:
             row = self._spike(step, position, metrics)
             if step % self._log_every == 0:
@@ -124,6 +128,7 @@ def sentence(row: Mapping[str, Any]) -> str:
         what = f"has a loss spike: {row['loss']:.4g} is {above}"
     else:
         what = f"is not finite ({', '.join(f'{name} {row[name]}' for name in ('loss', 'grad_norm', 'weight'))})"
+        what += f", from the output of layer {row['layer']} on (counted from 0)," if "layer" in row else ""
     documents = row.get("documents", [])
     more = row.get("num_documents", 0) - 3
     named = f": {'; '.join(documents[:3])}{f' and {more} more' if more > 0 else ''}" if documents else ""

@@ -22,6 +22,8 @@ class LossOutput(NamedTuple):
     total: jax.Array
     weight: jax.Array
     metrics: dict[str, jax.Array]
+    broken_L: jax.Array | None = None
+    """Tokens at which the output of each layer is not finite, where the loss knows: the guard names the layer."""
 
 
 Loss = Callable[[Any, Any, Any, jax.Array], LossOutput]
@@ -51,7 +53,7 @@ def next_token(
             # A sum over tokens does not mind their order, the ring does. Draws go by a token's place in its row, which
             # has to be the same on every mesh.
             batch = jax.tree.map(zigzag, batch)
-        hidden_BTD = decoder.forward(
+        forward = decoder.forward(
             params,
             batch.tokens,
             config=model_config,
@@ -60,13 +62,13 @@ def next_token(
             lora=lora,
             dropout_rng=rng if draws else None,
             embedding_noise=neftune_alpha,
-        ).hidden_BTD
+        )
         logprobs_BT = decoder.target_logprobs(
-            params, hidden_BTD, batch.targets, config=model_config, lora=lora, chunk_size=chunk_size
+            params, forward.hidden_BTD, batch.targets, config=model_config, lora=lora, chunk_size=chunk_size
         )
         mask_BT = batch.loss_mask.astype(jnp.float32)
         # A masked target may have a log-probability of -inf; 0 * inf would poison the sum.
         total = -jnp.sum(jnp.where(mask_BT > 0, logprobs_BT, 0.0) * mask_BT)
-        return LossOutput(total, jnp.sum(mask_BT), {})
+        return LossOutput(total, jnp.sum(mask_BT), {}, jnp.sum(~forward.finite_LBT, axis=(1, 2)))
 
     return loss

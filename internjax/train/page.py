@@ -288,6 +288,7 @@ def _incidents(run: Record) -> Section:
         more = row.get("num_documents", 0) - 3
         named = "; ".join(documents[:3]) + (f" and {more:,} more" if more > 0 else "")
         what = f"spike, {row['z']:.1f} deviations" if row["incident"] == "spike" else "not finite"
+        what += f" from layer {row['layer']} on" if "layer" in row else ""
         rows.append([row["step"], what, _value(row["loss"]), row.get("median"), row["position"], named])
     columns = ["step", "what", "loss", "median before", "data position", "documents of the batch"]
     left = len(run.incidents) - len(rows)

@@ -29,7 +29,7 @@ from internjax.train.losses import Loss, LossOutput
 from internjax.train.moments import beside
 from internjax.train.optimizer import global_norm
 
-STEP_METRICS = ("loss", "grad_norm", "learning_rate", "weight", "finite", "loss_scale", "num_overflows")
+STEP_METRICS = ("loss", "grad_norm", "learning_rate", "weight", "finite", "broken_layer", "loss_scale", "num_overflows")
 """Names that the step itself reports; a loss may not use them for its own metrics."""
 
 
@@ -201,7 +201,8 @@ class Step:
     metrics are device scalars: loss, grad_norm, learning_rate (where the optimizer reports one), weight, finite, and
     the loss's own. `finite` False means that the loss or a gradient was not finite and that the update was left out:
     trainable and opt_state are as before, while step and data_position have moved on. `num_traces` counts how often
-    the step was traced: 1 in a healthy run.
+    the step was traced: 1 in a healthy run. broken_layer, where the loss knows (`LossOutput.broken_L`), is the first
+    layer whose output is not finite somewhere, counted from 0; -1 where there is none.
 
     An optimizer with a loss scale (train.loss_scale) adds loss_scale, the one this step used, and num_overflows, the
     run's steps that were left out because a scaled gradient overflowed. Such a step is `finite`: only its grad_norm is
@@ -280,6 +281,8 @@ class Step:
         rate = optax.tree_utils.tree_get(opt_state, "learning_rate")
         metrics |= {} if rate is None else {"learning_rate": rate}
         metrics |= {name: value / sums.weight for name, value in sums.metrics.items()}
+        if sums.broken_L is not None:
+            metrics["broken_layer"] = jnp.where(jnp.any(sums.broken_L > 0), jnp.argmax(sums.broken_L > 0), -1)
         new = TrainState(state.step + 1, trainable, None, opt_state, state.rng, state.data_position + 1)
         return new, metrics
 

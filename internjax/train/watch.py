@@ -3,6 +3,9 @@
 Time is told by when the device was done, not by when the host asked: a thread waits for each step and looks at the
 clock. A step's `seconds` are those that the device worked on it and those that it stood still because the host waited
 for the step's batch (`input_wait`). Standing still for anything else (saving, callbacks) has a row of its own.
+
+A step that had ended before a busy host let the thread come to wait for it seems to have taken no time, and the one
+before it too much: their sum is right, but of such a step no speed is told.
 """
 
 import concurrent.futures
@@ -34,6 +37,13 @@ class Fed(NamedTuple):
     """Seconds for which the host waited for it."""
 
 
+class _Done(NamedTuple):
+    """When the device was done with a step, and whether it may have been so before."""
+
+    time: float
+    late: bool
+
+
 class Flight(NamedTuple):
     """A step that was given to the device and whose metrics were not read yet."""
 
@@ -44,8 +54,7 @@ class Flight(NamedTuple):
     flops: float
     input_wait: float
     started: float
-    done: "concurrent.futures.Future[float]"
-    """The time at which the device was done with it."""
+    done: "concurrent.futures.Future[_Done]"
     compiles: bool
 
 
@@ -128,7 +137,7 @@ class Watch:
 
     def launched(self, step: int, position: int, metrics: dict, fed: Fed, *, started: float, compiles: bool) -> Flight:
         """Returns the flight of a step that was just given to the device."""
-        done = self._clock.submit(lambda: (jax.block_until_ready(metrics), time.perf_counter())[1])
+        done = self._clock.submit(_awaited, metrics)
         return Flight(step, position, metrics, fed.num_tokens, fed.flops, fed.wait, started, done, compiles)
 
     def read(self, flight: Flight) -> dict[str, Any]:
@@ -140,6 +149,7 @@ class Watch:
         self._count(flight)
         finite = metrics.pop("finite")
         incident = self._judge.incident(flight.step, flight.position, metrics, finite=finite)
+        metrics.pop("broken_layer", None)  # of a healthy step there is nothing to tell
         if incident is not None:
             self._report(incident)
         if self._judge.ends_the_run():
@@ -171,7 +181,7 @@ class Watch:
 
     def _count(self, flight: Flight) -> None:
         """Counts the time of a step, and writes it with that of the steps since the last row."""
-        done, before = flight.done.result(), self._idle_since
+        (done, late), before = flight.done.result(), self._idle_since
         self._idle_since, self._last_read = done, flight.step
         self._ends.append(done)
         if flight.compiles:
@@ -187,19 +197,19 @@ class Watch:
         self._recent.append(step)
         self._sums = _Sums(*(total + new for total, new in zip(self._sums, step, strict=True)))
         if self._logged(flight.step):
-            self._write_times(flight.step)
+            self._write_times(flight.step, timed=not (late and before is not None and before > flight.started))
 
-    def _write_times(self, step: int) -> None:
+    def _write_times(self, step: int, *, timed: bool = True) -> None:
         sums, self._sums = self._sums, _Sums()
         if not sums.steps:
             return
         row = {"step": step, "steps": sums.steps, "seconds": round(sums.seconds, 6)}
         row["input_wait"] = round(sums.input_wait, 6)
-        if sums.tokens:
-            row |= {"tokens": sums.tokens, "tokens_per_second": round(sums.tokens / sums.seconds, 1)}
-        mfu = self._mfu(sums.flops, sums.seconds)
-        if mfu is not None:
-            row["mfu"] = round(mfu, 5)
+        row |= {"tokens": sums.tokens} if sums.tokens else {}
+        if timed or sums.steps > 1:
+            row |= {"tokens_per_second": round(sums.tokens / sums.seconds, 1)} if sums.tokens else {}
+            mfu = self._mfu(sums.flops, sums.seconds)
+            row |= {} if mfu is None else {"mfu": round(mfu, 5)}
         memory = memory_in_use()
         self.time(row | {f"{memory.where}_memory_bytes": memory.num_bytes})
 
@@ -217,6 +227,12 @@ class Watch:
 
     def _logged(self, step: int) -> bool:
         return step % self._log_every == 0 or step == self.num_steps
+
+
+def _awaited(metrics: dict[str, jax.Array]) -> _Done:
+    late = all(value.is_ready() for value in metrics.values())
+    jax.block_until_ready(metrics)
+    return _Done(time.perf_counter(), late)
 
 
 def _not_finite(incident: dict[str, Any], num_skipped: int, tracker: Run | None) -> str:

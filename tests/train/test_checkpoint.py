@@ -13,7 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from internjax.train import checkpoint
+from internjax.train import checkpoint, checkpoint_orbax
 from internjax.train.checkpoint import (
     CheckpointConfig,
     committed_steps,
@@ -102,7 +102,7 @@ def test_saving_goes_on_while_the_arrays_are_donated(tmp_path):
 
 
 def test_arrays_are_written_as_they_are_to_several_files_and_the_compressed_ones_of_before_load(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 100_000)
+    monkeypatch.setattr(checkpoint_orbax, "FILE_BYTES", 100_000)
     state = new_state(width=100_000)
     parts = {"trainable": checkpoint._named(state.trainable), "optimizer": checkpoint._named(state.opt_state)}
     with open_checkpoints(tmp_path / "new") as checkpoints:

@@ -72,7 +72,10 @@ def test_what_is_not_finite_is_skipped_so_many_times_in_a_row():
     assert ends == [False] * 6 + [True] and judge.num_skipped == 3
     stop = Judge(Guard())
     row = stop.incident(1, 0, metrics(1.0, grad_norm=math.inf), finite=False)
-    assert stop.ends_the_run() and row["grad_norm"] == "inf" and row["loss"] == 1.0
+    assert stop.ends_the_run() and row["grad_norm"] == "inf" and row["loss"] == 1.0 and "layer" not in row
+    assert "layer" not in Judge(Guard()).incident(1, 0, metrics(math.nan) | {"broken_layer": -1}, finite=False)
+    row = Judge(Guard()).incident(1, 0, metrics(math.nan) | {"broken_layer": 2}, finite=False)
+    assert "), from the output of layer 2 on (counted from 0), on the batch at data position 0" in sentence(row)
 
 
 @pytest.mark.parametrize("log_every", [1, 3])

@@ -1,6 +1,7 @@
 """The loop: rows, order of the data, callbacks, the guard, traces, what ends a run early."""
 
 import json
+import threading
 import time
 
 import jax
@@ -17,6 +18,7 @@ from internjax.train.optimizer import AdamW, Cosine, make_optimizer
 from internjax.train.profile import ProfileConfig
 from internjax.train.step import init_state, make_step
 from internjax.train.tracking import Run, TrackingConfig, open_run, read_rows
+from internjax.train.watch import Fed, Watch
 
 OPTIMIZER = make_optimizer(AdamW(peak_lr=0.1), Cosine(warmup_steps=2), num_steps=20)
 
@@ -95,6 +97,29 @@ def test_a_row_of_times_covers_the_steps_since_the_last_one(tmp_path):
     assert [(row["step"], row["steps"], row["tokens"]) for row in steps] == [(4, 3, 72), (8, 4, 96), (10, 2, 48)]
 
 
+def test_a_step_that_ended_before_a_busy_host_looked_has_no_speed(tmp_path):
+    """Else it would have taken microseconds: millions of tokens per second, and an MFU beyond 100 %."""
+    batch, busy = batch_at(0), threading.Event()
+    metrics = {"loss": jnp.ones(()), "grad_norm": jnp.ones(()), "weight": jnp.ones(()), "finite": jnp.array(True)}
+    with quiet(tmp_path / "run") as run:
+        watch = Watch(run, 4, peak_flops=1e6)
+        watch.start(0, restore_seconds=None)
+        watch._clock.submit(busy.wait)
+        flights = [
+            watch.launched(
+                step, step - 1, metrics, Fed(batch, 24, 1e3, 0.0), started=time.perf_counter(), compiles=False
+            )
+            for step in (1, 2, 3)
+        ]
+        busy.set()
+        for flight in flights:
+            watch.write(flight, watch.read(flight))
+        watch.end()
+    _, steps = timing(tmp_path / "run")
+    assert [row["step"] for row in steps] == [1, 2, 3] and {row["tokens"] for row in steps} == {24}
+    assert ["tokens_per_second" in row for row in steps] == ["mfu" in row for row in steps] == [True, False, False]
+
+
 def test_waiting_for_data_is_told_from_computing(tmp_path):
     def slow(position):
         for batch in data(position):
@@ -113,12 +138,13 @@ def test_mfu_is_flops_over_time_and_peak(tmp_path, capsys):
         assert isinstance(batch.tokens, np.ndarray)  # of what this process reads
         return 1e6
 
-    with quiet(tmp_path / "run") as run:
+    with quiet(tmp_path / "run", log_every=4) as run:
         step = make_step(loss, OPTIMIZER)
-        train(new_state(), data, step, num_steps=4, tracker=run, flops=flops, peak_flops=1e12)
+        train(new_state(), data, step, num_steps=8, tracker=run, flops=flops, peak_flops=1e12)
     _, steps = timing(tmp_path / "run")
+    assert [row["steps"] for row in steps] == [3, 4]
     for row in steps:
-        assert row["mfu"] == pytest.approx(1e6 / row["seconds"] / 1e12, rel=0.05, abs=1e-5)
+        assert row["mfu"] == pytest.approx(row["steps"] * 1e6 / row["seconds"] / 1e12, rel=0.05, abs=1e-5)
 
 
 def test_rows_every_n_steps_and_at_the_end(tmp_path):

@@ -117,6 +117,11 @@ def test_lora_starts_as_the_base_and_trains_adapters_alone(accumulate):
     jax.tree.map(np.testing.assert_array_equal, state.frozen, params())
     sizes = {leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim}
     assert sizes == {leaf.shape for leaf in jax.tree.leaves(state.trainable)}
+    # A number that is not finite is traced to the layer in which it arises.
+    assert metrics["broken_layer"] == -1
+    base["layers"]["ffn"]["down"]["kernel"] = base["layers"]["ffn"]["down"]["kernel"].at[1, 3, 5].set(jnp.nan)
+    _, metrics = step(dataclasses.replace(state, frozen=base), batch)
+    assert not metrics["finite"] and metrics["broken_layer"] == 1 and step.num_traces == 1
 
 
 @pytest.mark.parametrize(("dropout", "first"), [(0.0, [0, 1, 6, 7]), (0.1, [0, 1, 2, 3])])
