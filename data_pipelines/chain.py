@@ -3,18 +3,19 @@
 The corpus is cut into units (64 MiB of input). A task takes one unit through all batch stages up to the next corpus
 stage, a batch at a time, and writes a part: an Arrow file of documents, the sketches that the corpus stage decides
 from, the documents that were dropped, and a ledger. The corpus stage resolves the sketches of all parts to one
-decision, and the next tasks begin by leaving out what it drops.
+decision, and the next tasks begin by leaving out what it drops and entering what it changes.
 
 A part lies in a folder named by the digest of its input and of the stages, and appears by one rename: what a killed run
 has finished is taken over, and nothing is counted twice. Nothing in the result depends on how the corpus was cut, on
 the executor or on the number of its workers.
 
-    parts/DIGEST/documents.arrow   documents after the batch stages (absent where no stage changed them)
+    parts/DIGEST/documents.arrow   documents after the batch stages (absent where nothing changed them)
                  sketch.arrow      where a corpus stage follows
                  dropped.arrow     `ledger.FATES`
                  set_aside.txt     rows that could not be read, one message per line
                  part.json         counts, number of rows
     decisions/DIGEST/N.arrow       rows of part N that the corpus stage drops, with reason and detail
+                     N.changes.arrow  rows of part N that it changes, with the new values (absent where there are none)
 """
 
 import contextlib
@@ -180,7 +181,7 @@ def run_task(task: Task) -> str:
     ledger = Ledger(keeps_text=task.settings.keep_dropped)
     names = [*filter(None, [task.decided]), *(stage.name for stage in task.stages)]
     ledger.stages.update({name: StageCount(name) for name in names})
-    writes = isinstance(task.given, Unit) or bool(task.stages)
+    writes = isinstance(task.given, Unit) or bool(task.stages) or _changes_of(task.given) is not None
     sketch = task.corpus.apply.sketch if task.corpus else None
     num_rows = 0
     with contextlib.ExitStack() as files:
@@ -253,11 +254,12 @@ def _input(task: Task, ledger: Ledger, set_aside: Any) -> Iterator[tuple[np.ndar
             yield np.arange(batch.num_rows), batch
         return
     newest = task.given.decisions[-1:]
-    drops = _read_decision(newest[0]) if newest else None
+    drops, changes = _read_decision(newest[0]) if newest else None, _changes_of(task.given)
     for rows, batch in _batches_of(task.given._replace(decisions=task.given.decisions[:-1])):
         if drops is None:
             yield rows, batch
             continue
+        batch = batch if changes is None else _changed(batch, rows, changes)
         reasons: list[str | None] = [None] * batch.num_rows
         details: list[str | None] = [None] * batch.num_rows
         for at, found in zip(*_places(rows, drops)):
@@ -270,6 +272,28 @@ def _places(rows: np.ndarray, drops: pa.Table) -> tuple[list[int], list[int]]:
     """Where those of `rows` that the decision drops stand in `rows`, and in the decision."""
     _, at, found = np.intersect1d(rows, drops.column("row").to_numpy(), assume_unique=True, return_indices=True)
     return at.tolist(), found.tolist()
+
+
+def _changes_of(given: Unit | Shard) -> pa.Table | None:
+    """What the newest decision changes, where documents were not written since."""
+    newest = given.decisions[-1:] if isinstance(given, Shard) else ()
+    path = newest[0].with_suffix(".changes.arrow") if newest else None
+    return pa.Table.from_batches(_file_batches(path)) if path is not None and path.is_file() else None
+
+
+def _changed(batch: pa.RecordBatch, rows: np.ndarray, changes: pa.Table) -> pa.RecordBatch:
+    at, found = _places(rows, changes)
+    where = np.arange(batch.num_rows)
+    where[at] = batch.num_rows + np.arange(len(at))
+    for name in changes.column_names:
+        if name != "row":
+            both = pa.chunked_array(
+                [batch.column(name), *changes.column(name).take(pa.array(found, pa.int64())).chunks]
+            )
+            column = both.take(pa.array(where)).combine_chunks()
+            place = SCHEMA.get_field_index(name)
+            batch = batch.set_column(place, SCHEMA.field(name), column)
+    return batch
 
 
 def batches(documents: Iterable[Document], sizes: Sizes) -> Iterator[pa.RecordBatch]:
@@ -399,9 +423,29 @@ def _decide(
             ]
             with pa.ipc.new_file(str(new / f"{number}.arrow"), DECISION) as writer:
                 writer.write_table(pa.table(columns, schema=DECISION))
+        if decision.changes is not None:
+            _write_changes(decision.changes, firsts, new)
         (new / "report.json").write_text(json.dumps(dict(decision.report)), encoding="utf-8")
         _appear(new, place)
     return place, json.loads((place / "report.json").read_text(encoding="utf-8"))
+
+
+def _write_changes(changes: pa.RecordBatch, firsts: np.ndarray, folder: Path) -> None:
+    """Writes the changes of each part, where it has some, by the rows of that part."""
+    for name in changes.schema.names:
+        if name != "row" and changes.schema.field(name).type != SCHEMA.field(name).type:
+            raise ValueError(
+                f"column {name!r} would become {changes.schema.field(name).type}; wanted {SCHEMA.field(name)}"
+            )
+    place = changes.schema.get_field_index("row")
+    rows = changes.column("row").to_numpy()
+    bounds = np.searchsorted(rows, firsts)
+    for number, (start, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist())):
+        if start < stop:
+            own = pa.array(rows[start:stop] - firsts[number], pa.int64())
+            batch = changes.slice(start, stop - start).set_column(place, "row", own)
+            with pa.ipc.new_file(str(folder / f"{number}.changes.arrow"), batch.schema) as writer:
+                writer.write_batch(batch)
 
 
 def _num_rows(path: Path) -> int:

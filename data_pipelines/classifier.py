@@ -181,12 +181,7 @@ def classified(
     document without a word has no score and goes as "unscored": where a model scores nothing, nothing is kept, and the
     run fails. `drop` must be the side that the model was trained for.
     """
-    classifier, name = open_classifier(folder), Path(folder).name
-    if drop != classifier.settings.drop:
-        raise ValueError(
-            f"{folder} was trained to drop documents {classifier.settings.drop} its threshold, the stage would drop "
-            f"those {drop} it; give drop={classifier.settings.drop!r}, or train with --drop {drop}"
-        )
+    classifier, name = _open_for(folder, drop), Path(folder).name
     if threshold is not None and not 0 < threshold < 1:
         raise ValueError(f"threshold is {threshold}; give a probability between 0 and 1")
 
@@ -208,6 +203,29 @@ def classified(
         return Outcome(with_scores(batch, name, scores_D), reasons, details)
 
     return apply
+
+
+def score_by(folder: str | Path, *, drop: Drop) -> Callable[[pa.RecordBatch], np.ndarray]:
+    """Returns the function that gives every row's probability of the label 1 by the model of a folder.
+
+    A row without a word has 0.5. `drop` must be the side that the model was trained for.
+    """
+    classifier = _open_for(folder, drop)
+
+    def score(batch: pa.RecordBatch) -> np.ndarray:
+        return np.nan_to_num(probabilities(text_buffer(batch), classifier), nan=0.5)
+
+    return score
+
+
+def _open_for(folder: str | Path, drop: Drop) -> Classifier:
+    classifier = open_classifier(folder)
+    if drop != classifier.settings.drop:
+        raise ValueError(
+            f"{folder} was trained to drop documents {classifier.settings.drop} its threshold, the stage would drop "
+            f"those {drop} it; give drop={classifier.settings.drop!r}, or train with --drop {drop}"
+        )
+    return classifier
 
 
 def threshold_for(classifier: Classifier, domain: str, language: str) -> Threshold:

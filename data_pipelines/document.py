@@ -2,7 +2,8 @@
 
 A batch stage is a pure function on an Arrow record batch: the same rows come back, with changed text where the stage
 edits, and with a reason for every row that must go. A corpus stage decides over all documents from small sketches of
-them. `ledger.py` removes the rows that go and counts them; `chain.py` runs stages over a corpus of any size.
+them, and may enter what it found. `ledger.py` removes the rows that go and counts them; `chain.py` runs stages over a
+corpus of any size.
 """
 
 import hashlib
@@ -56,13 +57,15 @@ class Outcome(NamedTuple):
 
 class Decision(NamedTuple):
     """What a corpus stage says of the documents that go: their numbers in the corpus (int64, ascending), a reason and a
-    detail for each. report: plain figures about the whole, kept in the ledger.
+    detail for each. report: plain figures about the whole, kept in the ledger. changes: other values for columns of
+    `SCHEMA`, beside a column `row` (int64, ascending) that says of which documents.
     """
 
     rows: np.ndarray
     reasons: Sequence[str]
     details: Sequence[str]
     report: Mapping[str, Any] = EMPTY_META
+    changes: pa.RecordBatch | None = None
 
 
 Fetch = Callable[[np.ndarray], pa.RecordBatch]

@@ -4,13 +4,16 @@ Licence files are recognised by phrases that tell them apart; no licence text is
 stays unknown rather than guessed.
 """
 
+import functools
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Literal
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
-from data_pipelines.document import SCHEMA, Document, Outcome, to_documents
+from data_pipelines.document import Corpus, Decision, Document, Fetch, to_documents
 
 HEADER_CHARACTERS = 3000
 """Where an SPDX line is looked for."""
@@ -140,24 +143,41 @@ def allows(expression: str, allowed: Collection[str]) -> bool:
     return value and end == len(words)
 
 
-def find_licences(documents: Iterable[Document]) -> list[str | None]:
+class Seen(NamedTuple):
+    """What decides on a document's licence. folder and name: of its path. own: the licence entered, or its SPDX line.
+    text: where it is a licence file of a repository, the licence that it holds ("unknown" if none is recognised).
+    """
+
+    repository: str | None
+    folder: str
+    name: str
+    own: str | None
+    text: str | None
+
+
+def see(document: Document) -> Seen:
+    """Returns what `find_licences` wants to know of a document."""
+    repository = document.meta.get("repository")
+    folder, _, name = document.path.rpartition("/")
+    own = canonical(document.licence) if document.licence else spdx_of(document.text)
+    holds = repository is not None and is_licence_file(document.path)
+    text = (licence_of_text(document.text) or "unknown") if holds else None
+    return Seen(None if repository is None else str(repository), folder, name, own, text)
+
+
+def find_licences(seen: Iterable[Seen]) -> list[str | None]:
     """Returns the licence of each document: the one entered, its SPDX line, else that of the nearest licence files.
 
     Nearest: in its folder, else in the one above, up to the root of its repository (field `repository` of meta).
     Several licence files in a folder are a choice if each is named after its licence (LICENSE-MIT), else all hold.
     """
-    documents = list(documents)
+    seen = list(seen)
     texts: dict[str, dict[str, str]] = {}
-    for document in documents:
-        if is_licence_file(document.path) and "repository" in document.meta:
-            folder, _, name = document.path.rpartition("/")
-            texts.setdefault(folder, {})[name] = licence_of_text(document.text) or "unknown"
+    for document in seen:
+        if document.text is not None:
+            texts.setdefault(document.folder, {})[document.name] = document.text
     of_folder = {folder: _joined(found) for folder, found in texts.items()}
-    result = []
-    for document in documents:
-        own = canonical(document.licence) if document.licence else spdx_of(document.text)
-        result.append(own or _above(document, of_folder))
-    return result
+    return [document.own or _above(document, of_folder) for document in seen]
 
 
 def _joined(found: Mapping[str, str]) -> str | None:
@@ -169,9 +189,8 @@ def _joined(found: Mapping[str, str]) -> str | None:
     return (" OR " if is_choice else " AND ").join(f"({name})" if " " in name else name for name in distinct)
 
 
-def _above(document: Document, of_folder: Mapping[str, str | None]) -> str | None:
-    repository = document.meta.get("repository")
-    folder = document.path.rpartition("/")[0]
+def _above(document: Seen, of_folder: Mapping[str, str | None]) -> str | None:
+    repository, folder = document.repository, document.folder
     while repository and (folder == repository or folder.startswith(f"{repository}/")):
         if folder in of_folder:
             return of_folder[folder]
@@ -179,32 +198,45 @@ def _above(document: Document, of_folder: Mapping[str, str | None]) -> str | Non
     return None
 
 
-def licences(
-    allowed: Collection[str] | None = None, *, unknown: Literal["keep", "drop"] = "keep"
-) -> Callable[[pa.RecordBatch], Outcome]:
+def licences(allowed: Collection[str] | None = None, *, unknown: Literal["keep", "drop"] = "keep") -> Corpus:
     """Returns the corpus stage that enters every row's licence and drops what is not allowed (None: all are).
 
     Licence files themselves go with the reason "licence_text" once they are read, so they run before deduplication.
     """
     if isinstance(allowed, str):
         raise ValueError(f"allowed is the text {allowed!r}; wanted a collection of SPDX names such as PERMISSIVE")
+    return Corpus(_sketch, functools.partial(_resolve, allowed=allowed, unknown=unknown))
 
-    def apply(batch: pa.RecordBatch) -> Outcome:
-        documents = to_documents(batch)
-        found = find_licences(documents)
-        reasons: list[str | None] = [None] * len(documents)
-        details: list[str | None] = [None] * len(documents)
-        for row, document in enumerate(documents):
-            if is_licence_file(document.path) and "repository" in document.meta:
-                reasons[row], details[row] = "licence_text", f"read as {found[row] or 'unknown'}"
-            elif found[row] is None:
-                if unknown == "drop":
-                    reasons[row] = "licence_unknown"
-                    details[row] = "no entry, no SPDX line, no licence file that is recognised in its folder or above"
-            elif allowed is not None and not allows(found[row], allowed):
-                reasons[row], details[row] = "licence_not_allowed", found[row]
-        place = SCHEMA.get_field_index("licence")
-        column = pa.array(found, pa.string())
-        return Outcome(batch.set_column(place, SCHEMA.field("licence"), column), reasons, details)
 
-    return apply
+def _sketch(batch: pa.RecordBatch) -> pa.RecordBatch:
+    seen = [see(document) for document in to_documents(batch)]
+    columns = {name: pa.array([getattr(row, name) for row in seen], pa.string()) for name in Seen._fields}
+    columns["given"] = batch.column("licence")
+    return pa.RecordBatch.from_pydict({"row": pa.array(range(len(seen)), pa.int64()), **columns})
+
+
+def _resolve(
+    sketches: Sequence[pa.RecordBatch], fetch: Fetch, scratch: Path, *, allowed: Collection[str] | None, unknown: str
+) -> Decision:
+    table = pa.Table.from_batches(sketches)
+    rows = table.column("row").to_numpy()
+    seen = [Seen(*values) for values in zip(*(table.column(name).to_pylist() for name in Seen._fields))]
+    found, goes, reasons, details = find_licences(seen), [], [], []
+    for place, (document, licence) in enumerate(zip(seen, found, strict=True)):
+        reason = None
+        if document.text is not None:
+            reason, detail = "licence_text", f"read as {licence or 'unknown'}"
+        elif licence is None and unknown == "drop":
+            reason = "licence_unknown"
+            detail = "no entry, no SPDX line, no licence file that is recognised in its folder or above"
+        elif licence is not None and allowed is not None and not allows(licence, allowed):
+            reason, detail = "licence_not_allowed", licence
+        if reason:
+            goes.append(place)
+            reasons.append(reason)
+            details.append(detail)
+    other = [place for place, given in enumerate(table.column("given").to_pylist()) if given != found[place]]
+    values = [pa.array(rows[other], pa.int64()), pa.array([found[place] for place in other], pa.string())]
+    changes = pa.record_batch(values, names=["row", "licence"])
+    counts = Counter(licence or "unknown" for licence in found)
+    return Decision(rows[goes], reasons, details, {"licences": dict(sorted(counts.items()))}, changes)

@@ -15,24 +15,22 @@ had finished lies in the hidden folder .DIR.work beside DIR, which is removed at
 import argparse
 import contextlib
 import functools
-import json
 import shutil
 import sys
 import tempfile
-import uuid
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from data_pipelines import chain, executors
-from data_pipelines.code import markdown, order_documents
+from data_pipelines.classifier import Drop, classified, score_by
+from data_pipelines.code_languages import detect_languages
+from data_pipelines.decontamination import Benchmark, Decontamination, build_index, decontaminate, parse_benchmark
 from data_pipelines.dedup import NearDuplicates, exact_duplicates, near_duplicates
 from data_pipelines.document import (
-    SCHEMA,
     Corpus,
     Document,
     Outcome,
@@ -40,17 +38,10 @@ from data_pipelines.document import (
     concat_batches,
     to_documents,
 )
-from data_pipelines.ledger import (
-    Ledger,
-    dropped_by_reason,
-    file_of,
-    merge,
-    regroup,
-    remember_kept,
-    save,
-    summary,
-    write_parquet,
-)
+from data_pipelines.ledger import Ledger, dropped_by_reason, file_of, merge, remember_kept, summary
+from data_pipelines.licence import PERMISSIVE, licences
+from data_pipelines.output import ordered_batches, write_folder
+from data_pipelines.pii import masked
 from data_pipelines.rules import (
     REFERENCE,
     WEB,
@@ -64,11 +55,11 @@ from data_pipelines.rules import (
     normalise_text,
     text_rules,
 )
+from data_pipelines.safety import blocked_domains, blocked_words
+from data_pipelines.tiers import Tiers, score_of_meta, tiers
 
 CODE = ("code",)
-FILE_BYTES = 256 << 20
-"""Text in a file of documents."""
-
+PROSE = ("reference",)
 Apply = Callable[[pa.RecordBatch], Outcome]
 
 
@@ -105,38 +96,150 @@ def only(domains: Sequence[str], apply: Apply | Corpus, *, others: bool = False)
     return Corpus(sketched, apply.resolve) if isinstance(apply, Corpus) else selected
 
 
-def _mixed(code: Sequence[Stage], text: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Code by one list, all else by the other; batch stages first, so that documents are written once."""
-    stages = [
-        *(stage._replace(name=f"code_{stage.name}", apply=only(CODE, stage.apply)) for stage in code),
-        *(stage._replace(name=f"text_{stage.name}", apply=only(CODE, stage.apply, others=True)) for stage in text),
-    ]
-    return tuple(sorted(stages, key=lambda stage: stage.scope == "corpus"))
+class Given(NamedTuple):
+    """What only the user can bring. A stage that wants something which is not given is left out of its chain."""
+
+    domains: tuple[str, ...] = ()
+    """Files of blocked domains."""
+    words: tuple[str, ...] = ()
+    """Files of blocked words."""
+    models: str | None = None
+    """A folder of classifiers that `data_pipelines.quality` trained, each in a folder named as in MODELS."""
+    tiers: Tiers | None = None
+    """Tiers of code by models/code_quality, or, without it, by the field `quality` of meta."""
+    benchmarks: tuple[Benchmark, ...] = ()
+    decontamination: Decontamination = Decontamination()
+    licences: frozenset[str] | None = None
+    """Of code; None: all are allowed."""
+    unknown_licence: Literal["keep", "drop"] = "keep"
 
 
-WEB_TEXT = (
-    Stage("normalise", "batch", edit(normalise_text, normalise_rows)),
-    Stage("clean_lines", "batch", edit(clean_lines, clean_rows)),
-    Stage("rules", "batch", text_rules(WEB)),
-    Stage("exact_duplicates", "corpus", exact_duplicates),
-    Stage("near_duplicates", "corpus", near_duplicates(NearDuplicates())),
-)
-REFERENCE_TEXT = (
-    Stage("normalise", "batch", edit(normalise_text, normalise_rows)),
-    Stage("rules", "batch", text_rules(REFERENCE)),
-    Stage("exact_duplicates", "corpus", exact_duplicates),
-    Stage("near_duplicates", "corpus", near_duplicates(NearDuplicates())),
-)
-CODE_FILES = (
-    Stage("normalise", "batch", edit(normalise_code)),
-    Stage("rules", "batch", code_rules(CodeRules())),
-    Stage("exact_duplicates", "corpus", exact_duplicates),
-    Stage("near_duplicates", "corpus", near_duplicates(NearDuplicates())),
-)
-CHAIN = _mixed(CODE_FILES, REFERENCE_TEXT)
-"""Code by the rules of code, everything else by those of documentation: what a mixed folder or a user's file gets."""
-CHAINS = {"web": WEB_TEXT, "code": CODE_FILES, "mixed": CHAIN, "reference": REFERENCE_TEXT}
+class Model(NamedTuple):
+    """On which side of its threshold a classifier drops, and the reason that it gives."""
+
+    drop: Drop
+    reason: str
+
+
+MODELS = {
+    "toxicity": Model("above", "toxic"),
+    "adult_content": Model("above", "adult_content"),
+    "advertisement": Model("above", "advertisement"),
+    "fluency": Model("below", "not_fluent"),
+}
+CODE_QUALITY = "code_quality"
+
+
+def web_text(given: Given = Given()) -> tuple[Stage, ...]:
+    """Web pages: the report's order, clean, deduplicated, safe, of high quality. Personal data is masked last."""
+    return (
+        Stage("normalise", "batch", edit(normalise_text, normalise_rows)),
+        Stage("clean_lines", "batch", edit(clean_lines, clean_rows)),
+        Stage("rules", "batch", text_rules(WEB)),
+        *_duplicates(),
+        *([Stage("blocked_domains", "batch", blocked_domains(given.domains))] if given.domains else []),
+        *([Stage("blocked_words", "batch", blocked_words(given.words))] if given.words else []),
+        *_classifiers(given),
+        *_decontaminated(given),
+        Stage("mask_personal_data", "batch", masked()),
+    )
+
+
+def reference_text(given: Given = Given()) -> tuple[Stage, ...]:
+    """Documentation: rules that short entries and lists pass; nothing is masked."""
+    return (
+        Stage("normalise", "batch", edit(normalise_text, normalise_rows)),
+        Stage("rules", "batch", text_rules(REFERENCE)),
+        *_duplicates(),
+        *_decontaminated(given),
+    )
+
+
+def code_files(given: Given = Given()) -> tuple[Stage, ...]:
+    """Files of repositories. Their documents (markdown, notebooks) follow the rules of documentation."""
+    return (
+        *_origin(given),
+        Stage("normalise", "batch", only(PROSE, edit(normalise_code), others=True)),
+        Stage("rules", "batch", only(PROSE, code_rules(CodeRules()), others=True)),
+        Stage("prose_normalise", "batch", only(PROSE, edit(normalise_text, normalise_rows))),
+        Stage("prose_rules", "batch", only(PROSE, text_rules(REFERENCE))),
+        *_duplicates(),
+        *_tiers(given),
+        *_decontaminated(given),
+    )
+
+
+def mixed(given: Given = Given()) -> tuple[Stage, ...]:
+    """Code by the rules of code, everything else by those of documentation: for a folder of both, or a user's file."""
+    return (
+        *_origin(given, only_code=True),
+        Stage("code_normalise", "batch", only(CODE, edit(normalise_code))),
+        Stage("code_rules", "batch", only(CODE, code_rules(CodeRules()))),
+        Stage("text_normalise", "batch", only(CODE, edit(normalise_text, normalise_rows), others=True)),
+        Stage("text_rules", "batch", only(CODE, text_rules(REFERENCE), others=True)),
+        *(stage._replace(name=f"code_{stage.name}", apply=only(CODE, stage.apply)) for stage in _duplicates()),
+        *(
+            stage._replace(name=f"text_{stage.name}", apply=only(CODE, stage.apply, others=True))
+            for stage in _duplicates()
+        ),
+        *_tiers(given),
+        *_decontaminated(given),
+    )
+
+
+def _duplicates() -> tuple[Stage, ...]:
+    return (
+        Stage("exact_duplicates", "corpus", exact_duplicates),
+        Stage("near_duplicates", "corpus", near_duplicates(NearDuplicates())),
+    )
+
+
+def _origin(given: Given, *, only_code: bool = False) -> tuple[Stage, ...]:
+    """Language and licence of every file; both look at whole repositories, before anything of them is gone."""
+    return (
+        Stage("languages", "batch", only(CODE, detect_languages) if only_code else detect_languages),
+        Stage("licences", "corpus", licences(given.licences, unknown=given.unknown_licence)),
+    )
+
+
+def _classifiers(given: Given) -> Iterator[Stage]:
+    for name in _models(given):
+        if name in MODELS:
+            drop, reason = MODELS[name]
+            yield Stage(name, "batch", classified(Path(given.models, name), drop=drop, reason=reason))
+
+
+def _tiers(given: Given) -> Iterator[Stage]:
+    if given.tiers is not None:
+        folder = Path(given.models, CODE_QUALITY) if CODE_QUALITY in _models(given) else None
+        score = score_of_meta if folder is None else score_by(folder, drop="below")
+        yield Stage("tiers", "batch", only(CODE, tiers(given.tiers, score=score)))
+
+
+def _models(given: Given) -> list[str]:
+    """The names of the classifiers that are given. Raises ValueError for an unknown one, or where there is none."""
+    if given.models is None:
+        return []
+    folder, known = Path(given.models), [*MODELS, CODE_QUALITY]
+    found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not found or set(found) - set(known):
+        raise ValueError(
+            f"{folder} holds {', '.join(found) or 'no folder'}; wanted folders that data_pipelines.quality trained, "
+            f"with names of {', '.join(known)}"
+        )
+    return [name for name in known if name in found]
+
+
+def _decontaminated(given: Given) -> Iterator[Stage]:
+    if given.benchmarks:
+        index = build_index(given.benchmarks, given.decontamination)
+        yield Stage("decontamination", "batch", decontaminate(index))
+
+
+CHAINS = {"web": web_text, "code": code_files, "mixed": mixed, "reference": reference_text}
 """By the name that the command takes. A further chain is a further list of stages and a line here."""
+WEB_TEXT, CODE_FILES, CHAIN, REFERENCE_TEXT = web_text(), code_files(), mixed(), reference_text()
+"""With nothing given."""
 
 
 # --- in memory -------------------------------------------------------------------------------------------------------
@@ -180,90 +283,6 @@ def check_kept(ledger: Ledger) -> None:
             f"all {counts['documents_in']} documents were dropped: {reasons}; give other documents or a chain "
             f"whose thresholds fit them (chains: {', '.join(CHAINS)})"
         )
-
-
-# --- order and files -------------------------------------------------------------------------------------------------
-
-
-def ordered_batches(shards: Sequence[chain.Shard], *, rows: int = 1024) -> Iterator[pa.RecordBatch]:
-    """The documents that are left, each repository's code files in dependency order, a repository in memory at a time.
-
-    A repository's files move among the places of that repository; other documents stay where they are.
-    """
-    whole, order = dependency_rows(shards)
-    for start in range(0, len(order), rows):
-        yield chain.fetch(whole, order[start : start + rows])
-
-
-def dependency_rows(shards: Sequence[chain.Shard]) -> tuple[chain.Places, np.ndarray]:
-    """The batches of all shards, and the numbers of the documents that are left in the order they are to have."""
-    whole = chain.places([shard.documents for shard in shards])
-    order = np.concatenate([np.zeros(0, np.int64), *chain.kept_rows(shards)])
-    for places in code_repositories(whole, order).values():
-        held = to_documents(chain.fetch(whole, order[places]))
-        place_of = {id(document): place for document, place in zip(held, places.tolist(), strict=True)}
-        order[places] = order[[place_of[id(document)] for document in order_documents(held)]]
-    return whole, order
-
-
-def code_repositories(whole: chain.Places, order: np.ndarray) -> dict[str, np.ndarray]:
-    """Repository (field `repository` of meta) with code -> the places in `order` of its documents; sorted by name."""
-    found: dict[str, list[int]] = defaultdict(list)
-    with_code = set()
-    for start in range(0, len(order), 1024):
-        batch = chain.fetch(whole, order[start : start + 1024], columns=["domain", "meta"])
-        for row, (domain, meta) in enumerate(zip(batch.column("domain").to_pylist(), batch.column("meta").to_pylist())):
-            repository = json.loads(meta).get("repository") if '"repository"' in meta else None
-            if repository:
-                found[str(repository)].append(start + row)
-                if domain == "code":
-                    with_code.add(str(repository))
-    return {name: np.array(found[name]) for name in sorted(with_code)}
-
-
-def write_folder(
-    found: chain.Run, folder: Path, *, progress: Callable[[str, int, int], None] = lambda label, done, total: None
-) -> None:
-    """Writes the output folder named at the top of this file, all of it or nothing."""
-    new = folder.with_name(f".{folder.name}.new-{uuid.uuid4().hex[:8]}")
-    (new / "documents").mkdir(parents=True)
-    total = summary(found.ledger)["documents_kept"]
-    try:
-        whole, order = dependency_rows(found.shards)
-        batches = (chain.fetch(whole, order[start : start + 1024]) for start in range(0, len(order), 1024))
-        done = 0
-        for number, batches_of_file in enumerate(_files(regroup(batches, SCHEMA))):
-            write_parquet(batches_of_file, new / "documents" / f"{number:05d}.parquet", SCHEMA)
-            done += sum(batch.num_rows for batch in batches_of_file)
-            progress("write documents", done, total)
-        with (new / "repositories.jsonl").open("w", encoding="utf-8") as lines:
-            for name, places in code_repositories(whole, order).items():
-                for document in markdown(to_documents(chain.fetch(whole, order[places])), title=name):
-                    row = {"id": document.id, "repository": document.path, "text": document.text}
-                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-        with (new / "set_aside.txt").open("wb") as together:
-            for path in found.set_aside:
-                together.write(path.read_bytes())
-        save(found.ledger, new)
-        if folder.exists():
-            shutil.rmtree(folder)
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _files(groups: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
-    """Row groups by file: about FILE_BYTES of text each."""
-    waiting: list[pa.RecordBatch] = []
-    size = 0
-    for group in groups:
-        waiting.append(group)
-        size += group.column("text").nbytes
-        if size >= FILE_BYTES:
-            yield waiting
-            waiting, size = [], 0
-    if waiting:
-        yield waiting
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -362,6 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--keep-dropped", action="store_true", help="keep the text of what is dropped, beside its reason"
     )
+    _add_given(parser)
     given = parser.parse_args(arguments)
     if given.address and given.executor != "ray":
         parser.error("--address is for --executor ray")
@@ -370,9 +390,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     executor = executors.ray(given.address) if given.executor == "ray" else executors.local(given.threads)
     folder = Path(given.output)
     try:
+        stages = CHAINS[given.chain](_given_by(given, parser))
         with executor as run_tasks, shown_progress() as progress:
             ledger = run_files(
-                given.input, CHAINS[given.chain], folder, run_tasks,
+                given.input, stages, folder, run_tasks,
                 strict=given.strict, keep_dropped=given.keep_dropped, progress=progress,
             )  # fmt: skip
     except ValueError as error:
@@ -388,6 +409,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"  {count:8d} {reason}")
     print(f"written to {given.output}")
     return 0
+
+
+def _add_given(parser: argparse.ArgumentParser) -> None:
+    """Options for what only the user can bring, and the chains that take them."""
+    web = parser.add_argument_group("web")
+    web.add_argument("--domains", nargs="+", default=[], metavar="FILE", help="lists of blocked domains, one per line")
+    web.add_argument("--words", nargs="+", default=[], metavar="FILE", help="lists of blocked words, one per line")
+    web.add_argument(
+        "--models", metavar="DIR",
+        help=f"folder of trained classifiers, by name: {', '.join(MODELS)}; for code: {CODE_QUALITY}",
+    )  # fmt: skip
+    code = parser.add_argument_group("code, mixed")
+    code.add_argument(
+        "--licences", nargs="+", metavar="NAME",
+        help="SPDX names that are allowed, or the word permissive (default: all are)",
+    )  # fmt: skip
+    code.add_argument("--drop-unknown-licences", action="store_true", help="drop files whose licence is not recognised")
+    code.add_argument(
+        "--tiers", nargs="*", metavar="LANGUAGE",
+        help=f"drop the low tier, by models/{CODE_QUALITY} or the field quality of meta, in these languages (or all)",
+    )  # fmt: skip
+    every = parser.add_argument_group("all chains")
+    every.add_argument(
+        "--benchmark", nargs="+", default=[], metavar="NAME=FILE:FIELD[,FIELD]",
+        help="evaluation sets (JSONL) whose items may not stand in the documents",
+    )  # fmt: skip
+    every.add_argument(
+        "--contaminated", choices=["drop", "cut"], default="drop", help="drop such a document, or cut out the lines"
+    )
+
+
+def _given_by(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Given:
+    of_web, of_code = given.chain == "web", given.chain in ("code", "mixed")
+    for name, value, takes in (
+        ("--domains", given.domains, of_web),
+        ("--words", given.words, of_web),
+        ("--models", given.models, of_web or of_code),
+        ("--licences", given.licences, of_code),
+        ("--drop-unknown-licences", given.drop_unknown_licences, of_code),
+        ("--tiers", given.tiers is not None, of_code),
+    ):
+        if value and not takes:
+            parser.error(f"{name} is given, and the chain {given.chain} has no stage for it")
+    if of_code and given.models and given.tiers is None:
+        parser.error(f"--models holds {CODE_QUALITY} for --tiers, which is not given")
+    allowed = None
+    if given.licences:
+        named = [name for name in given.licences if name.lower() != "permissive"]
+        allowed = frozenset(named) | (PERMISSIVE if len(named) < len(given.licences) else frozenset())
+    return Given(
+        domains=tuple(given.domains),
+        words=tuple(given.words),
+        models=given.models,
+        tiers=None if given.tiers is None else Tiers(languages=tuple(given.tiers) or None),
+        benchmarks=tuple(parse_benchmark(text) for text in given.benchmark),
+        decontamination=Decontamination(action=given.contaminated),
+        licences=allowed,
+        unknown_licence="drop" if given.drop_unknown_licences else "keep",
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 import pytest
 
 from data_pipelines import licence
-from data_pipelines.document import make_document, to_batch, to_documents
+from data_pipelines.chain import Sizes
+from data_pipelines.document import Stage, make_document
+from data_pipelines.ledger import Ledger, fates
+from data_pipelines.wanjuan import run_chain
 
 # The phrases that tell licences apart, in the case, marks and line breaks of the originals.
 GRANT = "Permission is hereby granted, free of charge, to any person obtaining a copy\nof X to whom it is\n"
@@ -94,27 +97,40 @@ def test_every_file_gets_the_nearest_licence_and_what_is_not_allowed_goes():
         make_document("int f;", source="s", path="f.c", licence="bsd-3-clause"),
         make_document("text", source="s", path="x/LICENSE"),
     ]
-    outcome = licence.licences(licence.PERMISSIVE, unknown="drop")(to_batch(documents))
-    found = {
-        row.path: (row.licence, why) for row, why in zip(to_documents(outcome.batch), outcome.reasons, strict=True)
-    }
+    found, ledger = {}, Ledger()
+    for document in run_chain(documents, [stage(licence.PERMISSIVE, unknown="drop")], ledger):
+        found[document.path] = document.licence
+    found |= {fate.path: (fate.reason, fate.detail) for fate in fates(ledger)}
     assert found == {
-        "r/LICENSE": ("MIT", "licence_text"),
-        "r/a.c": ("MIT", None),
-        "r/own.c": ("GPL-2.0-only OR Apache-2.0", None),
-        "r/deep/er/b.c": ("MIT", None),
-        "r/third/COPYING": ("GPL-2.0", "licence_text"),
-        "r/third/c.c": ("GPL-2.0", "licence_not_allowed"),
-        "r/odd/LICENSE.txt": (None, "licence_text"),
-        "r/odd/d.c": (None, "licence_unknown"),
-        "rr/e.c": (None, "licence_unknown"),
-        "two/LICENSE-MIT": ("GPL-2.0 OR MIT", "licence_text"),
-        "two/LICENSE-GPL": ("GPL-2.0 OR MIT", "licence_text"),
-        "two/g.rs": ("GPL-2.0 OR MIT", None),
-        "f.c": ("BSD-3-Clause", None),
-        "x/LICENSE": (None, "licence_unknown"),  # no repository: a text like any other
+        "r/LICENSE": ("licence_text", "read as MIT"),
+        "r/a.c": "MIT",
+        "r/own.c": "GPL-2.0-only OR Apache-2.0",
+        "r/deep/er/b.c": "MIT",
+        "r/third/COPYING": ("licence_text", "read as GPL-2.0"),
+        "r/third/c.c": ("licence_not_allowed", "GPL-2.0"),
+        "r/odd/LICENSE.txt": ("licence_text", "read as unknown"),
+        "r/odd/d.c": UNKNOWN,
+        "rr/e.c": UNKNOWN,
+        "two/LICENSE-MIT": ("licence_text", "read as GPL-2.0 OR MIT"),
+        "two/LICENSE-GPL": ("licence_text", "read as GPL-2.0 OR MIT"),
+        "two/g.rs": "GPL-2.0 OR MIT",
+        "f.c": "BSD-3-Clause",
+        "x/LICENSE": UNKNOWN,  # no repository: a text like any other
     }
-    assert outcome.details[5] == "GPL-2.0" and outcome.details[0] == "read as MIT"
-    assert set(licence.licences()(to_batch(documents)).reasons) == {None, "licence_text"}
+    assert ledger.reports["licences"]["licences"] == {"BSD-3-Clause": 1, "GPL-2.0": 2, "GPL-2.0 OR MIT": 3} | {
+        "GPL-2.0-only OR Apache-2.0": 1, "MIT": 3, "unknown": 4,
+    }  # fmt: skip
+    # Cut anywhere, the same: a licence file may lie in another part than the files that it is of.
+    ledger = Ledger()
+    kept = run_chain(documents, [stage(None)], ledger, sizes=Sizes(unit_bytes=1, batch_rows=1))
+    assert {fate.reason for fate in fates(ledger)} == {"licence_text"} and len(kept) == len(documents) - 5
+    assert {document.path: document.licence for document in kept}["r/deep/er/b.c"] == "MIT"
     with pytest.raises(ValueError, match="wanted a collection of SPDX names"):
         licence.licences("MIT")
+
+
+UNKNOWN = ("licence_unknown", "no entry, no SPDX line, no licence file that is recognised in its folder or above")
+
+
+def stage(allowed, **how):
+    return Stage("licences", "corpus", licence.licences(allowed, **how))

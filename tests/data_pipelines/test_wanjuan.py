@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines import code, sources, wanjuan
+from data_pipelines import classifier, code, sources, wanjuan
 from data_pipelines.chain import Sizes
 from data_pipelines.document import Outcome, Stage, make_document, to_batch
 from data_pipelines.ledger import Ledger, explain, fates, summary
+from data_pipelines.tiers import Tiers
 from tests.data_pipelines.test_rules import CHINESE, FUNCTION, GOOD
 
 
@@ -85,12 +87,117 @@ def test_only_leaves_other_rows_alone(documents):
 
 @pytest.mark.parametrize("chain", sorted(wanjuan.CHAINS))
 def test_every_stage_accepts_no_rows(chain, tmp_path):
-    for stage in wanjuan.CHAINS[chain]:
+    for stage in wanjuan.CHAINS[chain]():
         if stage.scope == "corpus":
             assert len(stage.apply.resolve([stage.apply.sketch(to_batch([]))], None, tmp_path).rows) == 0
         else:
             outcome = stage.apply(to_batch([]))
             assert outcome.batch.num_rows == 0 and len(outcome.reasons) == 0
+
+
+NOUNS = "river garden window teacher morning machine paper village winter bridge kitchen letter forest captain".split()
+
+
+def page(number):
+    """A text that every rule passes, and that is like no other."""
+    draw = random.Random(number)
+    lines = ("The {} of the {} was with the {} that they have seen, and it is not far from a {} in the {}.",)
+    return "\n".join(lines[0].format(*draw.choices(NOUNS, k=5)) for _ in range(12)) + "\n"
+
+
+def write_model(folder, drop, word):
+    """A classifier whose label 1 is texts with the word."""
+    texts = [page(100 + number) + f" {word} " * 6 * (number % 2) for number in range(60)]
+    fitted = classifier.fit(texts, np.arange(60) % 2, classifier.Settings(drop=drop, log2_buckets=12, epochs=20))
+    everywhere = classifier.Threshold(classifier.ANY, classifier.ANY, 0.5, 60, 30, 1.0, 1.0)
+    folder.mkdir(parents=True)
+    classifier.write_classifier(folder, fitted._replace(thresholds=(everywhere,)), {})
+
+
+def test_the_web_chain_uses_what_it_is_given(tmp_path, capsys):
+    pages = {
+        "https://www.ads.example/1": page(1),
+        "words": page(2) + "Casino, free spins, casino!\n",
+        "toxic": page(3) + "grumble " * 6,
+        "advert": page(4) + "bargain " * 6,
+        "stutter": page(5).replace("river", "ponderous"),
+        "benchmark": page(6) + "How many pens does Ann have if each of her three red boxes holds twelve pens?\n",
+        "good": page(7) + "Fluent fluent fluent fluent: write to joe@mail.example.com today.\n",
+    }
+    pages |= {name: text + "fluent " * 6 for name, text in pages.items() if name not in ("stutter", "good")}
+    rows = [json.dumps({"text": text, "path": path}) for path, text in pages.items()]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows))
+    (tmp_path / "domains").write_text("ads.example\n")
+    (tmp_path / "words").write_text("casino\nfree spins\t2\n")
+    item = {"question": pages["benchmark"].splitlines()[-2]}
+    (tmp_path / "sums.jsonl").write_text(json.dumps(item))
+    for name, drop, word in [
+        ("toxicity", "above", "grumble"), ("advertisement", "above", "bargain"), ("fluency", "below", "fluent"),
+    ]:  # fmt: skip
+        write_model(tmp_path / "models" / name, drop, word)
+    options = ["--domains", "domains", "--words", "words", "--models", "models", "--benchmark"]
+    options = [str(tmp_path / name) if not name.startswith("--") else name for name in options]
+    options += [f"sums={tmp_path / 'sums.jsonl'}:question", "--threads", "1", "--output", str(tmp_path / "out")]
+    assert wanjuan.main(["web", "--input", str(tmp_path / "in.jsonl"), *options]) == 0
+    dropped = pq.read_table(tmp_path / "out" / "dropped.parquet").to_pylist()
+    assert {row["path"]: row["reason"] for row in dropped} == {
+        "https://www.ads.example/1": "blocked_domain",
+        "words": "blocked_words",
+        "toxic": "toxic",
+        "advert": "advertisement",
+        "stutter": "not_fluent",
+        "benchmark": "contaminated",
+    }
+    (kept,) = pq.read_table(tmp_path / "out" / "documents").to_pylist()
+    assert "[EMAIL]" in kept["text"] and json.loads(kept["meta"])["personal_data_masked"] == {"email": 1}
+    assert set(json.loads(kept["meta"])["scores"]) == {"toxicity", "advertisement", "fluency"}
+    (tmp_path / "models" / "toxicity").rename(tmp_path / "models" / "rudeness")
+    assert wanjuan.main(["web", "--input", str(tmp_path / "in.jsonl"), *options]) == 1
+    assert "rudeness" in (said := capsys.readouterr().err) and "with names of toxicity, adult_content" in said
+    for chain, wrong in [
+        ("code", "--domains x"),
+        ("web", "--licences MIT"),
+        ("reference", "--models x"),
+        ("code", "--models x"),
+    ]:
+        with pytest.raises(SystemExit):
+            wanjuan.main([chain, "--input", "x", "--output", "y", *wrong.split()])
+
+
+def test_the_code_chain_reads_licences_languages_and_tiers(tmp_path):
+    write_model(tmp_path / "code_quality", "below", "careful")
+    files = {
+        "LICENSE": "GNU GENERAL PUBLIC LICENSE Version 2, June 1991",
+        "gpl.py": FUNCTION,
+        "mit/COPYING": "Apache License, Version 2.0",
+        "mit/good.py": FUNCTION.replace("def ", "def careful_") + '"""' + "careful " * 8 + '"""\n',
+        "mit/poor.rs": 'fn main() {\n    println!("bargain of the winter bridge");\n}\n',
+        "mit/poor.py": FUNCTION.replace("value", "bargain"),
+        "mit/README.md": GOOD,
+        "mit/short.md": "Short.",
+    }
+    documents = [
+        make_document(text, source="s", path=f"r/{path}", domain="code", meta={"repository": "r"})
+        for path, text in files.items()
+    ]
+    given = wanjuan.Given(
+        models=str(tmp_path), licences=frozenset({"Apache-2.0"}), tiers=Tiers(low=0.5, languages=("python",))
+    )
+    ledger = Ledger()
+    kept = wanjuan.run_chain(documents, wanjuan.code_files(given), ledger)
+    assert {fate.path.removeprefix("r/"): fate.reason for fate in fates(ledger)} == {
+        "LICENSE": "licence_text",
+        "gpl.py": "licence_not_allowed",
+        "mit/COPYING": "licence_text",
+        "mit/poor.py": "low_quality",
+        "mit/short.md": "few_words",
+    }
+    found = {d.path.removeprefix("r/mit/"): (d.language, d.domain, d.licence, d.meta.get("tier")) for d in kept}
+    assert found == {
+        "README.md": ("markdown", "reference", "Apache-2.0", None),
+        "good.py": ("python", "code", "Apache-2.0", "high"),
+        "poor.rs": ("rust", "code", "Apache-2.0", "moderate"),
+    }
 
 
 @pytest.mark.slow
@@ -161,8 +268,8 @@ def test_a_repository_folder_becomes_one_markdown_text(tmp_path):
 
 def test_the_readme_holds(tmp_path, monkeypatch, capsys):
     readme = (Path(wanjuan.__file__).parent / "README.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"```sh\npython -m data_pipelines\.wanjuan (.*)\n```", readme)
-    program = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
+    (line,) = re.findall(r"```sh\npython -m data_pipelines\.wanjuan (mixed .*)\n```", readme)
+    programs = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     (tmp_path / "notes.jsonl").write_text(json.dumps({"text": GOOD}) + "\n")
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "area.py").write_text(FUNCTION)
@@ -172,8 +279,12 @@ def test_the_readme_holds(tmp_path, monkeypatch, capsys):
     for name in ("documents/00000.parquet", "repositories.jsonl", "dropped.parquet", "set_aside.txt"):
         assert (tmp_path / "clean" / name).is_file()
     monkeypatch.setattr(sources, "package_documents", list)  # its time, not its truth
-    exec(compile(program, "README.md", "exec"), {})
+    exec(compile(programs[0], "README.md", "exec"), {})
     assert capsys.readouterr().out.endswith(": kept\n")
+    (of_code,) = (program for program in programs if "code_files(" in program)
+    exec(compile(of_code, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert said.startswith("r/area.py python MIT high 3.0\n") and "contaminated" in said and "sums" in said
 
 
 def test_all_dropped_before_a_decision_over_the_corpus_is_said():
