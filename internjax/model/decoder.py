@@ -251,6 +251,7 @@ def _init_boxed(config: ModelConfig, rng: jax.Array) -> dict:
         return Decoder(config).init(rng, tokens_BT, tokens_BT, tokens_BT + 1, inv_freq_BF)["params"]
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def init(config: ModelConfig, rng: jax.Array) -> dict:
     """Returns fresh parameters as a nested dict; layers are stacked on axis 0 of every leaf under `layers`.
 
@@ -272,8 +273,14 @@ def abstract_params(config: ModelConfig) -> dict:
 
 def logical_axes(config: ModelConfig) -> dict:
     """Returns the logical axis names of every parameter, in the parameters' tree."""
-    boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
-    return jax.tree.map(tuple, nn.get_partition_spec(boxed), is_leaf=lambda leaf: not isinstance(leaf, dict))
+    specs = nn.get_partition_spec(_abstract_boxed(config))
+    return jax.tree.map(tuple, specs, is_leaf=lambda leaf: not isinstance(leaf, dict))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_boxed(config: ModelConfig) -> dict:
+    # Asked for by every step, load and save; tracing the model takes a third of a second.
+    return jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
 
 
 class Forward(NamedTuple):

@@ -12,6 +12,7 @@ RUN/complete.json     written when the run has ended; a run without it is resume
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -341,7 +342,6 @@ class Run:
 
 def versions() -> dict:
     """Returns command, python, platform, installed packages, and the git commit and diff of the working folder."""
-    packages = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name}
     commit = _git("rev-parse", "HEAD")
     diff = None if commit is None else _git("diff", "HEAD")
     return {
@@ -350,8 +350,15 @@ def versions() -> dict:
         "platform": platform.platform(),
         "git_commit": commit,
         "git_diff": diff and diff[:_MAX_DIFF_CHARACTERS],
-        "packages": dict(sorted(packages.items())),
+        "packages": dict(_packages()),
     }
+
+
+@functools.cache
+def _packages() -> dict[str, str]:
+    # Reads the metadata of every package, a second or so.
+    found = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name}
+    return dict(sorted(found.items()))
 
 
 def _command() -> str:
