@@ -40,6 +40,10 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 
+# Tracing makes millions of small objects that stay; to search them all over and over took a tenth of the time.
+gc.set_threshold(100_000, 20, 50)
+
+
 def pytest_collection_modifyitems(items):
     """Puts files with slow tests first: a worker that began one of them last would leave the others waiting."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
