@@ -152,9 +152,10 @@ def policy(model_config: ModelConfig, config: PPOConfig, *, lora_config: LoraCon
             config=model_config,
             temperature=config.temperature,
         )
-        total, weight, metrics = objectives.policy_loss(
+        out = objectives.policy_loss(
             logprobs_BT, learned.logprobs_BT, learned.adv_BT, learned.mask_BT, clip=config.clip
         )
+        total, metrics = out.total, out.metrics
         if isinstance(config.kl, KLInLoss):
             total += config.kl.coefficient * objectives.kl_loss(
                 logprobs_BT, learned.ref_logprobs_BT, learned.mask_BT, estimator=config.kl.estimator
@@ -163,7 +164,7 @@ def policy(model_config: ModelConfig, config: PPOConfig, *, lora_config: LoraCon
             text = pretrain_loss(trainable, frozen, batch.pretrain, rng)
             total += config.pretrain_coefficient * text.total
             metrics = metrics | {"pretrain_loss": text.total}
-        return LossOutput(total, weight, metrics)
+        return LossOutput(total, out.weight, metrics)
 
     return loss
 

@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 from internjax.hf.weights import list_tensors, read_tensor
 from internjax.train.goodput import goodput
 from internjax.train.tracking import read_rows
-from tests.conftest import QUICK_FLAGS
+from tests.conftest import STEADY_FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "experiments" / "notebooks"
@@ -27,7 +27,7 @@ def executed(notebook, cells, folder, tmp_path):
     # As a person's: one device, figures in the page; what a notebook writes goes where pytest clears it away.
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "MPLBACKEND")}
     # Compiled like the tests around them: most of the time goes there.
-    environment["XLA_FLAGS"] = QUICK_FLAGS
+    environment["XLA_FLAGS"] = STEADY_FLAGS
     client.execute(env=environment | {"TMPDIR": str(tmp_path), "WANDB_MODE": "disabled"})
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
