@@ -29,14 +29,21 @@ class Tables(NamedTuple):
     context_different: np.ndarray
     discount: float
     cache_share: float
+    decay: float
     word_smoothing: float
+    recent_smoothing: float
     pair_smoothing: float
 
 
 class Cache(NamedTuple):
-    """Counts of the tokens, and of the pairs, that stand before a place in its row."""
+    """Counts of the tokens, and of the pairs, that stand before a place in its row.
+
+    recent: decayed counts, as they were when the token was last seen, at `seen`.
+    """
 
     words: np.ndarray
+    recent: np.ndarray
+    seen: np.ndarray
     pair_slots: np.ndarray
     pair_counts: np.ndarray
 
@@ -56,7 +63,8 @@ def table(keys: np.ndarray, *columns: np.ndarray) -> list[np.ndarray]:
 def empty_cache(length: int, vocabulary: int) -> Cache:
     """Returns a cache for rows of at most `length` tokens."""
     size = power_of_two(2 * length)
-    return Cache(np.zeros(vocabulary, np.int64), np.zeros(size, np.uint64), np.zeros(size, np.int64))
+    words, recent, seen = np.zeros(vocabulary, np.int64), np.zeros(vocabulary), np.zeros(vocabulary, np.int64)
+    return Cache(words, recent, seen, np.zeros(size, np.uint64), np.zeros(size, np.int64))
 
 
 @compiled
@@ -89,9 +97,12 @@ def _count(slots, counts, key):
 def _probability(tables, cache, row, at, token):
     """p(token) at row[at], given row[:at], which the cache has counted."""
     p, d = tables.unigram[token], tables.discount
-    cached = (cache.words[token] + tables.word_smoothing * p) / (at + tables.word_smoothing)
     if at == 0:
         return p
+    cached = (cache.words[token] + tables.word_smoothing * p) / (at + tables.word_smoothing)
+    recent = cache.recent[token] * tables.decay ** (at - 1 - cache.seen[token])
+    total = (1.0 - tables.decay**at) / (1.0 - tables.decay)
+    cached = (recent + tables.recent_smoothing * cached) / (total + tables.recent_smoothing)
     last = row[at - 1]
     key = (np.uint64(last) << BITS) | np.uint64(token)
     if tables.word_totals[last] > 0:
@@ -112,11 +123,14 @@ def _probability(tables, cache, row, at, token):
 
 
 @compiled
-def _remember(cache, row, at):
+def _remember(tables, cache, row, at):
     """Counts row[at], and the pair that it ends."""
-    cache.words[row[at]] += 1
+    token = row[at]
+    cache.words[token] += 1
+    cache.recent[token] = cache.recent[token] * tables.decay ** (at - cache.seen[token]) + 1.0
+    cache.seen[token] = at
     if at > 0:
-        key = (np.uint64(row[at - 1]) << BITS) | np.uint64(row[at])
+        key = (np.uint64(row[at - 1]) << BITS) | np.uint64(token)
         slot = _slot(cache.pair_slots, key)
         cache.pair_slots[slot] = key + np.uint64(1)
         cache.pair_counts[slot] += 1
@@ -125,7 +139,7 @@ def _remember(cache, row, at):
 @compiled
 def _forget(cache, row):
     for i in range(row.shape[0]):
-        cache.words[row[i]] = 0
+        cache.words[row[i]], cache.recent[row[i]], cache.seen[row[i]] = 0, 0.0, 0
     cache.pair_slots[:] = 0
     cache.pair_counts[:] = 0
 
@@ -143,7 +157,7 @@ def losses(tables, cache, tokens, starts, num_scored, out):
         for at in range(row.shape[0]):
             if at >= first:
                 total -= np.log(_probability(tables, cache, row, at, row[at]))
-            _remember(cache, row, at)
+            _remember(tables, cache, row, at)
         out[r] = total / num_scored
         _forget(cache, row)
 
@@ -152,7 +166,7 @@ def losses(tables, cache, tokens, starts, num_scored, out):
 def distribution(tables, cache, row, out):
     """Fills out[token] with p(token) behind the whole row; the cache must be empty, and is so afterwards."""
     for at in range(row.shape[0]):
-        _remember(cache, row, at)
+        _remember(tables, cache, row, at)
     for token in range(out.shape[0]):
         out[token] = _probability(tables, cache, row, row.shape[0], token)
     _forget(cache, row)

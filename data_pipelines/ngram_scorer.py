@@ -11,16 +11,18 @@ and N(h) the number of different tokens after h:
     p3(w | uv) = (max(c(u, v, w) - d, 0) + d N(u, v) p2(w | v)) / T(u, v)       p2(w | v) where uv was not seen
 
 the interpolated absolute discounting of Ney, Essen and Kneser (1994). A trigram does not see S1, so the context enters
-through a cache, as in Kuhn and De Mori (1990): with k the counts of the row so far and n its tokens,
+through a cache (Kuhn and De Mori, 1990): with k the counts of the row so far, n its tokens, r the counts in which an
+occurrence loses half of its weight in `half_life` tokens (Clarkson and Robinson, 1997), and R their sum,
 
-    q1(w)      = (k(w) + a p1(w)) / (n + a)
+    q0(w)      = (k(w) + a p1(w)) / (n + a)
+    q1(w)      = (r(w) + e q0(w)) / (R + e)
     q2(w | v)  = (k(v, w) + b q1(w)) / (k(v, .) + b)
     p(w)       = (1 - s) p3(w | uv) + s q2(w | v)
 
-both smoothed by their back-off as if it had been seen a, and b times (MacKay and Peto, 1995). Where S1 is of one text
-with S2, its words come back and help; where it is not, they take the cache's probability away from S2's own, and hurt.
-So this sees topics and vocabulary, and no argument. Train it on other text than what it is to judge: documents whose
-own trigrams were counted need no context.
+each smoothed by the one above it, as if that had been seen a, e or b times (MacKay and Peto, 1995). Where S1 is of one
+text with S2, its words come back and help; where it is not, they take the cache's probability away from S2's own, and
+hurt. So this sees topics and vocabulary, and no argument. Train it on other text than what it is to judge: documents
+whose own trigrams were counted need no context.
 """
 
 import hashlib
@@ -49,11 +51,14 @@ class NgramSettings:
 
     discount: float = 0.75
     """d"""
-    cache_share: float = 0.3
+    cache_share: float = 0.6
     """s"""
-    word_smoothing: float = 200.0
+    half_life: float = 100.0
+    word_smoothing: float = 1000.0
     """a"""
-    pair_smoothing: float = 4.0
+    recent_smoothing: float = 100.0
+    """e"""
+    pair_smoothing: float = 16.0
     """b"""
     max_ngrams: int = 1 << 24
     """Of two and of three words each; when there are more, those counted least are forgotten."""
@@ -64,8 +69,11 @@ class NgramSettings:
                 f"discount is {self.discount} and cache_share {self.cache_share}; give shares between 0 and 1 "
                 "(cache_share: 0 as well)"
             )
-        if min(self.word_smoothing, self.pair_smoothing) <= 0 or self.max_ngrams < 1024:
-            raise ValueError("word_smoothing and pair_smoothing must be above 0, max_ngrams at least 1024")
+        for name in ("half_life", "word_smoothing", "recent_smoothing", "pair_smoothing"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number above 0")
+        if self.max_ngrams < 1024:
+            raise ValueError(f"max_ngrams is {self.max_ngrams}; give at least 1024")
 
 
 class Counts(NamedTuple):
@@ -209,7 +217,8 @@ def make_tables(counts: Counts, settings: NgramSettings) -> Any:
         *ngram_scan.table(counts.triple_keys, counts.triple_counts),
         *wide,
         *ngram_scan.table(*_contexts(counts.triple_keys >> bits, counts.triple_counts)),
-        d, settings.cache_share, settings.word_smoothing, settings.pair_smoothing,
+        d, settings.cache_share, 0.5 ** (1.0 / settings.half_life),
+        settings.word_smoothing, settings.recent_smoothing, settings.pair_smoothing,
     )  # fmt: skip
 
 
