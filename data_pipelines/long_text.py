@@ -84,13 +84,15 @@ def long_text_stages(
     """
     held = read_thresholds(thresholds) if thresholds else NOT_HURT
     cut = cut or held.windows or Windows()
-    version = scorer_version(str(scorer))
+    # Absolute, because the workers of a cluster run in folders of their own.
+    scorer = str(Path(scorer).absolute() if Path(scorer).exists() else scorer)
+    version = scorer_version(scorer)
     if held.scorer not in ("", version):
         raise ValueError(
             f"{thresholds} was fitted with another scorer than {scorer} ({held.scorer[:12]}, this is {version[:12]}); "
             "perplexities of two scorers do not compare: fit anew, or give that scorer"
         )
-    load = functools.partial(open_scorer, str(scorer), cut.window, batch_size)
+    load = functools.partial(open_scorer, scorer, cut.window, batch_size)
     judged = Stage("coherence", "batch", coherent(load, held, cut=cut, settings=settings), version=version)
     return (*LONG_TEXT, judged)
 

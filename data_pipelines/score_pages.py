@@ -13,7 +13,7 @@ def histogram(groups: Mapping[str, np.ndarray], edges: Sequence[float], *, named
     from internjax import report
 
     digits = max(len(f"{edge:.6g}".partition(".")[2]) for edge in edges)
-    bins = (f"{low:.{digits}f}-{high:.{digits}f}" for low, high in zip(edges[:-1], edges[1:]))
+    bins = (f"{low:.{digits}f} to {high:.{digits}f}" for low, high in zip(edges[:-1], edges[1:]))
     rows = [(name, *np.histogram(scores, bins=edges)[0].tolist()) for name, scores in sorted(groups.items())]
     return report.Table((named, *bins), rows, "Documents")
 

@@ -437,3 +437,11 @@ def test_damaged_and_foreign_files_are_refused(fitted, checkpoint, tmp_path, cap
     for message, given in wrong.items():
         assert long.main(["fit", "--scorer", str(folder / "ngrams"), *given]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    text = (Path(long.__file__).parent / "README.md").read_text("utf-8")
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "long_text_stages" in code]
+    exec(compile(code, "data_pipelines/README.md", "exec"), {})
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "'not_long'" in last and "'context_hurts'" in last and last.endswith(".py")
