@@ -89,11 +89,12 @@ class Bounds:
     min_chinese_connectives: float = 0.0
 
 
-ANY_LANGUAGE = Bounds(max_words_per_character=1.0)
+# Thai and others put no spaces between words, so that one word goes on to the next mark.
+ANY_LANGUAGE = Bounds(min_words_per_character=0.01, max_words_per_character=1.0)
 ENGLISH = Bounds(min_english_pronouns=0.005, min_english_connectives=0.001)
 CHINESE = Bounds(
-    min_words_per_character=0.4, max_words_per_character=1.0, max_space_rate=0.2,
-    min_chinese_pronouns=0.002, min_chinese_connectives=0.001,
+    min_mean_line=4.0, max_newline_rate=0.2, min_words_per_character=0.4, max_words_per_character=1.0,
+    max_space_rate=0.2, min_chinese_pronouns=0.002, min_chinese_connectives=0.001,
 )  # fmt: skip
 BOUNDS: Mapping[str, Bounds] = MappingProxyType({"en": ENGLISH, "zh": CHINESE, "*": ANY_LANGUAGE})
 """By language; "*" is every other one, and a language that is not known."""
