@@ -137,7 +137,7 @@ def coherence(texts: Iterable[str], scorer: Scorer, cut: Windows = Windows()) ->
 def token_windows(text: str, encode: Callable[[str], np.ndarray], window: int) -> Iterator[np.ndarray]:
     """Yields the tokens of a text in windows, the last of which may be shorter."""
     held = np.zeros(0, np.int32)
-    for piece in _pieces(text):
+    for piece in pieces(text):
         held = np.concatenate([held, encode(piece)])
         whole = len(held) // window * window
         yield from held[:whole].reshape(-1, window)
@@ -146,8 +146,8 @@ def token_windows(text: str, encode: Callable[[str], np.ndarray], window: int) -
         yield held
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces that end with a line, or at least a word, where one does."""
+def pieces(text: str) -> Iterator[str]:
+    """Yields a text in pieces that end with a line, or at least a word, where one does."""
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
         stop = start + PIECE_CHARACTERS

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipelines.coherence import Scored, Scorer
+from data_pipelines.coherence import Scored, Scorer, pieces
 
 FORMAT = 1
 MANIFEST = "ngrams.json"
@@ -128,11 +128,10 @@ def _no_ngrams() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _blocks(texts: Iterable[str]) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """(tokens of several texts end to end, where each begins)."""
+    """(tokens of several texts, or of pieces of a long one, end to end, where each begins)."""
     waiting: list[np.ndarray] = []
     starts, total = [], 0
-    for text in texts:
-        tokens = encode(text)
+    for tokens in (encode(piece) for text in texts for piece in pieces(text)):
         waiting.append(tokens)
         starts.append(total)
         total += len(tokens)

@@ -96,7 +96,7 @@ def test_long_texts_are_encoded_in_pieces(monkeypatch):
     pieces = list(coherence.token_windows(text, words.encode, 16))
     np.testing.assert_array_equal(np.concatenate(pieces), whole)
     assert [len(piece) for piece in pieces] == [16] * 5 + [10]
-    assert list(coherence._pieces("x" * 50)) == ["x" * 20, "x" * 20, "x" * 10]
+    assert list(coherence.pieces("x" * 50)) == ["x" * 20, "x" * 20, "x" * 10]
 
 
 @pytest.mark.parametrize("fields", [{"scored": 0}, {"short_context": -1}, {"window": 2048}])
