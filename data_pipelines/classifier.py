@@ -9,7 +9,7 @@ and the checksum of weights.npy (float32, one per bucket).
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -200,7 +200,7 @@ def classified(
             details.append(f"{name}: {score:.4f} is {drop} {bound:.4f}{chosen_for}" if goes else None)
             if score != score:
                 details[-1] = f"{name}: it has no word to score"
-        return Outcome(with_scores(batch, name, scores_D), reasons, details)
+        return Outcome(with_scores(batch, {name: scores_D}), reasons, details)
 
     return apply
 
@@ -231,19 +231,28 @@ def _open_for(folder: str | Path, drop: Drop) -> Classifier:
 def threshold_for(classifier: Classifier, domain: str, language: str) -> Threshold:
     """Returns the threshold of (domain, language), else that of the language, else the one for all."""
     held = {(item.domain, item.language): item for item in classifier.thresholds}
-    return held.get((domain, language)) or held.get((ANY, language)) or held[ANY, ANY]
+    return next(held[key] for key in keys_from_narrow(domain, language) if key in held)
 
 
-def with_scores(batch: pa.RecordBatch, name: str, scores_D: Sequence[float]) -> pa.RecordBatch:
-    """Returns the batch with {"scores": {name: score}} in every meta; null where there is no score."""
-    metas = []
-    for meta, score in zip(batch.column("meta").to_pylist(), scores_D, strict=True):
-        values = json.loads(meta)
+def keys_from_narrow(domain: str, language: str) -> tuple[tuple[str, str], ...]:
+    """Returns under which (domain, language) a threshold may stand, the one that wins first."""
+    return (domain, language), (ANY, language), (ANY, ANY)
+
+
+def with_scores(
+    batch: pa.RecordBatch, scores: Mapping[str, Sequence[float]], *, rows: Sequence[int] | None = None
+) -> pa.RecordBatch:
+    """Returns the batch with {"scores": {name: score}} in the meta of these rows (None: all), a score per row of the
+    batch; null where it is NaN. Scores that were there before stay."""
+    metas = batch.column("meta").to_pylist()
+    for row in range(batch.num_rows) if rows is None else rows:
+        values = json.loads(metas[row])
         before = values.get("scores")
+        found = {name: float(scores_D[row]) for name, scores_D in scores.items()}
         values["scores"] = (before if isinstance(before, dict) else {}) | {
-            name: round(score, 6) if score == score else None
+            name: round(score, 6) if score == score else None for name, score in found.items()
         }
-        metas.append(json.dumps(values, sort_keys=True, ensure_ascii=False))
+        metas[row] = json.dumps(values, sort_keys=True, ensure_ascii=False)
     place = SCHEMA.get_field_index("meta")
     return batch.set_column(place, SCHEMA.field("meta"), pa.array(metas, pa.string()))
 

@@ -1,7 +1,6 @@
 """The report of a trained classifier: what it drops, how well its scores are calibrated, where it is in doubt."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from data_pipelines.classifier import Threshold
 from data_pipelines.quality_training import Point, Trained, curve
+from data_pipelines.score_pages import histogram, nearest, thinned
 
 
 def write_report(folder: Path, name: str, trained: Trained) -> None:
@@ -17,7 +17,7 @@ def write_report(folder: Path, name: str, trained: Trained) -> None:
 
     metrics, settings = trained.metrics, trained.classifier.settings
     points = curve(trained.scores_D, trained.test.labels_D, settings.drop)
-    shown = _thinned(points, 200)
+    shown = thinned(points, 200)
     reached = (metrics["precision"] or 0.0) >= metrics["wanted_precision"]
     numbers = [
         report.Number("Area under the curve", metrics["area_under_curve"], "0.5 is chance"),
@@ -51,7 +51,7 @@ def write_report(folder: Path, name: str, trained: Trained) -> None:
                     },
                     "threshold", "share", baselines={"wanted": metrics["wanted_precision"]},
                 ),
-                report.Table(Point._fields, _thinned(points, 20), "Test part"),
+                report.Table(Point._fields, thinned(points, 20), "Test part"),
             ],
         ),
         report.Section(
@@ -66,28 +66,16 @@ def write_report(folder: Path, name: str, trained: Trained) -> None:
     (folder / "report.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def _thinned(points: Sequence[Point], most: int) -> list[Point]:
-    rows = np.unique(np.linspace(0, len(points) - 1, min(most, len(points))).astype(int))
-    return [points[row] for row in rows.tolist()]
-
-
 def _histogram(trained: Trained) -> Any:
-    from internjax import report
-
-    rows = []
-    for domain in sorted(set(trained.test.domains)):
-        chosen = trained.scores_D[[name == domain for name in trained.test.domains]]
-        rows.append((domain, *np.histogram(chosen, bins=10, range=(0, 1))[0].tolist()))
-    return report.Table(("domain", *(f"{b / 10:.1f}-{(b + 1) / 10:.1f}" for b in range(10))), rows, "Documents")
+    domains = np.array(trained.test.domains)
+    groups = {name: trained.scores_D[domains == name] for name in sorted(set(trained.test.domains))}
+    return histogram(groups, [number / 10 for number in range(11)], named="domain")
 
 
 def _borderline(trained: Trained, each: int = 3) -> list[Any]:
     from internjax import report
 
-    value = trained.classifier.thresholds[0].value
-    order = np.argsort(np.abs(trained.scores_D - value), kind="stable")
-    above = [row for row in order.tolist() if trained.scores_D[row] > value][:each]
-    below = [row for row in order.tolist() if trained.scores_D[row] <= value][:each]
+    above, below = nearest(trained.scores_D, trained.classifier.thresholds[0].value, each)
     return [
         report.Sample(f"{trained.scores_D[row]:.3f}, label {trained.test.labels_D[row]}", trained.test.texts[row][:600])
         for row in (*above, *below)

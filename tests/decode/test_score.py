@@ -28,6 +28,7 @@ PARAMS = jax.jit(functools.partial(decoder.init, CONFIG))(jax.random.key(0))
 TOKENS = np.random.default_rng(1).integers(0, 50, (3, 12)).astype(np.int32)
 logits = jax.jit(decoder.logits, static_argnames="config")
 logprobs = jax.jit(score.logprobs, static_argnames=("config", "chunk_size"))
+last_scores = jax.jit(score.last_scores, static_argnames=("config", "chunk_size", "num_scored"))
 
 
 def by_hand(tokens_BT, temperature, **inputs):
@@ -63,6 +64,22 @@ def test_packed_rows_score_like_rows_alone():
     np.testing.assert_allclose(scores[5:9], wanted[1, :4], atol=1e-5)
     np.testing.assert_array_equal(scores[9:], 0.0)
     assert scores[5] == 0.0 and sum(lengths) == 9
+
+
+def test_the_last_tokens_of_padded_rows():
+    lengths = np.array([12, 7, 9])
+    padded = np.where(np.arange(12) < lengths[:, None], TOKENS, 0)
+    for chunk_size in (256, 2):
+        scores = last_scores(PARAMS, padded, lengths, num_scored=5, config=CONFIG, chunk_size=chunk_size)
+        for row, length in enumerate(lengths):
+            np.testing.assert_allclose(
+                scores.logprobs_BS[row], by_hand(TOKENS, 1.0)[row, length - 5 : length], atol=1e-5
+            )
+    top = np.asarray(logits(PARAMS, TOKENS, config=CONFIG)).argmax(axis=-1)
+    greedy = np.concatenate([TOKENS[:, :11], top[:, 10:11]], axis=1)
+    assert last_scores(PARAMS, greedy, lengths * 0 + 12, num_scored=1, config=CONFIG).is_top_BS.all()
+    other = (greedy + np.arange(12) // 11) % 50  # the last token is another
+    assert not last_scores(PARAMS, other, lengths * 0 + 12, num_scored=1, config=CONFIG).is_top_BS.any()
 
 
 def test_adapters_and_frequencies_reach_the_model():
