@@ -95,14 +95,17 @@ def test_every_stage_accepts_no_rows(chain, tmp_path):
             assert outcome.batch.num_rows == 0 and len(outcome.reasons) == 0
 
 
-NOUNS = "river garden window teacher morning machine paper village winter bridge kitchen letter forest captain".split()
+SYLLABLES = "ba ce di fo gu la me ni po ru sa te vi wo zu".split()
 
 
 def page(number):
     """A text that every rule passes, and that is like no other."""
     draw = random.Random(number)
-    lines = ("The {} of the {} was with the {} that they have seen, and it is not far from a {} in the {}.",)
-    return "\n".join(lines[0].format(*draw.choices(NOUNS, k=5)) for _ in range(12)) + "\n"
+
+    def word():
+        return draw.choice(("the", "of", "and", "with", "have", "".join(draw.choices(SYLLABLES, k=3))))
+
+    return "".join(" ".join(word() for _ in range(14)).capitalize() + ".\n" for _ in range(12))
 
 
 def write_model(folder, drop, word):
@@ -120,7 +123,7 @@ def test_the_web_chain_uses_what_it_is_given(tmp_path, capsys):
         "words": page(2) + "Casino, free spins, casino!\n",
         "toxic": page(3) + "grumble " * 6,
         "advert": page(4) + "bargain " * 6,
-        "stutter": page(5).replace("river", "ponderous"),
+        "stutter": page(5),
         "benchmark": page(6) + "How many pens does Ann have if each of her three red boxes holds twelve pens?\n",
         "good": page(7) + "Fluent fluent fluent fluent: write to joe@mail.example.com today.\n",
     }
@@ -171,7 +174,7 @@ def test_the_code_chain_reads_licences_languages_and_tiers(tmp_path):
         "gpl.py": FUNCTION,
         "mit/COPYING": "Apache License, Version 2.0",
         "mit/good.py": FUNCTION.replace("def ", "def careful_") + '"""' + "careful " * 8 + '"""\n',
-        "mit/poor.rs": 'fn main() {\n    println!("bargain of the winter bridge");\n}\n',
+        "mit/poor.rs": 'fn main() {\n    println!("a bargain");\n}\n',
         "mit/poor.py": FUNCTION.replace("value", "bargain"),
         "mit/README.md": GOOD,
         "mit/short.md": "Short.",
