@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines import chain, dedup, executors, sources, wanjuan
+from data_pipelines import chain, dedup, executors, readers, sources, wanjuan
 from data_pipelines.chain import Sizes
 from data_pipelines.document import Outcome, Stage
 from data_pipelines.ledger import explain_run
@@ -153,7 +153,7 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes_though_a_worker_is_kill
 
 
 def test_what_cannot_be_read_is_set_aside_by_file_and_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 3000)
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 3000)
     base = tmp_path / "in"
     base.mkdir()
     good = json.dumps({"text": "a good row of text"})
