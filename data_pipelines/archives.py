@@ -40,11 +40,13 @@ def member_files(file: File, *, is_read: Callable[[str], bool], on_bad_row: BadR
     members = _zip_members if uncompressed_suffix(file.path) == ".zip" else _tar_members
     for member in members(file, on_bad_row):
         inside = member.name.removeprefix("./").rstrip("/")
+        parts = PurePosixPath(inside).parts
+        if any(part.startswith(".") and part != ".." or part in SKIPPED_FOLDERS for part in parts):
+            continue
         if refusal := member.refusal or _refusal(inside):
             set_aside(f"{file.path}/{inside}: {refusal}", on_bad_row)
             continue
-        parts = PurePosixPath(inside).parts
-        if any(part.startswith(".") for part in parts) or not SKIPPED_FOLDERS.isdisjoint(parts) or not is_read(inside):
+        if not is_read(inside):
             continue
         path, name = file.path / inside, f"{repository}/{inside.removeprefix(own)}"
         try:

@@ -87,7 +87,11 @@ def test_members_that_are_not_to_be_followed_or_held_are_set_aside(tmp_path, mon
         "film.mkv": b"",
         "end.py": b"x = 1\n",
     }
-    links = [("link.py", tarfile.SYMTYPE, "/etc/passwd"), ("hard.py", tarfile.LNKTYPE, "end.py")]
+    links = [
+        ("node_modules/.bin/tool", tarfile.SYMTYPE, "x"),
+        ("link.py", tarfile.SYMTYPE, "/etc/passwd"),
+        ("hard.py", tarfile.LNKTYPE, "end.py"),
+    ]
     (tmp_path / "x.tgz").write_bytes(gzip.compress(tar_bytes(files, *links)))
     link = zipfile.ZipInfo("link.py")
     link.external_attr = 0o120777 << 16
