@@ -94,7 +94,10 @@ def _tar_members(file: File, on_bad_row: BadRow) -> Iterator[Member]:
             raise ValueError(
                 f"{file.path}: not a readable tar archive ({whole.damage or error}); copy it again"
             ) from error
-    if whole.damage or whole.tail != END_MARK:
+        tail = whole.tail
+        while whole.read(1 << 16):
+            pass  # to the check sum of a compression
+    if whole.damage or tail != END_MARK:
         reason = whole.damage or "it has no end mark"
         set_aside(f"{file.path}: the archive is cut off or damaged ({reason}); copy it again", on_bad_row)
 
