@@ -35,6 +35,7 @@ COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".tgz"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".text", ".markdown"}
 MANIFESTS = {"go.mod", "Cargo.toml"}
 """Data files that say how the imports of a repository are meant (`imports.py`)."""
+TEXT_FIELDS = {"text", "content"}
 FIELDS = ("source", "domain", "language", "licence", "path")
 NUM_BYTES_OF_BINARY = 8000
 """A file with a NUL among its first bytes is no text."""
@@ -279,6 +280,9 @@ def _json_array(file: File, on_bad_row: BadRow) -> Iterator[Row]:
             reason = "wanted one array of objects"
         set_aside(f"{path}: not valid JSON ({error}); {reason}", on_bad_row)
         return
+    if file.repository and not any(isinstance(value, dict) and TEXT_FIELDS & value.keys() for _, value in elements):
+        set_aside(f"{path}: not text: none of its values is an object with a text", on_bad_row)
+        return
     for index, (line, value) in enumerate(elements):
         place = f"{path}:{line}[{index}]"
         if isinstance(value, dict):
@@ -361,7 +365,7 @@ def _batch_documents(
     file: File, batches: Iterable[pa.RecordBatch], schema: pa.Schema, on_bad_row: BadRow, first_row: int
 ) -> Iterator[Document]:
     """A document per row. Rows of this project's own schema are taken as they are, with their ids."""
-    if not {"text", "content"} & set(schema.names):
+    if not TEXT_FIELDS & set(schema.names):
         raise ValueError(f"{file.path}: no column 'text' or 'content'; it has {', '.join(schema.names)}")
     row = first_row - 1
     try:

@@ -50,7 +50,7 @@ def page_of(raw: bytes, *, charset: str | None = None) -> Page:
         raise ValueError("its tags are nested too deep for a page that people read")
     try:
         tree = HTMLTree.parse(html)
-        text = extract_plain_text(tree, main_content=True, alt_texts=False)
+        text = extract_plain_text(tree, main_content=True, alt_texts=False).strip()
         title = " ".join((tree.title or "").split())
     except BaseException as error:
         # The library has kinds of its own, and a panic of its Rust is not even an Exception.

@@ -113,7 +113,8 @@ def test_what_a_repository_is_made_of_is_read_by_name_and_first_line(tmp_path):
         "a.pyx": "x = 1\n", "h.h": "class Shape {};\n", "n.ipynb": "{}", "LICENSE": "MIT", "LICENSE.txt": "MIT",
         "go.mod": "module m\n", "sub/Cargo.toml": "[package]\n", "Makefile": "all:\n", "run": "#!/usr/bin/env node\n",
         "guide.rst": "Guide", "notes.txt": "Notes", "settings.yaml": "a: 1", "table.csv": "1,2", "plain": "not known",
-        "film.mp4": "", "node_modules/m.js": "x", "vendored/.git": "gitdir: x", "vendored/v.rs": "fn f() {}",
+        "film.mp4": "", "package.json": '{"name": "r"}', "numbers.json": "[[1]]",
+        "node_modules/m.js": "x", "vendored/.git": "gitdir: x", "vendored/v.rs": "fn f() {}",
     }  # fmt: skip
     for name, text in files.items():
         (tmp_path / "r" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +137,10 @@ def test_what_a_repository_is_made_of_is_read_by_name_and_first_line(tmp_path):
     }
     repositories = {path: d.meta["repository"] for path, d in found.items()}
     assert repositories.pop("r/vendored/v.rs") == "r/vendored" and set(repositories.values()) == {"r"}
-    assert bad == [f"{tmp_path}/r/film.mp4: not text: a video"]
+    no_rows = "not text: none of its values is an object with a text"
+    assert sorted(message.removeprefix(f"{tmp_path}/r/") for message in bad) == [
+        "film.mp4: not text: a video", f"numbers.json: {no_rows}", f"package.json: {no_rows}"
+    ]  # fmt: skip
     (alone,) = sources.read([tmp_path / "r" / "notes.txt"])
     assert (alone.domain, alone.path, dict(alone.meta)) == ("web", "notes.txt", {})
 
