@@ -134,6 +134,15 @@ def _decompressed(raw: BinaryIO, suffix: str) -> contextlib.AbstractContextManag
     return contextlib.nullcontext(raw)
 
 
+def read_bytes(stream: Any, size: int) -> bytes:
+    """The next `size` bytes, or those that are there; piecewise, because `read` reserves all that is asked for."""
+    pieces = []
+    while size and (piece := stream.read(min(size, 1 << 16))):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
+
+
 class UntilDamage:
     """A stream that ends where its bytes can no longer be decompressed, so that what comes before is read.
 
@@ -266,7 +275,7 @@ def _lines(file: BinaryIO, size: int | None) -> Iterator[tuple[int, bytes | None
 def _json_array(file: File, on_bad_row: BadRow) -> Iterator[Row]:
     path = file.path
     with opened(file) as content:
-        raw = content.read(MAX_ARRAY_BYTES + 1)
+        raw = read_bytes(content, MAX_ARRAY_BYTES + 1)
     if len(raw) > MAX_ARRAY_BYTES:
         reason = f"one array of more than {MAX_ARRAY_BYTES} bytes; give one object per line in a file named .jsonl"
         set_aside(f"{path}: {reason}", on_bad_row)
@@ -355,7 +364,7 @@ def open_parquet(file: File) -> Any:
 
 def _whole(file: File) -> bytes:
     """The bytes of a member of an archive whose format is not read from front to back."""
-    raw = file.stream.read(MAX_ARRAY_BYTES + 1)
+    raw = read_bytes(file.stream, MAX_ARRAY_BYTES + 1)
     if len(raw) > MAX_ARRAY_BYTES:
         raise ValueError(f"{file.path}: more than {MAX_ARRAY_BYTES} bytes; take it out of its archive")
     return raw
@@ -393,7 +402,7 @@ def text_document(file: File, *, on_bad_row: BadRow = None) -> Iterator[Document
     domain "reference". Any other text is of the domain "web", and its language is not known yet.
     """
     with opened(file) as content:
-        raw = content.read(MAX_ROW_BYTES + 1)
+        raw = read_bytes(content, MAX_ROW_BYTES + 1)
     if len(raw) > MAX_ROW_BYTES:
         set_aside(f"{file.path}:1: one text of more than {MAX_ROW_BYTES} bytes; split it", on_bad_row)
         return

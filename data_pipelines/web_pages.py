@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipelines import readers
 from data_pipelines.document import Document, make_document
-from data_pipelines.readers import BadRow, File, UntilDamage, opened, set_aside
+from data_pipelines.readers import BadRow, File, UntilDamage, opened, read_bytes, set_aside
 
 HTML_TYPES = {"text/html", "application/xhtml+xml"}
 MAX_SUM_OF_DEPTHS = 20_000_000
@@ -83,7 +83,7 @@ def sum_of_depths(html: str) -> int:
 def html_document(file: File, *, on_bad_row: BadRow = None) -> Iterator[Document]:
     """The main text of an HTML file as one document; its title goes to meta."""
     with opened(file) as content:
-        raw = content.read(readers.MAX_ROW_BYTES + 1)
+        raw = read_bytes(content, readers.MAX_ROW_BYTES + 1)
     if len(raw) > readers.MAX_ROW_BYTES:
         set_aside(f"{file.path}:1: one page of more than {readers.MAX_ROW_BYTES} bytes", on_bad_row)
         return
@@ -154,7 +154,7 @@ def _record_page(record: Any) -> Page:
     wanted, most = record.content_length, readers.MAX_ROW_BYTES
     if wanted > most:
         raise ValueError(f"a record of {wanted} bytes, more than {most}")
-    raw = record.reader.read(wanted)
+    raw = read_bytes(record.reader, wanted)
     if len(raw) < wanted:
         raise EOFError(f"{len(raw)} of {wanted} bytes are there")
     kind, charset = record.headers.get("Content-Type", "").partition(";")[0].strip().lower(), None
@@ -165,7 +165,7 @@ def _record_page(record: Any) -> Page:
         answer.set_bytes_content(raw)
         try:
             answer.parse_http(auto_decode="all")
-            raw = answer.reader.read(most + 1)
+            raw = read_bytes(answer.reader, most + 1)
         except OSError as error:
             raise ValueError(f"what was sent cannot be decoded ({error})") from error
         status = answer.http_headers.status_code if answer.http_headers else None
