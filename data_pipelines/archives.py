@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from data_pipelines.readers import BadRow, File, UntilDamage, opened, set_aside, uncompressed_suffix
+from data_pipelines.readers import SKIPPED_FOLDERS, BadRow, File, UntilDamage, opened, set_aside, uncompressed_suffix
 
 ARCHIVE_SUFFIXES = {".tar", ".zip"}
 """As `readers.uncompressed_suffix` gives them."""
-SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
 END_MARK = bytes(512)
 
 

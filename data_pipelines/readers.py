@@ -31,6 +31,8 @@ MAX_ROW_BYTES = 64 << 20
 """Longest line, longest text and longest web page that is read: so much of one row is in memory at a time."""
 MAX_ARRAY_BYTES = 256 << 20
 """Longest JSON array (a .json file is parsed whole), and longest parquet or Arrow file inside an archive."""
+SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
+"""Of what is given, folders whose files nobody wrote there."""
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".tgz"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".text", ".markdown"}
 MANIFESTS = {"go.mod", "Cargo.toml"}

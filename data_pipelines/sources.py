@@ -28,6 +28,7 @@ from data_pipelines.document import Document, fingerprint
 from data_pipelines.licence import is_licence_file
 from data_pipelines.readers import (
     MANIFESTS,
+    SKIPPED_FOLDERS,
     TEXT_SUFFIXES,
     BadRow,
     File,
@@ -46,7 +47,6 @@ from data_pipelines.readers import (
 from data_pipelines.web_pages import html_document, warc_documents
 
 EMBEDDED = "embedded"
-SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
 ROW_SUFFIXES = {".jsonl", ".json"}
 WARC_SUFFIXES = {".warc", ".wet"}
 HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
