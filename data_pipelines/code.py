@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipelines.code_languages import DATA, PROSE, UNKNOWN, fenced, language_of
-from data_pipelines.document import Document, make_document
+from data_pipelines import sources
+from data_pipelines.code_languages import detect_languages, fenced
+from data_pipelines.document import Document, make_document, to_batch, to_documents
 from data_pipelines.imports import import_graph
+from data_pipelines.licence import is_licence_file
 
 Graph = Mapping[str, frozenset[str]]
 """Path -> the paths it depends on."""
@@ -231,34 +233,20 @@ def _body(document: Document) -> str:
     return fenced(document.text, document.language)
 
 
-def repository_documents(folder: str | Path) -> list[Document]:
-    """Returns a document per file of the repository whose language is known, data files and hidden folders left out."""
-    base = Path(folder)
-    if not base.is_dir():
-        raise ValueError(f"{base} is no folder; give the folder of a repository")
-    documents = []
-    for path in sorted(base.rglob("*")):
-        inside = path.relative_to(base)
-        if path.is_symlink() or not path.is_file() or any(part.startswith(".") for part in inside.parts):
-            continue
-        text = path.read_bytes().decode("utf-8-sig", "replace")
-        language = language_of(inside.as_posix(), text)
-        if text.strip() and language != UNKNOWN and (language not in DATA or inside.name in ("go.mod", "Cargo.toml")):
-            is_code = language not in PROSE and language not in DATA
-            documents.append(
-                make_document(
-                    text, source="repository", path=f"{base.name}/{inside.as_posix()}",
-                    domain="code" if is_code else "reference", language=language, meta={"repository": base.name},
-                )
-            )  # fmt: skip
+def repository_documents(path: str | Path) -> list[Document]:
+    """Returns a document per file of code or documentation of a repository, a folder or an archive of one."""
+    read = sources.read([path], on_bad_row=lambda message: None)  # what is no text has no place in the order
+    found = detect_languages(to_batch(row for row in read if "repository" in row.meta and row.text.strip()))
+    rows = zip(to_documents(found.batch), found.reasons, strict=True)
+    documents = [document for document, reason in rows if reason is None and not is_licence_file(document.path)]
     if not documents:
-        raise ValueError(f"{base} holds no file of a known language; give the folder of a repository")
+        raise ValueError(f"{path} holds no file of a known language; give a repository: its folder, a .tar or a .zip")
     return documents
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.code", description="A repository in its order.")
-    parser.add_argument("repository", help="a folder with the files of one repository")
+    parser.add_argument("repository", help="a repository: its folder, a .tar (.tar.gz ...) or a .zip")
     parser.add_argument("--output", metavar="FILE.md", help="where the repository goes as one markdown text")
     given = parser.parse_args(arguments)
     try:
@@ -278,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"imports against the order: {found.violations}, all in loops; alphabetically {found.alphabetical_violations}"
     )
     if given.output:
-        (text,) = markdown(ordered, title=Path(given.repository).name)
+        (text,) = markdown(ordered, title=ordered[0].path.partition("/")[0])
         Path(given.output).write_text(text.text, "utf-8")
         print(f"written to {given.output}")
     return 0

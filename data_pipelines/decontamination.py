@@ -23,6 +23,7 @@ import pyarrow as pa
 from data_pipelines import sources
 from data_pipelines.document import SCHEMA, Outcome, make_document, text_buffer, to_batch, with_text
 from data_pipelines.ngrams import find_ngrams, ngram_hashes, span_bytes
+from data_pipelines.readers import json_rows
 from data_pipelines.rules import Words, find_words
 
 
@@ -98,7 +99,7 @@ def read_benchmark(name: str, path: str | Path, fields: Sequence[str]) -> Benchm
     if not fields:
         raise ValueError(f"benchmark {name!r}: no field is named; wanted NAME=FILE.jsonl:FIELD[,FIELD...]")
     items = []
-    for row in sources.json_rows(path):
+    for row in json_rows(path):
         texts = []
         for field in fields:
             value: Any = row.value

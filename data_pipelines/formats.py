@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from data_pipelines import moss, trees
+from data_pipelines.readers import Row
 from data_pipelines.rows import BadRow, read_rows
-from data_pipelines.sources import Row
 from internjax.text.chat import Message, ToolCall, from_openai, tools_message
 
 Format = Literal[

@@ -1,6 +1,6 @@
 """Rows of whatever a data set lies in: JSONL, a JSON array, parquet, a text file, a data set by name.
 
-FILE.jsonl  FILE.json  (also .gz and .zst)   an object per line; one array of objects
+FILE.jsonl  FILE.json  (also .gz, .zst ...)  an object per line; one array of objects
 FILE.parquet                                 a row per object
 FILE.txt  FILE.md                            one row: {"text": the whole file}
 hf:ORG/NAME[:CONFIG][@SPLIT]                 a data set of a hub, its files fetched by the hub's own client (`hf.hub`)
@@ -12,14 +12,23 @@ datasets:NAME[:CONFIG][@SPLIT]               whatever that library knows by this
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from data_pipelines.sources import TEXT_SUFFIXES, Row, existing, json_rows, opened, uncompressed_suffix
+from data_pipelines.readers import (
+    TEXT_SUFFIXES,
+    BadRow,
+    Row,
+    existing,
+    given_file,
+    json_rows,
+    open_parquet,
+    opened,
+    uncompressed_suffix,
+)
 from internjax.hf.hub import resolve_data
 
-BadRow = Callable[[str], None] | None
 _NAMED = re.compile(r"(?P<where>datasets|hf|modelscope):(?P<name>[^@:]+)(?::(?P<config>[^@:]+))?(?:@(?P<split>.+))?")
 
 
@@ -117,15 +126,8 @@ def _rows(name: str | Path, on_bad_row: BadRow) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a readable parquet file ({error}); copy it again, or give a .jsonl") from None
     number = 0
-    for batch in file.iter_batches():
+    for batch in open_parquet(given_file(path)).iter_batches():
         for value in batch.to_pylist():
             number += 1
             yield Row(f"{path}:{number}", value)
@@ -167,6 +169,40 @@ def _open_named(name: str, found: re.Match) -> Any:
             f"{name} cannot be loaded by the datasets library ({type(error).__name__}: {error}). Without a network, "
             "fetch it elsewhere, save_to_disk it and give datasets:FOLDER, or give its files"
         ) from error
+
+
+class Extent(NamedTuple):
+    """Of a named data set; num_bytes: of its files, 0 where it lies in memory. digest: of its name and its content."""
+
+    num_rows: int
+    num_bytes: int
+    digest: str
+
+
+def is_name(name: str | Path) -> bool:
+    """Whether this is hf:ORG/NAME, modelscope:ORG/NAME or datasets:NAME rather than a path."""
+    return _NAMED.fullmatch(str(name)) is not None
+
+
+def extent(name: str) -> Extent:
+    """Returns how large a named data set is. Its files are read once, and its rows where it has no files."""
+    data = _open_named(name, _NAMED.fullmatch(name))
+    paths = [Path(file["filename"]) for file in data.cache_files]
+    if not paths:
+        return Extent(len(data), 0, digest(name))
+    found = hashlib.sha256(name.encode())
+    for path in paths:
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return Extent(len(data), sum(path.stat().st_size for path in paths), found.hexdigest())
+
+
+def read_span(name: str, start: int, stop: int) -> Iterator[Row]:
+    """Yields rows start:stop (-1: to the last) of a named data set, with "name:number of the row, from 1"."""
+    data = _open_named(name, _NAMED.fullmatch(name))
+    rows = range(start, len(data) if stop < 0 else stop)
+    for number, value in zip(rows, data.select(rows), strict=True):
+        yield Row(f"{name}:{number + 1}", value)
 
 
 def digest(name: str | Path) -> str:

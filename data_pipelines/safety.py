@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipelines.document import Outcome, text_buffer
-from data_pipelines.sources import existing, opened
+from data_pipelines.readers import existing, opened
 
 URL_FIELDS = ("url", "uri", "source_url", "host", "domain")
 """Where a document's address is looked for in its meta, in this order; then in its path."""

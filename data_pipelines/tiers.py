@@ -23,8 +23,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines import sources
 from data_pipelines.document import SCHEMA, Outcome
+from data_pipelines.readers import json_rows
 
 Label = Literal["high", "low"]
 Score = Callable[[pa.RecordBatch], np.ndarray]
@@ -186,7 +186,7 @@ def label_next(
 def read_scored(path: str | Path) -> list[Scored]:
     """Returns the rows of a JSONL file with id, text, language and quality (its own field, or one of meta)."""
     found = []
-    for row in sources.json_rows(path):
+    for row in json_rows(path):
         meta = row.value.get("meta")
         meta = json.loads(meta) if isinstance(meta, str) else meta or {}
         quality = row.value.get("quality", meta.get("quality"))
@@ -204,7 +204,7 @@ def read_scored(path: str | Path) -> list[Scored]:
 def read_labels(path: str | Path) -> dict[str, Label]:
     """Returns id -> label; a later row for one id is a later round and replaces the earlier one."""
     labels: dict[str, Label] = {}
-    for row in sources.json_rows(path):
+    for row in json_rows(path):
         name, label = row.value.get("id"), row.value.get("label")
         if not isinstance(name, str) or label not in ("high", "low"):
             raise ValueError(f"{row.place}: id is {name!r} and label {label!r}; wanted a text and 'high' or 'low'")

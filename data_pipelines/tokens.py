@@ -229,7 +229,11 @@ def main(arguments: list[str] | None = None) -> int:
     from internjax.text.tokenizer import load_tokenizer, save_tokenizer
 
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.tokens", description="Documents -> a token folder.")
-    parser.add_argument("--input", nargs="+", required=True, help="JSONL, parquet or text files, or folders of them")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH",
+        help="JSONL, parquet, Arrow, WARC, HTML, text, folders, repositories as folders or archives, hf:ORG/NAME, "
+        "datasets:NAME, embedded (the standard library)",
+    )  # fmt: skip
     parser.add_argument("--tokenizer", required=True, help="a folder with tokenizer.json, or a model (MODEL grammar)")
     parser.add_argument("--output", required=True, help="token folder to write; the tokenizer is kept in it as well")
     args = parser.parse_args(arguments)

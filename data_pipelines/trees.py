@@ -12,7 +12,7 @@ best path   At every message the reply of the lowest rank (0 is best; without ra
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from data_pipelines.sources import Row
+from data_pipelines.readers import Row
 from internjax.text.message import Message
 
 _ROLES = {"prompter": "user", "user": "user", "assistant": "assistant", "system": "system"}

@@ -308,8 +308,7 @@ def run_files(
     if folder.exists() and not (folder / "ledger.json").is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and was not written by this command (no ledger.json); give another --output")
     bad: list[str] = []
-    # Absolute, because the workers of a cluster run in folders of their own.
-    files = sources.find_files([Path(path).absolute() for path in paths], on_bad_row=None if strict else bad.append)
+    files = sources.find_files(paths, on_bad_row=None if strict else bad.append)
     lists = [files[start : start + 64] for start in range(0, len(files), 64)]
     slices = []
     for number, found in enumerate(run_tasks(functools.partial(sources.cut, size=sizes.unit_bytes), lists), 1):
@@ -370,7 +369,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "chain", choices=list(CHAINS), help="list of stages; mixed: code as code, the rest as reference"
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="JSONL, parquet, text files, folders")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH",
+        help="JSONL, parquet, Arrow, WARC, HTML, text, folders, repositories as folders or archives, hf:ORG/NAME, "
+        "datasets:NAME, embedded (the standard library)",
+    )  # fmt: skip
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder to write; one of this command is replaced"
     )

@@ -1,6 +1,6 @@
 """What the tiny chain asks about the standard library: conversations, preferences, and checks that a program can make.
 
-Everything is computed from `data_pipelines.sources.Fact` records (what the library says about its own functions) and
+Everything is computed from `data_pipelines.embedded.Fact` records (what the library says about its own functions) and
 from calls of known value (`eval.tasks.library.problems`). Nothing here is written by a model.
 """
 
@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from data_pipelines.sources import Fact
+from data_pipelines.embedded import Fact
 from eval.tasks.library import Problem
 from internjax.text.chat import Message, ToolCall
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipelines.sources import existing
+from data_pipelines.readers import existing
 from experiments import tiny_models, tiny_report, tiny_rlhf, tiny_use
 from experiments.command_line import guarded, parse
 from experiments.tiny_config import Skip, Tiny

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines import formats, sources, tokens, wanjuan
+from data_pipelines import embedded, formats, sources, tokens, wanjuan
 from data_pipelines.conversations import Reading
 from data_pipelines.document import Document, fingerprint, make_document, split_by_file
+from data_pipelines.embedded import Fact
 from data_pipelines.ledger import Ledger, save, summary
 from data_pipelines.loading import open_rows
-from data_pipelines.sources import Fact
 from eval.tasks.library import problems
 from experiments import finetuning, library, pretraining
 from experiments.tiny_config import Skip, Tiny
@@ -34,7 +34,7 @@ def data(config: Tiny, root: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     bad: list[str] = []
     on_bad_row = bad.append if config.bad_rows == "skip" else None
-    documents = sources.stdlib_corpus() if config.data is None else _own_documents(config.data, on_bad_row)
+    documents = embedded.stdlib_corpus() if config.data is None else _own_documents(config.data, on_bad_row)
     for message in bad[:5]:
         print(f"left out: {message}")
     ledger = Ledger()
@@ -48,7 +48,7 @@ def data(config: Tiny, root: Path) -> dict[str, Any]:
         )
     _write_documents(folder / "train.jsonl", split.train)
     _write_documents(folder / "held_out.jsonl", split.held_out)
-    facts = sources.library_facts(kept)
+    facts = embedded.library_facts(kept)
     (folder / "facts.jsonl").write_text("".join(json.dumps(fact._asdict()) + "\n" for fact in facts))
     print(f"{len(documents)} documents, {len(kept)} kept, {len(split.held_out)} of them held out, {len(facts)} facts")
     return {

@@ -1,15 +1,18 @@
 """A corpus and a chain that need no compiled code to be seen at work, and a stage that kills its process once.
 
 `python -m tests.data_pipelines.small_chain FOLDER` runs the chain on FOLDER/in.jsonl into FOLDER/out and dies on the
-way; `... FOLDER memory` runs exact and near duplicates on FOLDER/big.jsonl under a limit on memory.
+way; `... FOLDER memory` runs exact and near duplicates on FOLDER/big under a limit on memory.
 """
 
 import functools
+import gzip
+import io
 import json
 import os
 import random
 import signal
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -68,25 +71,41 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def under_a_limit(folder: Path) -> None:
     """Runs duplicates over a corpus of ten times the memory that may be taken beyond what the process has."""
+    from tests.data_pipelines.test_web_pages import response
     from tests.hf.limited_memory import at_most
 
     rng = np.random.default_rng(2)
     limit, num_documents = 6 << 20, 1300
-    with (folder / "big.jsonl").open("w") as lines:
+    big, size = folder / "big", 0
+    big.mkdir()
+    with (
+        (big / "a.jsonl").open("w") as lines,
+        (big / "b.warc.gz").open("wb") as pages,
+        tarfile.open(big / "c.tar.gz", "w:gz", compresslevel=1) as files,
+    ):
         for number in range(num_documents):
             letters = rng.integers(97, 123, 50_000, dtype=np.uint8)
             letters[5::6] = 32
-            text = letters.tobytes().decode() if number % 10 else "the same text " * 3500
-            lines.write(json.dumps({"text": text}) + "\n")
-    size = (folder / "big.jsonl").stat().st_size
+            text = letters.tobytes() if number % 10 else b"the same text " * 3500
+            size += len(text)
+            if number % 3 == 0:
+                lines.write(json.dumps({"text": text.decode()}) + "\n")
+            elif number % 3 == 1:
+                pages.write(gzip.compress(response(f"http://{number}.org/", b"<p>" + text), 1))
+            else:
+                member = tarfile.TarInfo(f"{number}.txt")
+                member.size = len(text)
+                files.addfile(member, io.BytesIO(text))
     assert size > 10 * limit, size
     chain = [Stage("exact", "corpus", dedup.exact_duplicates), stages(folder)[-1]]
     small = Sizes(unit_bytes=4 << 20, batch_bytes=1 << 18)
     with executors.local(1) as run_tasks:
+        # Compiled and imported beforehand.
         write_corpus(folder / "in.jsonl")
-        wanjuan.run_files([folder / "in.jsonl"], chain, folder / "warm", run_tasks)  # compiled and imported beforehand
+        (folder / "in.warc").write_bytes(response("http://a.org/", b"<p>one page"))
+        wanjuan.run_files([folder / "in.jsonl", folder / "in.warc"], chain, folder / "warm", run_tasks)
         with at_most(limit):
-            ledger = wanjuan.run_files([folder / "big.jsonl"], chain, folder / "out", run_tasks, sizes=small)
+            ledger = wanjuan.run_files([big], chain, folder / "out", run_tasks, sizes=small)
     print(size // limit, ledger.stages["near"].documents_kept)
 
 

@@ -11,11 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines import chain, dedup, executors, sources, wanjuan
+from data_pipelines import chain, dedup, executors, readers, sources, wanjuan
 from data_pipelines.chain import Sizes
 from data_pipelines.document import Outcome, Stage
 from data_pipelines.ledger import explain_run
 from tests.data_pipelines.small_chain import SIZES, contents, run, stages, write_corpus
+from tests.data_pipelines.test_archives import tar_bytes, zip_bytes
+from tests.data_pipelines.test_web_pages import page, response
 
 SAME = ("documents/00000.parquet", "dropped.parquet", "repositories.jsonl")
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -153,7 +155,7 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes_though_a_worker_is_kill
 
 
 def test_what_cannot_be_read_is_set_aside_by_file_and_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 3000)
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 3000)
     base = tmp_path / "in"
     base.mkdir()
     good = json.dumps({"text": "a good row of text"})
@@ -164,6 +166,12 @@ def test_what_cannot_be_read_is_set_aside_by_file_and_line(tmp_path, monkeypatch
     )
     (base / "short.jsonl.gz").write_bytes(gzip.compress(f"{good}\n".encode() * 300)[:-12])
     (base / "empty.jsonl").touch()
+    for name, whole in (
+        ("cut.warc.gz", response("http://a.org/", page("A page."))),
+        ("cut.tar.gz", tar_bytes({"a.py": b"x"})),
+        ("cut.zip", zip_bytes({"b.py": b"y"})),
+    ):
+        (base / name).write_bytes(gzip.compress(whole)[:-4] if name.endswith("gz") else whole[:-12])
     (base / "loop").symlink_to(base)
     (base / "self.txt").symlink_to(base / "self.txt")
     (base / "cut.parquet").write_bytes(b"PAR1")
@@ -186,6 +194,9 @@ def test_what_cannot_be_read_is_set_aside_by_file_and_line(tmp_path, monkeypatch
         "types.jsonl:4: a JSON list",
         "short.jsonl.gz: cannot be decompressed",
         "empty.jsonl:1: the file is empty",
+        "cut.warc.gz:2: cut off or damaged here",
+        "cut.tar.gz: the archive is cut off or damaged",
+        "cut.zip: not a readable zip archive",
         "loop: a link to a folder",
         "self.txt: a link that leads nowhere",
         "cut.parquet: not a readable parquet file",
@@ -194,7 +205,7 @@ def test_what_cannot_be_read_is_set_aside_by_file_and_line(tmp_path, monkeypatch
     ):
         assert message in said, (message, said)
     counts = json.loads((tmp_path / "out" / "ledger.json").read_text())
-    assert sum(counts["rows_set_aside"].values()) == len(said.splitlines()) == 13
+    assert sum(counts["rows_set_aside"].values()) == len(said.splitlines()) == 16
     assert counts["dropped"]["exact"]["exact_duplicate"] >= 1
 
 

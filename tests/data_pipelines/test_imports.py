@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -198,4 +199,7 @@ def test_a_repository_becomes_one_text_from_the_command(tmp_path, capsys):
     text = (tmp_path / "r.md").read_text()
     places = [text.index(f"## {path}\n") for path in ("src/README.md", "src/error.rs", "src/lib.rs")]
     assert places == sorted(places) and "```rust\npub struct Failure;\n```\n" in text
-    assert code.main([str(tmp_path / "none")]) == 1 and "is no folder" in capsys.readouterr().err
+    shutil.make_archive(str(tmp_path / "r"), "gztar", tmp_path, "r")
+    assert code.main([str(tmp_path / "r.tar.gz"), "--output", str(tmp_path / "again.md")]) == 0
+    assert (tmp_path / "again.md").read_text() == text and capsys.readouterr().out.startswith(printed.split("\n")[0])
+    assert code.main([str(tmp_path / "none")]) == 1 and "no such file or folder" in capsys.readouterr().err

@@ -1,101 +1,13 @@
 import json
-import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines import sources
-from data_pipelines.document import fingerprint, in_held_out, make_document
-from data_pipelines.outline import outline
-
-MODULE = '''"""Shapes."""
-import os
-from . import base
-
-__all__ = ["Shape", "area"]
-
-
-@base.register
-class Shape(base.Thing, metaclass=Meta):
-    """A shape.
-
-    It has sides.
-    """
-
-    def area(self, *, scale: float = 1.0) -> float:
-        """Size of the surface."""
-        return scale
-
-    def _hidden(self):
-        """Not for others."""
-
-
-async def area(x, /, *rest):
-    """Area of x."""
-
-    def inner():
-        """Not seen from outside."""
-
-def plain(): pass
-'''
-
-
-@pytest.fixture
-def module():
-    return make_document(MODULE, source="stdlib", path="stdlib/geo/shapes.py", domain="code", language="python")
-
-
-def test_outline_reads_imports_definitions_and_lines():
-    found = outline(MODULE)
-    assert found.docstring == "Shapes." and found.error is None
-    assert [(i.module, i.names, i.level) for i in found.imports] == [("os", (), 0), ("", ("base",), 1)]
-    assert [(d.kind, d.name, d.signature) for d in found.definitions] == [
-        ("class", "Shape", "class Shape(base.Thing, metaclass=Meta)"),
-        ("function", "Shape.area", "def area(self, *, scale: float=1.0) -> float"),
-        ("function", "Shape._hidden", "def _hidden(self)"),
-        ("function", "area", "async def area(x, /, *rest)"),
-    ]
-    assert (found.definitions[0].first_line, found.definitions[0].last_line) == (8, 20)
-    assert outline("def f(:").error.startswith("SyntaxError")
-    assert outline("x = 1\0").error is not None
-
-
-def test_docstrings_become_one_document_per_module_class_and_function(module):
-    documents = sources.docstring_documents([module])
-    assert [d.meta["name"] for d in documents] == ["geo.shapes", "geo.shapes.Shape", "geo.shapes.area"]
-    assert {d.path for d in documents} == {module.path}
-    assert documents[1].text == (
-        "class geo.shapes.Shape(base.Thing, metaclass=Meta)\n\nA shape.\n\nIt has sides.\n\n"
-        "def geo.shapes.Shape.area(self, *, scale: float=1.0) -> float\n\nSize of the surface.\n\n"
-        "def geo.shapes.Shape._hidden(self)\n\nNot for others.\n"
-    )
-
-
-def test_facts_are_public_and_keep_their_file(module):
-    facts = sources.library_facts([module])
-    assert [fact.name for fact in facts] == ["geo.shapes.Shape", "geo.shapes.Shape.area", "geo.shapes.area"]
-    assert facts[1].source == (
-        'def area(self, *, scale: float = 1.0) -> float:\n    """Size of the surface."""\n    return scale\n'
-    )
-    assert facts[0].summary == "A shape." and facts[0].path == module.path
-    assert facts[2].source.startswith("async def area(x, /, *rest):\n    ")
-
-
-def test_embedded_corpus_is_the_library_without_tests_and_imports_nothing():
-    loaded = set(sys.modules)
-    documents = sources.stdlib_corpus()
-    assert "antigravity" not in set(sys.modules) - loaded and "idlelib" not in set(sys.modules) - loaded
-    paths = {d.path for d in documents if d.source == "stdlib"}
-    assert {"stdlib/argparse.py", "stdlib/json/decoder.py", "stdlib/asyncio/base_events.py"} <= paths
-    assert not [p for p in paths if "/test/" in p or "/tests/" in p or "site-packages" in p or "sysconfigdata" in p]
-    assert len({d.id for d in documents}) == len(documents)
-    assert set(sources.by_source(documents)) == {"stdlib", "stdlib-docstrings", "pydoc-topics", "package-docs"}
-    topic = next(d for d in documents if d.path == "pydoc/while")
-    assert "while" in topic.text
-    assert fingerprint(documents) == fingerprint(sources.stdlib_corpus())
-    facts = {fact.name: fact for fact in sources.library_facts(documents)}
-    gcd = facts["textwrap.dedent"]
-    assert gcd.signature == "def dedent(text)" and gcd.source.startswith("def dedent(text):\n")
-    assert in_held_out(gcd.path, fraction=0.5) == in_held_out("stdlib/textwrap.py", fraction=0.5)
+from data_pipelines import embedded, executors, readers, rows, sources, wanjuan
+from data_pipelines.chain import Sizes
+from data_pipelines.dedup import exact_duplicates
+from data_pipelines.document import Stage, make_document, to_batch
 
 
 def test_jsonl_rows_and_their_fields(tmp_path):
@@ -153,7 +65,7 @@ def test_rows_of_a_json_array_stand_where_they_begin(tmp_path):
     ):
         path.write_text(text, "utf-8")
         found, bad = [], []
-        for place, value in sources.json_rows(path, on_bad_row=bad.append):
+        for place, value in readers.json_rows(path, on_bad_row=bad.append):
             line, index = map(int, place.removeprefix(f"{path}:").removesuffix("]").split("["))
             found.append((index, value))
             assert line <= 1 + text.count("\n")
@@ -162,7 +74,7 @@ def test_rows_of_a_json_array_stand_where_they_begin(tmp_path):
         assert found == [each for each in wanted if isinstance(each[1], dict)]
         assert len(bad) == len(wanted) - len(found)
     path.write_text('[\n {"a": 1},\n {"a": 2}\n]\n')
-    assert [row.place for row in sources.json_rows(path)] == [f"{path}:2[0]", f"{path}:3[1]"]
+    assert [row.place for row in readers.json_rows(path)] == [f"{path}:2[0]", f"{path}:3[1]"]
     for text, message in (
         ("[1", "Expecting ',' delimiter"),
         ("[1 2]", "Expecting ','"),
@@ -173,13 +85,10 @@ def test_rows_of_a_json_array_stand_where_they_begin(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=rf"a.json: not valid JSON \({message}.*wanted one array of objects"):
-            list(sources.json_rows(path))
+            list(readers.json_rows(path))
 
 
 def test_folder_parquet_text_and_json_array(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     root = tmp_path / "repo"
     (root / "sub" / ".git").mkdir(parents=True)
     (root / "sub" / ".git" / "x.py").write_text("hidden = 1\n")
@@ -194,6 +103,126 @@ def test_folder_parquet_text_and_json_array(tmp_path):
     assert sorted(found) == ["repo/README.md", "repo/a.json:1[0]", "repo/sub/m.py", "repo/t.parquet:1"]
     assert found["repo/sub/m.py"].domain == "code" and found["repo/sub/m.py"].text == "x = '\ufffd'\n"
     assert found["repo/README.md"].text == "Read me\n" and found["repo/README.md"].meta == {"repository": "repo"}
-    with pytest.raises(ValueError, match="no column 'text'; it has n"):
+    with pytest.raises(ValueError, match="no column 'text' or 'content'; it has n"):
         pq.write_table(pa.table({"n": [1]}), tmp_path / "n.parquet")
         sources.read([tmp_path / "n.parquet"])
+
+
+def test_what_a_repository_is_made_of_is_read_by_name_and_first_line(tmp_path):
+    files = {
+        "a.pyx": "x = 1\n", "h.h": "class Shape {};\n", "n.ipynb": "{}", "LICENSE": "MIT", "LICENSE.txt": "MIT",
+        "go.mod": "module m\n", "sub/Cargo.toml": "[package]\n", "Makefile": "all:\n", "run": "#!/usr/bin/env node\n",
+        "guide.rst": "Guide", "notes.txt": "Notes", "settings.yaml": "a: 1", "table.csv": "1,2", "plain": "not known",
+        "film.mp4": "", "package.json": '{"name": "r"}', "numbers.json": "[[1]]",
+        "node_modules/m.js": "x", "vendored/.git": "gitdir: x", "vendored/v.rs": "fn f() {}",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / "r" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "r" / name).write_text(text)
+    bad = []
+    found = {d.path: d for d in sources.read([tmp_path / "r"], on_bad_row=bad.append)}
+    assert {path: (d.domain, d.language) for path, d in found.items()} == {
+        "r/a.pyx": ("code", "cython"),
+        "r/h.h": ("code", "cpp"),
+        "r/n.ipynb": ("code", "notebook"),
+        "r/LICENSE": ("code", "und"),
+        "r/LICENSE.txt": ("code", "und"),
+        "r/go.mod": ("code", "gomod"),
+        "r/sub/Cargo.toml": ("code", "toml"),
+        "r/Makefile": ("code", "makefile"),
+        "r/run": ("code", "javascript"),
+        "r/guide.rst": ("reference", "und"),
+        "r/notes.txt": ("reference", "und"),
+        "r/vendored/v.rs": ("code", "rust"),
+    }
+    repositories = {path: d.meta["repository"] for path, d in found.items()}
+    assert repositories.pop("r/vendored/v.rs") == "r/vendored" and set(repositories.values()) == {"r"}
+    no_rows = "not text: none of its values is an object with a text"
+    assert sorted(message.removeprefix(f"{tmp_path}/r/") for message in bad) == [
+        "film.mp4: not text: a video", f"numbers.json: {no_rows}", f"package.json: {no_rows}"
+    ]  # fmt: skip
+    (alone,) = sources.read([tmp_path / "r" / "notes.txt"])
+    assert (alone.domain, alone.path, dict(alone.meta)) == ("web", "notes.txt", {})
+
+
+def test_rows_of_wanjuan_are_recognised_by_their_fields(tmp_path):
+    page = {
+        "id": "Bk3", "content": "A page.", "title": "T", "language": "en", "date": "2018-06-18T18:54:52Z",
+        "token_num": 3, "toxic_score": 0.1, "porn_score": 0.2, "fluency_score": 0.9, "not_ad_score": 0.8,
+    }  # fmt: skip
+    images = {"id": "BkK", "img_list": [{"url": "u", "caption": ""}], "content": "![](u)\nwith a text"}
+    path = tmp_path / "part.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({"id": "BkO", "content": "A text."}, images, page)))
+    bad = []
+    text, cc = sources.read([path], on_bad_row=bad.append)
+    assert (text.text, text.language, dict(text.meta)) == ("A text.", "und", {"original_id": "BkO"})
+    assert (cc.text, cc.language, cc.meta["date"], cc.meta["original_id"]) == ("A page.", "en", page["date"], "Bk3")
+    assert cc.meta["fluency_score"] == 0.9 and "content" not in cc.meta
+    assert bad == [f"{path}:2: not text: content interleaved with 1 images (img_list)"]
+    pq.write_table(pa.table({"content": ["in parquet"], "text": pa.array([None], pa.string())}), tmp_path / "c.parquet")
+    assert [d.text for d in sources.read([tmp_path / "c.parquet"])] == ["in parquet"]
+
+
+def test_utf16_is_read_and_what_has_nul_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("zwölf 十二", encoding="utf-16")
+    (tmp_path / "b.txt").write_bytes(b"text\0more")
+    bad = []
+    assert [d.text for d in sources.read([tmp_path], on_bad_row=bad.append)] == ["zwölf 十二"]
+    assert bad == [f"{tmp_path}/b.txt: not text: there is a NUL among its first 8000 bytes"]
+
+
+def run(paths, folder, **how):
+    with executors.local(1) as run_tasks:
+        wanjuan.run_files(paths, [Stage("exact", "corpus", exact_duplicates)], folder, run_tasks, **how)
+    return sources.read([folder])
+
+
+def test_data_sets_are_read_from_folders_files_and_by_name(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    data = datasets.Dataset.from_list([{"text": f"text {n}" if n != 5 else None, "n": n} for n in range(9)])
+    data.save_to_disk("saved", num_shards=2)
+    (tmp_path / "saved" / "cache-1.arrow").write_bytes(b"what a map left")
+    datasets.DatasetDict({"train": data.select(range(3)), "test": data.select(range(3, 5))}).save_to_disk("splits")
+    monkeypatch.setattr(rows, "resolve_data", lambda name: tmp_path / "splits")
+    texts = [f"text {n}" for n in range(9) if n != 5]
+    small = Sizes(unit_bytes=200)
+    for given, kept in (
+        ("saved", texts),
+        ("datasets:saved", texts),
+        ("splits", texts[:5]),
+        ("datasets:splits@test", texts[3:5]),
+        ("hf:org/name", texts[:3]),
+        (next((tmp_path / "saved").glob("data-00001*")), texts[5:]),
+    ):
+        found = run([given], tmp_path / "out", sizes=small)
+        assert sorted(d.text for d in found) == sorted(kept), given
+        if str(given).startswith(("datasets", "hf")):
+            assert (found[0].source, found[0].path) == (given, f"{given}:1")
+    found = run(["datasets:saved"], tmp_path / "out", sizes=small)
+    assert [(d.path, dict(d.meta)) for d in found][5] == ("datasets:saved:7", {"n": 6})
+    assert "datasets:saved:6: field 'text' is NoneType" in (tmp_path / "out" / "set_aside.txt").read_text()
+    arrow = tmp_path / "cut.arrow"
+    whole = next((tmp_path / "saved").glob("data-00000*")).read_bytes()
+    arrow.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.arrow(:1: damaged from here on|: not a readable Arrow file)"):
+        sources.read([arrow])
+
+
+def test_the_embedded_corpus_is_an_input(tmp_path, monkeypatch):
+    documents = [make_document(f"x = {n}\n", source="stdlib", path=f"stdlib/{n}.py", domain="code") for n in range(3)]
+    monkeypatch.setattr(embedded, "stdlib_corpus", lambda: documents)
+    assert run(["embedded"], tmp_path / "out") == documents
+    (tmp_path / "embedded").mkdir()
+    (tmp_path / "embedded" / "a.txt").write_text("a folder of that name")
+    monkeypatch.chdir(tmp_path)
+    assert [d.path for d in sources.read(["./embedded"])] == ["embedded/a.txt"]
+
+
+def test_documents_that_have_one_id_are_duplicates(tmp_path):
+    twice = make_document("one text", source="s", path="p")
+    pq.write_table(pa.Table.from_batches([to_batch([twice, twice])]), tmp_path / "twice.parquet")
+    assert run([tmp_path / "twice.parquet"], tmp_path / "out") == [twice]
+    counts = json.loads((tmp_path / "out" / "ledger.json").read_text())
+    assert (counts["documents_in"], counts["dropped"]["exact"]) == (2, {"duplicate_id": 1})

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines import classifier, code, sources, wanjuan
+from data_pipelines import classifier, code, embedded, sources, wanjuan
 from data_pipelines.chain import Sizes
 from data_pipelines.document import Outcome, Stage, make_document, to_batch
 from data_pipelines.ledger import Ledger, explain, fates, summary
@@ -206,7 +206,7 @@ def test_the_code_chain_reads_licences_languages_and_tiers(tmp_path):
 @pytest.mark.slow
 def test_embedded_corpus_through_the_chain():
     ledger = Ledger()
-    given = sources.stdlib_corpus()
+    given = embedded.stdlib_corpus()
     kept = wanjuan.run_chain(given, wanjuan.CHAIN, ledger)
     counts = summary(ledger)
     assert counts["documents_in"] == len(given) == len(kept) + counts["documents_dropped"]
@@ -281,7 +281,7 @@ def test_the_readme_holds(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "clean" / "ledger.json").read_text())["documents_kept"] == 2
     for name in ("documents/00000.parquet", "repositories.jsonl", "dropped.parquet", "set_aside.txt"):
         assert (tmp_path / "clean" / name).is_file()
-    monkeypatch.setattr(sources, "package_documents", list)  # its time, not its truth
+    monkeypatch.setattr(embedded, "package_documents", list)  # its time, not its truth
     exec(compile(programs[0], "README.md", "exec"), {})
     assert capsys.readouterr().out.endswith(": kept\n")
     (of_code,) = (program for program in programs if "code_files(" in program)

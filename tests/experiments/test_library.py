@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.document import make_document
-from data_pipelines.sources import library_facts, stdlib_modules
+from data_pipelines.embedded import library_facts, stdlib_modules
 from eval.tasks.library import Problem, problems
 from experiments import library, measure
 from experiments.library import BodyTask, Completion, answers, condition_of, copies_prompt, gold, preference

@@ -13,7 +13,7 @@ import shutil
 import numpy as np
 import pytest
 
-from data_pipelines import sources
+from data_pipelines import embedded
 from data_pipelines.loading import batches, open_rows
 from eval import ngram
 from experiments import tiny, tiny_models
@@ -46,10 +46,10 @@ STAGES = [stage.name for stage in tiny.stages()]
 
 @pytest.fixture(scope="module", autouse=True)
 def small_library():
-    modules = sources.stdlib_modules()
+    modules = embedded.stdlib_modules()
     chosen = [module for module in modules if module.path.removeprefix("stdlib/").removesuffix(".py") in MODULES]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "stdlib_corpus", lambda: [*chosen, *sources.docstring_documents(chosen)])
+        patch.setattr(embedded, "stdlib_corpus", lambda: [*chosen, *embedded.docstring_documents(chosen)])
         for name, number in {"NUM_PROBLEMS": 40, "NUM_BODIES": 40, "NUM_DESCRIPTIONS": 40}.items():
             patch.setattr(tiny_models, name, number)
         patch.setattr(tiny_models, "NUM_HELD_OUT_PROBLEMS", 8)
@@ -266,7 +266,7 @@ def test_fresh_removes_a_chain_and_nothing_else(tmp_path):
 def code(tmp_path):
     """A folder of Python files."""
     (tmp_path / "code").mkdir()
-    for module in sources.stdlib_corpus():
+    for module in embedded.stdlib_corpus():
         if module.path.startswith("stdlib/") and module.domain == "code":
             (tmp_path / "code" / module.path.rpartition("/")[2]).write_text(module.text)
     return tmp_path / "code"
@@ -292,7 +292,7 @@ def test_text_feeds_what_it_can_and_a_stage_that_broke_off_goes_on(code, tmp_pat
 
 
 def test_conversations_feed_fine_tuning(tmp_path):
-    tasks = tiny_models.library.body_tasks(sources.library_facts(sources.stdlib_corpus()))
+    tasks = tiny_models.library.body_tasks(embedded.library_facts(embedded.stdlib_corpus()))
     file = write_chats(tmp_path / "chats.jsonl", [(task.prompt, task.body) for task in tasks])
     with file.open("a") as rows:
         rows.write('{"messages": \n')

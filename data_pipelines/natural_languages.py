@@ -1,0 +1,108 @@
+"""The language that a text is written in, without a network: CLD2, whose tables are compiled into pycld2.
+
+The stage `identify_languages` enters "en", "zh", "de" ... where no language is known yet (ISO 639 codes). At most
+SAMPLE_BYTES of a text are looked at, in PIECES from its beginning to its end. Code is left alone; its language is the
+programming language.
+
+A text in several languages has the one with the largest share. Where a second one has at least MIXED_SHARE, the text is
+mixed, and meta has `languages` with all shares (of the bytes of letters in the sample, so that Chinese, with three
+bytes to a character, and English weigh about as much as they say). A text of fewer than MIN_BYTES bytes of letters, or
+one that CLD2 is not sure of, stays "und". Simplified and traditional Chinese are both "zh".
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from data_pipelines.code_languages import UNKNOWN
+from data_pipelines.document import SCHEMA, Outcome, TextBuffer, text_buffer
+
+SAMPLE_BYTES = 1536
+PIECES = 6
+MIN_BYTES = 24
+MIXED_SHARE = 0.1
+CODES = {"zh-Hant": "zh", "iw": "he", "jw": "jv", "in": "id"}
+"""Of CLD2's codes, those that are written in another way today."""
+CONTROLS = bytes(byte for byte in (*range(32), 127) if chr(byte) not in "\t\n\r")
+# What CLD2 takes for broken UTF-8 beyond these: C1 controls and code points that are no characters.
+NOT_INTERCHANGED = re.compile(
+    "[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef"
+    + "".join(f"{chr(plane << 16 | 0xFFFE)}{chr(plane << 16 | 0xFFFF)}" for plane in range(17))
+    + "]"
+)
+
+
+class Languages(NamedTuple):
+    """language: the one with the largest share, or "und". shares: language -> share, of all that were found."""
+
+    language: str
+    shares: Mapping[str, float]
+
+    @property
+    def is_mixed(self) -> bool:
+        return len(self.shares) > 1 and sorted(self.shares.values())[-2] >= MIXED_SHARE
+
+
+def identify_languages(batch: pa.RecordBatch) -> Outcome:
+    """The stage that enters the language of every row that has none and is not code; nothing is dropped."""
+    languages, domains = batch.column("language").to_pylist(), batch.column("domain").to_pylist()
+    texts, mixed = text_buffer(batch), {}
+    for row, (language, domain) in enumerate(zip(languages, domains, strict=True)):
+        if language == UNKNOWN and domain != "code":
+            found = languages_of(_sample(texts, row))
+            languages[row] = found.language
+            if found.is_mixed:
+                mixed[row] = found.shares
+    batch = _with_column(batch, "language", languages)
+    if mixed:
+        metas = batch.column("meta").to_pylist()
+        for row, shares in mixed.items():
+            metas[row] = _meta_with(metas[row], shares)
+        batch = _with_column(batch, "meta", metas)
+    nothing: list[str | None] = [None] * batch.num_rows
+    return Outcome(batch, nothing, nothing)
+
+
+def languages_of(raw: bytes) -> Languages:
+    """The languages of a text, given as UTF-8. Control characters, which CLD2 refuses, are taken out."""
+    import pycld2
+
+    raw = raw.translate(None, CONTROLS)
+    try:
+        is_sure, num_bytes, found = pycld2.detect(raw, isPlainText=True)
+    except pycld2.error:
+        raw = NOT_INTERCHANGED.sub("", raw.decode("utf-8", "ignore")).encode()
+        is_sure, num_bytes, found = pycld2.detect(raw, isPlainText=True)
+    shares: dict[str, float] = {}
+    for _, code, percent, _ in found:
+        if code != "un" and percent:
+            code = CODES.get(code, code)
+            shares[code] = round(shares.get(code, 0.0) + percent / 100, 2)
+    if not is_sure or num_bytes < MIN_BYTES or not shares:
+        return Languages(UNKNOWN, {})
+    return Languages(max(shares, key=lambda code: (shares[code], code)), shares)
+
+
+def _sample(texts: TextBuffer, row: int) -> bytes:
+    """The text, or pieces of a long one, cut between characters."""
+    start, stop = int(texts.offsets[row]), int(texts.offsets[row + 1])
+    if stop - start <= SAMPLE_BYTES:
+        return texts.data[start:stop].tobytes()
+    size = SAMPLE_BYTES // PIECES
+    firsts = np.linspace(start, stop - size, PIECES).astype(np.int64).tolist()
+    pieces = [texts.data[first : first + size].tobytes() for first in firsts]
+    return "\n".join(piece.decode("utf-8", "ignore") for piece in pieces).encode()
+
+
+def _meta_with(meta: str, shares: Mapping[str, float]) -> str:
+    fields: dict[str, Any] = json.loads(meta) | {"languages": dict(shares)}
+    return json.dumps(fields, sort_keys=True, ensure_ascii=False)
+
+
+def _with_column(batch: pa.RecordBatch, name: str, values: list[str]) -> pa.RecordBatch:
+    place = SCHEMA.get_field_index(name)
+    return batch.set_column(place, SCHEMA.field(name), pa.array(values, pa.string()))
