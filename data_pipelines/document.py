@@ -191,6 +191,42 @@ def concat_batches(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     return table.to_batches()[0] if table.num_rows else to_batch([])
 
 
+Apply = Callable[[pa.RecordBatch], Outcome]
+
+
+def only(domains: Sequence[str], apply: Apply | Corpus, *, others: bool = False) -> Apply | Corpus:
+    """Returns the stage that acts on rows of these domains (others=True: of all but these) and passes the rest on."""
+
+    def chosen(batch: pa.RecordBatch) -> list[int]:
+        return [row for row, d in enumerate(batch.column("domain").to_pylist()) if (d in domains) != others]
+
+    def sketched(batch: pa.RecordBatch) -> pa.RecordBatch:
+        rows = np.array(chosen(batch), np.int64)
+        sketch = apply.sketch(batch.take(pa.array(rows)))
+        place = sketch.schema.get_field_index("row")
+        return sketch.set_column(place, "row", pa.array(rows[sketch.column("row").to_numpy()]))
+
+    def selected(batch: pa.RecordBatch) -> Outcome:
+        rows = chosen(batch)
+        if len(rows) == batch.num_rows:
+            return apply(batch)
+        reasons: list[str | None] = [None] * batch.num_rows
+        details: list[str | None] = [None] * batch.num_rows
+        if not rows:
+            return Outcome(batch, reasons, details)
+        outcome = apply(batch.take(pa.array(rows)))
+        for row, reason, detail in zip(rows, outcome.reasons, outcome.details, strict=True):
+            reasons[row], details[row] = reason, detail
+        # Old and new rows end to end, then every row from where it now lies.
+        both = concat_batches([batch, outcome.batch])
+        where = list(range(batch.num_rows))
+        for new, row in enumerate(rows):
+            where[row] = batch.num_rows + new
+        return Outcome(both.take(pa.array(where)), reasons, details)
+
+    return Corpus(sketched, apply.resolve) if isinstance(apply, Corpus) else selected
+
+
 def fingerprint(documents: Iterable[Document] | pa.RecordBatch) -> str:
     """SHA-256 over the document ids in order: two corpora are equal exactly when this is."""
     ids = documents.column("id").to_pylist() if isinstance(documents, pa.RecordBatch) else [d.id for d in documents]

@@ -1,11 +1,12 @@
-"""Where tasks run: in threads of this process, or on a Ray cluster. The same functions, so the same bytes.
+"""Where tasks run: in threads of this process, or on a Ray cluster; and how far they are.
 
-A task writes its result into the work folder and returns little, so an executor is no more than a map. With Ray every
-node must see the input and the output folder under the same path.
+The same functions, so the same bytes. A task writes its result into the work folder and returns little, so an executor
+is no more than a map. With Ray every node must see the input and the output folder under the same path.
 """
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
@@ -77,3 +78,32 @@ def ray(address: str | None = None) -> Iterator[Map]:
     finally:
         if started:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Gives what shows (what, done, of how many): a bar on a terminal, a line per step of the chain elsewhere."""
+    tqdm: Any = None
+    if sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
+    bar: Any = None
+    label_now = ""
+
+    def show(label: str, done: int, total: int) -> None:
+        nonlocal bar, label_now
+        if tqdm is None:
+            if done == total:
+                print(f"{label}: {done} of {total}", file=sys.stderr, flush=True)
+            return
+        if label != label_now or bar is None:
+            if bar is not None:
+                bar.close()
+            bar, label_now = tqdm(total=total, desc=label, dynamic_ncols=True), label
+        bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()

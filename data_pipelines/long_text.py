@@ -196,7 +196,7 @@ def _read(paths: Sequence[str]) -> _Input:
 
 def _documents(given: _Input, label: str) -> Iterator[Document]:
     """The documents of all parts, one in memory at a time, with a progress bar."""
-    from data_pipelines.wanjuan import shown_progress
+    from data_pipelines.executors import shown_progress
 
     with shown_progress() as progress:
         for done, part in enumerate(given.parts):

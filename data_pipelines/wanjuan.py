@@ -1,6 +1,6 @@
 """The chains from raw documents to clean ones, as lists of stages (WanJuan; InternLM2's report, section 3.1).
 
-    python -m data_pipelines.wanjuan web|code|mixed|reference --input PATH [PATH ...] --output DIR
+    python -m data_pipelines.wanjuan web|code|long|mixed|reference --input PATH [PATH ...] --output DIR
 
 DIR/documents/NNNNN.parquet  what was kept, code files in the order of their dependencies
 DIR/repositories.jsonl       each repository's kept files as one markdown text (where there is code)
@@ -13,17 +13,13 @@ had finished lies in the hidden folder .DIR.work beside DIR, which is removed at
 """
 
 import argparse
-import contextlib
 import functools
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
-import pyarrow as pa
+from typing import Literal, NamedTuple
 
 from data_pipelines import chain, executors
 from data_pipelines.classifier import Drop, classified, score_by
@@ -31,15 +27,15 @@ from data_pipelines.code_languages import detect_languages
 from data_pipelines.decontamination import Benchmark, Decontamination, build_index, decontaminate, parse_benchmark
 from data_pipelines.dedup import NearDuplicates, exact_duplicates, near_duplicates
 from data_pipelines.document import (
-    Corpus,
     Document,
-    Outcome,
     Stage,
-    concat_batches,
+    only,
     to_documents,
 )
 from data_pipelines.ledger import Ledger, dropped_by_reason, file_of, merge, remember_kept, summary
 from data_pipelines.licence import PERMISSIVE, licences
+from data_pipelines.long_text import LONG_TEXT, long_text_stages
+from data_pipelines.natural_languages import identify_languages
 from data_pipelines.output import ordered_batches, write_folder
 from data_pipelines.pii import masked
 from data_pipelines.rules import (
@@ -60,40 +56,6 @@ from data_pipelines.tiers import Tiers, score_of_meta, tiers
 
 CODE = ("code",)
 PROSE = ("reference",)
-Apply = Callable[[pa.RecordBatch], Outcome]
-
-
-def only(domains: Sequence[str], apply: Apply | Corpus, *, others: bool = False) -> Apply | Corpus:
-    """Returns the stage that acts on rows of these domains (others=True: of all but these) and passes the rest on."""
-
-    def chosen(batch: pa.RecordBatch) -> list[int]:
-        return [row for row, d in enumerate(batch.column("domain").to_pylist()) if (d in domains) != others]
-
-    def sketched(batch: pa.RecordBatch) -> pa.RecordBatch:
-        rows = np.array(chosen(batch), np.int64)
-        sketch = apply.sketch(batch.take(pa.array(rows)))
-        place = sketch.schema.get_field_index("row")
-        return sketch.set_column(place, "row", pa.array(rows[sketch.column("row").to_numpy()]))
-
-    def selected(batch: pa.RecordBatch) -> Outcome:
-        rows = chosen(batch)
-        if len(rows) == batch.num_rows:
-            return apply(batch)
-        reasons: list[str | None] = [None] * batch.num_rows
-        details: list[str | None] = [None] * batch.num_rows
-        if not rows:
-            return Outcome(batch, reasons, details)
-        outcome = apply(batch.take(pa.array(rows)))
-        for row, reason, detail in zip(rows, outcome.reasons, outcome.details, strict=True):
-            reasons[row], details[row] = reason, detail
-        # Old and new rows end to end, then every row from where it now lies.
-        both = concat_batches([batch, outcome.batch])
-        where = list(range(batch.num_rows))
-        for new, row in enumerate(rows):
-            where[row] = batch.num_rows + new
-        return Outcome(both.take(pa.array(where)), reasons, details)
-
-    return Corpus(sketched, apply.resolve) if isinstance(apply, Corpus) else selected
 
 
 class Given(NamedTuple):
@@ -109,6 +71,10 @@ class Given(NamedTuple):
     """Tiers of code by models/code_quality, or, without it, by the field `quality` of meta."""
     benchmarks: tuple[Benchmark, ...] = ()
     decontamination: Decontamination = Decontamination()
+    scorer: str | None = None
+    """Of long text: a folder of n-grams that `data_pipelines.long_text` trained, or a MODEL."""
+    thresholds: str | None = None
+    """What `data_pipelines.long_text fit` wrote for that scorer; without it only what the beginning hurts goes."""
     licences: frozenset[str] | None = None
     """Of code; None: all are allowed."""
     unknown_licence: Literal["keep", "drop"] = "keep"
@@ -134,6 +100,7 @@ def web_text(given: Given = Given()) -> tuple[Stage, ...]:
     """Web pages: the report's order, clean, deduplicated, safe, of high quality. Personal data is masked last."""
     return (
         Stage("normalise", "batch", edit(normalise_text, normalise_rows)),
+        Stage("language", "batch", identify_languages),
         Stage("clean_lines", "batch", edit(clean_lines, clean_rows)),
         Stage("rules", "batch", text_rules(WEB)),
         *_duplicates(),
@@ -149,6 +116,7 @@ def reference_text(given: Given = Given()) -> tuple[Stage, ...]:
     """Documentation: rules that short entries and lists pass; nothing is masked."""
     return (
         Stage("normalise", "batch", edit(normalise_text, normalise_rows)),
+        Stage("language", "batch", identify_languages),
         Stage("rules", "batch", text_rules(REFERENCE)),
         *_duplicates(),
         *_decontaminated(given),
@@ -176,6 +144,7 @@ def mixed(given: Given = Given()) -> tuple[Stage, ...]:
         Stage("code_normalise", "batch", only(CODE, edit(normalise_code))),
         Stage("code_rules", "batch", only(CODE, code_rules(CodeRules()))),
         Stage("text_normalise", "batch", only(CODE, edit(normalise_text, normalise_rows), others=True)),
+        Stage("text_language", "batch", only(CODE, identify_languages, others=True)),
         Stage("text_rules", "batch", only(CODE, text_rules(REFERENCE), others=True)),
         *(stage._replace(name=f"code_{stage.name}", apply=only(CODE, stage.apply)) for stage in _duplicates()),
         *(
@@ -183,6 +152,19 @@ def mixed(given: Given = Given()) -> tuple[Stage, ...]:
             for stage in _duplicates()
         ),
         *_tiers(given),
+        *_decontaminated(given),
+    )
+
+
+def long_text(given: Given = Given()) -> tuple[Stage, ...]:
+    """Long documents, out of what another chain has kept: they are learned there as well."""
+    filters = LONG_TEXT
+    if given.scorer is not None:
+        filters = long_text_stages(given.scorer, thresholds=given.thresholds)
+    return (
+        Stage("normalise", "batch", only(CODE, edit(normalise_text, normalise_rows), others=True)),
+        Stage("language", "batch", only(CODE, identify_languages, others=True)),
+        *filters,
         *_decontaminated(given),
     )
 
@@ -236,7 +218,7 @@ def _decontaminated(given: Given) -> Iterator[Stage]:
         yield Stage("decontamination", "batch", decontaminate(index))
 
 
-CHAINS = {"web": web_text, "code": code_files, "mixed": mixed, "reference": reference_text}
+CHAINS = {"web": web_text, "code": code_files, "long": long_text, "mixed": mixed, "reference": reference_text}
 """By the name that the command takes. A further chain is a further list of stages and a line here."""
 WEB_TEXT, CODE_FILES, CHAIN, REFERENCE_TEXT = web_text(), code_files(), mixed(), reference_text()
 """With nothing given."""
@@ -330,35 +312,6 @@ def run_files(
     return found.ledger
 
 
-@contextlib.contextmanager
-def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Gives what shows (what, done, of how many): a bar on a terminal, a line per step of the chain elsewhere."""
-    tqdm: Any = None
-    if sys.stderr.isatty():
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-    bar: Any = None
-    label_now = ""
-
-    def show(label: str, done: int, total: int) -> None:
-        nonlocal bar, label_now
-        if tqdm is None:
-            if done == total:
-                print(f"{label}: {done} of {total}", file=sys.stderr, flush=True)
-            return
-        if label != label_now or bar is None:
-            if bar is not None:
-                bar.close()
-            bar, label_now = tqdm(total=total, desc=label, dynamic_ncols=True), label
-        bar.update(done - bar.n)
-
-    try:
-        yield show
-    finally:
-        if bar is not None:
-            bar.close()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a chain on files and returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -394,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(given.output)
     try:
         stages = CHAINS[given.chain](_given_by(given, parser))
-        with executor as run_tasks, shown_progress() as progress:
+        with executor as run_tasks, executors.shown_progress() as progress:
             ledger = run_files(
                 given.input, stages, folder, run_tasks,
                 strict=given.strict, keep_dropped=given.keep_dropped, progress=progress,
@@ -433,6 +386,9 @@ def _add_given(parser: argparse.ArgumentParser) -> None:
         "--tiers", nargs="*", metavar="LANGUAGE",
         help=f"drop the low tier, by models/{CODE_QUALITY} or the field quality of meta, in these languages (or all)",
     )  # fmt: skip
+    long = parser.add_argument_group("long")
+    long.add_argument("--scorer", metavar="SCORER", help="n-grams of data_pipelines.long_text train, or a MODEL")
+    long.add_argument("--thresholds", metavar="FILE", help="what data_pipelines.long_text fit wrote for that scorer")
     every = parser.add_argument_group("all chains")
     every.add_argument(
         "--benchmark", nargs="+", default=[], metavar="NAME=FILE:FIELD[,FIELD]",
@@ -452,9 +408,13 @@ def _given_by(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Giv
         ("--licences", given.licences, of_code),
         ("--drop-unknown-licences", given.drop_unknown_licences, of_code),
         ("--tiers", given.tiers is not None, of_code),
+        ("--scorer", given.scorer, given.chain == "long"),
+        ("--thresholds", given.thresholds, given.chain == "long"),
     ):
         if value and not takes:
             parser.error(f"{name} is given, and the chain {given.chain} has no stage for it")
+    if given.thresholds and not given.scorer:
+        parser.error("--thresholds is for a --scorer, which is not given")
     if of_code and given.models and given.tiers is None:
         parser.error(f"--models holds {CODE_QUALITY} for --tiers, which is not given")
     allowed = None
@@ -465,6 +425,8 @@ def _given_by(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Giv
         domains=tuple(given.domains),
         words=tuple(given.words),
         models=given.models,
+        scorer=given.scorer,
+        thresholds=given.thresholds,
         tiers=None if given.tiers is None else Tiers(languages=tuple(given.tiers) or None),
         benchmarks=tuple(parse_benchmark(text) for text in given.benchmark),
         decontamination=Decontamination(action=given.contaminated),

@@ -11,8 +11,9 @@ import pytest
 
 from data_pipelines import classifier, code, embedded, sources, wanjuan
 from data_pipelines.chain import Sizes
-from data_pipelines.document import Outcome, Stage, make_document, to_batch
+from data_pipelines.document import Outcome, Stage, make_document, only, to_batch
 from data_pipelines.ledger import Ledger, explain, fates, summary
+from data_pipelines.rules import edit
 from data_pipelines.tiers import Tiers
 from tests.data_pipelines.test_rules import CHINESE, FUNCTION, GOOD
 
@@ -74,15 +75,15 @@ def test_only_leaves_other_rows_alone(documents):
 
     def shout(part):
         texts = [text.upper() for text in part.column("text").to_pylist()]
-        return wanjuan.Outcome(wanjuan.edit(str.upper)(part).batch, ["loud"] * len(texts), ["!"] * len(texts))
+        return Outcome(edit(str.upper)(part).batch, ["loud"] * len(texts), ["!"] * len(texts))
 
-    outcome = wanjuan.only(("code",), shout)(batch)
+    outcome = only(("code",), shout)(batch)
     before, after = batch.column("text").to_pylist(), outcome.batch.column("text").to_pylist()
     assert after[:4] == [text.upper() for text in before[:4]] and after[4:] == before[4:]
     assert list(outcome.reasons) == ["loud"] * 4 + [None] * 5
     assert outcome.batch.column("id").to_pylist() == batch.column("id").to_pylist()
-    assert wanjuan.only(("none",), shout)(batch).batch is batch
-    assert wanjuan.only(("code",), shout)(batch.slice(0, 0)).reasons == []
+    assert only(("none",), shout)(batch).batch is batch
+    assert only(("code",), shout)(batch.slice(0, 0)).reasons == []
 
 
 @pytest.mark.parametrize("chain", sorted(wanjuan.CHAINS))
