@@ -82,6 +82,14 @@ def test_what_a_name_of_a_method_means(corpus, base, tmp_path):
         ({"method": "full", "quantize": "nf4"}, "method=full trains it: use qlora"),
         ({"method": "full", "lora": LoraConfig(rank=2)}, "trains no adapters"),
         ({"freeze": ("embed.*",)}, "under adapters the whole model is frozen"),
+        ({"param_dtype": "bfloat16"}, "adapters are trained in float32"),
+        ({"num_steps": 0}, "num_steps at least 1"),
+        ({"num_epochs": 0.0}, "num_epochs must be above 0"),
+        ({"neftune_alpha": -5.0}, "neftune_alpha not negative"),
+        (
+            {"held_out": HeldOut("tokens"), "reading": Reading(validation_share=0.1)},
+            "neither learned nor measured; give one of them",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             config_of(corpus, base, tmp_path, **fields)
