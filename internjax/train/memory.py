@@ -59,6 +59,8 @@ class Job:
             raise ValueError("quantised kernels cannot be trained; give lora as well (QLoRA), or leave quantised out")
         if self.freeze and self.lora is not None:
             raise ValueError(f"freeze={self.freeze} is for full runs; under adapters the whole model is frozen")
+        if self.lora is None and getattr(self.optimizer, "lora_plus_ratio", 1.0) != 1.0:
+            raise ValueError("lora_plus_ratio is the rate of adapters, and none are trained; set it to 1")
         for name in ("batch_size", "seq_len", "accumulate", "chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, given {getattr(self, name)}")

@@ -12,6 +12,7 @@ import pytest
 from data_pipelines.conversations import Reading
 from data_pipelines.loading import batches, open_rows
 from experiments import finetuning as stage
+from experiments.callbacks import Prompts
 from experiments.finetuning import finetune
 from experiments.pretraining import TokenData, initial_params, pretrain
 from internjax import sharding
@@ -25,6 +26,7 @@ from internjax.train.checkpoint import CheckpointConfig
 from internjax.train.loop import Every, train
 from internjax.train.losses import LossOutput
 from internjax.train.optimizer import AdamW, Constant, make_optimizer
+from internjax.train.profile import ProfileConfig
 from internjax.train.step import init_state, make_step
 from internjax.train.tracking import open_run, read_rows
 from tests.experiments.conftest import QUESTIONS, SMALL, finetuning, pretraining
@@ -203,6 +205,8 @@ BAD_PRETRAININGS = {
         lambda c, t: dict(init=weightless(t / "m", load_tokenizer(other_tokenizer(t / "other", 300)))),
         "another tokenizer than .*: id [0-9]+ is '.*' there and '.*' here. Write the token folders with",
     ),
+    "a prompt that leaves no room": (lambda c, t: dict(prompts=Prompts(("x = 1\n" * 200,))), "longest prompt has"),
+    "a trace beyond the run": (lambda c, t: dict(profile=ProfileConfig(start=11)), "steps 11 to 13, the run has 12"),
     "a mesh that does not fit": (lambda c, t: dict(mesh=sharding.MeshConfig(fsdp=3)), "does not fit 8 devices"),
     "rows longer than the model": (
         lambda c, t: dict(data=rows_of((str(c / "tokens"),), tokenizer=str(c / "tokenizer"), seq_len=4096)),

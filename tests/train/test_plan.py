@@ -342,6 +342,8 @@ def test_impossible_values_are_refused():
         Job(SMALL, 8, 16, quantised=Quantised())
     with pytest.raises(ValueError, match="under adapters the whole model is frozen"):
         Job(SMALL, 8, 16, lora=LoraConfig(), freeze=("embed.*",))
+    with pytest.raises(ValueError, match="lora_plus_ratio is the rate of adapters, and none are trained"):
+        Job(SMALL, 8, 16, optimizer=AdamW(lora_plus_ratio=16.0))
     with pytest.raises(ValueError, match="accumulate must be at least 1, given 0"):
         Job(SMALL, 8, 16, accumulate=0)
     with pytest.raises(ValueError, match=r"lie in \(0, 1\]; given 1.5"):
