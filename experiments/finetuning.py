@@ -227,11 +227,9 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
     )
     task = Task(job, model.tokenizer, num_steps, read.rows, data, mesh, conversations=read.is_chat)
     checked = plan_and_check(config, task, folder, base=model.params)
-    if read.validation and not config.held_out.folder:
-        measured = dataclasses.replace(config.held_out, folder=read.validation)
-        callbacks = [*callbacks, *held_out_callbacks(dataclasses.replace(config, held_out=measured), task)]
-    else:
-        callbacks = [*callbacks, *held_out_callbacks(config, task)]
+    held_out = config.held_out
+    held_out = dataclasses.replace(held_out, folder=read.validation) if read.validation else held_out
+    callbacks = [*callbacks, *held_out_callbacks(held_out, task)]
     if config.dry_run:
         return dry(folder)
     start = _start(config, model, optimizer, mesh)

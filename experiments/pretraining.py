@@ -160,7 +160,7 @@ def _pretrain(config: Pretrain, folder: Path, mesh: Mesh | None, callbacks, loss
     job = Job(config.model, batch_size, config.data.seq_len, config.mesh, config.accumulate, optimizer=config.optimizer)
     task = Task(job, tokenizer, config.num_steps, rows, data, mesh, conversations=False)
     checked = plan_and_check(config, task, folder, base=None)
-    callbacks = [*callbacks, *held_out_callbacks(config, task)]
+    callbacks = [*callbacks, *held_out_callbacks(config.held_out, task)]
     if config.dry_run:
         return dry(folder)
     optimizer = make_optimizer(config.optimizer, config.schedule, config.num_steps)

@@ -122,14 +122,14 @@ def _manifests(rows: Rows | Mixture | None) -> dict[str, Any]:
     return {str(each.folder.path): each.folder.manifest for each in read}
 
 
-def held_out_callbacks(config: Settings, task: Task) -> list[Every]:
-    """Returns the measurement on held-out text that the config asks for; raises ValueError where it cannot be read."""
-    if not config.held_out.folder:
+def held_out_callbacks(held_out: HeldOut, task: Task) -> list[Every]:
+    """Returns the measurement on held-out text that is asked for, if any; raises ValueError where it cannot be read."""
+    if not held_out.folder:
         return []
     if task.tokenizer is None:
         raise ValueError("held_out.folder needs data.tokenizer, which says what its ids mean; name it, or leave it out")
     measured = held_out_loss(
-        config.held_out,
+        held_out,
         task.job.model,
         task.tokenizer,
         # As many rows as the step itself holds at once.
