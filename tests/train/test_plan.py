@@ -172,6 +172,8 @@ LARGE_HEAD = {"vocab_size": 8192, "d_model": 512, "num_layers": 1, "ffn_dim": 25
     [
         ({"remat": "full", "attention": "chunked"}, MeshConfig(fsdp=1), {}),
         ({"remat": "none", "attention": "xla"}, MeshConfig(fsdp=1), {}),
+        # Logits larger than all that the layer holds.
+        (LARGE_HEAD | {"remat": "full", "attention": "chunked"}, MeshConfig(fsdp=1), {"batch_size": 8}),
         # Two chunks, and a head that every shard gathers and has a whole gradient of.
         (
             LARGE_HEAD | {"remat": "full", "attention": "chunked"},
@@ -179,7 +181,7 @@ LARGE_HEAD = {"vocab_size": 8192, "d_model": 512, "num_layers": 1, "ffn_dim": 25
             {"batch_size": 8, "seq_len": 1024},
         ),
     ],
-    ids=["full", "none", "sharded head"],
+    ids=["full", "none", "large head", "sharded head"],
 )
 def test_the_estimate_is_near_a_compilers_temporaries(changes, mesh, job):
     """On CPU in float32, where its constants were fitted, at other sizes than those they were fitted on."""
