@@ -168,6 +168,8 @@ def held_out_loss(
             f"{batch_size}; give more held-out text, or a smaller batch"
         )
     own = sharding.process_rows(mesh, batch_size)
+    if lora_config is not None:  # what is dropped in training is not in what is measured
+        lora_config = dataclasses.replace(lora_config, dropout=0.0)
     loss = next_token(model_config, lora_config=lora_config)
     loss = joined(loss) if lora_config is None else loss
     summed = jax.jit(lambda trainable, frozen, batch: loss(trainable, frozen, batch, jax.random.key(0))[:2])

@@ -19,10 +19,8 @@ from dataclasses import replace
 from experiments.command_line import launch
 from experiments.pretraining import Pretrain, TokenData, pretrain
 from experiments.training import Trained
-from internjax.hf.families import family_of
-from internjax.hf.resolve import ABOUT, read_json, resolve
-from internjax.hf.resolve import CONFIG as CONFIG_JSON
-from internjax.model.config import INTERNLM2_7B, ModelConfig, from_json
+from internjax.hf.open import read_config
+from internjax.model.config import INTERNLM2_7B, ModelConfig
 from internjax.sharding import MeshConfig
 from internjax.train.checkpoint import CheckpointConfig
 from internjax.train.optimizer import WSD, AdamW
@@ -44,15 +42,6 @@ CONFIG = Pretrain(
 )
 
 
-def architecture(model: str) -> ModelConfig:
-    """Returns the architecture of MODEL; reads its configuration alone, no weights."""
-    source = resolve(model)
-    if source.checkpoints is not None and source.trained_adapter is None:
-        return from_json(read_json(source.folder / ABOUT)["model_config"])
-    values = read_json(source.folder / CONFIG_JSON)
-    return family_of(values).config_from_hf(values)
-
-
 def with_architecture(config: Pretrain, *, default: ModelConfig) -> Pretrain:
     """Returns `config` with the model of its checkpoint, computed as `config` says.
 
@@ -71,7 +60,7 @@ def with_architecture(config: Pretrain, *, default: ModelConfig) -> Pretrain:
             f"what may be set is {', '.join(HOW)}."
         )
     how = {name: getattr(config.model, name) for name in HOW}
-    return replace(config, model=replace(architecture(config.init), **how))
+    return replace(config, model=replace(read_config(config.init, allow_unknown=config.allow_unknown), **how))
 
 
 def continued(config: Pretrain, *, default: ModelConfig) -> Trained:

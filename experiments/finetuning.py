@@ -34,14 +34,14 @@ from experiments.training import (
     run_training,
 )
 from internjax.hf.adapter import save_adapter
-from internjax.hf.hub import push
-from internjax.hf.open import Model, open_model
+from internjax.hf.hub import check_push, push
+from internjax.hf.open import Model, open_model, read_config
 from internjax.hf.provenance import run_facts
 from internjax.hf.resolve import resolve
 from internjax.hf.save import save_architecture, save_model
 from internjax.kernels.attention import Backend
 from internjax.model import decoder, lora, quantize
-from internjax.model.config import DType
+from internjax.model.config import DType, ModelConfig
 from internjax.model.lora import LoraConfig
 from internjax.model.quantize import Quantised
 from internjax.sharding import MeshConfig, process_rows
@@ -106,11 +106,12 @@ class Finetune:
     merge: bool = True
     """Write the merged model beside the adapter, as the run's model/."""
     push: str = ""
-    """Hub repository (ORG/NAME) that model/, or without merging adapter/, is sent to at the end; private."""
+    """Hub repository (ORG/NAME) that model/, or without merging adapter/, is sent to at the end, that of a complete run
+    as well; private."""
     dtype: Literal["auto"] | DType = "auto"
     """Computation; auto: float32 on CPUs, bfloat16 on GPUs that have it, else float16."""
     param_dtype: DType = "float32"
-    """method=full: what parameters are trained in. A small update is lost in 16 bits."""
+    """method=full: what parameters are trained in (adapters: float32). A small update is lost in 16 bits."""
     loss_scale: LossScale = LossScale()
     """Of a computation in float16."""
     optimizer: Optimizer = AdamW(peak_lr=2e-4, weight_decay=0.0)
@@ -149,6 +150,19 @@ class Finetune:
                 raise ValueError(f"quantize={self.quantize} holds a frozen model; method=full trains it: use qlora")
         elif self.freeze:
             raise ValueError(f"freeze={self.freeze} is for method=full; under adapters the whole model is frozen")
+        elif self.param_dtype != "float32":
+            raise ValueError(f"param_dtype={self.param_dtype} is for method=full; adapters are trained in float32")
+        if self.num_epochs <= 0 or (self.num_steps is not None and self.num_steps < 1) or self.neftune_alpha < 0:
+            raise ValueError(
+                "num_epochs must be above 0, num_steps at least 1 (None: as the epochs say) and neftune_alpha not "
+                f"negative; given {self.num_epochs}, {self.num_steps} and {self.neftune_alpha}"
+            )
+        kept = self.reading.validation or self.reading.validation_share
+        if self.held_out.folder and kept:
+            raise ValueError(
+                f"held_out.folder={self.held_out.folder} is measured, and reading keeps conversations for validation "
+                "as well, which would be neither learned nor measured; give one of them"
+            )
 
 
 def adapters_of(config: Finetune) -> LoraConfig | None:
@@ -167,7 +181,10 @@ def finetune(config: Finetune, *, callbacks: Sequence[Every] = ()) -> Trained:
     if not config.model:
         raise ValueError("no model given; name one: --model FOLDER (a Hugging Face folder or a run)")
     folder = run_path(config.run)
+    if config.push:
+        check_push(config.push)
     if (done := finished(config, folder)) is not None:
+        _push(config, folder)
         return done
     with mesh_of(config.mesh) as mesh:
         return _finetune(config, folder, mesh, callbacks)
@@ -175,7 +192,16 @@ def finetune(config: Finetune, *, callbacks: Sequence[Every] = ()) -> Trained:
 
 def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequence[Every]) -> Trained:
     begun = time.time()
-    # All that can be wrong is read before the folder is made, or an earlier one removed.
+    # All that can be wrong is read before the folder is made, or an earlier one removed; what values alone show to be
+    # impossible, before any weight is read.
+    check_run(
+        _as_trained(config, read_config(config.model, allow_unknown=config.allow_unknown)),
+        mesh=config.mesh,
+        num_devices=jax.device_count(),
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        accumulate=config.accumulate,
+    )
     model = _whole_model(config, mesh)
     read = conversation_rows(
         config.data, model.tokenizer, reading=config.reading, seq_len=config.seq_len, seed=config.seed
@@ -183,16 +209,6 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
     num_steps = config.num_steps or max(1, round(config.num_epochs * read.rows.num_rows / config.batch_size))
     warmup = min(config.schedule.warmup_steps, max(1, num_steps // 10))
     schedule = dataclasses.replace(config.schedule, warmup_steps=warmup)
-    check_run(
-        model.config,
-        mesh=config.mesh,
-        num_devices=jax.device_count(),
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        accumulate=config.accumulate,
-        schedule=schedule,
-        num_steps=num_steps,
-    )
     optimizer = make_optimizer(config.optimizer, schedule, num_steps)
     if model.config.dtype == "float16":
         optimizer = scaled(optimizer, config.loss_scale)
@@ -211,11 +227,9 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
     )
     task = Task(job, model.tokenizer, num_steps, read.rows, data, mesh, conversations=read.is_chat)
     checked = plan_and_check(config, task, folder, base=model.params)
-    if read.validation and not config.held_out.folder:
-        measured = dataclasses.replace(config.held_out, folder=read.validation)
-        callbacks = [*callbacks, *held_out_callbacks(dataclasses.replace(config, held_out=measured), task)]
-    else:
-        callbacks = [*callbacks, *held_out_callbacks(config, task)]
+    held_out = config.held_out
+    held_out = dataclasses.replace(held_out, folder=read.validation) if read.validation else held_out
+    callbacks = [*callbacks, *held_out_callbacks(held_out, task)]
     if config.dry_run:
         return dry(folder)
     start = _start(config, model, optimizer, mesh)
@@ -229,9 +243,19 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
         if processes.index() == 0:
             left = [name for name in ("adapter", "model") if (folder / name).is_dir()]
             print(f"written: {' and '.join(str(folder / name) for name in left)}; python -m serve {config.run} answers")
-        if config.push and processes.index() == 0:
-            print(f"pushed to {push(folder / ('model' if config.merge else 'adapter'), config.push)}")
+        _push(config, folder)
         return ended(run, {"method": config.method, "base": config.model} | read.summary)
+
+
+def _push(config: Finetune, folder: Path) -> None:
+    """Sends what the run left to the hub, where that is asked for; process 0 of a job does."""
+    if config.push and processes.index() == 0:
+        print(f"pushed to {push(folder / ('model' if config.merge else 'adapter'), config.push)}")
+
+
+def _as_trained(config: Finetune, model: ModelConfig) -> ModelConfig:
+    """Returns the architecture as the run computes it."""
+    return dataclasses.replace(model, remat=config.remat, attention=config.attention)
 
 
 def _whole_model(config: Finetune, mesh: Mesh | None) -> Model:
@@ -253,8 +277,7 @@ def _whole_model(config: Finetune, mesh: Mesh | None) -> Model:
         dtype=wanted,
         allow_unknown=config.allow_unknown,
     )
-    how = dataclasses.replace(model.config, remat=config.remat, attention=config.attention)
-    model = dataclasses.replace(model, config=how)
+    model = dataclasses.replace(model, config=_as_trained(config, model.config))
     if model.tokenizer is None:
         raise ValueError(
             f"{config.model} has no tokenizer.json, so conversations cannot be tokenised; add the tokenizer's files"

@@ -36,6 +36,8 @@ def job_of(config: Any, *, quantised: Any = None) -> Any:
         lora, quantised = adapters_of(config), quantised or base_of(config)
         model = architecture(config.model, allow_unknown=config.allow_unknown)
         model = dataclasses.replace(model, remat=config.remat, attention=config.attention)
+        if config.dtype != "auto":
+            model = dataclasses.replace(model, dtype=config.dtype)
         if config.method == "full":
             model = dataclasses.replace(model, param_dtype=config.param_dtype)
     return Job(
@@ -67,7 +69,7 @@ def architecture(model: str, *, allow_unknown: tuple[str, ...] = ()) -> Any:
     import jax.numpy as jnp
 
     from experiments.pretraining import Pretrain
-    from internjax.hf.families import family_of
+    from internjax.hf.open import read_config
     from internjax.hf.resolve import CONFIG, read_json, resolve
     from internjax.hf.weights import list_tensors
 
@@ -77,11 +79,9 @@ def architecture(model: str, *, allow_unknown: tuple[str, ...] = ()) -> Any:
         raise ValueError("no model given; name a folder, or a size by its experiment: --model internlm2_7b")
     if model.startswith(("hf:", "modelscope:")):
         raise ValueError(f"{model} would be downloaded to be planned; name its size instead: --model internlm2_7b")
-    folder = resolve(model).folder
-    values = read_json(folder / CONFIG)
-    config = family_of(values).config_from_hf(values, allow_unknown=allow_unknown)
+    folder, config = resolve(model).folder, read_config(model, allow_unknown=allow_unknown)
     try:
         stored = {"F32": "float32", "F16": "float16"}.get(next(iter(list_tensors(folder).values())).dtype, "bfloat16")
     except (ValueError, StopIteration):  # a folder of config and tokenizer alone
-        stored = str(jnp.dtype(values.get("torch_dtype") or "bfloat16"))
+        stored = str(jnp.dtype(read_json(folder / CONFIG).get("torch_dtype") or "bfloat16"))
     return dataclasses.replace(config, param_dtype=stored, dtype="bfloat16")

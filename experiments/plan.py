@@ -67,9 +67,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _refuse_unread(options: argparse.Namespace) -> None:
+    """Raises ValueError for options that the kind of plan asked for does not read."""
+    unread = {"recipes": ["rlhf"], "rlhf": []}
+    for kind, names in unread.items():
+        names += ["efficiency", "tokens", "quantise", "compile", *(["json"] if kind == "recipes" else [])]
+        given = [f"--{name}" for name in names if getattr(options, name) not in (None, False)]
+        if getattr(options, kind) and given:
+            raise ValueError(f"--{kind} reads no {', '.join(given)}; leave that out, or --{kind}")
+
+
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     from internjax.train import devices, plan
 
+    _refuse_unread(options)
     if options.recipes:
         return _recipes(options, rest)
     if options.help or options.experiment is None:
@@ -188,6 +199,11 @@ def _rlhf(planned: Planned, device: Any, options: argparse.Namespace) -> int:
     from internjax.train.plan import MEMORY_SHARE
 
     job = planned.job
+    if job.quantised is not None or job.freeze:
+        raise ValueError(
+            "PPO's models are planned whole and unquantised, and this experiment freezes or quantises some of one. "
+            "Plan a full fine-tuning, or --method lora"
+        )
     shards = job.mesh.shape(planned.num_devices)[0] * job.mesh.shape(planned.num_devices)[1]
     rows = max(64, shards)
     critic_lora = None if job.lora is None else dataclasses.replace(job.lora, targets=(*job.lora.targets, "head"))

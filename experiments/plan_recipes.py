@@ -31,12 +31,17 @@ def rows(device: Any, *, num_devices: int, memory_share: float | None = None) ->
     found = []
     for name in jobs.names():
         config = jobs.module(name).CONFIG
-        if isinstance(config, Finetune) and (published := _PUBLISHED.match(config.model)):
-            config = dataclasses.replace(config, model=f"internlm2_{published[1].lower()}")
+        config = with_known_model(config) if isinstance(config, Finetune) else config
         # An experiment without a model of its own takes the user's: there is nothing to plan yet.
         if isinstance(config, Pretrain) or (isinstance(config, Finetune) and config.model):
             found.append(_row(name, config, device, num_devices, memory_share))
     return sorted(found, key=lambda row: (-(row.fits or 0), row.gib or 0.0))
+
+
+def with_known_model(config: Any) -> Any:
+    """Returns a Finetune with the experiment of its published model's size in place of that, where there is one."""
+    published = _PUBLISHED.match(config.model)
+    return config if published is None else dataclasses.replace(config, model=f"internlm2_{published[1].lower()}")
 
 
 def _row(name: str, config: Any, device: Any, num_devices: int, memory_share: float | None) -> Row:

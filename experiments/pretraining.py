@@ -32,16 +32,18 @@ from experiments.training import (
 )
 from internjax import sharding
 from internjax.hf.open import open_model
+from internjax.hf.resolve import resolve
 from internjax.hf.save import save_architecture, save_model
-from internjax.model import decoder
+from internjax.model import decoder, lora
 from internjax.model.config import ModelConfig, num_params
 from internjax.sharding import MeshConfig, process_rows
-from internjax.text.tokenizer import Tokenizer, load_tokenizer
+from internjax.text.tokenizer import Tokenizer, differing_id, load_tokenizer
 from internjax.train import processes
 from internjax.train.checkpoint import CheckpointConfig
 from internjax.train.checks import check_run
 from internjax.train.guard import Guard
 from internjax.train.loop import Data, Every
+from internjax.train.loss_scale import LossScale, scaled
 from internjax.train.losses import Loss, next_token
 from internjax.train.memory import Job
 from internjax.train.optimizer import AdamW, Cosine, Optimizer, Schedule, make_optimizer
@@ -94,7 +96,9 @@ class Pretrain:
     num_steps: int
     """Updates of the run."""
     init: str | None = None
-    """MODEL to start from; fresh parameters without one."""
+    """MODEL to start from, its adapters merged; fresh parameters without one."""
+    allow_unknown: tuple[str, ...] = ()
+    """Fields of that model's config.json that are read as if they were absent."""
     optimizer: Optimizer = AdamW()
     schedule: Schedule = Cosine(warmup_steps=100)
     accumulate: int = 1
@@ -156,10 +160,12 @@ def _pretrain(config: Pretrain, folder: Path, mesh: Mesh | None, callbacks, loss
     job = Job(config.model, batch_size, config.data.seq_len, config.mesh, config.accumulate, optimizer=config.optimizer)
     task = Task(job, tokenizer, config.num_steps, rows, data, mesh, conversations=False)
     checked = plan_and_check(config, task, folder, base=None)
-    callbacks = [*callbacks, *held_out_callbacks(config, task)]
+    callbacks = [*callbacks, *held_out_callbacks(config.held_out, task)]
     if config.dry_run:
         return dry(folder)
     optimizer = make_optimizer(config.optimizer, config.schedule, config.num_steps)
+    if config.model.dtype == "float16":
+        optimizer = scaled(optimizer, LossScale())
     step = make_step(loss, optimizer, accumulate=config.accumulate, mesh=mesh)
     params, axes = initial_params(config, mesh)
     state = init_state(
@@ -220,14 +226,30 @@ def _fitting_tokenizer(config: Pretrain, *, optional: bool) -> Tokenizer | None:
             f"the tokenizer in {config.data.tokenizer} has {tokenizer.vocab_size} tokens, the model's embedding "
             f"{config.model.vocab_size} rows; set model.vocab_size to at least {tokenizer.vocab_size}"
         )
+    if config.init is not None:
+        _check_same_text(config, tokenizer)
     return tokenizer
+
+
+def _check_same_text(config: Pretrain, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where the model to start from knows other text under the tokenizer's ids."""
+    folder = resolve(config.init).folder
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return
+    known = load_tokenizer(folder)
+    if (found := differing_id(known, tokenizer)) is not None:
+        raise ValueError(
+            f"{config.init} was trained with another tokenizer than {config.data.tokenizer}: id {found} is "
+            f"{known.token(found)!r} there and {tokenizer.token(found)!r} here. Write the token folders with the "
+            f"tokenizer of {folder}"
+        )
 
 
 def initial_params(config: Pretrain, mesh: Mesh | None) -> tuple[dict, dict]:
     """Returns the parameters that a pre-training starts from, on their shardings, and their logical axes."""
     axes = decoder.logical_axes(config.model)
     if config.init is not None:
-        model = open_model(config.init, mesh=mesh)
+        model = open_model(config.init, mesh=mesh, allow_unknown=config.allow_unknown)
         found = dataclasses.replace(model.config, dtype=config.model.dtype, param_dtype=config.model.param_dtype)
         differing = [
             f"{field.name} {getattr(found, field.name)!r} there, {getattr(config.model, field.name)!r} here"
@@ -238,7 +260,8 @@ def initial_params(config: Pretrain, mesh: Mesh | None) -> tuple[dict, dict]:
             raise ValueError(f"{config.init} is another architecture than this config: {'; '.join(differing)}")
         # Released checkpoints are bfloat16; trained is what the config says.
         dtype = jax.numpy.dtype(config.model.param_dtype)
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), model.params), axes
+        params = model.params if model.lora is None else lora.merge(model.params, model.lora)
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params), axes
     key = jax.random.key(config.seed)
     if mesh is None:
         return jax.jit(lambda key: decoder.init(config.model, key))(key), axes

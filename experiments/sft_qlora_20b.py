@@ -2,7 +2,7 @@
 
     python -m experiments.sft_qlora_20b --data chats.jsonl
 
-Hardware: one GPU of 16 GB; not yet run on GPU
+Hardware: one GPU of 24 GB; not yet run on GPU
 Time: not measured; derived: 58 H100 hours for 1B tokens at an assumed 40 % MFU, without reading four bits
 
 Differs from sft_qlora_7b in the model.

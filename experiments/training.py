@@ -25,7 +25,7 @@ from internjax.train.loop import Data, Every, train
 from internjax.train.memory import Job
 from internjax.train.page import write_page
 from internjax.train.preview import Report
-from internjax.train.profile import ProfileConfig
+from internjax.train.profile import ProfileConfig, Profiler
 from internjax.train.step import TrainState
 from internjax.train.tracking import Run, TrackingConfig, completed, open_run, read_rows
 
@@ -91,6 +91,9 @@ class Task(NamedTuple):
 
 def plan_and_check(config: Settings, task: Task, folder: Path, *, base: dict | None) -> Report | None:
     """Prints the plan, and returns what the preflight found; raises ValueError where something would go wrong."""
+    # Samples and a trace that cannot be had are refused before the run has a folder.
+    _prompts(config, task, None)
+    Profiler(config.profile, folder, first_step=0, num_steps=task.num_steps)
     device = devices.find(jax.devices()[0].device_kind)
     planned = plan.make_plan(task.job, num_devices=jax.device_count(), device=device)
     if processes.index() == 0:
@@ -119,14 +122,14 @@ def _manifests(rows: Rows | Mixture | None) -> dict[str, Any]:
     return {str(each.folder.path): each.folder.manifest for each in read}
 
 
-def held_out_callbacks(config: Settings, task: Task) -> list[Every]:
-    """Returns the measurement on held-out text that the config asks for; raises ValueError where it cannot be read."""
-    if not config.held_out.folder:
+def held_out_callbacks(held_out: HeldOut, task: Task) -> list[Every]:
+    """Returns the measurement on held-out text that is asked for, if any; raises ValueError where it cannot be read."""
+    if not held_out.folder:
         return []
     if task.tokenizer is None:
         raise ValueError("held_out.folder needs data.tokenizer, which says what its ids mean; name it, or leave it out")
     measured = held_out_loss(
-        config.held_out,
+        held_out,
         task.job.model,
         task.tokenizer,
         # As many rows as the step itself holds at once.
@@ -139,18 +142,20 @@ def held_out_callbacks(config: Settings, task: Task) -> list[Every]:
     return [measured]
 
 
+def _prompts(config: Settings, task: Task, run: Run | None) -> list[Every]:
+    """Returns the samples that the config asks for; raises ValueError where they cannot be made."""
+    if not config.prompts.texts:
+        return []
+    if task.tokenizer is None:
+        raise ValueError("prompts.texts needs data.tokenizer, to read and write text; name it, or leave them out")
+    how = {"lora_config": task.job.lora, "chat": task.conversations}
+    return [sample_prompts(config.prompts, task.job.model, task.tokenizer, run=run, **how)]
+
+
 def run_training(config: Settings, task: Task, run: Run, state, step, callbacks: Sequence[Every]) -> TrainState:
     """Returns the state after the last step: the loop with everything that the config asks to watch."""
     job = task.job
-    if config.prompts.texts:
-        if task.tokenizer is None:
-            raise ValueError("prompts.texts needs data.tokenizer, to read and write text; name it, or leave them out")
-        callbacks = [
-            *callbacks,
-            sample_prompts(
-                config.prompts, job.model, task.tokenizer, run=run, lora_config=job.lora, chat=task.conversations
-            ),
-        ]
+    callbacks = [*callbacks, *_prompts(config, task, run)]
     describe = None if task.rows is None else lambda position: task.rows.documents(position, job.batch_size)
     with open_checkpoints(run.checkpoints, config.checkpoint) as checkpoints:
         return train(

@@ -19,21 +19,23 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 
-from internjax.train.heartbeat import EXIT_PEER_LOST, EXIT_PREEMPTED
+from internjax.train.heartbeat import EXIT_PEER_LOST, EXIT_PREEMPTED, JOB
 
 RESTARTED = (EXIT_PREEMPTED, EXIT_PEER_LOST, 134, 137, 143)
 """Exit codes after which the same command goes on: preempted, peer lost, coordinator lost, SIGKILL, SIGTERM."""
 _FAKE_DEVICES = "--xla_force_host_platform_device_count"
 
 
-def environment_of(index: int, num_processes: int, port: int, devices: int | None) -> dict[str, str]:
+def environment_of(index: int, num_processes: int, port: int, devices: int | None, job: str) -> dict[str, str]:
     """Returns the environment of one process of the job."""
     environment = os.environ | {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(num_processes),
         "JAX_PROCESS_ID": str(index),
+        JOB: job,
         "PYTHONUNBUFFERED": "1",
     }
     if devices is not None:
@@ -48,7 +50,7 @@ def exit_code(returncode: int) -> int:
 
 
 def run_once(
-    command: Sequence[str], *, num_processes: int, devices: int | None, grace: float, asked: threading.Event
+    command: Sequence[str], *, num_processes: int, devices: int | None, grace: float, asked: threading.Event, job: str
 ) -> int:
     """Runs the job once and returns its exit code: that of the process that failed first, 0 when none did."""
     with socket.socket() as free:
@@ -59,7 +61,7 @@ def run_once(
         for index in range(num_processes):
             process = subprocess.Popen(
                 command,
-                env=environment_of(index, num_processes, port, devices),
+                env=environment_of(index, num_processes, port, devices, job),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -121,11 +123,11 @@ def run(
     command: Sequence[str], *, num_processes: int, devices: int | None = None, grace: float = 120.0, restarts: int = 0
 ) -> int:
     """Returns the exit code of the job after as many restarts as it needed and was allowed."""
-    asked = threading.Event()
+    asked, job = threading.Event(), os.environ.get(JOB) or f"local-{uuid.uuid4().hex[:8]}"
     before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for attempt in range(restarts + 1):
-            code = run_once(command, num_processes=num_processes, devices=devices, grace=grace, asked=asked)
+            code = run_once(command, num_processes=num_processes, devices=devices, grace=grace, asked=asked, job=job)
             if code not in RESTARTED or asked.is_set() or attempt == restarts:
                 return code
             print(f"exit code {code}: started again ({attempt + 1} of {restarts})", file=sys.stderr, flush=True)

@@ -25,6 +25,8 @@ fi
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export JAX_COORDINATOR_ADDRESS="$first_node:$((61440 + SLURM_JOB_ID % 4096))"
 export JAX_NUM_PROCESSES=$SLURM_NTASKS
+# The same in every start: --fresh keeps the run folder that the first one made.
+export INTERNJAX_JOB="slurm-$SLURM_JOB_ID"
 max_restarts=${MAX_RESTARTS:-50}
 
 # --kill-on-bad-exit is left out: processes end by themselves, with the message of the one that failed.

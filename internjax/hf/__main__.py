@@ -9,10 +9,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code. What a person can mend is one line on stderr, not a traceback."""
     options = _parser().parse_args(arguments)
     from internjax.hf.convert import check, convert
-    from internjax.hf.hub import push
+    from internjax.hf.hub import check_push, push
 
     try:
         if options.command == "convert":
+            if options.push is not None:
+                check_push(options.push)
+            elif options.public:
+                raise ValueError("--public is for a repository that --push makes; name it, or leave --public out")
             proof = convert(
                 options.source,
                 options.folder,

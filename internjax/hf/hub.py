@@ -70,9 +70,7 @@ def push(folder: str | os.PathLike, repository: str, *, private: bool = True) ->
     ValueError where the folder is no model or the hub does not take it; the folder stays as it is.
     """
     folder = Path(folder)
-    found = _NAME.fullmatch(repository if on_hub(repository) else f"hf:{repository}")
-    if found is None or found[1] != "hf" or "/" not in found[2] or not _REPOSITORY.fullmatch(found[2]):
-        raise ValueError(f"a folder is pushed to hf:ORG/NAME or ORG/NAME (@BRANCH may follow); given {repository!r}")
+    found = _target(repository)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(f"{folder} is no model or adapter folder, so it is not pushed; give the folder of one")
     remedy = f"{folder} is untouched; check HF_TOKEN (a token that may write) and the name, then push again"
@@ -85,6 +83,18 @@ def push(folder: str | os.PathLike, repository: str, *, private: bool = True) ->
     except Exception as error:
         raise ValueError(f"{folder} could not be pushed to {found[2]} ({_reason(error)}). {remedy}") from error
     return f"{api.endpoint}/{found[2]}"
+
+
+def check_push(repository: str) -> None:
+    """Raises ValueError where `push` could not even begin: another name than it takes, or no client."""
+    _client("hf", f"{_target(repository)[2]} could not be pushed to without it")
+
+
+def _target(repository: str) -> re.Match:
+    found = _NAME.fullmatch(repository if on_hub(repository) else f"hf:{repository}")
+    if found is None or found[1] != "hf" or "/" not in found[2] or not _REPOSITORY.fullmatch(found[2]):
+        raise ValueError(f"a folder is pushed to hf:ORG/NAME or ORG/NAME (@BRANCH may follow); given {repository!r}")
+    return found
 
 
 def _fetch(name: str, kind: Literal["model", "dataset"], *, allow: list[str], ignore: list[str]) -> Path:

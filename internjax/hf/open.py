@@ -69,10 +69,7 @@ def open_model(
     source = resolve(model, adapters=adapters)
     values = read_json(source.folder / CONFIG)
     family = family_of(values)
-    config = family.config_from_hf(values, allow_unknown=allow_unknown)
-    if source.checkpoints is not None and source.trained_adapter is None:
-        config = from_json(read_json(source.folder / ABOUT)["model_config"])
-    config = dataclasses.replace(config, dtype=dtype or _default_dtype())
+    config = dataclasses.replace(_read_config(source, values, allow_unknown), dtype=dtype or _default_dtype())
     tokenizer = _read_tokenizer(source.folder, config, values)
     generation = read_generation(source.folder, values, tokenizer)
     origin, tensors = str(source.folder), {}
@@ -105,6 +102,19 @@ def open_model(
     origin = " + ".join([origin, *map(str, source.adapters)])
     _print_opened(model, origin, family.name, result, quantize, time.perf_counter() - start)
     return result
+
+
+def read_config(model: str | os.PathLike, *, allow_unknown: Iterable[str] = ()) -> ModelConfig:
+    """Returns the architecture of MODEL; reads its configuration alone, no weights."""
+    source = resolve(model)
+    return _read_config(source, read_json(source.folder / CONFIG), allow_unknown)
+
+
+def _read_config(source: Source, values: dict, allow_unknown: Iterable[str]) -> ModelConfig:
+    config = family_of(values).config_from_hf(values, allow_unknown=allow_unknown)
+    if source.checkpoints is None or source.trained_adapter is not None:
+        return config
+    return from_json(read_json(source.folder / ABOUT)["model_config"])
 
 
 def logits(model: Model, tokens_BT) -> jax.Array:

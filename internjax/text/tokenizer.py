@@ -158,6 +158,16 @@ class Tokenizer:
         return self._marked.id_to_token(token_id)
 
 
+def differing_id(first: Tokenizer, second: Tokenizer) -> int | None:
+    """Returns the first id that is another piece of text in the second tokenizer, None where there is none.
+
+    Markers may differ: a chat model's tokenizer gives them spare ids of its base's.
+    """
+    markers = {*first.special.values(), *second.special.values()}
+    shared = (each for each in range(min(first.vocab_size, second.vocab_size)) if each not in markers)
+    return next((each for each in shared if first.token(each) != second.token(each)), None)
+
+
 class StreamDecoder:
     """Text of ids that arrive in parts: the pushes and the flush together are `decode` of the whole.
 

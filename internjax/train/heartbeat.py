@@ -24,6 +24,8 @@ EXIT_PREEMPTED = 75
 """Exit code after SIGTERM with the state saved (EX_TEMPFAIL of sysexits.h): run the same command again to go on."""
 EXIT_PEER_LOST = 76
 """Exit code when a peer died or hangs: run the same command again to go on from the newest checkpoint."""
+JOB = "INTERNJAX_JOB"
+"""Variable that names a job over all its starts; launchers that start a command again set it."""
 
 _ORDERLY = (0, EXIT_PREEMPTED)
 

@@ -59,6 +59,8 @@ class Job:
             raise ValueError("quantised kernels cannot be trained; give lora as well (QLoRA), or leave quantised out")
         if self.freeze and self.lora is not None:
             raise ValueError(f"freeze={self.freeze} is for full runs; under adapters the whole model is frozen")
+        if self.lora is None and getattr(self.optimizer, "lora_plus_ratio", 1.0) != 1.0:
+            raise ValueError("lora_plus_ratio is the rate of adapters, and none are trained; set it to 1")
         for name in ("batch_size", "seq_len", "accumulate", "chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, given {getattr(self, name)}")
@@ -248,20 +250,21 @@ def _tainted(jaxpr: Any, inputs: list[bool]) -> list[bool]:
 
 # Fitted to the temporaries of 12 training steps of small decoders compiled for the CPU in float32 (jax 0.10.2; full and
 # LoRA, 2k and 16k vocabulary, remat full and dots): the sums below were within 8 % of nine of them, and up to 25 % too
-# high for remat=dots. A GPU compiler fuses more and keeps bfloat16: there these are estimates until they have been held
-# against measurements.
+# high for remat=dots. The terms of logits and head were fitted to 49 more with large heads (8k and 16k vocabulary, 512
+# and 1,024 wide, one layer, 1 to 8 shards of data, fsdp and time): within 10 % of 26 of them and 20 % of 45; the other
+# few, of the ring with more than 512 positions on a device and two shards of time, took up to twice the sum. A GPU
+# compiler fuses more and keeps bfloat16: there these are estimates until they have been held against measurements.
 _LAYER_BACKWARD = 1.1
 """Of what one layer saves without remat: alive while its backward pass runs, recomputed values included."""
 _SCORE_CHUNKS = 1.0
 """Blocks of attention scores that a chunked backward pass holds beside the layer's saved values."""
-_LOGITS = 2.0
-"""Copies of one chunk's float32 logits: values, and their gradient."""
+_LOGITS = 3.7
+"""Copies of one chunk's float32 logits, of a trained head and of a frozen one: values, weights and gradient."""
 _HEAD_COPIES = 3.5
 """Float32 copies of a trained head while the loss runs: gradient, one chunk's share of it, and loop carries."""
-_WHOLE_GRADIENTS = 2.5
-"""Float32 copies of a trained head beside the gathered one while each shard of an fsdp axis loops over its chunks: the
-sum of its gradient and one chunk's share of it, which are cut up only after the loop. 2.0 to 3.7 on 2 to 8 shards, up
-to the width of the 7B. A frozen head is held twice."""
+_WHOLE_GRADIENTS = 1.3
+"""Float32 copies of a trained head beside the gathered one on each shard of an fsdp axis: the sum of its gradient over
+the chunks, which is cut up only after them. A frozen head is held twice while there are several chunks."""
 _UPDATE_LEAVES = 2.0
 """Float32 copies of the largest trained leaf: the update goes leaf by leaf and writes in place. This one is assumed and
 not fitted: the CPU compiler keeps 1.8 float32 copies of all trained leaves instead."""
@@ -394,8 +397,10 @@ def _loss_bytes(job: Job, config: ModelConfig, rows: int, sequence: int, fsdp: i
     dtype = config.param_dtype if fsdp > 1 and job.quantised is None else config.dtype
     gathered = head * jnp.dtype(dtype).itemsize if fsdp > 1 or config.dtype != config.param_dtype else 0
     whole = 0
-    if fsdp > 1 and time > job.chunk_size:
-        whole = _WHOLE_GRADIENTS * 4 * head if head_trained else gathered
+    if fsdp > 1 and head_trained:
+        whole = _WHOLE_GRADIENTS * 4 * head
+    elif fsdp > 1 and time > job.chunk_size:
+        whole = gathered
     return int(logits + own + gathered + whole)
 
 

@@ -5,8 +5,6 @@
 
 Every check returns what it found or raises ValueError with a remedy; all failures come together as one ValueError.
 Checks that compile something are remembered by device, versions, shapes and the sources that they run.
-
-B batch, T time, N query heads, K key/value heads, H head dim.
 """
 
 import dataclasses
@@ -22,16 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from internjax import sharding
 from internjax.kernels import cudnn_attention
-from internjax.kernels.attention import QUERY_CHUNK, attention
-from internjax.model import alibi, decoder
+from internjax.model import decoder
 from internjax.model.lora import apply_config, initialise
-from internjax.train import devices, memory, preview
+from internjax.train import attention_probe, devices, memory, preview
+from internjax.train.attention_probe import relative_difference
 from internjax.train.batch import Batch
 from internjax.train.devices import GIB
 from internjax.train.memory import Job
@@ -42,8 +39,6 @@ if TYPE_CHECKING:
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 """Largest difference to the reference, as a share of the reference's largest value, by dtype of the computation."""
-PROBE_WINDOW = 100
-"""Longest sliding window that attention is tried with: shorter than every document of the probe."""
 MEMORY_MARGIN = 1.2
 """A plan is an estimate: it refuses a run beyond this multiple of the memory, or if the exact part alone is beyond."""
 
@@ -232,61 +227,6 @@ def check_dtype(subject: Subject) -> str:
     return f"{device.device_kind}{about} computes in {dtype}"
 
 
-class _Probe(NamedTuple):
-    q_BTNH: jax.Array
-    k_BTKH: jax.Array
-    v_BTKH: jax.Array
-    weights_BTNH: jax.Array
-    """Of each output in the scalar whose gradient is taken: 0 on padding."""
-    slopes_N: jax.Array | None
-    """Of ALiBi, where the model has it."""
-
-
-def _probe(subject: Subject) -> tuple[_Probe, np.ndarray, np.ndarray]:
-    """Returns inputs of the run's head size and dtype, with their positions and segments."""
-    config, (data, fsdp, sequence, tensor) = subject.job.model, _shape(subject)
-    group = config.num_heads // config.num_kv_heads
-    K = tensor * min(2, max(1, config.num_kv_heads // tensor))
-    # The ring cuts rows as well as time; for the others one row is enough.
-    B, T, H = data * fsdp if sequence > 1 else 1, QUERY_CHUNK + 128, config.head_dim
-    rng = np.random.default_rng(0)
-    shapes = ((B, T, K * group, H), (B, T, K, H), (B, T, K, H), (B, T, K * group, H))
-    q, k, v, weights = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
-    # Three documents of uneven lengths that cross the chunks, and padding.
-    ends = (T // 5 + 3, T // 2 + 1, T - 37)
-    segments_T = 1 + np.searchsorted(ends, np.arange(T), side="right").astype(np.int32)
-    segments_T[segments_T > 3] = 0
-    positions_T = np.concatenate([np.arange(count) for count in np.diff([0, *ends, T])]).astype(np.int32)
-    weights *= (segments_T > 0)[None, :, None, None]
-    dtype = jnp.dtype(config.dtype)
-    slopes_N = jnp.asarray(alibi.slopes(config.num_heads)[: K * group]) if config.positions == "alibi" else None
-    probe = _Probe(*(jnp.asarray(x, dtype) for x in (q, k, v)), jnp.asarray(weights), slopes_N)
-    return probe, np.broadcast_to(positions_T, (B, T)), np.broadcast_to(segments_T, (B, T))
-
-
-def _attend(probe: _Probe, positions_BT, segments_BT, *, window: int | None, backend: str):
-    """Returns outputs and the gradients of their weighted sum, float32."""
-
-    def total(q, k, v):
-        out = attention(
-            q,
-            k,
-            v,
-            q_positions_BT=positions_BT,
-            k_positions_BS=positions_BT,
-            q_segments_BT=segments_BT,
-            k_segments_BS=segments_BT,
-            window=window,
-            alibi_slopes_N=probe.slopes_N,
-            backend=backend,
-        ).astype(jnp.float32)
-        return jnp.sum(out * probe.weights_BTNH), out
-
-    inputs = (probe.q_BTNH, probe.k_BTKH, probe.v_BTKH)
-    (_, out), grads = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(*inputs)
-    return [out * (segments_BT > 0)[:, :, None, None], *(grad.astype(jnp.float32) for grad in grads)]
-
-
 def check_attention(subject: Subject) -> str:
     """Whether the attention back end gives the reference's numbers on packed rows, forward and backward."""
     config = subject.job.model
@@ -294,36 +234,10 @@ def check_attention(subject: Subject) -> str:
         raise ValueError(problem)
     if config.attention == "cudnn_packed":
         cudnn_attention.check_rows(subject.batch.segments)
-    probe, positions_BT, segments_BT = _probe(subject)
-    exact = probe._replace(
-        **{name: getattr(probe, name).astype(jnp.float32) for name in ("q_BTNH", "k_BTKH", "v_BTKH")}
-    )
-    # A window that reaches beyond the probe's documents would hide nothing of them.
-    window = None if config.window is None else min(config.window, PROBE_WINDOW)
-    # Keys and values of the first document, moved far away: no other document may notice.
-    first = jnp.asarray(segments_BT == 1)[:, :, None, None]
-    moved = probe._replace(k_BTKH=jnp.where(first, 3.0, probe.k_BTKH), v_BTKH=jnp.where(first, -3.0, probe.v_BTKH))
-    moved = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, probe)
-    place = _everywhere(subject.mesh)
-    reference, chosen = (
-        # A fresh function each: jax remembers what it traced, and this check is about what is there now.
-        jax.jit(functools.partial(_attend, window=window, backend=backend), out_shardings=place)
-        for backend in ("xla", config.attention)
-    )
     with _meshed(subject.mesh):
-        exact, probe, moved, positions_BT, segments_BT = jax.device_put(
-            (exact, probe, moved, positions_BT, segments_BT), place
-        )
-        wanted = jax.device_get(reference(exact, positions_BT, segments_BT))
-        given = jax.device_get(chosen(probe, positions_BT, segments_BT))
-        unmoved = jax.device_get(chosen(moved, positions_BT, segments_BT))[0]
+        found = attention_probe.differences(config, _shape(subject), place=_everywhere(subject.mesh))
     tolerance = TOLERANCE[config.dtype]
-    differences = {
-        name: _difference(a, b) for name, a, b in zip(("output", "dq", "dk", "dv"), given, wanted, strict=True)
-    }
-    others = np.broadcast_to((np.asarray(segments_BT) > 1)[:, :, None, None], unmoved.shape)
-    differences["other documents"] = _difference(unmoved[others], given[0][others])
-    wrong = {name: size for name, size in differences.items() if not size <= tolerance}
+    wrong = {name: size for name, size in found.items() if not size <= tolerance}
     if wrong:
         sizes = ", ".join(f"{name} by {size:.2g}" for name, size in wrong.items())
         raise ValueError(
@@ -331,13 +245,10 @@ def check_attention(subject: Subject) -> str:
             f"{config.dtype} allows {tolerance:g}): documents of a row would see each other, or gradients be wrong. "
             "Use attention=chunked or xla on this device"
         )
+    window = attention_probe.window_of(config)
     seen = "" if window is None else f" with a window of {window}"
     seen += " with ALiBi" if config.positions == "alibi" else ""
-    return f"{config.attention} equals the reference on packed rows{seen}, within {max(differences.values()):.1e}"
-
-
-def _difference(given: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.max(np.abs(given - wanted), initial=0.0) / (np.max(np.abs(wanted), initial=0.0) + 1e-30))
+    return f"{config.attention} equals the reference on packed rows{seen}, within {max(found.values()):.1e}"
 
 
 def _meshed(mesh: Mesh | None):
@@ -369,7 +280,7 @@ def check_adapters(subject: Subject) -> str:
         tokens, adapters = jax.device_put((tokens, adapters), place)
         plain = np.asarray(logits(params, tokens))
         adapted = np.asarray(logits(base, tokens, lora=adapters))
-    found, tolerance = _difference(adapted, plain), TOLERANCE[job.model.dtype]
+    found, tolerance = relative_difference(adapted, plain), TOLERANCE[job.model.dtype]
     if not found <= tolerance:
         raise ValueError(
             f"the logits with fresh adapters differ from the base's by {found:.2g} of the largest (allowed "
@@ -490,12 +401,16 @@ def _attention_key(subject: Subject):
     return (config.attention, config.dtype, *heads, config.window, config.positions, rows)
 
 
+def _adapters_key(subject: Subject):
+    return (subject.job.model, subject.job.lora, subject.job.quantised, subject.seed)
+
+
 CHECKS = (
     Check("mesh", check_mesh, key=lambda subject: subject.job),
     Check("memory", check_memory, key=lambda subject: (subject.job, memory_limit())),
     Check("dtype", check_dtype),
     Check("attention", check_attention, key=_attention_key),
-    Check("adapters", check_adapters, key=lambda subject: (subject.job.model, subject.job.lora, subject.seed)),
+    Check("adapters", check_adapters, key=_adapters_key),
     Check("tokens", check_tokens),
     Check("loss mask", check_loss_mask),
     Check("checkpoints", check_checkpoints),

@@ -1,7 +1,7 @@
 """The run folder: what a run was asked, what it ran on, and what it measured.
 
 RUN/experiment.json   the resolved config; a union's choice is told by "type", the name of its dataclass
-RUN/versions.json     command, packages, python, git commit and diff; under "resumed" what later starts changed
+RUN/versions.json     command, job, packages, python, git commit and diff; under "resumed" what later starts changed
 RUN/metrics.jsonl     one row per logged step, deterministic fields only: equal for equal runs, byte by byte
 RUN/incidents.jsonl   steps that were not finite and losses that were spikes, with the documents of their batches; as
                       deterministic as the metrics, and only there when there is something to tell
@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+
+from internjax.train.heartbeat import JOB
 
 EXPERIMENT, VERSIONS, COMPLETE = "experiment.json", "versions.json", "complete.json"
 METRICS, TIMING, INCIDENTS, GOODPUT = "metrics.jsonl", "timing.jsonl", "incidents.jsonl", "goodput.json"
@@ -113,14 +115,15 @@ def open_run(
 
     A folder that was made for another config is refused with ValueError that names the differing fields; fields in
     `ignore` (those that say where a run lies, not what it is) may differ. `fresh` removes an existing run folder first,
-    and refuses to remove anything else. `begun` is the Unix time from which on the run's time counts (now if None):
+    and refuses to remove anything else; one that an earlier start of the same job has made (INTERNJAX_JOB) it keeps:
+    launchers repeat the command. `begun` is the Unix time from which on the run's time counts (now if None):
     what a program does before it opens the run is start-up too.
     """
     path = Path(path)
     begun = time.time() if begun is None else begun
     if not is_primary():
         return Run(path, to_json(config), tracking, writes=False, begun=begun)
-    if fresh and path.exists():
+    if fresh and path.exists() and not _made_by_this_job(path):
         _remove_run(path)
     wanted = to_json(config)
     if (path / EXPERIMENT).is_file():
@@ -346,6 +349,7 @@ def versions() -> dict:
     diff = None if commit is None else _git("diff", "HEAD")
     return {
         "command": _command(),
+        "job": os.environ.get(JOB),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git_commit": commit,
@@ -397,6 +401,13 @@ def _record_resumption(path: Path) -> None:
         new = path / f".{VERSIONS}.tmp"
         new.write_text(json.dumps(before, indent=1) + "\n")
         new.rename(path / VERSIONS)
+
+
+def _made_by_this_job(path: Path) -> bool:
+    job = os.environ.get(JOB)
+    return (
+        job is not None and (path / VERSIONS).is_file() and json.loads((path / VERSIONS).read_text()).get("job") == job
+    )
 
 
 def _remove_run(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Looking at a run while it trains: the same samples and losses as the finished model gives, resumed or not."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -147,6 +148,9 @@ def test_adapters_are_part_of_what_is_looked_at(params, tokenizer, corpus, run):
         texts[name] = read_rows(run.samples / f"{step}.jsonl")
     assert losses["zero"] == pytest.approx(losses["base"], rel=1e-6) and texts["zero"] == texts["base"]
     assert abs(losses["trained"] - losses["base"]) > 0.01 and texts["trained"] != texts["base"]
+    dropped = dataclasses.replace(config, dropout=0.5)  # a part of training alone
+    measure = held_out_loss(held_out, SMALL, tokenizer, batch_size=8, seq_len=32, lora_config=dropped)
+    assert measure.call(changed, 3)["eval/loss"] == losses["trained"]
 
 
 def test_tasks_are_scored_as_by_the_evaluation(params, tokenizer):

@@ -36,6 +36,8 @@ from experiments import (
 from experiments.__main__ import entries
 from experiments.command_line import guarded, launch, parse
 from experiments.finetuning import Finetune
+from experiments.jobs import job_of
+from experiments.plan_recipes import with_known_model
 from experiments.pretraining import Pretrain, pretrain
 from internjax import sharding
 from internjax.model import decoder, lora
@@ -326,6 +328,25 @@ def test_pretraining_fits_the_devices_it_names(config: Pretrain, num_devices, me
     )
     # Estimates, so with room: an 80 GB card gives a job about 77 GB.
     assert estimate(job, mesh.shape(num_devices)).total < 0.8 * 77e9
+
+
+ON_CARDS = re.compile(r"(\d+|one) GPUs? of (\d+) GB")
+
+
+@pytest.mark.parametrize("module", [name for name, config in CONFIGS.items() if isinstance(config, Finetune)])
+def test_a_fine_tuning_fits_the_devices_it_names(module):
+    config = with_known_model(CONFIGS[module])
+    (hardware,) = (entry.hardware for entry in entries() if entry.module == module)
+    if not config.model:
+        assert hardware.startswith("anything")
+        return
+    number, gigabytes = ON_CARDS.match(hardware).groups()
+    job, num_devices = job_of(config), 1 if number == "one" else int(number)
+    rows = {"batch_size": job.batch_size, "seq_len": job.seq_len, "accumulate": job.accumulate}
+    # As published; the experiment that stands for it is the first phase of its pre-training, of 4k tokens.
+    published = dataclasses.replace(job.model, max_position_embeddings=32_768)
+    check_run(published, mesh=job.mesh, num_devices=num_devices, **rows)
+    assert estimate(job, job.mesh.shape(num_devices)).total < 0.9 * float(gigabytes) * 1e9
 
 
 DERIVED = re.compile(r"derived: ([\d,]+) H100 hours at an assumed (\d+) % MFU")

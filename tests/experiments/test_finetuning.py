@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.conversations import Reading
+from experiments import finetuning as stage
 from experiments.callbacks import HeldOut
 from experiments.finetuning import adapters_of, base_of, finetune
 from internjax.hf.open import logits, open_model
@@ -17,6 +18,7 @@ from internjax.model.lora import LoraConfig
 from internjax.model.quantize import Quantised
 from internjax.sharding import MeshConfig
 from internjax.text.tokenizer import load_tokenizer
+from internjax.train import devices
 from internjax.train.checkpoint import CheckpointConfig, open_checkpoints
 from internjax.train.optimizer import AdamW, Cosine, make_optimizer
 from internjax.train.step import init_state
@@ -52,12 +54,13 @@ def answers(model, **how):
         ("dora", {"neftune_alpha": 5.0}),
         ("pissa", {"lora": LoraConfig(rank=4, alpha=4.0, targets=("query", "value", "down"))}),
         ("qlora", {"optimizer": AdamW(peak_lr=2e-2, weight_decay=0.0, lora_plus_ratio=4.0)}),
-        ("rslora", {"quantize": "int8"}),
+        ("rslora", {"quantize": "int8", "dtype": "float16"}),
     ],
 )
 def test_a_method_leaves_one_model_in_every_form(method, fields, corpus, base, tmp_path):
     config = config_of(corpus, base, tmp_path / "run", method=method, **fields)
     done = finetune(config)
+    assert ("num_overflows" in done.summary) == (config.dtype == "float16")  # a loss scale was there
     merged, start = answers(done.folder), answers(base)
     assert np.abs(merged - start).max() > 1e-2
     if base_of(config) is None:
@@ -68,6 +71,18 @@ def test_a_method_leaves_one_model_in_every_form(method, fields, corpus, base, t
     on_quantised = answers(done.folder / "adapter", quantize=base_of(config))
     np.testing.assert_allclose(on_quantised, merged, atol=2e-4)
     assert np.abs(answers(done.folder / "adapter") - merged).max() > 1e-3
+
+
+def test_a_gpu_without_bfloat16_computes_in_float16_and_says_so(corpus, base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for capability, dtype in (((7, 5), "float16"), ((8, 0), "bfloat16")):
+        monkeypatch.setattr(devices, "compute_capability", lambda device: capability)  # noqa: B023
+        assert stage._whole_model(config_of(corpus, base, tmp_path), None).config.dtype == dtype
+        said = (
+            "(compute capability 7.5) has no bfloat16: computed in float16, with a loss scale"
+            in capsys.readouterr().out
+        )
+        assert said == (dtype == "float16")
 
 
 def test_what_a_name_of_a_method_means(corpus, base, tmp_path):
@@ -82,6 +97,14 @@ def test_what_a_name_of_a_method_means(corpus, base, tmp_path):
         ({"method": "full", "quantize": "nf4"}, "method=full trains it: use qlora"),
         ({"method": "full", "lora": LoraConfig(rank=2)}, "trains no adapters"),
         ({"freeze": ("embed.*",)}, "under adapters the whole model is frozen"),
+        ({"param_dtype": "bfloat16"}, "adapters are trained in float32"),
+        ({"num_steps": 0}, "num_steps at least 1"),
+        ({"num_epochs": 0.0}, "num_epochs must be above 0"),
+        ({"neftune_alpha": -5.0}, "neftune_alpha not negative"),
+        (
+            {"held_out": HeldOut("tokens"), "reading": Reading(validation_share=0.1)},
+            "neither learned nor measured; give one of them",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             config_of(corpus, base, tmp_path, **fields)

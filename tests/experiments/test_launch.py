@@ -31,7 +31,7 @@ def test_each_process_is_told_where_it_stands(capfd):
     assert [line[:5] for line in lines] == ["[0] 3", "[1] 3", "[2] 3"]
     assert len({line[4:] for line in lines}) == 1
     assert re.fullmatch(r"3 127\.0\.0\.1:\d+ .*--xla_force_host_platform_device_count=2", lines[0][4:])
-    environment = local.environment_of(1, 3, 99, None)
+    environment = local.environment_of(1, 3, 99, None, "job")
     assert processes.place(environment) == ("127.0.0.1:99", 3, 1, None)
 
 
@@ -53,9 +53,11 @@ def test_one_that_does_not_hear_sigterm_is_killed_and_a_killed_one_names_the_cau
 
 @pytest.mark.parametrize("code, starts", [(EXIT_PREEMPTED, 3), (EXIT_PEER_LOST, 3), (1, 1), (0, 1)])
 def test_what_is_started_again(tmp_path, code, starts):
-    source = f"import sys; open(r'{tmp_path / 'starts'}' + str(who), 'a').write('x'); sys.exit({code})"
+    file = f"open(r'{tmp_path / 'starts'}' + str(who), 'a')"
+    source = f"import sys; {file}.write(os.environ['INTERNJAX_JOB'] + ' '); sys.exit({code})"
     assert local.main(["--processes", "2", "--grace", "5", "--restarts", "2", "--", *python(source)]) == code
-    assert (tmp_path / "starts0").read_text() == (tmp_path / "starts1").read_text() == "x" * starts
+    jobs = [(tmp_path / f"starts{who}").read_text().split() for who in range(2)]
+    assert jobs[0] == jobs[1] == jobs[0][:1] * starts  # one name for all starts
 
 
 def test_sigterm_goes_to_all_and_is_no_reason_to_start_again(tmp_path):
@@ -103,9 +105,9 @@ def slurm(tmp_path, command: str, **environment: str) -> tuple[subprocess.Popen,
 
 @pytest.mark.parametrize("code, requeued", [(0, False), (1, False), (EXIT_PREEMPTED, True), (EXIT_PEER_LOST, True)])
 def test_slurm_queues_the_job_again_when_that_helps(tmp_path, code, requeued):
-    process, asked = slurm(tmp_path, f"echo $JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES; exit {code}")
+    process, asked = slurm(tmp_path, f"echo $JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $INTERNJAX_JOB; exit {code}")
     said, _ = process.communicate(timeout=30)
-    assert "node7:62344 2" in said
+    assert "node7:62344 2 slurm-5000" in said
     assert process.returncode == (0 if requeued else code), said
     assert ("requeue 5000" in asked.read_text()) == requeued
 

@@ -1,5 +1,6 @@
 """`python -m experiments.plan`: figures of shipped experiments, verdicts as exit codes, mistakes as messages."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -62,6 +63,15 @@ MISTAKES = {
     "quantised parameters that are trained": (["internlm2_7b", "--quantise", "nf4"], "give lora as well"),
     "a model that is far away": (["sft_lora_7b"], "name its size instead: --model internlm2_7b"),
     "no model": (["finetune"], "no model given"),
+    "options that PPO's plan does not read": (
+        ["internlm2_7b", "--rlhf", "--tokens", "1e9", "--compile"],
+        "--rlhf reads no --tokens, --compile",
+    ),
+    "options that the table of recipes does not read": (
+        ["--recipes", "--device", "t4", "--json", "plan.json"],
+        "--recipes reads no --json",
+    ),
+    "a quantised PPO": (["sft_qlora_7b", "--model", "internlm2_7b", "--rlhf"], "planned whole and unquantised"),
 }
 
 
@@ -129,6 +139,9 @@ def test_a_folder_is_read_without_its_weights(tmp_path, capsys):
     assert jobs.architecture(str(tmp_path / "model")) == found
     by_name = jobs.architecture("internlm2_7b")
     assert by_name.param_dtype == "bfloat16" and by_name.ffn_dim == INTERNLM2_7B.ffn_dim
+    for asked, computed in (("auto", "bfloat16"), ("float32", "float32")):
+        config = dataclasses.replace(jobs.module("finetune").CONFIG, model="internlm2_7b", dtype=asked)
+        assert jobs.job_of(config).model.dtype == computed
 
 
 def test_the_four_models_of_ppo(capsys):

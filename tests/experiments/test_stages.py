@@ -11,10 +11,13 @@ import pytest
 
 from data_pipelines.conversations import Reading
 from data_pipelines.loading import batches, open_rows
+from experiments import finetuning as stage
+from experiments.callbacks import Prompts
 from experiments.finetuning import finetune
-from experiments.pretraining import TokenData, pretrain
+from experiments.pretraining import TokenData, initial_params, pretrain
 from internjax import sharding
 from internjax.hf.adapter import load_adapter
+from internjax.hf.families import layout_family
 from internjax.hf.open import logits, open_model
 from internjax.model import decoder
 from internjax.model.lora import LoraConfig, merge
@@ -23,6 +26,7 @@ from internjax.train.checkpoint import CheckpointConfig
 from internjax.train.loop import Every, train
 from internjax.train.losses import LossOutput
 from internjax.train.optimizer import AdamW, Constant, make_optimizer
+from internjax.train.profile import ProfileConfig
 from internjax.train.step import init_state, make_step
 from internjax.train.tracking import open_run, read_rows
 from tests.experiments.conftest import QUESTIONS, SMALL, finetuning, pretraining
@@ -129,8 +133,10 @@ def test_a_run_that_broke_off_ends_as_if_it_had_not(trained, corpus, tmp_path):
 
 
 def test_pretraining_goes_on_from_a_model(trained, corpus, tmp_path):
-    on = pretrain(pretraining(corpus, tmp_path / "run", init=str(trained.folder)))
+    half = dataclasses.replace(SMALL, dtype="float16")
+    on = pretrain(pretraining(corpus, tmp_path / "run", init=str(trained.folder), model=half))
     assert abs(on.summary["first_loss"] - trained.summary["loss"]) < 0.5
+    assert read_rows(on.folder / "metrics.jsonl")[0]["loss_scale"] == 2**15  # as float16 wants
     wider = pretraining(
         corpus, tmp_path / "wider", init=str(trained.folder), model=dataclasses.replace(SMALL, ffn_dim=96)
     )
@@ -141,6 +147,14 @@ def test_pretraining_goes_on_from_a_model(trained, corpus, tmp_path):
 def other_tokenizer(folder, vocab_size):
     save_tokenizer(train_tokenizer(["other words altogether"] * 4, vocab_size=vocab_size), folder)
     return folder
+
+
+def weightless(folder, tokenizer):
+    """A model folder that is read as far as its weights."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(layout_family("llama").config_to_hf(SMALL)))
+    save_tokenizer(tokenizer, folder)
+    return str(folder)
 
 
 LONG = dataclasses.replace(SMALL, max_position_embeddings=1 << 20)
@@ -182,6 +196,12 @@ BAD_PRETRAININGS = {
     "a warm-up longer than the run": (lambda c, t: dict(num_steps=1), "warms up for 2 of 1 steps"),
     "no steps": (lambda c, t: dict(num_steps=0), "num_steps must be at least 1"),
     "a missing model": (lambda c, t: dict(init=str(t / "nowhere")), "no model"),
+    "a model of another tokenizer": (
+        lambda c, t: dict(init=weightless(t / "m", load_tokenizer(other_tokenizer(t / "other", 300)))),
+        "another tokenizer than .*: id [0-9]+ is '.*' there and '.*' here. Write the token folders with",
+    ),
+    "a prompt that leaves no room": (lambda c, t: dict(prompts=Prompts(("x = 1\n" * 200,))), "longest prompt has"),
+    "a trace beyond the run": (lambda c, t: dict(profile=ProfileConfig(start=11)), "steps 11 to 13, the run has 12"),
     "a mesh that does not fit": (lambda c, t: dict(mesh=sharding.MeshConfig(fsdp=3)), "does not fit 8 devices"),
     "rows longer than the model": (
         lambda c, t: dict(data=rows_of((str(c / "tokens"),), tokenizer=str(c / "tokenizer"), seq_len=4096)),
@@ -259,8 +279,11 @@ def test_what_a_fine_tuning_leaves(tuned, trained, capsys):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged.params, merge(base.params, adapted.lora)
     )
-    together = open_model(f"{trained.folder}+{tuned.folder / 'adapter'}")
-    np.testing.assert_allclose(logits(merged, ROWS), logits(together, ROWS), atol=2e-4)
+    both = f"{trained.folder}+{tuned.folder / 'adapter'}"
+    np.testing.assert_allclose(logits(merged, ROWS), logits(open_model(both), ROWS), atol=2e-4)
+    # A pre-training goes on from both as well.
+    further, _ = initial_params(pretraining(tuned.folder, tuned.folder, init=both), None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), further, merged.params)
     step = open_model(f"{tuned.folder}@12")
     assert same_params(step.lora.weights, adapted.lora.weights)
     assert not same_params(open_model(f"{tuned.folder}@8").lora.weights, adapted.lora.weights)
@@ -282,9 +305,13 @@ def test_it_answers_what_it_was_taught(tuned, trained):
     assert learned_logprob(open_model(tuned.folder)) > learned_logprob(open_model(trained.folder)) + 20
 
 
-def test_a_fine_tuning_is_complete_or_refused_like_any_run(tuned, trained, corpus, capsys):
+def test_a_fine_tuning_is_complete_or_refused_like_any_run(tuned, trained, corpus, capsys, monkeypatch):
     config = finetuning(corpus, trained.folder, tuned.folder)
     assert finetune(config) == tuned and "is complete (--fresh runs it anew)" in capsys.readouterr().out
+    pushed = []
+    monkeypatch.setattr(stage, "push", lambda folder, name: pushed.append((folder, name)))
+    assert finetune(dataclasses.replace(config, push="lab/mine")) == tuned
+    assert pushed == [(tuned.folder / "model", "lab/mine")]
     with pytest.raises(ValueError, match="lora.rank: 4 now, 16 in the folder"):
         finetune(dataclasses.replace(config, lora=LoraConfig(rank=4)))
 
@@ -347,6 +374,11 @@ BAD_FINETUNINGS = {
         lambda c, t: chats(t, ["{"]) | dict(reading=Reading(bad_rows="skip", cache=str(t / ".tokens"))),
         "chats.jsonl:1: not valid JSON",
     ),
+    "rows longer than the model, before its weights are read": (
+        lambda c, t: dict(model=weightless(t / "m", load_tokenizer(c / "tokenizer")), seq_len=4096),
+        "longer than the model's max_position_embeddings 256",
+    ),
+    "a name that nothing is pushed to": (lambda c, t: dict(push="mine"), "pushed to hf:ORG/NAME"),
     "conversations longer than a row": (lambda c, t: dict(seq_len=4), "give a longer seq_len"),
     "an unknown target": (
         lambda c, t: dict(lora=LoraConfig(targets=("query", "nose"))),

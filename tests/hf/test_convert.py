@@ -131,6 +131,13 @@ def test_a_folder_is_pushed_when_asked_and_only_then(base, tmp_path, monkeypatch
     assert main([*command, "--push", "lab/mine"]) == 0 and main([*command, "--push", "lab/mine", "--public"]) == 0
     assert pushed == [(str(tmp_path / "new"), "lab/mine", True), (str(tmp_path / "new"), "lab/mine", False)]
     assert "pushed to there" in capsys.readouterr().out
+    # What could not be pushed is said before anything is written.
+    for wrong, said in (
+        (["--push", "mine"], "pushed to hf:ORG/NAME"),
+        (["--public"], "is for a repository that --push"),
+    ):
+        assert main(["convert", str(base), str(tmp_path / "other"), *wrong]) == 1 and not (tmp_path / "other").exists()
+        assert said in capsys.readouterr().err
 
 
 def test_the_dtype_is_a_choice(base, tmp_path, read_folder, params):

@@ -23,8 +23,8 @@ from internjax.train.step import abstract_state, make_step
 
 # Model, mesh, attention back end, rows, time. No time is a width of the model, so that shapes tell what is what.
 STEPS = {
-    "7B, fsdp 4, tensor 2": (INTERNLM2_7B, MeshConfig(fsdp=4, tensor=2), "chunked", 8, 3072),
-    "7B, fsdp 16, tensor 4": (INTERNLM2_7B, MeshConfig(fsdp=16, tensor=4), "chunked", 16, 3072),
+    "7B, fsdp 64": (INTERNLM2_7B, MeshConfig(fsdp=64), "chunked", 64, 3072),
+    "7B, fsdp 32, sequence 2": (INTERNLM2_7B, MeshConfig(fsdp=32, sequence=2), "ring", 32, 20480),
     "7B, fsdp 8": (INTERNLM2_7B, MeshConfig(fsdp=8), "chunked", 8, 3072),
     "20B, fsdp 16, tensor 4": (INTERNLM2_20B, MeshConfig(fsdp=16, tensor=4), "chunked", 16, 2048),
     "20B, fsdp 8, sequence 2, tensor 4": (INTERNLM2_20B, MeshConfig(fsdp=8, sequence=2, tensor=4), "ring", 8, 20480),

@@ -172,6 +172,8 @@ LARGE_HEAD = {"vocab_size": 8192, "d_model": 512, "num_layers": 1, "ffn_dim": 25
     [
         ({"remat": "full", "attention": "chunked"}, MeshConfig(fsdp=1), {}),
         ({"remat": "none", "attention": "xla"}, MeshConfig(fsdp=1), {}),
+        # Logits larger than all that the layer holds.
+        (LARGE_HEAD | {"remat": "full", "attention": "chunked"}, MeshConfig(fsdp=1), {"batch_size": 8}),
         # Two chunks, and a head that every shard gathers and has a whole gradient of.
         (
             LARGE_HEAD | {"remat": "full", "attention": "chunked"},
@@ -179,7 +181,7 @@ LARGE_HEAD = {"vocab_size": 8192, "d_model": 512, "num_layers": 1, "ffn_dim": 25
             {"batch_size": 8, "seq_len": 1024},
         ),
     ],
-    ids=["full", "none", "sharded head"],
+    ids=["full", "none", "large head", "sharded head"],
 )
 def test_the_estimate_is_near_a_compilers_temporaries(changes, mesh, job):
     """On CPU in float32, where its constants were fitted, at other sizes than those they were fitted on."""
@@ -342,6 +344,8 @@ def test_impossible_values_are_refused():
         Job(SMALL, 8, 16, quantised=Quantised())
     with pytest.raises(ValueError, match="under adapters the whole model is frozen"):
         Job(SMALL, 8, 16, lora=LoraConfig(), freeze=("embed.*",))
+    with pytest.raises(ValueError, match="lora_plus_ratio is the rate of adapters, and none are trained"):
+        Job(SMALL, 8, 16, optimizer=AdamW(lora_plus_ratio=16.0))
     with pytest.raises(ValueError, match="accumulate must be at least 1, given 0"):
         Job(SMALL, 8, 16, accumulate=0)
     with pytest.raises(ValueError, match=r"lie in \(0, 1\]; given 1.5"):

@@ -16,9 +16,10 @@ from internjax.kernels.attention import attention
 from internjax.model import decoder
 from internjax.model.config import TINY
 from internjax.model.lora import LoraConfig, initialise
+from internjax.model.quantize import Quantised
 from internjax.sharding import MeshConfig
 from internjax.text.tokenizer import train_tokenizer
-from internjax.train import preflight, preview
+from internjax.train import attention_probe, preflight, preview
 from internjax.train.batch import Batch
 from internjax.train.memory import Job
 from internjax.train.preflight import Subject
@@ -68,7 +69,7 @@ def subject(tokenizer, tmp_path):
 def changed(subject, **changes):
     names = ("attention", "dtype", "num_heads", "window", "positions")
     model = {name: changes.pop(name) for name in names if name in changes}
-    job = {name: changes.pop(name) for name in ("lora", "batch_size", "accumulate") if name in changes}
+    job = {name: changes.pop(name) for name in ("lora", "quantised", "batch_size", "accumulate") if name in changes}
     job = dataclasses.replace(subject.job, model=dataclasses.replace(subject.job.model, **model), **job)
     return dataclasses.replace(subject, job=job, **changes)
 
@@ -170,7 +171,7 @@ def without(name):
     ids=["documents", "gradient", "window", "alibi"],
 )
 def test_a_wrong_attention_back_end(subject, monkeypatch, wrong, said, model):
-    monkeypatch.setattr(preflight, "attention", wrong)
+    monkeypatch.setattr(attention_probe, "attention", wrong)
     message = fault(changed(subject, attention="chunked", **model), "attention")
     assert said in message and "attention=chunked differs from the reference" in message and "Use attention=" in message
 
@@ -179,7 +180,7 @@ def test_the_reference_itself_is_held_to_documents(subject, monkeypatch):
     def blind(q, k, v, *, q_segments_BT, k_segments_BS, **how):
         return attention(q, k, v, q_segments_BT=None, k_segments_BS=None, **how)
 
-    monkeypatch.setattr(preflight, "attention", blind)
+    monkeypatch.setattr(attention_probe, "attention", blind)
     assert "(other documents by" in fault(subject, "attention")
 
 
@@ -323,11 +324,11 @@ def test_all_failures_come_together(subject, monkeypatch):
 def test_what_passed_is_remembered_and_what_failed_is_not(subject, monkeypatch, tmp_path):
     cache = tmp_path / "cache"
     chunked = changed(subject, attention="chunked")
-    monkeypatch.setattr(preflight, "attention", planted)
+    monkeypatch.setattr(attention_probe, "attention", planted)
     for _ in range(2):
         with pytest.raises(ValueError, match="attention: "):
             preflight.run(chunked, cache=cache, show=lambda text: None)
-    monkeypatch.setattr(preflight, "attention", attention)
+    monkeypatch.setattr(attention_probe, "attention", attention)
     first = preflight.run(chunked, cache=cache, show=lambda text: None)
     started = time.perf_counter()
     again = preflight.run(chunked, cache=cache, show=lambda text: None)
@@ -340,6 +341,8 @@ def test_what_passed_is_remembered_and_what_failed_is_not(subject, monkeypatch, 
     assert not any(each.cached for each in other.results)
     masked = [preflight._attention_key(changed(chunked, **how)) for how in ({"window": 8}, {"positions": "alibi"})]
     assert len({preflight._attention_key(chunked), *masked}) == 3
+    adapted = changed(chunked, lora=LoraConfig(rank=2))
+    assert preflight._adapters_key(adapted) != preflight._adapters_key(changed(adapted, quantised=Quantised(group=16)))
     monkeypatch.setattr(preflight, "_sources", lambda: "changed")
     assert not any(each.cached for each in preflight.run(chunked, cache=cache, show=lambda text: None).results)
 

@@ -92,11 +92,17 @@ def test_differing_fields_name_what_came_and_went():
     assert differing_fields({"a": [1, 2]}, {"a": [1, 2]}) == []
 
 
-def test_fresh_removes_a_run_folder_and_nothing_else(tmp_path):
+def test_fresh_removes_a_run_folder_and_nothing_else(tmp_path, monkeypatch):
     with opened(tmp_path / "run") as run:
         run.log(1, {"loss": 1.0})
     with opened(tmp_path / "run", Experiment(sizes=(3,)), fresh=True) as run:
         assert run.config["sizes"] == [3] and not (tmp_path / "run" / "metrics.jsonl").exists()
+    # The same job's second start goes on with what its first one made; another job does not.
+    for job, kept in (("one", False), ("one", True), ("two", False)):
+        monkeypatch.setenv("INTERNJAX_JOB", job)
+        with opened(tmp_path / "run", fresh=True) as run:
+            assert (tmp_path / "run" / "metrics.jsonl").exists() == kept, job
+            run.log(1, {"loss": 1.0})
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years")
