@@ -46,12 +46,29 @@ class Document(NamedTuple):
     meta: Mapping[str, Any] = EMPTY_META
 
 
+class Check(NamedTuple):
+    """Rows fail where values_D is below (or above) the bound: one for all, or one of each. NaN: not measured."""
+
+    reason: str
+    values_D: np.ndarray
+    side: Literal["below", "above"]
+    bound: float | np.ndarray
+
+    def fails(self) -> np.ndarray:
+        """Per row, whether it fails; what was not measured does not."""
+        return self.values_D < self.bound if self.side == "below" else self.values_D > self.bound
+
+
 class Outcome(NamedTuple):
-    """What a stage says: the rows it was given (text perhaps edited), a reason or None per row, a detail or None."""
+    """What a stage says: the rows it was given (text perhaps edited), a reason or None per row, a detail or None.
+
+    checks: what it measured, where it measures; a sample of that is kept (`measures.py`).
+    """
 
     batch: pa.RecordBatch
     reasons: Sequence[str | None]
     details: Sequence[str | None]
+    checks: Sequence[Check] = ()
 
 
 class Decision(NamedTuple):

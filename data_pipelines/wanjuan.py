@@ -6,6 +6,7 @@ DIR/documents/NNNNN.parquet  what was kept, code files in the order of their dep
 DIR/repositories.jsonl       each repository's kept files as one markdown text (where there is code)
 DIR/ledger.json              documents and bytes in and kept, dropped by stage and reason; it sums, or the run fails
 DIR/dropped.parquet          every dropped document: id, path, stage, reason, measured values (its text: --keep-dropped)
+DIR/measures.parquet         what stages measured of a sample of the documents (`python -m data_pipelines.inspect DIR`)
 DIR/set_aside.txt            every row and file that could not be read: file:line: reason
 
 The corpus need not fit into memory; a repository with code must. A run that was killed goes on where it was: what it
@@ -33,6 +34,7 @@ from data_pipelines.code import markdown, order_documents
 from data_pipelines.dedup import NearDuplicates, exact_duplicates, near_duplicates
 from data_pipelines.document import (
     SCHEMA,
+    Check,
     Corpus,
     Document,
     Outcome,
@@ -51,6 +53,7 @@ from data_pipelines.ledger import (
     summary,
     write_parquet,
 )
+from data_pipelines.measures import counted
 from data_pipelines.rules import (
     REFERENCE,
     WEB,
@@ -95,14 +98,26 @@ def only(domains: Sequence[str], apply: Apply | Corpus, *, others: bool = False)
         outcome = apply(batch.take(pa.array(rows)))
         for row, reason, detail in zip(rows, outcome.reasons, outcome.details, strict=True):
             reasons[row], details[row] = reason, detail
+        checks = [_spread(check, rows, batch.num_rows) for check in outcome.checks]
         # Old and new rows end to end, then every row from where it now lies.
         both = concat_batches([batch, outcome.batch])
         where = list(range(batch.num_rows))
         for new, row in enumerate(rows):
             where[row] = batch.num_rows + new
-        return Outcome(both.take(pa.array(where)), reasons, details)
+        return Outcome(both.take(pa.array(where)), reasons, details, checks)
 
     return Corpus(sketched, apply.resolve) if isinstance(apply, Corpus) else selected
+
+
+def _spread(check: Check, rows: Sequence[int], num_rows: int) -> Check:
+    """The check of some rows as one of the whole batch: nothing was measured of the others."""
+    values_D = np.full(num_rows, np.nan)
+    values_D[rows] = check.values_D
+    bound = check.bound
+    if np.ndim(bound):
+        bound = np.full(num_rows, np.min(bound))
+        bound[rows] = check.bound
+    return check._replace(values_D=values_D, bound=bound)
 
 
 def _mixed(code: Sequence[Stage], text: Sequence[Stage]) -> tuple[Stage, ...]:
@@ -160,7 +175,8 @@ def run_chain(
         found = chain.run(units, stages, chain.Settings(Path(work), sizes, keep_dropped=ledger.keeps_text), run_tasks)
         merge(ledger, found.ledger)
         check_kept(ledger)
-        kept = [document for batch in ordered_batches(found.shards) for document in to_documents(batch)]
+        batches = counted(ordered_batches(found.shards), ledger.stayed)
+        kept = [document for batch in batches for document in to_documents(batch)]
     remember_kept(ledger, kept)
     return kept
 
@@ -232,6 +248,7 @@ def write_folder(
         whole, order = dependency_rows(found.shards)
         batches = (chain.fetch(whole, order[start : start + 1024]) for start in range(0, len(order), 1024))
         done = 0
+        batches = counted(batches, found.ledger.stayed)
         for number, batches_of_file in enumerate(_files(regroup(batches, SCHEMA))):
             write_parquet(batches_of_file, new / "documents" / f"{number:05d}.parquet", SCHEMA)
             done += sum(batch.num_rows for batch in batches_of_file)
