@@ -241,14 +241,26 @@ def explain(ledger: Ledger, document_id: str) -> str:
     return _explained(document_id, fates(ledger), ledger.kept_ids)
 
 
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """What `save` wrote as ledger.json; ValueError where the folder holds none, or one of an earlier version."""
+    path = Path(folder) / "ledger.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run: it has no ledger.json; give the --output of data_pipelines.wanjuan")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if "profiles" not in found:
+        raise ValueError(
+            f"{folder} was written by an earlier version (its ledger has no profiles); run the chain again"
+        )
+    return found
+
+
 def explain_run(folder: str | Path, document_id: str) -> str:
     """`explain` for a folder that the command wrote."""
     import pyarrow.compute as pc
     import pyarrow.dataset as ds
 
     folder = Path(folder)
-    if not (folder / "ledger.json").is_file():
-        raise ValueError(f"{folder} holds no run: it has no ledger.json; give the --output of data_pipelines.wanjuan")
+    read_summary(folder)
     begins = pc.starts_with(pc.field("id"), document_id)
     dropped = ds.dataset(folder / "dropped.parquet").to_table(list(Fate._fields), filter=begins).to_pylist()
     kept = ds.dataset(folder / "documents", format="parquet").to_table(["id"], filter=begins)
@@ -265,8 +277,9 @@ def _explained(document_id: str, dropped: Iterable[Fate], kept_ids: set[str]) ->
         if name.startswith(document_id):
             lines.setdefault(name, []).append(f"{name}: kept")
     if len(lines) != 1:
+        some = "".join(f" {name}," for name in sorted(lines)[:3])
         raise ValueError(
-            f"document id {document_id!r} matches {len(lines)} documents of this run; "
+            f"document id {document_id!r} matches {len(lines)} documents of this run;{some} "
             "give the id of one of them, or a longer prefix"
         )
     return "\n".join(next(iter(lines.values())))

@@ -237,7 +237,7 @@ class Curve(NamedTuple):
     now: int
 
 
-def curves(bounds: Sequence[Bound], sample: pa.RecordBatch, *, num_points: int = 100) -> list[Curve]:
+def curves(bounds: Sequence[Bound], sample: pa.RecordBatch | pa.Table, *, num_points: int = 100) -> list[Curve]:
     """Returns a curve for every bound that decides of at least one document of the sample."""
     values_DM = np.array(sample.column("values").to_pylist(), np.float64).reshape(sample.num_rows, len(bounds))
     sizes_D = sample.column("num_bytes").to_numpy().astype(np.float64)
