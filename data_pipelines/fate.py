@@ -1,6 +1,7 @@
 """The whole way of one document: its file, what stages measured, what became of it, where its tokens lie."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ MOST_DOCUMENTS = 20
 """Documents of one path that are told of."""
 SHOWN_CHARACTERS = 300
 _NEAR = 3
+_ID = re.compile(r"\b[0-9a-f]{32}\b")
 
 
 class Named(NamedTuple):
@@ -35,7 +37,7 @@ def tell(
     counts = read_summary(folder)
     named = _named(folder)
     ids = [_by_id(named, document)] if document is not None else _by_path(named, path or "")
-    told = [_tell_one(folder, counts, name, tokens) for name in ids[:MOST_DOCUMENTS]]
+    told = [_tell_one(folder, counts, named, name, tokens) for name in ids[:MOST_DOCUMENTS]]
     if len(ids) > MOST_DOCUMENTS:
         told.append(f"{len(ids) - MOST_DOCUMENTS} further documents have this path; give --document ID")
     return "\n\n".join(told)
@@ -103,17 +105,17 @@ def _by_path(named: Named, wanted: str) -> list[str]:
 # --- one -------------------------------------------------------------------------------------------------------------
 
 
-def _tell_one(folder: Path, counts: dict[str, Any], name: str, tokens: str | Path | None) -> str:
+def _tell_one(folder: Path, counts: dict[str, Any], named: Named, name: str, tokens: str | Path | None) -> str:
     dropped = _rows(folder / "dropped.parquet", name)
     places = _kept_places(folder, name)
     kept = _rows(folder / "documents", name) if places else []
     one = [*kept, *dropped][0]
     lines = [explain_run(folder, name), "", f"file      {one['path']}"]
-    about = [one["source"], one["domain"], one["language"], one.get("licence") or "licence unknown"]
-    lines.append(f"kind      source {about[0]}, domain {about[1]}, language {about[2]}, {about[3]}")
+    licence = f", licence {one['licence'] or 'unknown'}" if kept else ""
+    lines.append(f"kind      source {one['source']}, domain {one['domain']}, language {one['language']}{licence}")
     size = one["num_bytes"] if "num_bytes" in one else len(one["text"].encode())
     lines.append(f"size      {size:,} bytes {'as kept' if kept else 'where it was dropped'}")
-    lines += ["", *_stages(folder, counts, name, dropped, bool(kept))]
+    lines += ["", *_stages(folder, counts, named, dropped, name, bool(kept))]
     for place in places:
         lines.append(f"kept      {place}")
     if kept and kept[0]["meta"] != "{}":
@@ -144,8 +146,15 @@ def _kept_places(folder: Path, name: str) -> list[str]:
     return found
 
 
+def _path_of(named: Named, name: str) -> str:
+    import pyarrow.compute as pc
+
+    place = pc.index(named.ids, name).as_py()
+    return named.paths[place].as_py() if place >= 0 else "not in this run"
+
+
 def _stages(
-    folder: Path, counts: dict[str, Any], name: str, dropped: Sequence[dict[str, Any]], is_kept: bool
+    folder: Path, counts: dict[str, Any], named: Named, dropped: Sequence[dict[str, Any]], name: str, is_kept: bool
 ) -> list[str]:
     """A line for every stage that the document came to, with what was measured where that was stored."""
     order = [stage["stage"] for stage in counts["stages"]]
@@ -155,10 +164,10 @@ def _stages(
     lines = []
     for stage in order[: last + 1]:
         row = gone.get(stage)
-        verdict = (
-            "passed" if row is None else f"dropped: {row['reason']}" + (f" ({row['detail']})" if row["detail"] else "")
-        )
-        lines.append(f"{stage:24} {verdict}")
+        lines.append(f"{stage:24} {'passed' if row is None else 'dropped: ' + row['reason']}")
+        if row is not None and row["detail"]:
+            lines.append(f"    {row['detail']}")
+            lines += [f"    {other} is {_path_of(named, other)}" for other in dict.fromkeys(_ID.findall(row["detail"]))]
         if stage in measured:
             bounds = [Bound(**bound) for bound in counts["measured"][stage]["bounds"]]
             lines += _values(bounds, measured[stage])

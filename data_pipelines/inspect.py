@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from data_pipelines.ledger import FATES, read_summary
-from data_pipelines.measures import LENGTH, OTHERS, UNKNOWN, Bound, curves
+from data_pipelines.measures import LENGTH, OTHERS, Bound, curves
 from internjax import report
 from internjax.figures import Bar, Bars, Slider, Stop, format_number
 from internjax.report import Number, Numbers, Sample, Samples, Section, Table, Text
@@ -192,9 +192,7 @@ def _reasons(counts: Mapping[str, Any]) -> Section:
 
 def _distributions(profiles: Mapping[str, Any]) -> Section:
     blocks = []
-    for name, title in (
-        (LENGTH, "Length"), ("language", "Language"), ("domain", "Domain"), ("licence", "Licence"), ("source", "Source"),
-    ):  # fmt: skip
+    for name in (LENGTH, "language", "domain", "licence", "source"):
         came, kept = profiles["in"].get(name, {}), profiles["kept"].get(name, {})
         values = [*came, *(value for value in kept if value not in came)]
         if name == LENGTH:
@@ -206,9 +204,7 @@ def _distributions(profiles: Mapping[str, Any]) -> Section:
         bars = [_bar(_length(value) if name == LENGTH else value, [value], came, kept) for value in values]
         if rest:
             bars.append(_bar(f"{len(rest)} others", rest, came, kept))
-        caption = {LENGTH: "UTF-8 bytes of a document", "licence": f"{UNKNOWN}: none was entered or found"}.get(
-            name, ""
-        )
+        title, caption = ("Length", "UTF-8 bytes of a document") if name == LENGTH else (name.capitalize(), "")
         if bars:
             blocks.append(Bars(title, bars, "in", "kept", caption))
     return Section("What they are like", blocks)
@@ -217,9 +213,8 @@ def _distributions(profiles: Mapping[str, Any]) -> Section:
 def _bar(label: str, values: Sequence[str], came: Mapping[str, Any], kept: Mapping[str, Any]) -> Bar:
     documents_in, bytes_in = (sum(came.get(value, (0, 0))[place] for value in values) for place in (0, 1))
     documents, num_bytes = (sum(kept.get(value, (0, 0))[place] for value in values) for place in (0, 1))
-    return Bar(
-        label, documents_in, documents, f"{documents:,} of {documents_in:,}; {size(num_bytes)} of {size(bytes_in)}"
-    )
+    said = f"{documents:,} of {documents_in:,}; {size(num_bytes)} of {size(bytes_in)}"
+    return Bar(label, documents_in, documents, said)
 
 
 def _length(value: str) -> str:
@@ -329,13 +324,13 @@ def _near_duplicates(stage: str, found: Mapping[str, Any], shown: Mapping[str, S
         )  # fmt: skip
     columns = ("kept document", "group", "compared", "least distance", "diameter", "pairs below the threshold")
     told = (
-        f"{found['candidates']:,} pairs shared a band, {found['verified']:,} verified ones made {found['groups']:,} groups"
-        f", the largest of {found['largest_group']:,}. {found['capped_buckets']:,} buckets were so large that not all "
-        "their pairs were looked at."
+        f"{found['candidates']:,} pairs shared a band, {found['verified']:,} verified ones made {found['groups']:,} "
+        f"groups, the largest of {found['largest_group']:,}. {found['capped_buckets']:,} buckets were so large that "
+        "not all their pairs were looked at."
     )
     caption = (
-        "The largest groups, and others drawn at random. Distance is 1 - Jaccard similarity; the diameter is the largest "
-        "one inside a group. Groups are chains of pairs, so some pairs lie below the threshold."
+        "The largest groups, and others drawn at random. Distance is 1 - Jaccard similarity; the diameter is the "
+        "largest one inside a group. Groups are chains of pairs, so some pairs lie below the threshold."
     )
     blocks = [
         Text(told),

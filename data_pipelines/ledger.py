@@ -248,9 +248,7 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no run: it has no ledger.json; give the --output of data_pipelines.wanjuan")
     found = json.loads(path.read_text(encoding="utf-8"))
     if "profiles" not in found:
-        raise ValueError(
-            f"{folder} was written by an earlier version (its ledger has no profiles); run the chain again"
-        )
+        raise ValueError(f"{folder} was written by an earlier version: its ledger has no profiles; run the chain again")
     return found
 
 

@@ -17,7 +17,7 @@ from data_pipelines.document import Outcome, Stage
 from data_pipelines.ledger import explain_run
 from tests.data_pipelines.small_chain import SIZES, contents, run, stages, write_corpus
 
-SAME = ("documents/00000.parquet", "dropped.parquet", "repositories.jsonl")
+SAME = ("documents/00000.parquet", "dropped.parquet", "measures.parquet", "repositories.jsonl")
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
