@@ -54,13 +54,17 @@ def serialise(tokens: np.ndarray, name: str, mask: np.ndarray | None = None) -> 
 def parse(record: bytes) -> dict[str, Any]:
     """Returns {"tokens": int64 array, "id": text, "loss_mask": int64 array where there is one} of a record."""
     found: dict[str, Any] = {}
-    ((_, features),) = _fields(record)
-    for _, entry in _fields(features):
-        parts = dict(_fields(entry))
-        ((kind, values),) = _fields(parts[2])
-        lists = [value for _, value in _fields(values)]
-        name = parts[1].decode()
-        found[name] = lists[0].decode() if kind == _BYTES_LIST else _from_varints(b"".join(lists))
+    try:
+        ((_, features),) = _fields(record)
+        for _, entry in _fields(features):
+            (_, name), (_, feature) = _fields(entry)
+            ((kind, values),) = _fields(feature)
+            lists = [value for _, value in _fields(values)]
+            found[name.decode()] = lists[0].decode() if kind == _BYTES_LIST else _from_varints(b"".join(lists))
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            "a record is no tf.train.Example as this module writes it; it is damaged, or another's"
+        ) from error
     return found
 
 
@@ -84,7 +88,7 @@ def _fields(message: bytes) -> list[tuple[int, bytes]]:
         size = int(_from_varints(message[at + 1 : end + 1])[0]) if end < len(message) else -1
         at = end + 1 + size
         if kind != 2 or size < 0 or at > len(message):
-            raise ValueError("a record is no tf.train.Example as this module writes it; it is damaged, or another's")
+            raise ValueError(f"no field of bytes at {end}")
         found.append((number, message[end + 1 : at]))
     return found
 

@@ -16,6 +16,7 @@ MOST_DOCUMENTS = 20
 """Documents of one path that are told of."""
 SHOWN_CHARACTERS = 300
 _NEAR = 3
+_COLUMNS = ("id", "path")
 _ID = re.compile(r"\b[0-9a-f]{32}\b")
 
 
@@ -50,8 +51,9 @@ def _named(folder: Path) -> Named:
     import pyarrow.dataset as ds
 
     places = (folder / "documents", folder / "dropped.parquet")
-    table = pa.concat_tables([ds.dataset(place, format="parquet").to_table(["id", "path"]) for place in places])
-    return Named(table.column("id"), table.column("path"))
+    tables = [ds.dataset(place, format="parquet").to_table(list(_COLUMNS)) for place in places]
+    columns = ([chunk for table in tables for chunk in table.column(name).chunks] for name in _COLUMNS)
+    return Named(*(pa.chunked_array(chunks, pa.string()) for chunks in columns))
 
 
 def _by_id(named: Named, wanted: str) -> str:

@@ -263,8 +263,10 @@ def _curve(
     values, sizes = values_D[measured_D], sizes_D[measured_D]
     if not len(values):
         return None
-    shares = np.linspace(0, 1, num_points)
-    thresholds = np.unique([*np.quantile(values, shares, method="nearest"), *bound.values])
+    distinct = np.unique(values)
+    if len(distinct) > num_points:
+        distinct = np.quantile(values, np.linspace(0, 1, num_points), method="nearest")
+    thresholds = np.unique([*distinct, *bound.values])
     order = np.argsort(values, kind="stable")
     values, sums = values[order], np.concatenate([[0.0], np.cumsum(sizes[order])])
     if bound.side == "above":

@@ -14,7 +14,7 @@ from internjax.figures import Bar, Bars, Slider, Stop
 from internjax.report import Code, Number, Numbers, Sample, Samples, Section, Table, Text
 
 EVIL = '<script>alert(1)</script><img src="http://x.example/a" onerror=b>\x00\x1b[31m"\'&'
-VOID = {"meta", "line", "br", "img"}
+VOID = {"meta", "line", "br", "img", "input"}
 
 
 class Checker(HTMLParser):

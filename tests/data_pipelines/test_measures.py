@@ -46,6 +46,11 @@ def sampled(groups):
     return whole
 
 
+def said(rows):
+    """All values as text: NaN is equal to itself."""
+    return repr(rows.to_pylist())
+
+
 def test_the_sample_is_that_of_the_least_ids_however_it_was_cut(monkeypatch):
     monkeypatch.setattr(measures, "SAMPLE", 20)
     rows = documents(300)
@@ -63,9 +68,9 @@ def test_the_sample_is_that_of_the_least_ids_however_it_was_cut(monkeypatch):
     random.Random(1).shuffle(rows)
     pieces = [rows[start : start + 7] for start in range(0, 300, 7)]
     other = sampled([[to_batch(piece) for piece in pieces[:20]], [to_batch([])], [to_batch(p) for p in pieces[20:]]])
-    assert settled(other).equals(found) and other.bounds == whole.bounds
+    assert said(settled(other)) == said(found) and other.bounds == whole.bounds
     twice = settled(sampled([[to_batch(rows + rows[:150])]]))
-    assert twice.equals(found), "a document that comes twice is there once"
+    assert said(twice) == said(found), "a document that comes twice is there once"
 
 
 def test_curves_say_what_a_run_with_another_threshold_keeps():
