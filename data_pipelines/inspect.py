@@ -119,7 +119,7 @@ def _documents(folder: Path, ids: set[str]) -> dict[str, list[Shown]]:
     columns = [name for name in FATES.names if name not in ("source", "domain", "language", "num_bytes")]
     for batch in _batches(folder / "dropped.parquet", columns, ids):
         for row in batch.to_pylist():
-            fate = f"{row['reason']}: {row['detail']}" if row["detail"] else row["reason"]
+            fate = row["detail"] or row["reason"]
             one = Shown(row["path"], _excerpt(row["text"]), fate, (row["stage"], row["reason"]))
             found.setdefault(row["id"], []).append(one)
     return found
@@ -178,7 +178,13 @@ def _flow(counts: Mapping[str, Any]) -> Section:
 
 def _reasons(counts: Mapping[str, Any]) -> Section:
     rows = [
-        (stage["stage"], reason, number, _share(number, counts["documents_in"]), size(stage["dropped_bytes"][reason]))
+        (
+            stage["stage"],
+            reason,
+            number,
+            _share(number, counts["documents_in"]),
+            size(stage["dropped_bytes"].get(reason, 0)),
+        )
         for stage in counts["stages"]
         for reason, number in stage["dropped"].items()
     ]
@@ -247,6 +253,8 @@ def _thresholds(folder: Path, counts: Mapping[str, Any]) -> Section:
             else f"a sample of {sample.num_rows:,} of the {held['documents']:,} documents that it measured, scaled up"
         )
         blocks.append(Text(f"Stage `{stage}`: {of_what}."))
+        # What decides of most documents comes first.
+        found.sort(key=lambda curve: curve.points[curve.now][1] - max(point[1] for point in curve.points))
         blocks += [_slider(curve, held, exact=exact) for curve in found]
     if not blocks:
         return Section("Thresholds", [])
@@ -269,12 +277,11 @@ def _slider(curve: Any, held: Mapping[str, Any], *, exact: bool) -> Slider:
         return f"{about}{documents:,.0f} documents ({point[1]:.1%}) and {size(num_bytes)} stay{beside}"
 
     bound = curve.bound
-    goes = {"below": "goes below", "above": "goes above"}[bound.side]
     used = format_number(bound.values[0])
     if len(bound.values) > 1:
         used += f" to {format_number(bound.values[-1])}, by domain and language"
     stops = [Stop(point[0], point[1], said(point)) for point in curve.points]
-    return Slider(bound.reason.replace("_", " "), stops, curve.now, f"a document {goes} the threshold; in use: {used}")
+    return Slider(bound.reason.replace("_", " "), stops, curve.now, f"{bound.side} it a document goes; in use: {used}")
 
 
 def _samples(
@@ -291,7 +298,9 @@ def _samples(
             one = next(found for found in shown[name] if found.reason == (stage, reason))
             text = "" if one.text is None else f"\n\n{one.text}"
             cards.append(Sample(f"{one.path} · {name[:12]}", f"{one.fate}{text}"))
-        blocks.append(Samples(cards, f"`{reason}` of {stage}: {numbers[stage, reason]:,} documents"))
+        number = numbers[stage, reason]
+        documents = "1 document" if number == 1 else f"{number:,} documents"
+        blocks.append(Samples(cards, f"`{reason}` of {stage}: {documents}"))
     if not blocks:
         return Section("Samples of what was dropped", [])
     told = "Drawn at random, the same in every run."
@@ -323,11 +332,13 @@ def _near_duplicates(stage: str, found: Mapping[str, Any], shown: Mapping[str, S
             )
         )  # fmt: skip
     columns = ("kept document", "group", "compared", "least distance", "diameter", "pairs below the threshold")
+    groups = "1 group" if found["groups"] == 1 else f"{found['groups']:,} groups, the largest"
     told = (
-        f"{found['candidates']:,} pairs shared a band, {found['verified']:,} verified ones made {found['groups']:,} "
-        f"groups, the largest of {found['largest_group']:,}. {found['capped_buckets']:,} buckets were so large that "
-        "not all their pairs were looked at."
+        f"{found['candidates']:,} candidate pairs, {found['verified']:,} of them verified and joined: {groups} of "
+        f"{found['largest_group']:,} documents."
     )
+    if found["capped_buckets"]:
+        told += f" {found['capped_buckets']:,} buckets were so large that not all their pairs were looked at."
     caption = (
         "The largest groups, and others drawn at random. Distance is 1 - Jaccard similarity; the diameter is the "
         "largest one inside a group. Groups are chains of pairs, so some pairs lie below the threshold."
@@ -338,7 +349,8 @@ def _near_duplicates(stage: str, found: Mapping[str, Any], shown: Mapping[str, S
         Bars("Dropped documents by similarity", similar, "documents", caption="Jaccard, to the closest verified one"),
         Table(columns, rows, caption),
     ]
-    for group in found["shown"][:4]:
+    chains = [group for group in found["shown"] if group["size"] > 2]
+    for group in chains[:4]:
         first, second, similarity = group["farthest"]
         names = [group["members"][first], group["members"][second]]
         blocks.append(_pair(names, similarity, shown, f"The farthest two of a group of {group['size']:,}"))

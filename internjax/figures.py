@@ -77,7 +77,9 @@ def bars_html(block: Bars) -> str:
     legend = "".join(f'<span><i class="{shade}"></i>{escape(name)}</span>' for shade, name in shades)
     caption = f" <span>{escape(block.caption)}</span>" if block.caption else ""
     title = f"<figcaption>{escape(block.title)}{caption}</figcaption>"
-    return f'<figure class="chart bars">{title}<div class="legend">{legend}</div>{rows}</figure>'
+    return (
+        f'<figure class="chart bars">{title}<div class="legend">{legend}</div><div class="rows">{rows}</div></figure>'
+    )
 
 
 def slider_html(block: Slider) -> str:
@@ -122,9 +124,9 @@ for (const box of document.querySelectorAll(".slider")) {
 """
 
 STYLE = """
-.bars .legend i{height:.7rem;border-radius:.15rem}.bar{display:grid;
-grid-template-columns:minmax(5rem,10rem) 1fr minmax(7rem,auto);gap:.6rem;align-items:center;font-size:.85rem;
-padding:.12rem 0}.bar .name{overflow-wrap:anywhere}
+.bars{align-self:start}.bars .legend i{height:.7rem;border-radius:.15rem}.bars .rows{display:grid;gap:.25rem .6rem;
+grid-template-columns:minmax(4rem,max-content) minmax(4rem,1fr) auto}.bar{display:grid;grid-column:1/-1;
+grid-template-columns:subgrid;align-items:center;font-size:.85rem}.bar .name{overflow-wrap:anywhere;max-width:14rem}
 .bar .said,.slider .said{color:var(--soft);font-variant-numeric:tabular-nums}.bar .said{text-align:right}.track{
 position:relative;display:block;height:.85rem;background:var(--code);border-radius:.2rem;overflow:hidden}.track i{
 position:absolute;inset:0 auto 0 0;border-radius:.2rem}i.whole{background:var(--shade)}i.part{background:var(--c0)}
@@ -132,5 +134,5 @@ position:absolute;inset:0 auto 0 0;border-radius:.2rem}i.whole{background:var(--
 .slider input{width:100%;margin:.35rem 0;accent-color:var(--c0)}.slider .said{font-size:.85rem;margin:.4rem 0 .2rem}
 .slider .caption{font-size:.8rem;margin:.2rem 0 0}.slider button{font:inherit;font-size:.8rem;color:var(--c0);
 background:none;border:1px solid var(--line);border-radius:.3rem;padding:.05rem .5rem;cursor:pointer}
-@media (max-width:34rem){.bar{grid-template-columns:1fr auto}.bar .track{grid-column:1/-1;grid-row:2}}
+@media (max-width:34rem){.bars .rows{grid-template-columns:1fr auto}.bar .track{grid-column:1/-1;grid-row:2}}
 """.replace("\n", "")

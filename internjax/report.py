@@ -372,8 +372,9 @@ background:var(--code);border-radius:.5rem;padding:.7rem .9rem;margin:.4rem 0;ov
 white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate}.samples{display:grid;
 grid-template-columns:repeat(auto-fit,minmax(min(18rem,100%),1fr));gap:.7rem;margin:.3rem 0 .9rem}.samples figure{
 margin:0;display:flex;flex-direction:column;background:var(--card);border:1px solid var(--line);border-radius:.5rem;
-padding:.6rem .7rem}.samples figcaption{font-size:.85rem;font-weight:600;color:var(--soft)}.samples pre{
-margin:.35rem 0 0;flex:1}.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(28rem,100%),1fr));
+padding:.6rem .7rem}.samples figcaption{font-size:.85rem;font-weight:600;color:var(--soft);
+overflow-wrap:anywhere}.samples pre{margin:.35rem 0 0;flex:1}.charts{display:grid;
+grid-template-columns:repeat(auto-fit,minmax(min(28rem,100%),1fr));
 gap:.7rem;margin:.5rem 0 .9rem}.chart{background:var(--card);border:1px solid var(--line);border-radius:.5rem;
 padding:.6rem .8rem;margin:0;max-width:46rem}.chart figcaption{font-weight:600;font-size:.95rem}
 .chart figcaption span{font-weight:400;color:var(--soft);font-size:.83rem;margin-left:.4rem}.chart .legend{

@@ -14,7 +14,7 @@ from data_pipelines.dedup import NearDuplicates, exact_duplicates, near_duplicat
 from data_pipelines.document import Stage
 from data_pipelines.ledger import explain_run
 from data_pipelines.pii import masked
-from data_pipelines.rules import REFERENCE, TextRules, text_rules
+from data_pipelines.rules import REFERENCE, TextRules, edit, normalise_text, text_rules
 from data_pipelines.tokens import text_documents, write_tokens
 from internjax.text.tokenizer import train_tokenizer
 from tests.test_report import Checker
@@ -24,6 +24,7 @@ EVIL = "<script>alert(1)</script>"
 
 def stages(rules: TextRules) -> list[Stage]:
     return [
+        Stage("normalise", "batch", edit(normalise_text)),
         Stage("rules", "batch", text_rules(rules)),
         Stage("personal_data", "batch", masked()),
         Stage("exact_duplicates", "corpus", exact_duplicates),
@@ -51,7 +52,7 @@ def corpus(tmp_path_factory):
     words = text(60).split()
     for changed in range(4):
         texts.append(" ".join(f"new{place}" if place < 12 * changed else word for place, word in enumerate(words)))
-    texts += [texts[10].upper(), f"{text(30)} Ask joe@mail.example.com.", f"{EVIL} again\n" * 40]
+    texts += [texts[10].upper(), f"{text(30)} Ask joe@mail.example.com.", f"{EVIL} again\n" * 40, "\u200b"]
     folder = tmp_path_factory.mktemp("inspect")
     rows = [json.dumps({"text": text, "source": "ab"[n % 2], "language": "en"}) for n, text in enumerate(texts)]
     (folder / "in.jsonl").write_text("\n".join([*rows, "{broken"]) + "\n")
@@ -91,7 +92,7 @@ def test_the_page_needs_nothing_but_itself_and_says_what_the_ledger_says(done, p
     ):  # fmt: skip
         assert said in text, said
     reasons = {reason for stage in counts["stages"] for reason in stage["dropped"]}
-    assert {"few_words", "near_duplicate", "exact_duplicate"} < reasons
+    assert {"empty", "few_words", "near_duplicate", "exact_duplicate"} < reasons
     assert all(f"{reason} of " in text for reason in reasons)
     assert "alert(1)" in text and EVIL not in page, "what was dropped is shown, not run"
     assert (done / "inspect.md").read_text().count("## ") >= 8
@@ -105,7 +106,7 @@ def test_a_slider_tells_what_a_run_with_that_threshold_keeps(corpus, page, label
     for place in {now, len(stops) // 2, len(stops) - 1}:
         rules = dataclasses.replace(REFERENCE, **{field: values[place]})
         folder = run(corpus, f"{field}-{place}", rules=rules)
-        stage = json.loads((folder / "ledger.json").read_text())["stages"][0]
+        stage = json.loads((folder / "ledger.json").read_text())["stages"][1]
         said = stops[place][2]
         assert said.startswith(f"{stage['documents_kept']} documents ({stops[place][1]:.1%})"), said
         assert f"and {inspect.size(stage['bytes_kept'])} stay" in said
