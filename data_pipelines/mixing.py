@@ -353,11 +353,16 @@ def kinds(mixture: Mixture, runs: Sequence[str | Path], *, by: Sequence[str], nu
     if wrong := [name for name in by if name not in KINDS]:
         raise ValueError(f"kinds are told by {', '.join(KINDS)}; given {', '.join(wrong)}")
     columns = {name: ds.field(name) for name in ("id", *by)} | {"num_bytes": pc.binary_length(ds.field("text"))}
-    known = [ds.dataset(Path(run) / "documents", format="parquet").to_table(columns=columns) for run in runs]
+    known = pa.concat_tables(
+        ds.dataset(Path(run) / "documents", format="parquet").to_table(columns=columns) for run in runs
+    )
+    # A document that is in two runs is one document.
+    known = known.group_by("id", use_threads=False).aggregate([(name, "first") for name in columns if name != "id"])
+    known = known.rename_columns([name.removesuffix("_first") for name in known.column_names])
     found = []
     for share in mixture.shares(num_rows):
         table = pq.read_table(share.folder / DOCUMENTS, columns=["id", "num_tokens"])
-        table = table.join(pa.concat_tables(known), "id", join_type="left outer")
+        table = table.join(known, "id", join_type="left outer")
         groups = table.group_by(list(by)).aggregate(
             [("num_tokens", "count"), ("num_bytes", "sum"), ("num_tokens", "sum")]
         )
