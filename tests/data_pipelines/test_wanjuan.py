@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines import code, sources, wanjuan
 from data_pipelines.chain import Sizes
-from data_pipelines.document import Outcome, Stage, make_document, to_batch
+from data_pipelines.document import Check, Outcome, Stage, make_document, to_batch
 from data_pipelines.ledger import Ledger, explain, fates, summary
 from tests.data_pipelines.test_rules import CHINESE, FUNCTION, GOOD
 
@@ -72,12 +73,17 @@ def test_only_leaves_other_rows_alone(documents):
 
     def shout(part):
         texts = [text.upper() for text in part.column("text").to_pylist()]
-        return wanjuan.Outcome(wanjuan.edit(str.upper)(part).batch, ["loud"] * len(texts), ["!"] * len(texts))
+        numbers = 4 - np.arange(len(texts))
+        checks = [Check("long", np.arange(len(texts)), "above", 2), Check("own", np.ones(len(texts)), "below", numbers)]
+        return Outcome(wanjuan.edit(str.upper)(part).batch, ["loud"] * len(texts), ["!"] * len(texts), checks)
 
     outcome = wanjuan.only(("code",), shout)(batch)
     before, after = batch.column("text").to_pylist(), outcome.batch.column("text").to_pylist()
     assert after[:4] == [text.upper() for text in before[:4]] and after[4:] == before[4:]
     assert list(outcome.reasons) == ["loud"] * 4 + [None] * 5
+    one, other = outcome.checks
+    assert one.fails().tolist() == [False] * 3 + [True] + [False] * 5 and np.isnan(one.values_D[4:]).all()
+    assert other.bound[:4].tolist() == [4, 3, 2, 1] and other.fails().tolist() == [True] * 3 + [False] * 6
     assert outcome.batch.column("id").to_pylist() == batch.column("id").to_pylist()
     assert wanjuan.only(("none",), shout)(batch).batch is batch
     assert wanjuan.only(("code",), shout)(batch.slice(0, 0)).reasons == []
