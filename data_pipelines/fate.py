@@ -2,29 +2,24 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from data_pipelines.ledger import explain_run, read_summary
 from data_pipelines.measures import Bound
+from internjax.figures import format_number
 
 MOST_DOCUMENTS = 20
 """Documents of one path that are told of."""
+SEARCHED_PATHS = 100_000
+"""Paths that are looked through for one near a path that is not there."""
 SHOWN_CHARACTERS = 300
 _NEAR = 3
-_COLUMNS = ("id", "path")
 _ID = re.compile(r"\b[0-9a-f]{32}\b")
-
-
-class Named(NamedTuple):
-    """The documents of a run, those that were kept and those that were dropped."""
-
-    ids: pa.ChunkedArray
-    paths: pa.ChunkedArray
 
 
 def tell(
@@ -36,9 +31,8 @@ def tell(
     """
     folder = Path(folder)
     counts = read_summary(folder)
-    named = _named(folder)
-    ids = [_by_id(named, document)] if document is not None else _by_path(named, path or "")
-    told = [_tell_one(folder, counts, named, name, tokens) for name in ids[:MOST_DOCUMENTS]]
+    ids = [_by_id(folder, document)] if document is not None else _by_path(folder, path or "")
+    told = [_tell_one(folder, counts, name, tokens) for name in ids[:MOST_DOCUMENTS]]
     if len(ids) > MOST_DOCUMENTS:
         told.append(f"{len(ids) - MOST_DOCUMENTS} further documents have this path; give --document ID")
     return "\n\n".join(told)
@@ -47,19 +41,24 @@ def tell(
 # --- which -----------------------------------------------------------------------------------------------------------
 
 
-def _named(folder: Path) -> Named:
+def _named(folder: Path) -> Iterator[pa.RecordBatch]:
+    """Ids and paths of all documents of a run, those that were kept and those that were dropped."""
     import pyarrow.dataset as ds
 
-    places = (folder / "documents", folder / "dropped.parquet")
-    tables = [ds.dataset(place, format="parquet").to_table(list(_COLUMNS)) for place in places]
-    columns = ([chunk for table in tables for chunk in table.column(name).chunks] for name in _COLUMNS)
-    return Named(*(pa.chunked_array(chunks, pa.string()) for chunks in columns))
+    for place in (folder / "documents", folder / "dropped.parquet"):
+        yield from ds.dataset(place, format="parquet").to_batches(columns=["id", "path"])
 
 
-def _by_id(named: Named, wanted: str) -> str:
+def _matching(folder: Path, matches: Callable[[pa.RecordBatch], pa.Array]) -> list[str]:
+    """Ids of the documents that match, each once."""
+    found = (batch.column("id").filter(matches(batch)).to_pylist() for batch in _named(folder))
+    return list(dict.fromkeys(name for names in found for name in names))
+
+
+def _by_id(folder: Path, wanted: str) -> str:
     import pyarrow.compute as pc
 
-    found = pc.unique(named.ids.filter(pc.starts_with(named.ids, wanted))).to_pylist() if wanted else []
+    found = _matching(folder, lambda batch: pc.starts_with(batch.column("id"), wanted)) if wanted else []
     if len(found) == 1:
         return found[0]
     if found:
@@ -67,47 +66,56 @@ def _by_id(named: Named, wanted: str) -> str:
             f"{len(found):,} ids of this run begin with {wanted!r}, among them {', '.join(sorted(found)[:_NEAR])}; "
             "give more of it"
         )
-    near = ", ".join(_near_ids(named, wanted))
+    near = ", ".join(_near_ids(folder, wanted))
     raise ValueError(
         f"no document of this run has an id that begins with {wanted!r}; "
         + (f"near it: {near}" if near else "none is near it; --path finds documents by their file")
     )
 
 
-def _near_ids(named: Named, wanted: str) -> list[str]:
-    """Ids that agree with `wanted` in most places, or in its beginning, with their paths."""
-    ids = np.array(named.ids.to_pylist(), "S32")
-    if not wanted or not len(ids):
-        return []
-    given = np.frombuffer(wanted.encode()[:32].ljust(32, b"\0"), np.uint8)
-    equal = ids.view(np.uint8).reshape(len(ids), 32)[:, : len(wanted)] == given[: len(wanted)]
-    prefix_D = np.cumprod(equal, axis=1).sum(axis=1)
-    score_D = np.maximum(equal.sum(axis=1), 2 * prefix_D)  # a character too few or too many moves all behind it
-    near = [place for place in np.argsort(-score_D, kind="stable").tolist() if 2 * score_D[place] > len(wanted)]
-    found = dict.fromkeys(f"{named.ids[place].as_py()} ({named.paths[place].as_py()})" for place in near[: 4 * _NEAR])
-    return list(found)[:_NEAR]
+def _near_ids(folder: Path, wanted: str) -> list[str]:
+    """Ids that agree with `wanted` in more than half of its places, or in its beginning, with their paths."""
+    length = min(len(wanted.encode()), 32)
+    given = np.frombuffer(wanted.encode()[:length], np.uint8)
+    best: dict[str, tuple[int, str]] = {}
+    for batch in _named(folder) if length else ():
+        names = np.array(batch.column("id").to_pylist(), "S32").reshape(-1, 1)
+        equal = names.view(np.uint8)[:, :length] == given
+        # A character too few or too many moves all that is behind it.
+        score_D = np.maximum(equal.sum(axis=1), 2 * np.cumprod(equal, axis=1).sum(axis=1))
+        for row in np.flatnonzero(2 * score_D > length).tolist():
+            best[batch.column("id")[row].as_py()] = (-int(score_D[row]), batch.column("path")[row].as_py())
+        best = dict(sorted(best.items(), key=lambda item: (item[1], item[0]))[:_NEAR])
+    return [f"{name} ({path})" for name, (_, path) in best.items()]
 
 
-def _by_path(named: Named, wanted: str) -> list[str]:
+def _by_path(folder: Path, wanted: str) -> list[str]:
     """The documents of this path, else those whose path ends in it."""
     import pyarrow.compute as pc
 
-    for matches in (pc.equal(named.paths, wanted), pc.ends_with(named.paths, f"/{wanted}")):
-        if found := pc.unique(named.ids.filter(matches)).to_pylist():
+    for matches in (
+        lambda batch: pc.equal(batch.column("path"), wanted),
+        lambda batch: pc.ends_with(batch.column("path"), f"/{wanted}"),
+    ):
+        if found := _matching(folder, matches):
             return found
-    paths = pc.unique(named.paths)
-    near = paths.filter(pc.match_substring(paths, wanted, ignore_case=True)).slice(0, _NEAR).to_pylist()
-    near = near or difflib.get_close_matches(wanted, paths.slice(0, 50_000).to_pylist(), n=_NEAR, cutoff=0.5)
+    paths: dict[str, None] = {}
+    for batch in _named(folder):
+        paths |= dict.fromkeys(batch.column("path").to_pylist())
+        if len(paths) > SEARCHED_PATHS:
+            break
+    near = [path for path in paths if wanted.lower() in path.lower()][:_NEAR] if wanted else []
+    near = near or difflib.get_close_matches(wanted, paths, n=_NEAR, cutoff=0.5)
     raise ValueError(
         f"no document of this run has the path {wanted!r}; "
-        + (f"near it: {', '.join(near)}" if near else f"its paths are such as {paths[0].as_py()}")
+        + (f"near it: {', '.join(near)}" if near else f"its paths are such as {next(iter(paths))}")
     )
 
 
 # --- one -------------------------------------------------------------------------------------------------------------
 
 
-def _tell_one(folder: Path, counts: dict[str, Any], named: Named, name: str, tokens: str | Path | None) -> str:
+def _tell_one(folder: Path, counts: dict[str, Any], name: str, tokens: str | Path | None) -> str:
     dropped = _rows(folder / "dropped.parquet", name)
     places = _kept_places(folder, name)
     kept = _rows(folder / "documents", name) if places else []
@@ -117,7 +125,7 @@ def _tell_one(folder: Path, counts: dict[str, Any], named: Named, name: str, tok
     lines.append(f"kind      source {one['source']}, domain {one['domain']}, language {one['language']}{licence}")
     size = one["num_bytes"] if "num_bytes" in one else len(one["text"].encode())
     lines.append(f"size      {size:,} bytes {'as kept' if kept else 'where it was dropped'}")
-    lines += ["", *_stages(folder, counts, named, dropped, name, bool(kept))]
+    lines += ["", *_stages(folder, counts, name, dropped, bool(kept)), *([""] if kept else [])]
     for place in places:
         lines.append(f"kept      {place}")
     if kept and kept[0]["meta"] != "{}":
@@ -148,15 +156,19 @@ def _kept_places(folder: Path, name: str) -> list[str]:
     return found
 
 
-def _path_of(named: Named, name: str) -> str:
-    import pyarrow.compute as pc
+def _paths_of(folder: Path, names: Sequence[str]) -> list[str]:
+    import pyarrow.dataset as ds
 
-    place = pc.index(named.ids, name).as_py()
-    return named.paths[place].as_py() if place >= 0 else "not in this run"
+    found: dict[str, str] = {}
+    wanted = ds.field("id").isin(pa.array(names, pa.string()))
+    for place in (folder / "dropped.parquet", folder / "documents"):
+        rows = ds.dataset(place, format="parquet").to_table(["id", "path"], filter=wanted)
+        found |= dict(zip(rows.column("id").to_pylist(), rows.column("path").to_pylist()))
+    return [f"{name} is {found.get(name, 'not in this run')}" for name in names]
 
 
 def _stages(
-    folder: Path, counts: dict[str, Any], named: Named, dropped: Sequence[dict[str, Any]], name: str, is_kept: bool
+    folder: Path, counts: dict[str, Any], name: str, dropped: Sequence[dict[str, Any]], is_kept: bool
 ) -> list[str]:
     """A line for every stage that the document came to, with what was measured where that was stored."""
     order = [stage["stage"] for stage in counts["stages"]]
@@ -169,17 +181,17 @@ def _stages(
         lines.append(f"{stage:24} {'passed' if row is None else 'dropped: ' + row['reason']}")
         if row is not None and row["detail"]:
             lines.append(f"    {row['detail']}")
-            lines += [f"    {other} is {_path_of(named, other)}" for other in dict.fromkeys(_ID.findall(row["detail"]))]
+            lines += [f"    {said}" for said in _paths_of(folder, list(dict.fromkeys(_ID.findall(row["detail"]))))]
         if stage in measured:
             bounds = [Bound(**bound) for bound in counts["measured"][stage]["bounds"]]
             lines += _values(bounds, measured[stage])
-    return [*lines, ""]
+    return lines
 
 
 def _values(bounds: Sequence[Bound], row: dict[str, Any]) -> list[str]:
     return [
         f"    {'✗' if number in row['failed'] else ' '} {bound.reason:24} {value:<12.5g} goes {bound.side} "
-        + " to ".join(f"{limit:g}" for limit in (bound.values[0], *bound.values[1:][-1:]))
+        + " to ".join(format_number(limit) for limit in (bound.values[0], *bound.values[1:][-1:]))
         for number, (bound, value) in enumerate(zip(bounds, row["values"], strict=True))
         if np.isfinite(value)
     ]

@@ -1,6 +1,8 @@
 """ArrayRecord export: Grain reads what was in the token folder, and a file that is not as written is refused."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +43,16 @@ def test_grain_reads_the_documents_back(folder, tmp_path):
         assert found["tokens"].tolist() == opened.document(index).tolist()
         assert found["loss_mask"].tolist() == opened.mask(index).tolist()
     assert [parse(record)["id"] for record in records.__getitems__([4, 1])] == ["文 4", "文 1"]
+
+
+def test_the_example_of_the_readme_runs(folder, tmp_path):
+    text = (Path(__file__).parents[2] / "data_pipelines" / "README.md").read_text("utf-8")
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "open_records" in code]
+    scope = {}
+    exec(compile(code, "data_pipelines/README.md", "exec"), scope)
+    opened = open_tokens(folder)
+    found = scope["documents"](str(folder), tmp_path / "out")
+    assert [ids.tolist() for ids in found] == [opened.document(index).tolist() for index in range(5)]
 
 
 @settings(max_examples=50, deadline=None)
