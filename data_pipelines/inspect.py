@@ -60,7 +60,7 @@ def write_page(folder: str | Path) -> Path:
     sections = [
         _at_a_glance(counts),
         _flow(counts),
-        _reasons(counts),
+        _reasons(folder, counts),
         _distributions(counts["profiles"]),
         _thresholds(folder, counts),
         _samples(counts, wanted, shown),
@@ -176,24 +176,40 @@ def _flow(counts: Mapping[str, Any]) -> Section:
     return Section("From raw to kept", [*blocks, Table(columns, rows, edits)])
 
 
-def _reasons(counts: Mapping[str, Any]) -> Section:
+def _reasons(folder: Path, counts: Mapping[str, Any]) -> Section:
+    came = counts["documents_in"]
     rows = [
-        (
-            stage["stage"],
-            reason,
-            number,
-            _share(number, counts["documents_in"]),
-            size(stage["dropped_bytes"].get(reason, 0)),
-        )
+        (reason, number, _share(number, came), size(stage["dropped_bytes"].get(reason, 0)), stage["stage"])
         for stage in counts["stages"]
         for reason, number in stage["dropped"].items()
     ]
-    rows.sort(key=lambda row: -row[2])
+    rows.sort(key=lambda row: -row[1])
     if not rows:
         return Section("Reasons", [])
-    columns = ("stage", "reason", "documents", "of all that came in", "bytes")
+    found: dict[str, Counter[str]] = {}
+    for batch in _batches(folder / "dropped.parquet", ("language", "reason")):
+        for (language, reason), number in Counter(zip(*(column.to_pylist() for column in batch.columns))).items():
+            found.setdefault(language, Counter())[reason] += number
+    in_all = counts["profiles"]["in"]["language"]
+    languages = list(dict.fromkeys([*in_all, *found]))[:SHOWN_VALUES]
+    by_language = [
+        (name, in_all.get(name, (0, 0))[0], sum(found.get(name, {}).values()), _most(found.get(name)))
+        for name in languages
+    ]
+    told = "By language: that which a document came with, and that which it had when it was dropped."
     text = "A document counts once, for the first reason that drops it; `dropped.parquet` names all of them."
-    return Section("Reasons", [Table(columns, rows, text)])
+    return Section(
+        "Reasons",
+        [
+            Table(("reason", "documents", "of all that came in", "bytes", "stage"), rows, text),
+            Table(("language", "documents in", "dropped", "most often as"), by_language, told),
+        ],
+    )
+
+
+def _most(reasons: Counter[str] | None) -> str:
+    most = sorted((reasons or Counter()).items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{reason} ({number:,})" for reason, number in most[:3]) or "–"
 
 
 def _distributions(profiles: Mapping[str, Any]) -> Section:

@@ -94,6 +94,7 @@ def test_the_page_needs_nothing_but_itself_and_says_what_the_ledger_says(done, p
     reasons = {reason for stage in counts["stages"] for reason in stage["dropped"]}
     assert {"empty", "few_words", "near_duplicate", "exact_duplicate"} < reasons
     assert all(f"{reason} of " in text for reason in reasons)
+    assert f"en{counts['documents_in']}{counts['documents_dropped']}few_words (" in text
     assert "alert(1)" in text and EVIL not in page, "what was dropped is shown, not run"
     assert (done / "inspect.md").read_text().count("## ") >= 8
 
@@ -110,6 +111,14 @@ def test_a_slider_tells_what_a_run_with_that_threshold_keeps(corpus, page, label
         said = stops[place][2]
         assert said.startswith(f"{stage['documents_kept']} documents ({stops[place][1]:.1%})"), said
         assert f"and {inspect.size(stage['bytes_kept'])} stay" in said
+
+
+def test_a_run_that_drops_and_measures_nothing_has_a_page_too(corpus):
+    with executors.local(1) as run_tasks:
+        wanjuan.run_files([corpus / "in.jsonl"], stages(REFERENCE)[2:3], corpus / "all", run_tasks)
+    page = inspect.write_page(corpus / "all").read_text()
+    assert "From raw to kept" in page and not {"Thresholds", "Reasons"} & set(re.findall("<h2>(.*?)</h2>", page))
+    assert "<script>" not in page
 
 
 def test_without_the_text_the_page_says_how_to_get_it(corpus):
@@ -169,7 +178,7 @@ def test_the_whole_way_of_a_document(done, tmp_path):
     assert re.search(r"✗ few_words", fate.tell(done, document=short["id"]))
 
 
-def test_what_is_not_there_is_said_with_what_is_near(done, capsys):
+def test_what_is_not_there_is_said_with_what_is_near(done, tmp_path, capsys):
     name = sources.read([done])[0].id
     typed = name[:9] + ("0" if name[9] != "0" else "1") + name[10:]
     with pytest.raises(ValueError, match=rf"no document .* begins with '{typed}'; near it: {name} \("):
@@ -185,4 +194,6 @@ def test_what_is_not_there_is_said_with_what_is_near(done, capsys):
     assert inspect.main([str(done), "--document", typed]) == 1 and "near it" in capsys.readouterr().err
     assert inspect.main([str(done), "--document", name]) == 0 and f"{name}: kept" in capsys.readouterr().out
     assert inspect.main([str(done.parent)]) == 1 and "holds no run: it has no ledger.json" in capsys.readouterr().err
+    (tmp_path / "ledger.json").write_text("{}")
+    assert inspect.main([str(tmp_path)]) == 1 and "by an earlier version: its ledger has no" in capsys.readouterr().err
     assert inspect.main([str(done)]) == 0 and capsys.readouterr().out == f"{done / 'inspect.html'}\n"
