@@ -58,6 +58,15 @@ class Check(NamedTuple):
         """Per row, whether it fails; what was not measured does not."""
         return self.values_D < self.bound if self.side == "below" else self.values_D > self.bound
 
+    def spread(self, rows: Sequence[int], num_rows: int) -> "Check":
+        """The check of some rows of a batch as one of the whole batch: nothing was measured of the others."""
+        values_D, bound = np.full(num_rows, np.nan), self.bound
+        values_D[rows] = self.values_D
+        if np.ndim(bound):
+            bound = np.full(num_rows, np.min(bound))
+            bound[rows] = self.bound
+        return self._replace(values_D=values_D, bound=bound)
+
 
 class Outcome(NamedTuple):
     """What a stage says: the rows it was given (text perhaps edited), a reason or None per row, a detail or None.

@@ -34,7 +34,6 @@ from data_pipelines.code import markdown, order_documents
 from data_pipelines.dedup import NearDuplicates, exact_duplicates, near_duplicates
 from data_pipelines.document import (
     SCHEMA,
-    Check,
     Corpus,
     Document,
     Outcome,
@@ -98,7 +97,7 @@ def only(domains: Sequence[str], apply: Apply | Corpus, *, others: bool = False)
         outcome = apply(batch.take(pa.array(rows)))
         for row, reason, detail in zip(rows, outcome.reasons, outcome.details, strict=True):
             reasons[row], details[row] = reason, detail
-        checks = [_spread(check, rows, batch.num_rows) for check in outcome.checks]
+        checks = [check.spread(rows, batch.num_rows) for check in outcome.checks]
         # Old and new rows end to end, then every row from where it now lies.
         both = concat_batches([batch, outcome.batch])
         where = list(range(batch.num_rows))
@@ -107,17 +106,6 @@ def only(domains: Sequence[str], apply: Apply | Corpus, *, others: bool = False)
         return Outcome(both.take(pa.array(where)), reasons, details, checks)
 
     return Corpus(sketched, apply.resolve) if isinstance(apply, Corpus) else selected
-
-
-def _spread(check: Check, rows: Sequence[int], num_rows: int) -> Check:
-    """The check of some rows as one of the whole batch: nothing was measured of the others."""
-    values_D = np.full(num_rows, np.nan)
-    values_D[rows] = check.values_D
-    bound = check.bound
-    if np.ndim(bound):
-        bound = np.full(num_rows, np.min(bound))
-        bound[rows] = check.bound
-    return check._replace(values_D=values_D, bound=bound)
 
 
 def _mixed(code: Sequence[Stage], text: Sequence[Stage]) -> tuple[Stage, ...]:
