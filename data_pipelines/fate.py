@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +116,9 @@ def _by_path(folder: Path, wanted: str) -> list[str]:
 
 
 def _tell_one(folder: Path, counts: dict[str, Any], name: str, tokens: str | Path | None) -> str:
-    dropped = _rows(folder / "dropped.parquet", name)
+    dropped = rows_of([folder / "dropped.parquet"], {name})
     places = _kept_places(folder, name)
-    kept = _rows(folder / "documents", name) if places else []
+    kept = rows_of(documents_of(folder), {name}) if places else []
     one = [*kept, *dropped][0]
     lines = [explain_run(folder, name), "", f"file      {one['path']}"]
     licence = f", licence {one['licence'] or 'unknown'}" if kept else ""
@@ -138,10 +138,24 @@ def _tell_one(folder: Path, counts: dict[str, Any], name: str, tokens: str | Pat
     return "\n".join(lines)
 
 
-def _rows(path: Path, name: str) -> list[dict[str, Any]]:
-    import pyarrow.dataset as ds
+def rows_of(paths: Iterable[Path], ids: Collection[str], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Returns the rows of parquet files that have one of these ids; texts are read only where such a row is."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
 
-    return ds.dataset(path, format="parquet").to_table(filter=ds.field("id") == name).to_pylist()
+    wanted, found = pa.array(sorted(ids), pa.string()), []
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                is_one = pc.is_in(file.read_row_group(group, columns=["id"]).column("id"), value_set=wanted)
+                if pc.any(is_one).as_py():
+                    found += file.read_row_group(group, columns=columns).filter(is_one).to_pylist()
+    return found
+
+
+def documents_of(folder: Path) -> list[Path]:
+    """The files of the kept documents of a run."""
+    return sorted((folder / "documents").glob("*.parquet"))
 
 
 def _kept_places(folder: Path, name: str) -> list[str]:
@@ -149,7 +163,7 @@ def _kept_places(folder: Path, name: str) -> list[str]:
     import pyarrow.parquet as pq
 
     found = []
-    for path in sorted((folder / "documents").glob("*.parquet")):
+    for path in documents_of(folder):
         row = pc.index(pq.read_table(path, columns=["id"]).column("id"), name).as_py()
         if row >= 0:
             found.append(f"documents/{path.name}, row {row:,}")
@@ -157,13 +171,8 @@ def _kept_places(folder: Path, name: str) -> list[str]:
 
 
 def _paths_of(folder: Path, names: Sequence[str]) -> list[str]:
-    import pyarrow.dataset as ds
-
-    found: dict[str, str] = {}
-    wanted = ds.field("id").isin(pa.array(names, pa.string()))
-    for place in (folder / "dropped.parquet", folder / "documents"):
-        rows = ds.dataset(place, format="parquet").to_table(["id", "path"], filter=wanted)
-        found |= dict(zip(rows.column("id").to_pylist(), rows.column("path").to_pylist()))
+    files = [folder / "dropped.parquet", *documents_of(folder)]
+    found = {row["id"]: row["path"] for row in rows_of(files, names, ["id", "path"])} if names else {}
     return [f"{name} is {found.get(name, 'not in this run')}" for name in names]
 
 
@@ -174,7 +183,7 @@ def _stages(
     order = [stage["stage"] for stage in counts["stages"]]
     gone = {row["stage"]: row for row in dropped}
     last = max((order.index(stage) for stage in gone), default=-1) if not is_kept else len(order) - 1
-    measured = {row["stage"]: row for row in _rows(folder / "measures.parquet", name)}
+    measured = {row["stage"]: row for row in rows_of([folder / "measures.parquet"], {name})}
     lines = []
     for stage in order[: last + 1]:
         row = gone.get(stage)

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from data_pipelines.ledger import FATES, read_summary
+from data_pipelines.fate import documents_of, rows_of, tell
+from data_pipelines.ledger import Fate, read_summary
 from data_pipelines.measures import LENGTH, OTHERS, Bound, curves
 from internjax import report
 from internjax.figures import Bar, Bars, Slider, Stop, format_number
@@ -89,11 +90,10 @@ def _share(part: float, whole: float) -> str:
 # --- what is read ----------------------------------------------------------------------------------------------------
 
 
-def _batches(path: Path, columns: Sequence[str], ids: set[str] | None = None) -> Iterator[pa.RecordBatch]:
+def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     import pyarrow.dataset as ds
 
-    wanted = None if ids is None else ds.field("id").isin(pa.array(sorted(ids), pa.string()))
-    yield from ds.dataset(path, format="parquet").to_batches(columns=list(columns), filter=wanted)
+    yield from ds.dataset(path, format="parquet").to_batches(columns=list(columns))
 
 
 def _sample_ids(folder: Path) -> dict[tuple[str, str], list[str]]:
@@ -111,17 +111,11 @@ def _sample_ids(folder: Path) -> dict[tuple[str, str], list[str]]:
 def _documents(folder: Path, ids: set[str]) -> dict[str, list[Shown]]:
     """Id -> what is known of it; a document that came twice has several entries."""
     found: dict[str, list[Shown]] = {}
-    if not ids:
-        return found
-    for batch in _batches(folder / "documents", ("id", "path", "text"), ids):
-        for row in batch.to_pylist():
-            found.setdefault(row["id"], []).append(Shown(row["path"], _excerpt(row["text"]), None))
-    columns = [name for name in FATES.names if name not in ("source", "domain", "language", "num_bytes")]
-    for batch in _batches(folder / "dropped.parquet", columns, ids):
-        for row in batch.to_pylist():
-            fate = row["detail"] or row["reason"]
-            one = Shown(row["path"], _excerpt(row["text"]), fate, (row["stage"], row["reason"]))
-            found.setdefault(row["id"], []).append(one)
+    for row in rows_of(documents_of(folder), ids, ["id", "path", "text"]):
+        found.setdefault(row["id"], []).append(Shown(row["path"], _excerpt(row["text"]), None))
+    for row in rows_of([folder / "dropped.parquet"], ids, [*Fate._fields, "text"]):
+        one = Shown(row["path"], _excerpt(row["text"]), row["detail"] or row["reason"], (row["stage"], row["reason"]))
+        found.setdefault(row["id"], []).append(one)
     return found
 
 
@@ -295,7 +289,7 @@ def _slider(curve: Any, held: Mapping[str, Any], *, exact: bool) -> Slider:
     bound = curve.bound
     used = format_number(bound.values[0])
     if len(bound.values) > 1:
-        used += f" to {format_number(bound.values[-1])}, by domain and language"
+        used += f" to {format_number(bound.values[-1])}, by domain and language (the slider sets one for all)"
     stops = [Stop(point[0], point[1], said(point)) for point in curve.points]
     return Slider(bound.reason.replace("_", " "), stops, curve.now, f"{bound.side} it a document goes; in use: {used}")
 
@@ -453,8 +447,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--tokens is for --document and --path")
     try:
         if given.document or given.path:
-            from data_pipelines.fate import tell
-
             print(tell(given.run, document=given.document, path=given.path, tokens=given.tokens))
         else:
             print(write_page(given.run))
