@@ -12,8 +12,9 @@ the executor or on the number of its workers.
     parts/DIGEST/documents.arrow   documents after the batch stages (absent where nothing changed them)
                  sketch.arrow      where a corpus stage follows
                  dropped.arrow     `ledger.FATES`
+                 measures.arrow    `measures.MEASURES`: what stages measured of a sample
                  set_aside.txt     rows that could not be read, one message per line
-                 part.json         counts, number of rows
+                 part.json         counts, number of rows, what the documents are like
     decisions/DIGEST/N.arrow       rows of part N that the corpus stage drops, with reason and detail
                      N.changes.arrow  rows of part N that it changes, with the new values (absent where there are none)
 """
@@ -36,7 +37,19 @@ import pyarrow as pa
 
 from data_pipelines.document import SCHEMA, Corpus, Decision, Document, Outcome, Stage, to_batch
 from data_pipelines.executors import Map
-from data_pipelines.ledger import FATES, Ledger, StageCount, check, file_of, merge, record
+from data_pipelines.ledger import (
+    FATES,
+    Ledger,
+    StageCount,
+    check,
+    file_of,
+    merge,
+    of_part,
+    part_record,
+    part_samples,
+    record,
+)
+from data_pipelines.measures import MEASURES, count_in
 
 DECISION = pa.schema([("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())])
 
@@ -203,8 +216,10 @@ def run_task(task: Task) -> str:
                 sketches.write(_numbered(sketch(batch), rows))
         if sketches and sketches.writer is None:
             sketches.write(sketch(to_batch([])))
-    counts = [count._asdict() for count in ledger.stages.values()]
-    about = {"stages": counts, "unreadable": dict(sorted(ledger.unreadable.items())), "num_rows": num_rows}
+    with pa.ipc.new_file(str(new / "measures.arrow"), MEASURES) as writer:
+        for rows in part_samples(ledger):
+            writer.write_batch(rows)
+    about = part_record(ledger) | {"num_rows": num_rows}
     (new / "part.json").write_text(json.dumps(about), encoding="utf-8")
     _appear(new, parts / task.key)
     return task.key
@@ -251,6 +266,7 @@ def _input(task: Task, ledger: Ledger, set_aside: Any) -> Iterator[tuple[np.ndar
             set_aside.write(message.replace("\n", " ").encode("utf-8", "replace").decode() + "\n")
 
         for batch in batches(task.given.read(None if task.settings.strict else bad), task.settings.sizes):
+            count_in(ledger.came, batch)
             yield np.arange(batch.num_rows), batch
         return
     newest = task.given.decisions[-1:]
@@ -327,8 +343,7 @@ def _shard(part: Path, given: Unit | Shard) -> Shard:
 
 def _part_ledger(part: Path) -> Ledger:
     about = json.loads((part / "part.json").read_text(encoding="utf-8"))
-    stages = {count["stage"]: StageCount(**count) for count in about["stages"]}
-    return Ledger(stages, _file_batches(part / "dropped.arrow"), unreadable=Counter(about["unreadable"]))
+    return of_part(about, _file_batches(part / "dropped.arrow"), _file_batches(part / "measures.arrow"))
 
 
 def _read_decision(path: Path) -> pa.Table:

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines.document import SCHEMA, Outcome, TextBuffer, text_buffer
+from data_pipelines.document import SCHEMA, Check, Outcome, TextBuffer, text_buffer
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -186,7 +186,8 @@ def classified(
         raise ValueError(f"threshold is {threshold}; give a probability between 0 and 1")
 
     def apply(batch: pa.RecordBatch) -> Outcome:
-        scores_D = probabilities(text_buffer(batch), classifier).tolist()
+        found_D = probabilities(text_buffer(batch), classifier)
+        scores_D = found_D.tolist()
         reasons: list[str | None] = []
         details: list[str | None] = []
         keys = list(zip(batch.column("domain").to_pylist(), batch.column("language").to_pylist(), strict=True))
@@ -200,7 +201,8 @@ def classified(
             details.append(f"{name}: {score:.4f} is {drop} {bound:.4f}{chosen_for}" if goes else None)
             if score != score:
                 details[-1] = f"{name}: it has no word to score"
-        return Outcome(with_scores(batch, {name: scores_D}), reasons, details)
+        bounds = np.array([chosen[key].value for key in keys]) if threshold is None else threshold
+        return Outcome(with_scores(batch, {name: scores_D}), reasons, details, [Check(reason, found_D, drop, bounds)])
 
     return apply
 

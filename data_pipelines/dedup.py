@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,8 @@ KEYS_AT_ONCE = 16 << 20
 """Band keys that are sorted together (40 bytes each)."""
 PAIRS_AT_ONCE = 1 << 20
 """Candidate pairs that are held before they are verified."""
+SHOWN_GROUPS, SHOWN_MEMBERS, SHOWN_PAIRS = 24, 12, 24
+"""Groups, members of each and pairs that the report describes."""
 SHINGLES_AT_ONCE = 4 << 20
 """Shingles of candidates that are in memory while they are verified (8 bytes each, and about as many bytes of text)."""
 _SPACE = re.compile(r"\s+")
@@ -194,7 +196,77 @@ def resolve_near(
         root, partner = groups.root_D[place], groups.partner_D[place]
         pair = f"{_name(high[partner], low[partner])}, Jaccard {groups.similarity_D[place]:.3f}"
         details.append(f"in the group of {_name(high[root], low[root])}; tied to {pair}")
-    return Decision(groups.rows_D[places], ["near_duplicate"] * len(places), details, groups.report)
+    described = describe_groups(groups, high, low, _gather(sketches, "num_shingles")[order], fetch, settings)
+    return Decision(groups.rows_D[places], ["near_duplicate"] * len(places), details, groups.report | described)
+
+
+def describe_groups(
+    groups: Groups,
+    high_D: np.ndarray,
+    low_D: np.ndarray,
+    num_shingles_D: np.ndarray,
+    fetch: Fetch,
+    settings: NearDuplicates,
+) -> dict[str, Any]:
+    """Returns what the groups are like, all of them in figures and some in detail, as JSON values.
+
+    sizes: members -> groups. ties: of the documents that go, by the Jaccard similarity to their closest verified one.
+    pairs: some of these. shown: the largest groups, and as many others; ids are hashes, so that those with the least
+    ones are drawn at random, the same whatever the order of the input.
+    """
+    num_members = np.bincount(groups.root_D, minlength=1)
+    roots = np.flatnonzero(num_members > 1)
+    sizes, counts = np.unique(num_members[roots], return_counts=True)
+    largest = roots[np.lexsort((roots, -num_members[roots]))][: SHOWN_GROUPS // 2]
+    others = np.setdiff1d(roots, largest)
+    others = others[np.lexsort((low_D[others], high_D[others]))][: SHOWN_GROUPS // 2]
+    by_root = np.argsort(groups.root_D, kind="stable")
+    starts = np.searchsorted(groups.root_D[by_root], [*largest, *others])
+    shown = []
+    for root, start in zip([*largest.tolist(), *others.tolist()], starts.tolist()):
+        places = by_root[start : start + min(int(num_members[root]), SHOWN_MEMBERS)]
+        fit = np.searchsorted(np.cumsum(num_shingles_D[places]), SHINGLES_AT_ONCE, side="right")
+        places = places[: max(int(fit), 2)]
+        members = [_name(high_D[place], low_D[place]) for place in places.tolist()]
+        distances = _distances(groups.rows_D[places], fetch, settings)
+        shown.append({"size": int(num_members[root]), "members": members, **distances})
+    gone = np.flatnonzero(groups.root_D != np.arange(len(groups.root_D)))
+    pairs = gone[np.lexsort((low_D[gone], high_D[gone]))][:SHOWN_PAIRS]
+    ties, edges = np.histogram(groups.similarity_D[gone], bins=6, range=(settings.threshold, 1))
+    return {
+        "sizes": dict(zip(map(str, sizes.tolist()), counts.tolist())),
+        "ties": {"edges": [round(edge, 6) for edge in edges.tolist()], "documents": ties.tolist()},
+        "pairs": [
+            [_name(high_D[one], low_D[one]), _name(high_D[other], low_D[other]), _rounded(groups.similarity_D[one])]
+            for one, other in zip(pairs.tolist(), groups.partner_D[pairs].tolist())
+        ],
+        "shown": shown,
+    }
+
+
+def _distances(rows: np.ndarray, fetch: Fetch, settings: NearDuplicates) -> dict[str, Any]:
+    """Of all pairs of these documents: the nearest and the farthest (their places, similarity), how many lie below the
+    threshold: groups are made by chains of pairs.
+    """
+    from data_pipelines import kernels
+
+    by_row = np.argsort(rows)
+    place_of = np.empty(len(rows), np.int64)
+    place_of[by_row] = np.arange(len(rows))
+    shingles = shingle(find_words(fetch(rows[by_row])))
+    spans = [(shingles.starts[place], shingles.starts[place + 1]) for place in place_of.tolist()]
+    found = [(kernels.jaccard(shingles.values, *spans[a], *spans[b]), a, b) for b in range(len(rows)) for a in range(b)]
+    nearest, farthest = max(found, key=lambda pair: pair[0]), min(found, key=lambda pair: pair[0])
+    return {
+        "nearest": [*nearest[1:], _rounded(nearest[0])],
+        "farthest": [*farthest[1:], _rounded(farthest[0])],
+        "pairs": len(found),
+        "below_threshold": sum(pair[0] < settings.threshold for pair in found),
+    }
+
+
+def _rounded(similarity: float) -> float:
+    return round(float(similarity), 6)
 
 
 def group(sketches: Sequence[pa.RecordBatch], fetch: Fetch, scratch: Path, settings: NearDuplicates) -> Groups:
@@ -212,8 +284,8 @@ def group(sketches: Sequence[pa.RecordBatch], fetch: Fetch, scratch: Path, setti
     signatures = _in_order(sketches, place_of, scratch)
     root_D, partner_D = np.arange(num_documents), np.full(num_documents, -1)
     similarity_D = np.zeros(num_documents)
-    report = {"candidates": 0, "verified": 0, "groups": 0, "largest_group": 0}
-    for pairs in _candidate_pairs(signatures, sizes_D, root_D, settings):
+    report = {"candidates": 0, "verified": 0, "groups": 0, "largest_group": 0, "capped_buckets": 0}
+    for pairs in _candidate_pairs(signatures, sizes_D, root_D, settings, report):
         report["candidates"] += len(pairs)
         for block in _blocks(pairs, sizes_D):
             apart = kernels.apart(block, root_D)
@@ -250,11 +322,16 @@ def _in_order(sketches: Sequence[pa.RecordBatch], place_of: np.ndarray, scratch:
 
 
 def _candidate_pairs(
-    signatures: np.ndarray, sizes_D: np.ndarray, root_D: np.ndarray, settings: NearDuplicates
+    signatures: np.ndarray,
+    sizes_D: np.ndarray,
+    root_D: np.ndarray,
+    settings: NearDuplicates,
+    report: dict[str, int],
 ) -> Iterator[np.ndarray]:
     """Pairs [P, 2] that share a band, are of sizes and signatures that allow the threshold, and are in no one group.
 
-    At most about PAIRS_AT_ONCE are given at a time, each once, the better document second, in order.
+    At most about PAIRS_AT_ONCE are given at a time, each once, the better document second, in order. The report counts
+    the buckets of which not all pairs were looked at.
     """
     from data_pipelines import kernels
 
@@ -271,6 +348,7 @@ def _candidate_pairs(
             keys, members = all_keys[chosen], some[chosen]
             by_key = np.argsort(keys, kind="stable")
             keys, members = keys[by_key], members[by_key]
+            report["capped_buckets"] += int((np.diff(_bounds(keys)) > settings.neighbours + 1).sum())
             at = 0
             while at < len(keys):
                 found = np.empty((room, 2), np.int64)
@@ -284,6 +362,11 @@ def _candidate_pairs(
                     waiting = waiting[:0]
     if len(waiting):
         yield _distinct(waiting, len(sizes_D))
+
+
+def _bounds(keys: np.ndarray) -> np.ndarray:
+    """Where runs of equal keys begin, and the end."""
+    return np.concatenate([[0], 1 + np.flatnonzero(keys[1:] != keys[:-1]), [len(keys)]])
 
 
 def _distinct(pairs: np.ndarray, num_documents: int) -> np.ndarray:

@@ -47,12 +47,38 @@ class Document(NamedTuple):
     meta: Mapping[str, Any] = EMPTY_META
 
 
+class Check(NamedTuple):
+    """Rows fail where values_D is below (or above) the bound: one for all, or one of each. NaN: not measured."""
+
+    reason: str
+    values_D: np.ndarray
+    side: Literal["below", "above"]
+    bound: float | np.ndarray
+
+    def fails(self) -> np.ndarray:
+        """Per row, whether it fails; what was not measured does not."""
+        return self.values_D < self.bound if self.side == "below" else self.values_D > self.bound
+
+    def spread(self, rows: Sequence[int], num_rows: int) -> "Check":
+        """The check of some rows of a batch as one of the whole batch: nothing was measured of the others."""
+        values_D, bound = np.full(num_rows, np.nan), self.bound
+        values_D[rows] = self.values_D
+        if np.ndim(bound):
+            bound = np.full(num_rows, np.min(bound))
+            bound[rows] = self.bound
+        return self._replace(values_D=values_D, bound=bound)
+
+
 class Outcome(NamedTuple):
-    """What a stage says: the rows it was given (text perhaps edited), a reason or None per row, a detail or None."""
+    """What a stage says: the rows it was given (text perhaps edited), a reason or None per row, a detail or None.
+
+    checks: what it measured, where it measures; a sample of that is kept (`measures.py`).
+    """
 
     batch: pa.RecordBatch
     reasons: Sequence[str | None]
     details: Sequence[str | None]
+    checks: Sequence[Check] = ()
 
 
 class Decision(NamedTuple):
@@ -217,12 +243,13 @@ def only(domains: Sequence[str], apply: Apply | Corpus, *, others: bool = False)
         outcome = apply(batch.take(pa.array(rows)))
         for row, reason, detail in zip(rows, outcome.reasons, outcome.details, strict=True):
             reasons[row], details[row] = reason, detail
+        checks = [check.spread(rows, batch.num_rows) for check in outcome.checks]
         # Old and new rows end to end, then every row from where it now lies.
         both = concat_batches([batch, outcome.batch])
         where = list(range(batch.num_rows))
         for new, row in enumerate(rows):
             where[row] = batch.num_rows + new
-        return Outcome(both.take(pa.array(where)), reasons, details)
+        return Outcome(both.take(pa.array(where)), reasons, details, checks)
 
     return Corpus(sketched, apply.resolve) if isinstance(apply, Corpus) else selected
 

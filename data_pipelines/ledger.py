@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from data_pipelines.document import Document, Outcome, num_text_bytes, text_buffer
+from data_pipelines.measures import MEASURES, Bound, Profile, Sample, add_profile, add_sample, bounded, measure, settled
 
 
 class StageCount(NamedTuple):
@@ -37,8 +38,15 @@ class Fate(NamedTuple):
     detail: str
 
 
-FATES = pa.schema([*((name, pa.string()) for name in Fate._fields), ("text", pa.large_string())])
-"""Dropped documents; `text` is as the stage that dropped it saw it, null unless the run keeps what it drops."""
+FATES = pa.schema(
+    [
+        *((name, pa.string()) for name in Fate._fields),
+        *((name, pa.string()) for name in ("source", "domain", "language")),
+        ("num_bytes", pa.int64()),
+        ("text", pa.large_string()),
+    ]
+)
+"""Dropped documents, as the stage that dropped each saw it; `text` is null unless the run keeps what it drops."""
 
 
 @dataclass
@@ -46,7 +54,8 @@ class Ledger:
     """Grows batch by batch and stage by stage; `check` then proves that nothing vanished.
 
     stages: in the order of the chain. dropped: record batches of `FATES` (mapped files, in a large run). unreadable:
-    file -> rows that were set aside. reports: stage -> figures that a decision over the corpus gave.
+    file -> rows that were set aside. reports: stage -> figures that a decision over the corpus gave. came, stayed: what
+    the documents in and those kept are like. samples: stage -> what it measured.
     """
 
     stages: dict[str, StageCount] = field(default_factory=dict)
@@ -54,6 +63,9 @@ class Ledger:
     kept_ids: set[str] = field(default_factory=set)
     unreadable: Counter[str] = field(default_factory=Counter)
     reports: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    came: Profile = field(default_factory=dict)
+    stayed: Profile = field(default_factory=dict)
+    samples: dict[str, Sample] = field(default_factory=dict)
     keeps_text: bool = False
 
 
@@ -71,6 +83,8 @@ def record(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome)
             f"stage {stage!r} was given {rows} rows and returned {outcome.batch.num_rows} rows, "
             f"{len(outcome.reasons)} reasons, {len(outcome.details)} details; a stage returns one of each per row"
         )
+    if outcome.checks:
+        measure(ledger.samples.setdefault(stage, Sample()), stage, before, outcome)
     gone = [row for row, reason in enumerate(outcome.reasons) if reason is not None]
     kept = outcome.batch
     dropped: Counter[str] = Counter()
@@ -98,6 +112,8 @@ def _fates(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome,
         pa.array([stage] * len(gone), pa.string()),
         pa.array([outcome.reasons[row] for row in gone], pa.string()),
         pa.array([outcome.details[row] or "" for row in gone], pa.string()),
+        *(rows.column(name) for name in ("source", "domain", "language")),
+        pa.array(sizes(rows), pa.int64()),
         text,
     ]
     return pa.record_batch([column.cast(kind.type) for column, kind in zip(columns, FATES)], schema=FATES)
@@ -118,6 +134,32 @@ def merge(ledger: Ledger, part: Ledger) -> None:
     ledger.dropped.extend(part.dropped)
     ledger.unreadable.update(part.unreadable)
     ledger.reports.update(part.reports)
+    add_profile(ledger.came, part.came)
+    add_profile(ledger.stayed, part.stayed)
+    for name, sample in part.samples.items():
+        add_sample(ledger.samples.setdefault(name, Sample()), sample, name)
+
+
+def part_record(ledger: Ledger) -> dict[str, Any]:
+    """The ledger of a part as JSON values, without its dropped documents and the rows of its samples."""
+    counts = [count._asdict() for count in ledger.stages.values()]
+    unreadable = dict(sorted(ledger.unreadable.items()))
+    return {"stages": counts, "unreadable": unreadable, "came": ledger.came, "measured": _measured(ledger)}
+
+
+def part_samples(ledger: Ledger) -> list[pa.RecordBatch]:
+    """The rows of a part's samples, in the order of its record."""
+    return [settled(ledger.samples[name]) for name in _measured(ledger)]
+
+
+def of_part(about: Mapping[str, Any], dropped: list[pa.RecordBatch], samples: Iterable[pa.RecordBatch]) -> Ledger:
+    """The ledger that `part_record` and `part_samples` told of."""
+    held = {
+        name: Sample([Bound(**bound) for bound in each["bounds"]], each["documents"], each["bytes"], [rows])
+        for (name, each), rows in zip(about["measured"].items(), samples, strict=True)
+    }
+    stages = {count["stage"]: StageCount(**count) for count in about["stages"]}
+    return Ledger(stages, dropped, unreadable=Counter(about["unreadable"]), came=about["came"], samples=held)
 
 
 def check(ledger: Ledger) -> None:
@@ -158,6 +200,21 @@ def summary(ledger: Ledger) -> dict[str, Any]:
         "rows_set_aside": dict(sorted(ledger.unreadable.items())),
         "stages": [count._asdict() for count in counts],
         "reports": {name: dict(report) for name, report in ledger.reports.items()},
+        "profiles": {"in": bounded(ledger.came), "kept": bounded(ledger.stayed)},
+        "measured": _measured(ledger),
+    }
+
+
+def _measured(ledger: Ledger) -> dict[str, Any]:
+    """Stage -> how much it measured, and its bounds, in the order of the stages."""
+    return {
+        name: {
+            "documents": sample.num_documents,
+            "bytes": sample.num_bytes,
+            "bounds": [bound._asdict() for bound in sample.bounds],
+        }
+        for name in ledger.stages
+        if (sample := ledger.samples.get(name)) and sample.bounds
     }
 
 
@@ -184,14 +241,24 @@ def explain(ledger: Ledger, document_id: str) -> str:
     return _explained(document_id, fates(ledger), ledger.kept_ids)
 
 
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """What `save` wrote as ledger.json; ValueError where the folder holds none, or one of an earlier version."""
+    path = Path(folder) / "ledger.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run: it has no ledger.json; give the --output of data_pipelines.wanjuan")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if "profiles" not in found:
+        raise ValueError(f"{folder} was written by an earlier version: its ledger has no profiles; run the chain again")
+    return found
+
+
 def explain_run(folder: str | Path, document_id: str) -> str:
     """`explain` for a folder that the command wrote."""
     import pyarrow.compute as pc
     import pyarrow.dataset as ds
 
     folder = Path(folder)
-    if not (folder / "ledger.json").is_file():
-        raise ValueError(f"{folder} holds no run: it has no ledger.json; give the --output of data_pipelines.wanjuan")
+    read_summary(folder)
     begins = pc.starts_with(pc.field("id"), document_id)
     dropped = ds.dataset(folder / "dropped.parquet").to_table(list(Fate._fields), filter=begins).to_pylist()
     kept = ds.dataset(folder / "documents", format="parquet").to_table(["id"], filter=begins)
@@ -208,23 +275,32 @@ def _explained(document_id: str, dropped: Iterable[Fate], kept_ids: set[str]) ->
         if name.startswith(document_id):
             lines.setdefault(name, []).append(f"{name}: kept")
     if len(lines) != 1:
+        some = "".join(f" {name}," for name in sorted(lines)[:3])
         raise ValueError(
-            f"document id {document_id!r} matches {len(lines)} documents of this run; "
+            f"document id {document_id!r} matches {len(lines)} documents of this run;{some} "
             "give the id of one of them, or a longer prefix"
         )
     return "\n".join(next(iter(lines.values())))
 
 
 def save(ledger: Ledger, folder: str | Path) -> None:
-    """Writes ledger.json, and dropped.parquet with one row per dropped document; checks the sums first."""
+    """Writes ledger.json, dropped.parquet with a row per dropped document, measures.parquet; checks the sums first."""
     check(ledger)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_parquet(dropped_in_order(ledger), folder / "dropped.parquet", FATES)
+    _write_measures(part_samples(ledger), folder / "measures.parquet")
     text = json.dumps(summary(ledger), indent=2, ensure_ascii=False) + "\n"
     temporary = folder / "ledger.json.partial"
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(folder / "ledger.json")
+
+
+def _write_measures(samples: Sequence[pa.RecordBatch], path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_batches(samples, schema=MEASURES).combine_chunks()
+    pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS, use_dictionary=["stage"], write_statistics=["stage"])
 
 
 ROW_GROUP_ROWS = 4096
@@ -235,7 +311,7 @@ def write_parquet(batches: Iterable[pa.RecordBatch], path: Path, schema: pa.Sche
     """Writes one file whose bytes depend on the rows alone, not on how they are cut into batches."""
     import pyarrow.parquet as pq
 
-    few = [name for name in schema.names if name not in ("id", "text", "path", "detail", "meta")]
+    few = [name for name in schema.names if name not in ("id", "text", "path", "detail", "meta", "num_bytes")]
     with pq.ParquetWriter(path, schema, use_dictionary=few, write_statistics=few) as writer:
         for group in regroup(batches, schema):
             writer.write_table(pa.Table.from_batches([group], schema=schema), row_group_size=max(group.num_rows, 1))

@@ -1,5 +1,10 @@
 """Several token folders as one: documents chosen by length, rows mixed by weight.
 
+    python -m data_pipelines.mixing --tokens web code --weights 3 1 --num-tokens 1e9 --documents clean --by language
+
+prints what each folder gives to a run of that many tokens, and, of the runs of `data_pipelines.wanjuan` that the
+folders were made from, what each source, domain or language does.
+
 Which source each row comes from is a function of the weights, the seed and the row's absolute number alone. Rows come
 in blocks of BLOCK_ROWS. After any number of blocks every source has had its share to within about a row (rounded by
 Webster's method, in whole numbers, so that nothing is taken back and no error adds up), and within a block the sources
@@ -8,10 +13,12 @@ are shuffled. Nothing is walked through: the block that holds a row is computed 
 S sources, R rows of a block, T tokens of a row.
 """
 
+import argparse
 import dataclasses
 import functools
 import hashlib
 import math
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +28,7 @@ import numpy as np
 
 from data_pipelines.loading import ENDLESS, Piece, Rows, described, open_folder, row_batch
 from data_pipelines.packing import Packing
-from data_pipelines.tokens import TokenFolder
+from data_pipelines.tokens import DOCUMENTS, TokenFolder
 from internjax.train.batch import Batch
 
 BLOCK_ROWS = 1024
@@ -308,3 +315,96 @@ def _check_epochs(mixture: Mixture, num_rows: int | None) -> None:
     ]
     if over:
         raise ValueError("; ".join(over) + ". Lower its weight, add text, shorten the run or raise max_epochs")
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+KINDS = ("source", "domain", "language")
+UNKNOWN = "(not in the documents)"
+
+
+class Kind(NamedTuple):
+    """Documents of a token folder that are of one kind."""
+
+    folder: Path
+    kind: tuple[str, ...]
+    """Values of the columns that were asked for."""
+    num_documents: int
+    num_bytes: int
+    """Of their text, in UTF-8."""
+    num_tokens: int
+    num_epochs: float
+    """How often a run reads them."""
+    share: float
+    """Of the tokens that the run reads."""
+
+
+def kinds(mixture: Mixture, runs: Sequence[str | Path], *, by: Sequence[str], num_rows: int) -> list[Kind]:
+    """Returns what documents of each kind give to the first `num_rows` rows, those of a folder by their tokens.
+
+    runs: output folders of `data_pipelines.wanjuan`, where text and kind of the documents are; a document that is in
+    none is of the kind `UNKNOWN`.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.dataset as ds
+    import pyarrow.parquet as pq
+
+    if wrong := [name for name in by if name not in KINDS]:
+        raise ValueError(f"kinds are told by {', '.join(KINDS)}; given {', '.join(wrong)}")
+    columns = {name: ds.field(name) for name in ("id", *by)} | {"num_bytes": pc.binary_length(ds.field("text"))}
+    known = pa.concat_tables(
+        ds.dataset(Path(run) / "documents", format="parquet").to_table(columns=columns) for run in runs
+    )
+    # A document that is in two runs is one document.
+    known = known.group_by("id", use_threads=False).aggregate([(name, "first") for name in columns if name != "id"])
+    known = known.rename_columns([name.removesuffix("_first") for name in known.column_names])
+    found = []
+    for share in mixture.shares(num_rows):
+        table = pq.read_table(share.folder / DOCUMENTS, columns=["id", "num_tokens"])
+        table = table.join(known, "id", join_type="left outer")
+        groups = table.group_by(list(by)).aggregate(
+            [("num_tokens", "count"), ("num_bytes", "sum"), ("num_tokens", "sum")]
+        )
+        for row in groups.to_pylist():
+            kind = tuple(UNKNOWN if row[name] is None else row[name] for name in by)
+            counts = row["num_tokens_count"], row["num_bytes_sum"] or 0, row["num_tokens_sum"]
+            found.append(Kind(share.folder, kind, *counts, share.num_epochs, row["num_tokens_sum"] * share.num_epochs))
+    total = sum(each.share for each in found) or 1.0
+    order = {share.folder: place for place, share in enumerate(mixture.shares(num_rows))}
+    found.sort(key=lambda each: (order[each.folder], -each.num_tokens, each.kind))
+    return [each._replace(share=each.share / total) for each in found]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the statistics of a mixture and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipelines.mixing", description="What token folders give to a run, by weight."
+    )
+    parser.add_argument("--tokens", nargs="+", required=True, metavar="FOLDER", help="token folders")
+    parser.add_argument("--weights", nargs="+", type=float, default=[], help="one per folder (default: their tokens)")
+    parser.add_argument("--num-tokens", type=float, help="of the run (default: one epoch of all folders)")
+    parser.add_argument("--seq-len", type=int, default=4096, help="tokens of a row (default: 4096)")
+    parser.add_argument("--packing", choices=("concat", "whole"), default="concat")
+    parser.add_argument("--documents", nargs="+", default=[], metavar="DIR", help="runs of data_pipelines.wanjuan")
+    parser.add_argument("--by", nargs="+", default=list(KINDS), choices=KINDS, help="default: all of them")
+    given = parser.parse_args(arguments)
+    try:
+        sources = make_sources(given.tokens, weights=given.weights)
+        mixture = open_mixture(sources, seq_len=given.seq_len, packing=given.packing, seed=0)
+        num_rows = int(given.num_tokens / given.seq_len) if given.num_tokens else mixture.num_rows
+        print(*mixture.shares(num_rows), sep="\n")
+        found = kinds(mixture, given.documents, by=given.by, num_rows=num_rows) if given.documents else []
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for each in found:
+        print(
+            f"{each.folder.name}: {', '.join(each.kind)}: {each.num_documents:,} documents, {each.num_bytes:,} bytes, "
+            f"{each.num_tokens:,} tokens, {each.num_epochs:.2f} epochs, {each.share:.2%} of what is read"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,6 +14,7 @@ from data_pipelines import chain
 from data_pipelines.code import markdown, order_documents
 from data_pipelines.document import SCHEMA, to_documents
 from data_pipelines.ledger import regroup, save, summary, write_parquet
+from data_pipelines.measures import counted
 
 FILE_BYTES = 256 << 20
 """Text in a file of documents."""
@@ -65,6 +66,7 @@ def write_folder(
     try:
         whole, order = dependency_rows(found.shards)
         batches = (chain.fetch(whole, order[start : start + 1024]) for start in range(0, len(order), 1024))
+        batches = counted(batches, found.ledger.stayed)
         done = 0
         for number, batches_of_file in enumerate(_files(regroup(batches, SCHEMA))):
             write_parquet(batches_of_file, new / "documents" / f"{number:05d}.parquet", SCHEMA)

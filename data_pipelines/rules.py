@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines.document import Outcome, text_buffer, with_text
+from data_pipelines.document import Check, Outcome, text_buffer, with_text
 from data_pipelines.outline import outline
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
@@ -98,15 +98,6 @@ REFERENCE = TextRules(
 """Documentation: short entries, signatures, tables and code between the sentences are what it is made of."""
 
 
-class Check(NamedTuple):
-    """Rows fail where values_D is below (or above) the bound."""
-
-    reason: str
-    values_D: np.ndarray
-    side: str
-    bound: float
-
-
 class Words(NamedTuple):
     """Hash, bytes and flags of every word of a batch; those of row d lie at starts[d]:starts[d + 1]."""
 
@@ -132,12 +123,12 @@ def judge(batch: pa.RecordBatch, checks: Iterable[Check]) -> Outcome:
     """Returns the batch with, per row, its first failing check as the reason and all of them with values as detail."""
     failed: list[list[str]] = [[] for _ in range(batch.num_rows)]
     reasons: list[str | None] = [None] * batch.num_rows
+    checks = list(checks)
     for check in checks:
-        fails_D = check.values_D < check.bound if check.side == "below" else check.values_D > check.bound
-        for row in np.flatnonzero(fails_D).tolist():
+        for row in np.flatnonzero(check.fails()).tolist():
             reasons[row] = reasons[row] or check.reason
             failed[row].append(f"{check.reason}: {check.values_D[row]:.4g} is {check.side} {check.bound:g}")
-    return Outcome(batch, reasons, ["; ".join(texts) or None for texts in failed])
+    return Outcome(batch, reasons, ["; ".join(texts) or None for texts in failed], checks)
 
 
 def text_rules(rules: TextRules) -> Callable[[pa.RecordBatch], Outcome]:
@@ -407,15 +398,31 @@ def code_rules(rules: CodeRules) -> Callable[[pa.RecordBatch], Outcome]:
 
     def apply(batch: pa.RecordBatch) -> Outcome:
         columns = (batch.column(name).to_pylist() for name in ("text", "language", "path"))
-        verdicts = [_code_reason(*row, rules) for row in zip(*columns, strict=True)]
-        return Outcome(batch, [reason for reason, _ in verdicts], [detail for _, detail in verdicts])
+        measured: list[dict[str, float]] = [{} for _ in range(batch.num_rows)]
+        verdicts = [_code_reason(*row, rules, found) for *row, found in zip(*columns, measured, strict=True)]
+        checks = [
+            Check(name, np.array([found.get(name, np.nan) for found in measured], np.float64), side, bound)
+            for name, side, bound in (
+                ("characters", "above", rules.max_bytes),
+                ("longest_line", "above", rules.max_line),
+                ("mean_line", "above", rules.max_mean_line),
+                ("white_space", "below", rules.min_white_space),
+                ("table_share", "above", rules.max_data_share),
+                ("letters_and_digits", "below", rules.min_alphanumeric),
+            )
+        ]
+        return Outcome(batch, [reason for reason, _ in verdicts], [detail for _, detail in verdicts], checks)
 
     return apply
 
 
-def _code_reason(text: str, language: str, path: str, rules: CodeRules) -> tuple[str | None, str | None]:
+def _code_reason(
+    text: str, language: str, path: str, rules: CodeRules, measured: dict[str, float]
+) -> tuple[str | None, str | None]:
+    """Returns the first reason that a file gives, and its detail; `measured` is told what was measured up to there."""
     if not text.strip():
         return "empty", "no character"
+    measured["characters"] = len(text)
     if len(text) > rules.max_bytes:
         return "huge_file", f"{len(text)} characters are above {rules.max_bytes}"
     name = path.rpartition("/")[2].lower()
@@ -425,13 +432,13 @@ def _code_reason(text: str, language: str, path: str, rules: CodeRules) -> tuple
     mark = mark or (GO_GENERATED.search(text) if language == "go" else None)
     if mark:
         return "generated", f"its head says {mark.group()!r}"
-    minified = _minified(text, language, name, rules)
+    minified = _minified(text, language, name, rules, measured)
     if minified:
         return "minified", minified
-    data = _data_only(text, language, rules)
+    data = _data_only(text, language, rules, measured)
     if data:
         return "data_only", data
-    alphanumeric = _num_word_characters(text) / len(text)
+    alphanumeric = measured["letters_and_digits"] = _num_word_characters(text) / len(text)
     if alphanumeric < rules.min_alphanumeric:
         return "few_letters_and_digits", f"{alphanumeric:.2f} is below {rules.min_alphanumeric}"
     if language == "python" and (error := outline(text).error):
@@ -439,31 +446,37 @@ def _code_reason(text: str, language: str, path: str, rules: CodeRules) -> tuple
     return None, None
 
 
-def _minified(text: str, language: str, name: str, rules: CodeRules) -> str | None:
+def _minified(text: str, language: str, name: str, rules: CodeRules, measured: dict[str, float]) -> str | None:
     """Returns what shows that a file is minified, or None."""
     if MINIFIED_NAMES.search(name):
         return f"its name is {name}"
     lines = text.splitlines()
     longest, mean = max(map(len, lines)), len(text) / len(lines)
+    measured |= {"longest_line": longest, "mean_line": mean}
     if longest > rules.max_line or mean > rules.max_mean_line:
         return f"longest line {longest}, mean {mean:.0f}: above {rules.max_line} or {rules.max_mean_line}"
-    white = 1 - len("".join(text.split())) / len(text) if language in WEB_LANGUAGES else 1
-    if white < rules.min_white_space:
-        return f"white space is {white:.3f} of it, below {rules.min_white_space}"
+    if language in WEB_LANGUAGES:
+        white = measured["white_space"] = 1 - len("".join(text.split())) / len(text)
+        if white < rules.min_white_space:
+            return f"white space is {white:.3f} of it, below {rules.min_white_space}"
     return None
 
 
-def _data_only(text: str, language: str, rules: CodeRules) -> str | None:
+def _data_only(text: str, language: str, rules: CodeRules, measured: dict[str, float]) -> str | None:
     """Returns what shows that a file is a table, or None."""
     if len(text) < rules.min_data_characters:
         return None
     if language in DATA_LANGUAGES:
+        measured["table_share"] = 1.0
         return f"{len(text)} characters of {language}, at least {rules.min_data_characters}"
     if language == "python":
         share = outline(text).data_share
     else:
         share = sum(found.end() - found.start() + 1 for found in DATA_LINE.finditer(text)) / len(text)
-    if share > rules.max_data_share and share * len(text) >= rules.min_data_characters:
+    if share * len(text) < rules.min_data_characters:
+        return None
+    measured["table_share"] = share
+    if share > rules.max_data_share:
         return f"{share:.2f} of it is tables, above {rules.max_data_share}"
     return None
 

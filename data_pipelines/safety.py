@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines.document import Outcome, text_buffer
+from data_pipelines.document import Check, Outcome, text_buffer
 from data_pipelines.readers import existing, opened
 
 URL_FIELDS = ("url", "uri", "source_url", "host", "domain")
@@ -218,7 +218,10 @@ def blocked_words(
                 f"weight {weight_D[row]:g} is above {bounds.max_weight:g}, {rate_D[row]:.4g} per 1000 characters is "
                 f"above {bounds.max_weight_per_1000_characters:g}: {words}"
             )
-        return Outcome(batch, [detail and "blocked_words" for detail in details], details)
+        # A light weight is no reason, whatever the rate.
+        heavy_D = np.where(weight_D > bounds.max_weight, rate_D, 0.0)
+        check = Check("blocked_words", heavy_D, "above", bounds.max_weight_per_1000_characters)
+        return Outcome(batch, [detail and "blocked_words" for detail in details], details, [check])
 
     return apply
 

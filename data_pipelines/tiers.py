@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines.document import SCHEMA, Outcome
+from data_pipelines.document import SCHEMA, Check, Outcome
 from data_pipelines.readers import json_rows
 
 Label = Literal["high", "low"]
@@ -90,7 +90,10 @@ def tiers(settings: Tiers, *, score: Score = score_of_meta) -> Callable[[pa.Reco
             fields = json.loads(meta) | {"quality": round(value, 6), "tier": tier, "weight": weight}
             metas.append(json.dumps(fields, sort_keys=True, ensure_ascii=False))
         place = SCHEMA.get_field_index("meta")
-        return Outcome(batch.set_column(place, SCHEMA.field("meta"), pa.array(metas, pa.string())), reasons, details)
+        batch = batch.set_column(place, SCHEMA.field("meta"), pa.array(metas, pa.string()))
+        counts = settings.languages is None or np.isin(batch.column("language").to_pylist(), settings.languages)
+        check = Check("low_quality", np.where(counts, scores_D, np.nan), "below", settings.low)
+        return Outcome(batch, reasons, details, [check])
 
     return apply
 

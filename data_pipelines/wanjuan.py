@@ -6,6 +6,7 @@ DIR/documents/NNNNN.parquet  what was kept, code files in the order of their dep
 DIR/repositories.jsonl       each repository's kept files as one markdown text (where there is code)
 DIR/ledger.json              documents and bytes in and kept, dropped by stage and reason; it sums, or the run fails
 DIR/dropped.parquet          every dropped document: id, path, stage, reason, measured values (its text: --keep-dropped)
+DIR/measures.parquet         what stages measured of a sample of the documents (`python -m data_pipelines.inspect DIR`)
 DIR/set_aside.txt            every row and file that could not be read: file:line: reason
 
 The corpus need not fit into memory; a repository with code must. A run that was killed goes on where it was: what it
@@ -35,6 +36,7 @@ from data_pipelines.document import (
 from data_pipelines.ledger import Ledger, dropped_by_reason, file_of, merge, remember_kept, summary
 from data_pipelines.licence import PERMISSIVE, licences
 from data_pipelines.long_text import LONG_TEXT, long_text_stages
+from data_pipelines.measures import counted
 from data_pipelines.natural_languages import identify_languages
 from data_pipelines.output import ordered_batches, write_folder
 from data_pipelines.pii import masked
@@ -245,7 +247,8 @@ def run_chain(
         found = chain.run(units, stages, chain.Settings(Path(work), sizes, keep_dropped=ledger.keeps_text), run_tasks)
         merge(ledger, found.ledger)
         check_kept(ledger)
-        kept = [document for batch in ordered_batches(found.shards) for document in to_documents(batch)]
+        batches = counted(ordered_batches(found.shards), ledger.stayed)
+        kept = [document for batch in batches for document in to_documents(batch)]
     remember_kept(ledger, kept)
     return kept
 

@@ -4,8 +4,9 @@
     sections = [Section("Result", [Numbers([bits])])]
     write(folder, "Tiny run", sections)  # report.html and report.md
 
-The page needs nothing but itself (inline style and SVG, no script), follows the reader's light or dark setting, and
-folds on narrow screens. All text is escaped; figures are drawn here, so that their colours follow the page.
+The page needs nothing but itself (inline style and SVG; no script, but a few lines where it has sliders), follows the
+reader's light or dark setting, and folds on narrow screens. All text is escaped; figures are drawn here, so that their
+colours follow the page.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from internjax.chart import Lines, escape, printable, svg
+from internjax.figures import SCRIPT, STYLE, Bars, Slider, bars_html, format_number, slider_html
 
 Outcome = Literal["good", "bad", "neutral"]
 _VERDICT = {"good": "✓", "bad": "✗", "neutral": "•"}
@@ -91,7 +93,7 @@ class Samples:
     caption: str = ""
 
 
-Block = Numbers | Text | Code | Table | Samples | Lines
+Block = Numbers | Text | Code | Table | Samples | Lines | Bars | Slider
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,17 @@ class Section:
     blocks: Sequence[Block]
 
 
-def write(folder: str | os.PathLike, title: str, sections: Sequence[Section], *, subtitle: str = "") -> None:
-    """Writes report.html and report.md into `folder`, each by an atomic rename."""
+def write(
+    folder: str | os.PathLike, title: str, sections: Sequence[Section], *, subtitle: str = "", name: str = "report"
+) -> None:
+    """Writes NAME.html and NAME.md into `folder`, each by an atomic rename."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    forms = {"report.html": page, "report.md": markdown}
-    for name, form in forms.items():
-        temporary = folder / f"{name}.part"
+    forms = {f"{name}.html": page, f"{name}.md": markdown}
+    for file, form in forms.items():
+        temporary = folder / f"{file}.part"
         temporary.write_text(form(title, sections, subtitle=subtitle), encoding="utf-8")
-        os.replace(temporary, folder / name)
+        os.replace(temporary, folder / file)
 
 
 def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
@@ -121,12 +125,14 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
         for name, part in zip(names, sections)
     )
     lead = f'<p class="lead">{_inline_html(subtitle)}</p>' if subtitle else ""
+    has_sliders = any(isinstance(block, Slider) for part in sections for block in part.blocks)
+    script = f"<script>{SCRIPT}</script>" if has_sliders else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
-        f"<body><header><h1>{escape(title)}</h1>{lead}{contents}</header><main>{body}</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}{STYLE}</style></head>"
+        f"<body><header><h1>{escape(title)}</h1>{lead}{contents}</header><main>{body}</main>{script}</body></html>\n"
     )
 
 
@@ -167,9 +173,9 @@ def format_value(value: Any) -> str:
 
 
 def _blocks_html(blocks: Sequence[Block]) -> str:
-    """The blocks one below the other, neighbouring charts side by side."""
+    """The blocks one below the other, neighbouring figures side by side."""
     parts = []
-    for is_chart, group in itertools.groupby(blocks, key=lambda block: isinstance(block, Lines)):
+    for is_chart, group in itertools.groupby(blocks, key=lambda block: isinstance(block, Lines | Bars | Slider)):
         body = "".join(map(_block_html, group))
         parts.append(f'<div class="charts">{body}</div>' if is_chart else body)
     return "".join(parts)
@@ -192,6 +198,10 @@ def _block_html(block: Block) -> str:
             return f'{_caption_html(caption)}<div class="samples">{cards}</div>'
         case Lines():
             return svg(block)
+        case Bars():
+            return bars_html(block)
+        case Slider():
+            return slider_html(block)
     raise ValueError(f"a section holds a {type(block).__name__}; give one of the blocks of internjax.report")
 
 
@@ -268,6 +278,12 @@ def _block_markdown(block: Block) -> str:
             return "\n\n".join(parts)
         case Lines():
             return _table_markdown(_chart_table(block))
+        case Bars(title, bars, whole, part, caption):
+            columns = ("", part, whole, "in words") if part else ("", whole, "in words")
+            rows = [(bar.label, *((bar.part, bar.whole) if part else (bar.whole,)), bar.said) for bar in bars]
+            return _table_markdown(Table(columns, rows, f"{title}. {caption}".strip()))
+        case Slider():
+            return _table_markdown(_slider_table(block))
     raise ValueError(f"a section holds a {type(block).__name__}; give one of the blocks of internjax.report")
 
 
@@ -280,6 +296,18 @@ def _chart_table(chart: Lines) -> Table:
     rows += [(name, None, value, value, value, value, "") for name, value in (chart.baselines or {}).items()]
     columns = ("series", "points", "first", "last", "least", "most", "course")
     return Table(columns, rows, caption=f"{chart.title} ({chart.y_label} over {chart.x_label})")
+
+
+def _slider_table(block: Slider) -> Table:
+    """Some stops of a slider, the one in use among them."""
+    last = len(block.stops) - 1
+    shown = sorted({0, last // 4, last // 2, 3 * last // 4, last, block.now})
+    rows = [
+        (format_number(stop.value) + (" (in use)" if index == block.now else ""), stop.said)
+        for index, stop in enumerate(block.stops)
+        if index in shown
+    ]
+    return Table(("value", "what follows"), rows, f"{block.label}. {block.caption}".strip())
 
 
 def _table_markdown(block: Table) -> str:
@@ -315,9 +343,9 @@ def _fenced(text: str, language: str = "") -> str:
 
 _STYLE = """
 :root{--bg:#fbfbfa;--card:#fff;--ink:#1c2126;--soft:#5f6b76;--line:#e1e4e8;--code:#f2f3f5;--good:#1a7f4b;
---bad:#b3261e;--goodbg:#e9f6ef;--badbg:#fcebea;--c0:#0b6bcb;--c1:#cf4a2c;--c2:#1f8a5b;--c3:#9a6b00;--c4:#7a4fbf;
+--bad:#b3261e;--goodbg:#e9f6ef;--badbg:#fcebea;--shade:#c3d3e4;--c0:#0b6bcb;--c1:#cf4a2c;--c2:#1f8a5b;--c3:#9a6b00;--c4:#7a4fbf;
 --c5:#5b6770}@media (prefers-color-scheme:dark){:root{--bg:#14171a;--card:#1c2125;--ink:#e6e9ec;--soft:#9aa6b2;
---line:#30373d;--code:#23292e;--good:#5fd39a;--bad:#ff8a80;--goodbg:#173226;--badbg:#3a1f1e;--c0:#6db3ff;
+--line:#30373d;--code:#23292e;--good:#5fd39a;--bad:#ff8a80;--goodbg:#173226;--badbg:#3a1f1e;--shade:#3b4a5a;--c0:#6db3ff;
 --c1:#ff9a7a;--c2:#63d39a;--c3:#f0c060;--c4:#bb9cff;--c5:#aab4be}}*{box-sizing:border-box}body{margin:0;
 background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",
 "PingFang SC","Microsoft YaHei",sans-serif}header,main{max-width:68rem;margin:0 auto;padding:0 1.25rem}header{
@@ -344,8 +372,9 @@ background:var(--code);border-radius:.5rem;padding:.7rem .9rem;margin:.4rem 0;ov
 white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate}.samples{display:grid;
 grid-template-columns:repeat(auto-fit,minmax(min(18rem,100%),1fr));gap:.7rem;margin:.3rem 0 .9rem}.samples figure{
 margin:0;display:flex;flex-direction:column;background:var(--card);border:1px solid var(--line);border-radius:.5rem;
-padding:.6rem .7rem}.samples figcaption{font-size:.85rem;font-weight:600;color:var(--soft)}.samples pre{
-margin:.35rem 0 0;flex:1}.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(28rem,100%),1fr));
+padding:.6rem .7rem}.samples figcaption{font-size:.85rem;font-weight:600;color:var(--soft);
+overflow-wrap:anywhere}.samples pre{margin:.35rem 0 0;flex:1}.charts{display:grid;
+grid-template-columns:repeat(auto-fit,minmax(min(28rem,100%),1fr));
 gap:.7rem;margin:.5rem 0 .9rem}.chart{background:var(--card);border:1px solid var(--line);border-radius:.5rem;
 padding:.6rem .8rem;margin:0;max-width:46rem}.chart figcaption{font-weight:600;font-size:.95rem}
 .chart figcaption span{font-weight:400;color:var(--soft);font-size:.83rem;margin-left:.4rem}.chart .legend{

@@ -30,7 +30,7 @@ FOLDERS = {
 }
 # Inside the core a room imports from its own layer and from those before it.
 CORE_LAYERS = (
-    {"sharding", "sandbox", "sandbox_child", "report", "chart", "text", "kernels"},
+    {"sharding", "sandbox", "sandbox_child", "report", "chart", "figures", "text", "kernels"},
     {"model"},
     {"decode", "train", "hf"},
     {"rlhf"},

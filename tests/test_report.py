@@ -1,6 +1,8 @@
 """One description gives two documents that say the same; nothing in them comes from outside or runs."""
 
+import json
 import math
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -8,10 +10,11 @@ import pytest
 
 from internjax import chart, report
 from internjax.chart import Lines
+from internjax.figures import Bar, Bars, Slider, Stop
 from internjax.report import Code, Number, Numbers, Sample, Samples, Section, Table, Text
 
 EVIL = '<script>alert(1)</script><img src="http://x.example/a" onerror=b>\x00\x1b[31m"\'&'
-VOID = {"meta", "line", "br", "img"}
+VOID = {"meta", "line", "br", "img", "input"}
 
 
 class Checker(HTMLParser):
@@ -47,6 +50,7 @@ def everything(word):
             "Second", [Code(word), Table([word], [[word]], caption=word), Samples([Sample(word, word)], caption=word)]
         ),
         Section("Third", [Lines(word, {word: [(0, 1), (1, 2)]}, word, word, baselines={word: 1.5})]),
+        Section("Fourth", [Bars(word, [Bar(word, 4, 1, word)], word, word, caption=word)]),
     ]
 
 
@@ -66,7 +70,7 @@ def test_page_is_self_contained_and_follows_the_reader():
     assert "prefers-color-scheme:dark" in document and 'name="viewport"' in document
     names = [value for name, value in Checker(document).attributes if name == "id"]
     links = [value for name, value in Checker(document).attributes if name == "href"]
-    assert links == [f"#{name}" for name in names] and len(names) == 3
+    assert links == [f"#{name}" for name in names] and len(names) == 4
 
 
 def test_both_forms_say_the_same():
@@ -88,6 +92,36 @@ def test_both_forms_say_the_same():
     assert "| Bits | 1.793 | bigram 1.92 | ✓ better |" in lines
     assert "| near \\| far | – |" in lines
     assert "| train | 2 | 4.000 | 2.500 | 2.500 | 4.000 | █▁ |" in lines
+
+
+def test_bars_have_one_scale_and_both_numbers():
+    bars = Bars("Kept", [Bar("a", 200, 50, "50 of 200"), Bar("b", 100, 0, "none of 100")], "in", "kept")
+    document = report.page("t", [Section("s", [bars])])
+    assert re.findall(r'class="(whole|part)" style="width:([\d.]+)%"', document) == [
+        ("whole", "100.00"), ("part", "25.00"), ("whole", "50.00"), ("part", "0.00"),
+    ]  # fmt: skip
+    assert "| a | 50 | 200 | 50 of 200 |" in report.markdown("t", [Section("s", [bars])])
+
+
+def test_a_slider_brings_its_numbers_and_the_page_its_script_once():
+    stops = [Stop(value, share, f"{EVIL} {value}") for value, share in ((0.5, 0.2), (1, 0.4), (3000, 1.0))]
+    sections = [Section("s", [Slider(EVIL, stops, 1, caption=EVIL), Slider("b", stops, 0)])]
+    document = report.page("t", sections)
+    checker = Checker(document)
+    assert (
+        checker.tags.count("script") == 1
+        and not {"img", "link"} & set(checker.tags)
+        and "http" not in script_of(document)
+    )
+    assert not [name for name, _ in checker.attributes if name.startswith("on") or name == "src"]
+    data = [json.loads(value) for name, value in checker.attributes if name == "data-stops"]
+    assert data[0] == [["0.5", 0.2, f"{EVIL} 0.5"], ["1", 0.4, f"{EVIL} 1"], ["3,000", 1.0, f"{EVIL} 3000"]] == data[1]
+    assert [value for name, value in checker.attributes if name == "data-now"] == ["1", "0"]
+    assert "1 (in use)" in report.markdown("t", sections) and "script" not in report.page("t", everything("word"))
+
+
+def script_of(document):
+    return re.search(r"<script>(.*?)</script>", document, re.DOTALL)[1]
 
 
 def test_markdown_means_only_itself():
@@ -194,6 +228,10 @@ def test_write_replaces_both_files(tmp_path):
         (lambda: Table(["a", "b"], [[1]]), "row 0 has 1 cells; the table has 2 columns"),
         (lambda: Lines("t", {"a": [(0, math.nan)]}, "x", "y"), "has no finite point; leave it out"),
         (lambda: Lines("t", {"a": [(0, 1)]}, "x", "y", log_x=True), "logarithmic axis; set log_x=False"),
+        (lambda: Bars("t", [], "in"), "has no bar; leave it out"),
+        (lambda: Bars("t", [Bar("a", -1, 0, "")], "in"), "give lengths of 0 or more"),
+        (lambda: Slider("t", [Stop(2, 0, ""), Stop(1, 0, "")], 0), "give ascending values and the number of one"),
+        (lambda: Slider("t", [Stop(1, 0, "")], 1), "give ascending values and the number of one"),
         (lambda: report.page("t", [Section("s", ["text"])]), "a section holds a str; give one of the blocks"),
         (lambda: report.markdown("t", [Section("s", ["text"])]), "a section holds a str; give one of the blocks"),
     ],

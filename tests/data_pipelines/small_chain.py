@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from data_pipelines import dedup, executors, wanjuan
 from data_pipelines.chain import Sizes
-from data_pipelines.document import Outcome, Stage
+from data_pipelines.document import Check, Outcome, Stage
 
 SIZES = Sizes(unit_bytes=2000, batch_bytes=700, batch_rows=4)
 
@@ -48,7 +48,8 @@ def watched(batch: pa.RecordBatch, *, log: str, kill: str) -> Outcome:
         os.kill(os.getpid(), signal.SIGKILL)
     with open(log, "a") as lines:
         lines.write("".join(path + "\n" for path in paths))
-    return Outcome(batch, ["short" if len(text) < 20 else None for text in texts], texts)
+    lengths = Check("short", np.array([len(text) for text in texts], float), "below", 20)
+    return Outcome(batch, ["short" if len(text) < 20 else None for text in texts], texts, [lengths])
 
 
 def stages(folder: Path) -> list[Stage]:

@@ -19,7 +19,7 @@ from tests.data_pipelines.small_chain import SIZES, contents, run, stages, write
 from tests.data_pipelines.test_archives import tar_bytes, zip_bytes
 from tests.data_pipelines.test_web_pages import page, response
 
-SAME = ("documents/00000.parquet", "dropped.parquet", "repositories.jsonl")
+SAME = ("documents/00000.parquet", "dropped.parquet", "measures.parquet", "repositories.jsonl")
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 

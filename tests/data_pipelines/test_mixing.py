@@ -11,12 +11,25 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipelines.document import make_document, to_batch
 from data_pipelines.loading import batches, open_rows, row_batch
-from data_pipelines.mixing import BLOCK_ROWS, Source, block_of_rows, make_sources, open_mixture, rows_of_sources
+from data_pipelines.mixing import (
+    BLOCK_ROWS,
+    UNKNOWN,
+    Source,
+    block_of_rows,
+    kinds,
+    main,
+    make_sources,
+    open_mixture,
+    rows_of_sources,
+)
 from data_pipelines.mixing import whole_weights as whole
 from data_pipelines.tokens import TokenDocument, write_tokens
 
@@ -281,3 +294,36 @@ def test_the_example_of_the_readme_runs(capsys):
     exec(compile(code, "data_pipelines/README.md", "exec"), {})
     short, long, shape = capsys.readouterr().out.splitlines()
     assert "50.00% of the rows" in short and "50.00% of the rows" in long and shape.startswith("(4, 64) [")
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_what_each_kind_of_document_gives_to_a_run(folders, tmp_path, capsys):
+    """Documents of the run: those of the folder `web`, by turns of two languages, and one that is in no folder."""
+    lengths = open_rows(folders[0], seq_len=16, packing="concat", seed=3).folder.lengths_D.tolist()
+    rows = [
+        make_document("x" * n, source="s", path="p", language="ab"[n % 2])._replace(id=f"web-{n}")
+        for n in range(len(lengths) + 1)
+    ]
+    (tmp_path / "run" / "documents").mkdir(parents=True)
+    for name in ("00000", "00001"):  # one document twice, as in two runs
+        part = rows[:40] if name == "00000" else rows[39:]
+        pq.write_table(pa.Table.from_batches([to_batch(part)]), tmp_path / "run" / "documents" / f"{name}.parquet")
+    rows_of = mixture(folders[:2], weights=(1, 3))
+    found = kinds(rows_of, [tmp_path / "run"], by=["language"], num_rows=4096)
+    web, code = rows_of.shares(4096)
+    for each, number in zip(sorted(found[:2], key=lambda each: each.kind), (0, 1)):
+        mine = range(number, len(lengths), 2)
+        assert each[1:5] == (("ab"[number],), len(mine), sum(mine), sum(lengths[n] for n in mine))
+        assert each.folder == web.folder and each.num_epochs == web.num_epochs
+    (other,) = found[2:]
+    assert other.kind == (UNKNOWN,) and other.num_documents == 40 and other.num_bytes == 0
+    assert sum(each.share for each in found) == pytest.approx(1)
+    read = [sum(each.num_tokens * each.num_epochs for each in found if each.folder == f.folder) for f in (web, code)]
+    assert [sum(each.share for each in found[:2]), other.share] == pytest.approx([n / sum(read) for n in read])
+    arguments = ["--tokens", *folders[:2], "--seq-len", "16", "--num-tokens", "65536", "--weights", "1", "3"]
+    assert main([*arguments, "--documents", str(tmp_path / "run"), "--by", "language"]) == 0
+    said = capsys.readouterr().out
+    assert "25.00% of the rows" in said and f"web: b: {len(lengths) // 2} documents, " in said and said.count("\n") == 5
+    assert main([*arguments, "--documents", str(tmp_path / "none")]) == 1 and "error: " in capsys.readouterr().err

@@ -168,6 +168,15 @@ def test_code_rules(expected, text):
     outcome = rules.code_rules(rules.CodeRules())(batch_of(text, language="python"))
     assert outcome.reasons == [expected]
     assert (outcome.details[0] is None) == (expected is None)
+    assert failed(outcome) == FAILED.get(expected, set())
+
+
+FAILED = {"data_only": {"table_share"}, "few_letters_and_digits": {"letters_and_digits"}, "huge_file": {"characters"}}
+
+
+def failed(outcome):
+    """The measures by which the first row goes; lines and white space count as minified."""
+    return {check.reason for check in outcome.checks if check.fails()[0]} - {"longest_line", "mean_line", "white_space"}
 
 
 NUMBERS = "const int table[] = {\n" + "    0x1F, -12, 3.5e-7, 'c', \"text, with\", true,\n" * 100 + "};\n"
@@ -199,7 +208,9 @@ SCRIPT = "export function area(width, height) {\n  return width * height;\n}\n"
 )
 def test_code_rules_of_other_languages(expected, language, path, text):
     batch = to_batch([make_document(text, source="s", path=path, domain="code", language=language)])
-    assert rules.code_rules(rules.CodeRules())(batch).reasons == [expected]
+    outcome = rules.code_rules(rules.CodeRules())(batch)
+    assert outcome.reasons == [expected] and failed(outcome) == FAILED.get(expected, set())
+    assert expected == "minified" or not any(check.fails()[0] for check in outcome.checks[1:4])
 
 
 @pytest.mark.parametrize(

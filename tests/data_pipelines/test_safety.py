@@ -140,6 +140,8 @@ def test_weight_per_length_decides_and_the_detail_names_the_heaviest(tmp_path):
     outcome = stage(to_batch([page(text) for text in texts]))
     assert outcome.reasons == ["blocked_words" if at in (0, 1) else None for at in range(4)]
     assert outcome.details[1] == ("weight 6 is above 2, 428.6 per 1000 characters is above 2: rude x2, mild x1")
+    (check,) = outcome.checks
+    assert check.fails().tolist() == [True, True, False, False] and check.values_D[1] == pytest.approx(6000 / 14)
     assert stage(to_batch([])).reasons == []
 
 

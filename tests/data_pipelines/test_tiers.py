@@ -21,6 +21,8 @@ def test_tiers_go_to_meta_and_the_low_one_goes():
     assert [meta["weight"] for meta in metas] == [3, 1, 1, 0, 1, 1] and metas[0]["kept"] == 1
     assert list(outcome.reasons) == [None, None, None, "low_quality", None, None]
     assert outcome.details[3] == "quality 0.190 is below 0.2"
+    (check,) = outcome.checks
+    assert check.fails().tolist() == [False] * 3 + [True] + [False] * 2 and np.isnan(check.values_D[4:]).all()
     everywhere = t.tiers(t.Tiers())(batch_of("ada", quality=0.1))
     assert everywhere.reasons == ["low_quality"] and t.tiers(t.Tiers())(batch_of()).reasons == []
 

@@ -11,7 +11,7 @@ import pytest
 
 from data_pipelines import classifier, code, embedded, sources, wanjuan
 from data_pipelines.chain import Sizes
-from data_pipelines.document import Outcome, Stage, make_document, only, to_batch
+from data_pipelines.document import Check, Outcome, Stage, make_document, only, to_batch
 from data_pipelines.ledger import Ledger, explain, fates, summary
 from data_pipelines.rules import edit
 from data_pipelines.tiers import Tiers
@@ -75,12 +75,17 @@ def test_only_leaves_other_rows_alone(documents):
 
     def shout(part):
         texts = [text.upper() for text in part.column("text").to_pylist()]
-        return Outcome(edit(str.upper)(part).batch, ["loud"] * len(texts), ["!"] * len(texts))
+        numbers = 4 - np.arange(len(texts))
+        checks = [Check("long", np.arange(len(texts)), "above", 2), Check("own", np.ones(len(texts)), "below", numbers)]
+        return Outcome(edit(str.upper)(part).batch, ["loud"] * len(texts), ["!"] * len(texts), checks)
 
     outcome = only(("code",), shout)(batch)
     before, after = batch.column("text").to_pylist(), outcome.batch.column("text").to_pylist()
     assert after[:4] == [text.upper() for text in before[:4]] and after[4:] == before[4:]
     assert list(outcome.reasons) == ["loud"] * 4 + [None] * 5
+    one, other = outcome.checks
+    assert one.fails().tolist() == [False] * 3 + [True] + [False] * 5 and np.isnan(one.values_D[4:]).all()
+    assert other.bound[:4].tolist() == [4, 3, 2, 1] and other.fails().tolist() == [True] * 3 + [False] * 6
     assert outcome.batch.column("id").to_pylist() == batch.column("id").to_pylist()
     assert only(("none",), shout)(batch).batch is batch
     assert only(("code",), shout)(batch.slice(0, 0)).reasons == []

@@ -1,5 +1,6 @@
 """Every notebook runs from its first cell to its last, from any folder, and is committed without outputs."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -16,7 +17,8 @@ from tests.conftest import STEADY_FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "experiments" / "notebooks"
-TOUR, TRAINING, FINETUNING = (FOLDER / f"{name}.ipynb" for name in ("00_tour", "01_training", "02_finetuning"))
+NAMES = ("00_tour", "01_training", "02_finetuning", "03_data")
+TOUR, TRAINING, FINETUNING, DATA = (FOLDER / f"{name}.ipynb" for name in NAMES)
 
 
 def executed(notebook, cells, folder, tmp_path):
@@ -40,7 +42,7 @@ def numbers(pattern, said):
     """The numbers in the groups of a pattern that must be there."""
     found = re.search(pattern, said)
     assert found, f"{pattern} in {said}"
-    return [float(number) for number in found.groups()]
+    return [float(number.replace(",", "")) for number in found.groups()]
 
 
 def the_tour(said, pages, work):
@@ -109,14 +111,32 @@ def finetuning(said, pages, work):
     assert len(re.findall(r"english: 'In .*code: 'import ", said)) == 3
 
 
+def data(said, pages, work):
+    # Every row is accounted for, and what was asked of the measured values is what the run did.
+    (rows,), (came, kept) = numbers(r"([\d,]+) rows, ", said), numbers(r"([\d,]+) documents in, ([\d,]+) kept", said)
+    counts = json.loads((work / "clean" / "ledger.json").read_text())
+    assert rows == came == kept + counts["documents_dropped"]
+    assert "crawl.jsonl:6: not valid JSON" in said and len({each for d in counts["dropped"].values() for each in d}) > 5
+    assert counts["profiles"]["kept"]["personal_data_masked"]["email"][0] > 5
+    # One document's way, the page, and the same bytes of smaller pieces.
+    assert re.search(r"tied to [0-9a-f]{32}, Jaccard 0\.\d", said) and said.count("-byte units") == 4
+    (page,) = pages
+    assert "srcdoc=" in page and "few_words" in page and "type=&quot;range&quot;" in page
+    # Tokens, shares, rows and batches.
+    shares = [float(share) for share in re.findall(r": ([\d.]+)% of the rows", said)]
+    assert shares == [25, 75] and numbers(r"concat: \d+ rows, ([\d.]+)% full", said)[0] > 99
+    assert "begun at step 0 and at step 40" in said and re.search(r"tokens +\S*mirror/00000\.bin, tokens", said)
+    assert (work / "records" / "00000.array_record").is_file()
+
+
 FROM_BASE = r"from the base: (\S+); by rounding the merged weights to bfloat16: (\S+)"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("notebook", "check", "num_figures"),
-    [(TOUR, the_tour, 5), (TRAINING, training, 4), (FINETUNING, finetuning, 5)],
-    ids=["tour", "training", "finetuning"],
+    [(TOUR, the_tour, 5), (TRAINING, training, 4), (FINETUNING, finetuning, 5), (DATA, data, 5)],
+    ids=["tour", "training", "finetuning", "data"],
 )
 def test_a_notebook_runs_and_says_what_it_claims(notebook, check, num_figures, tmp_path):
     cells = executed(notebook, None, FOLDER, tmp_path)
@@ -138,11 +158,11 @@ def test_it_finds_the_checkout(notebook, folder, tmp_path):
 
 def test_all_notebooks_find_it_in_the_same_way():
     notebooks = sorted(FOLDER.glob("*.ipynb"))
-    assert notebooks == [TOUR, TRAINING, FINETUNING]  # another one is executed too
+    assert notebooks == [TOUR, TRAINING, FINETUNING, DATA]  # another one is executed too
     assert len({nbformat.read(path, as_version=4).cells[1].source for path in notebooks}) == 1
 
 
-@pytest.mark.parametrize("path", [TOUR, TRAINING, FINETUNING], ids=["tour", "training", "finetuning"])
+@pytest.mark.parametrize("path", [TOUR, TRAINING, FINETUNING, DATA], ids=["tour", "training", "finetuning", "data"])
 def test_it_is_committed_without_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
