@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -78,15 +78,30 @@ class Cut(NamedTuple):
     bad: list[str]
 
 
-def read(paths: Iterable[str | Path], *, on_bad_row: BadRow = None) -> list[Document]:
-    """Documents of files, folders and named data sets, by what each is, files in sorted order.
+Progress = Callable[[str, int, int], None]
+"""Is told (what, done, of how many)."""
+
+
+def stream(
+    paths: Iterable[str | Path],
+    *,
+    on_bad_row: BadRow = None,
+    progress: Progress = lambda label, done, total: None,
+) -> Iterator[Document]:
+    """Documents of files, folders and named data sets, by what each is, files in sorted order, one at a time.
 
     A piece that cannot be read raises ValueError "file:line: reason", or is handed to `on_bad_row` and left out.
     """
+    files = find_files(paths, on_bad_row=on_bad_row)
+    for done, file in enumerate(files, 1):
+        yield from _file(file, on_bad_row=on_bad_row)
+        progress("read files", done, len(files))
+
+
+def read(paths: Iterable[str | Path], *, on_bad_row: BadRow = None) -> list[Document]:
+    """All documents that `stream` gives. Raises ValueError where there is none."""
     paths = list(paths)
-    documents = [
-        document for file in find_files(paths, on_bad_row=on_bad_row) for document in _file(file, on_bad_row=on_bad_row)
-    ]
+    documents = list(stream(paths, on_bad_row=on_bad_row))
     if not documents:
         names = ", ".join(str(path) for path in paths) or "no path"
         raise ValueError(f"the corpus is empty: no document in {names}; wanted rows with a non-empty text")

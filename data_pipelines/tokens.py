@@ -219,12 +219,19 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
+def _field(document: Any, name: str) -> str:
+    """A field of a document, or of its meta, as text; "" where it has none."""
+    value = getattr(document, name) if name in ("domain", "language", "source", "licence") else document.meta.get(name)
+    return "" if value is None else str(value)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line: `python -m data_pipelines.tokens --input FILE... --tokenizer MODEL --output DIR`."""
     import argparse
     import sys
 
     from data_pipelines import sources
+    from data_pipelines.executors import shown_progress
     from internjax.hf.resolve import resolve
     from internjax.text.tokenizer import load_tokenizer, save_tokenizer
 
@@ -236,15 +243,23 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--tokenizer", required=True, help="a folder with tokenizer.json, or a model (MODEL grammar)")
     parser.add_argument("--output", required=True, help="token folder to write; the tokenizer is kept in it as well")
+    parser.add_argument(
+        "--where", metavar="FIELD=VALUE",
+        help="only documents whose field (domain, language, source, licence, or one of meta, such as tier) is this",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
+    field, _, value = (args.where or "").partition("=")
+    if args.where and not (field and value):
+        parser.error(f"--where is {args.where!r}; wanted FIELD=VALUE, such as tier=high")
     try:
         own = Path(args.tokenizer)
         tokenizer = load_tokenizer(own if (own / "tokenizer.json").is_file() else resolve(args.tokenizer).folder)
         bad: list[str] = []
-        documents = sources.read(args.input, on_bad_row=bad.append)
-        manifest = write_tokens(
-            args.output, text_documents(((d.id, d.text) for d in documents), tokenizer), tokenizer=tokenizer
-        )
+        with shown_progress() as progress:
+            documents = sources.stream(args.input, on_bad_row=bad.append, progress=progress)
+            texts = ((d.id, d.text) for d in documents if not field or _field(d, field) == value)
+            about = {"where": args.where} if field else None
+            manifest = write_tokens(args.output, text_documents(texts, tokenizer), tokenizer=tokenizer, about=about)
         save_tokenizer(tokenizer, Path(args.output) / "tokenizer")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

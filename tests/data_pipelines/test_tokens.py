@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.tokens import TokenDocument, open_tokens, text_documents, write_tokens
-from internjax.text.tokenizer import train_tokenizer
+from data_pipelines.tokens import TokenDocument, main, open_tokens, text_documents, write_tokens
+from internjax.text.tokenizer import save_tokenizer, train_tokenizer
 
 IDS = st.lists(st.integers(0, 299), max_size=12)
 
@@ -168,3 +168,25 @@ def test_nothing_to_write_and_a_foreign_folder_are_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"thesis.txt.*is not replaced"):
         write_tokens(tmp_path / "precious", [TokenDocument("a", [1])], tokenizer=tokenizer)
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "years"
+
+
+def test_the_command_reads_documents_one_by_one_and_may_choose_some(tokenizer, tmp_path, capsys):
+    """Tiers of code become folders of their own, which a mixture weighs."""
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    rows = [{"text": f"a text {n}", "tier": "high" if n % 3 else "moderate", "domain": "code"} for n in range(9)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n")
+    given = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer", str(tmp_path / "tokenizer")]
+
+    def written(*where):
+        assert main([*given, "--output", str(tmp_path / "out"), *where]) == 0
+        return open_tokens(tmp_path / "out")
+
+    assert written().manifest["num_documents"] == 9 == written("--where", "domain=code").manifest["num_documents"]
+    high = written("--where", "tier=high")
+    assert high.manifest["num_documents"] == 6 and high.manifest["about"] == {"where": "tier=high"}
+    assert tokenizer.decode(high.document(0)[1:-1]) == "a text 1"
+    assert "in.jsonl:10: not valid JSON" in capsys.readouterr().err
+    assert main([*given, "--output", str(tmp_path / "none"), "--where", "tier=low"]) == 1
+    assert "no document to write" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    with pytest.raises(SystemExit):
+        main([*given, "--output", str(tmp_path / "none"), "--where", "tier"])
