@@ -26,7 +26,7 @@ from internjax.hf.save import save_model
 from internjax.model import decoder
 from internjax.text.tokenizer import save_tokenizer, train_tokenizer
 from internjax.train.tracking import read_rows
-from tests.conftest import QUICK_FLAGS
+from tests.conftest import STEADY_FLAGS
 from tests.experiments.conftest import SMALL
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -36,7 +36,7 @@ ROWS = [{"messages": [{"role": "user", "content": ASKED}, {"role": "assistant", 
 
 def environment() -> dict[str, str]:
     """As a person's: one device, the checkout importable."""
-    return os.environ | {"XLA_FLAGS": QUICK_FLAGS, "WANDB_MODE": "disabled"}
+    return os.environ | {"XLA_FLAGS": STEADY_FLAGS, "WANDB_MODE": "disabled"}
 
 
 def python(*arguments, timeout=300) -> subprocess.CompletedProcess:
@@ -90,7 +90,7 @@ def place(tmp_path_factory):
     return root
 
 
-def arguments(model, data, run):
+def arguments(model, data, run, *, batch_size=2):
     return [
         *(
             "--model",
@@ -104,7 +104,7 @@ def arguments(model, data, run):
             "--reading.cache",
             run.parent / ".tokens",
         ),
-        *("--num-steps", "80", "--optimizer.peak-lr", "2e-2", "--seq-len", "64", "--batch-size", "2"),
+        *("--num-steps", "80", "--optimizer.peak-lr", "2e-2", "--seq-len", "64", "--batch-size", str(batch_size)),
         *("--lora.targets", "query", "key", "value", "output", "gate", "up", "down", "head"),
         *("--tracking.log-every", "20"),
     ]
@@ -192,7 +192,9 @@ def test_bad_input_is_one_message_and_nothing_written(name, place, tmp_path, cap
     before = sorted(path.name for path in tmp_path.iterdir())
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        launch(finetune, experiment.CONFIG, list(map(str, arguments(model, data, tmp_path / "run"))))
+        # Eight devices here, and their batch is looked at before the data.
+        given = arguments(model, data, tmp_path / "run", batch_size=8)
+        launch(finetune, experiment.CONFIG, list(map(str, given)))
     error = capsys.readouterr().err
     assert ended.value.code == 1 and error.count("error: ") == 1 and said in error, error
     assert len(error.splitlines()) <= 3
