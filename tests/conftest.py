@@ -14,10 +14,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Tests run tiny programs once or a few times: most of their time is compilation. Half of it goes away without LLVM's
-# optimisation, and two thirds of the rest without XLA's newer fusion emitters, which jaxlib 0.10 can do without.
+# optimisation, and two thirds of the rest without XLA's newer fusion emitters, which jaxlib 0.10 can do without. To cut
+# a tiny program into parts that are compiled side by side costs a sixth.
 QUICK_COMPILATION = {"--xla_backend_optimization_level": "0"}
 if version("jaxlib").startswith("0.10."):
-    QUICK_COMPILATION["--xla_cpu_use_fusion_emitters"] = "false"
+    QUICK_COMPILATION |= {"--xla_cpu_use_fusion_emitters": "false", "--xla_cpu_parallel_codegen_split_count": "1"}
 QUICK_FLAGS = " ".join(f"{flag}={setting}" for flag, setting in QUICK_COMPILATION.items())
 """XLA_FLAGS of processes that have one device, as a person's."""
 STEADY_FLAGS = QUICK_FLAGS.replace("level=0", "level=1")
