@@ -18,7 +18,6 @@ them, `parse` reads a record without TensorFlow.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -28,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.tokens import DOCUMENTS, open_tokens
+from data_pipelines.tokens import DOCUMENTS, check_files, file_entry, open_tokens
 from internjax.hf.folder import new_folder
 
 MANIFEST = "array_records.json"
@@ -147,7 +146,7 @@ def export(tokens: str | os.PathLike, output: str | os.PathLike) -> dict[str, An
                 name: opened.manifest[name]
                 for name in ("tokenizer_sha256", "vocab_size", "num_documents", "num_tokens", "about")
             },
-            "files": {path.name: _entry(path) for path in sorted(new.glob("*.array_record"))},
+            "files": {path.name: file_entry(path) for path in sorted(new.glob("*.array_record"))},
         }
         (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
@@ -168,20 +167,8 @@ def open_records(folder: str | os.PathLike, *, verify: bool = True) -> Any:
     manifest = json.loads((folder / MANIFEST).read_text())
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{folder} has format {manifest.get('format')!r}, this version reads {FORMAT}; write it anew")
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{folder} lacks {name}, which its manifest lists; restore it or write the folder anew")
-        if path.stat().st_size != entry["bytes"]:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, {entry['bytes']} were written; it was cut short")
-        if verify and _entry(path)["sha256"] != entry["sha256"]:
-            raise ValueError(f"{path} was altered after it was written (its sha256 differs); write the folder anew")
+    check_files(folder, manifest["files"], verify=verify)
     return ArrayRecordDataSource([str(folder / name) for name in manifest["files"]])
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

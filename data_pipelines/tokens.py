@@ -143,7 +143,7 @@ def _write(new: Path, documents, tokenizer: Tokenizer, shard_tokens: int, about:
     if ids:
         flush()
     _write_documents(new / DOCUMENTS, names, sizes, places)
-    files = {path.name: _file_entry(path) for path in sorted(new.iterdir())}
+    files = {path.name: file_entry(path) for path in sorted(new.iterdir())}
     manifest = {
         "format": FORMAT,
         "tokenizer_sha256": tokenizer.fingerprint,
@@ -168,9 +168,22 @@ def _write_documents(path: Path, names: list[str], sizes: list[int], shards: lis
     pq.write_table(pa.table(columns), path)
 
 
-def _file_entry(path: Path) -> dict[str, Any]:
+def file_entry(path: Path) -> dict[str, Any]:
+    """Returns what a manifest says of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def check_files(folder: Path, files: dict[str, Any], *, verify: bool) -> None:
+    """Raises ValueError naming a file of a manifest that is missing or short, or, with verify, altered."""
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{folder} lacks {name}, which its manifest lists; restore it or write the folder anew")
+        if path.stat().st_size != entry["bytes"]:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, {entry['bytes']} were written; it was cut short")
+        if verify and file_entry(path)["sha256"] != entry["sha256"]:
+            raise ValueError(f"{path} was altered after it was written (its sha256 differs); write the folder anew")
 
 
 def open_tokens(folder: str | os.PathLike, *, tokenizer_sha256: str | None = None, verify: bool = True) -> TokenFolder:
@@ -195,14 +208,7 @@ def open_tokens(folder: str | os.PathLike, *, tokenizer_sha256: str | None = Non
             f"{folder} was written by the tokenizer {manifest['tokenizer_sha256'][:12]}, the one given is "
             f"{tokenizer_sha256[:12]}: its ids mean other text. Give the tokenizer that wrote it, or write it anew"
         )
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{folder} lacks {name}, which its manifest lists; restore it or write the folder anew")
-        if path.stat().st_size != entry["bytes"]:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, {entry['bytes']} were written; it was cut short")
-        if verify and _file_entry(path)["sha256"] != entry["sha256"]:
-            raise ValueError(f"{path} was altered after it was written (its sha256 differs); write the folder anew")
+    check_files(folder, manifest["files"], verify=verify)
     names = [shard["name"] for shard in manifest["shards"]]
     tokens = tuple(_mapped(folder / f"{name}.bin", np.dtype(manifest["dtype"]).newbyteorder("<")) for name in names)
     masks = None
