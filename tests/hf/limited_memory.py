@@ -82,6 +82,9 @@ def write_folder(folder: Path) -> int:
 
 
 def main(place: Path) -> None:
+    # A program that runs beside the interpreter lets go of its arguments some time after its result is there; on a busy
+    # machine that is late enough for a deleted model and the one that is read back to be in memory together.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     target = write_folder(place / "model")
     load = lambda: load_params(  # noqa: E731
         list_tensors(place / "model"), layout_family("llama"), CONFIG, where="model"
