@@ -5,7 +5,6 @@ logits_BTV = logits(model, tokens_BT)
 """
 
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Iterable
@@ -130,12 +129,7 @@ def logits(model: Model, tokens_BT) -> jax.Array:
         raise ValueError(f"token ids lie in {low}..{high}; the model has ids 0..{model.config.vocab_size - 1}")
     inv_freq_BF = rope.inv_freq(model.config, length=tokens_BT.shape[1])[None]
     with sharding.use(mesh_of(model.params)):
-        return _logits(model.params, tokens_BT, inv_freq_BF, model.lora, config=model.config)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _logits(params, tokens_BT, inv_freq_BF, lora, *, config):
-    return decoder.logits(params, tokens_BT, config=config, inv_freq_BF=inv_freq_BF, lora=lora)
+        return decoder.logits(model.params, tokens_BT, config=model.config, inv_freq_BF=inv_freq_BF, lora=model.lora)
 
 
 def mesh_of(params: dict) -> Mesh:

@@ -353,8 +353,9 @@ def unembed(params: dict, hidden_BTD: jax.Array, *, config: ModelConfig, lora: L
     return Decoder(config, **adapter).apply(variables, hidden_BTD, method=Decoder.unembed)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "embedding_noise"))
 def logits(params: dict, tokens_BT: jax.Array, *, config: ModelConfig, **inputs: Any) -> jax.Array:
-    """Returns float32 logits `[B, T, V]`; `inputs` are those of `forward`."""
+    """Returns float32 logits `[B, T, V]`, as one program; `inputs` are those of `forward`."""
     hidden_BTD = forward(params, tokens_BT, config=config, **inputs).hidden_BTD
     return unembed(params, hidden_BTD, config=config, lora=inputs.get("lora"))
 
