@@ -76,7 +76,7 @@ def under_a_limit(folder: Path) -> None:
     from tests.hf.limited_memory import at_most
 
     rng = np.random.default_rng(2)
-    limit, num_documents = 6 << 20, 1300
+    limit, num_documents = 8 << 20, 1700
     big, size = folder / "big", 0
     big.mkdir()
     with (
