@@ -8,7 +8,7 @@ from pathlib import Path
 import cloudpickle
 import numpy as np
 import pytest
-import scipy.optimize
+import scipy
 
 from data_pipelines import classifier, hashing, quality, quality_training
 from data_pipelines.classifier import Classifier, Settings, Threshold, classified, open_classifier, text_rows

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import scipy  # its parts are loaded when they are used
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from eval import metrics, significance
 
@@ -15,7 +15,7 @@ def test_wilson_equals_scipy_and_a_number_computed_by_hand():
     # 8 of 10, z = 1.959964: centre (0.8 + 0.192073) / 1.384146, half width 1.959964 sqrt(0.016 + 0.0096036) / 1.384146
     value, low, high = metrics.wilson(8, 10)
     assert (value, round(low, 4), round(high, 4)) == (0.8, 0.4902, 0.9433)
-    reference = stats.binomtest(37, 200).proportion_ci(0.99, method="wilson")
+    reference = scipy.stats.binomtest(37, 200).proportion_ci(0.99, method="wilson")
     assert metrics.wilson(37, 200, confidence=0.99)[1:] == pytest.approx((reference.low, reference.high), abs=1e-9)
 
 
@@ -35,7 +35,7 @@ def test_wilson_refuses_impossible_counts(num_right, num):
 def test_bootstrap_is_close_to_the_normal_interval_and_deterministic():
     values = np.random.default_rng(0).normal(3.0, 2.0, 400)
     interval = metrics.bootstrap_mean(values)
-    error = stats.sem(values)
+    error = scipy.stats.sem(values)
     assert interval.value == pytest.approx(values.mean())
     assert interval.low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error * 1.96)
     assert interval.high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error * 1.96)
@@ -69,7 +69,7 @@ def test_mcnemar_is_the_exact_binomial_test_of_discordant_items():
     result = significance.mcnemar(first, second)
     # 2 (C(11,0) + C(11,1) + C(11,2)) / 2^11 = 2 * 67 / 2048
     assert result == (9, 2, pytest.approx(134 / 2048))
-    assert result.p_value == pytest.approx(stats.binomtest(2, 11).pvalue)
+    assert result.p_value == pytest.approx(scipy.stats.binomtest(2, 11).pvalue)
     assert significance.mcnemar(first, first).p_value == 1.0
     assert significance.mcnemar([1, 0], [0, 1]).p_value == 1.0
 

@@ -5,10 +5,8 @@ import os
 import re
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
-from nbclient import NotebookClient
 
 from internjax.hf.weights import list_tensors, read_tensor
 from internjax.train.goodput import goodput
@@ -21,9 +19,20 @@ NAMES = ("00_tour", "01_training", "02_finetuning", "03_data")
 TOUR, TRAINING, FINETUNING, DATA = (FOLDER / f"{name}.ipynb" for name in NAMES)
 
 
+def read(path):
+    """The notebook, validated."""
+    import nbformat  # takes five seconds, which every worker would spend on collecting this file
+
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
 def executed(notebook, cells, folder, tmp_path):
     """The code cells of a notebook after they ran in a fresh kernel in `folder`."""
-    notebook = nbformat.read(notebook, as_version=4)
+    from nbclient import NotebookClient
+
+    notebook = read(notebook)
     notebook.cells = notebook.cells[:cells]
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     # As a person's: one device, figures in the page; what a notebook writes goes where pytest clears it away.
@@ -159,13 +168,12 @@ def test_it_finds_the_checkout(notebook, folder, tmp_path):
 def test_all_notebooks_find_it_in_the_same_way():
     notebooks = sorted(FOLDER.glob("*.ipynb"))
     assert notebooks == [TOUR, TRAINING, FINETUNING, DATA]  # another one is executed too
-    assert len({nbformat.read(path, as_version=4).cells[1].source for path in notebooks}) == 1
+    assert len({read(path).cells[1].source for path in notebooks}) == 1
 
 
 @pytest.mark.parametrize("path", [TOUR, TRAINING, FINETUNING, DATA], ids=["tour", "training", "finetuning", "data"])
 def test_it_is_committed_without_outputs(path):
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
+    notebook = read(path)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(code) >= 12 and all(cell.outputs == [] and cell.execution_count is None for cell in code)
     assert len([cell for cell in notebook.cells if cell.cell_type == "markdown"]) >= 12
