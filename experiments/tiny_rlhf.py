@@ -22,7 +22,7 @@ from internjax.hf.open import Model, open_model
 from internjax.hf.save import save_model
 from internjax.model.config import ModelConfig
 from internjax.rlhf import cool, monitor, ppo
-from internjax.rlhf.config import End, PPOConfig
+from internjax.rlhf.config import End, KLInReward, PPOConfig
 from internjax.rlhf.pairs import Conditions, Pair, make_conditions, preference_batch, preference_batches
 from internjax.rlhf.reward import from_lm, ranking, score_pairs
 from internjax.rlhf.rollout import Prompts, Reward, Weights, evaluate, model_reward, response_mask
@@ -250,15 +250,18 @@ class Setting(NamedTuple):
 
 
 def ppo_config(config: Tiny) -> PPOConfig:
-    """Returns the report's settings, but for three that a tiny model needs otherwise.
+    """Returns the report's settings, but for four that a tiny model needs otherwise.
 
-    The pre-training loss gets a tenth: with the report's 0.5 it outweighs the rewards of a model this small. An answer
-    cut off at the longest length is judged as it is, and lengths and batches are small.
+    The pull towards the fine-tuned model is ten times the report's: a reward model of some hundred pairs is right near
+    that model only, and with 0.01 the policy goes on to where it errs. The pre-training loss gets a fifth: with the
+    report's 0.5 it outweighs the rewards of a model this small. An answer cut off at the longest length is judged as
+    it is, and lengths and batches are small.
     """
     return PPOConfig(
         max_new_tokens=config.max_new_tokens,
         minibatch_size=config.num_prompts // 2,
         truncation=End(),
+        kl=KLInReward(0.1),
         pretrain_coefficient=0.1,
     )
 
