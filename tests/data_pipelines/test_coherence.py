@@ -13,10 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipelines import chain, coherence, ngram_scan, ngram_scorer
+from data_pipelines import coherence, ngram_scan, ngram_scorer
 from data_pipelines import coherence_thresholds as fitting
 from data_pipelines import long_text as long
 from data_pipelines.coherence import Filter, Scored, Scorer, Thresholds, Windows
+from data_pipelines.digests import stage_digest
 from data_pipelines.document import make_document, to_batch, to_documents
 from data_pipelines.ledger import Ledger, dropped_by_reason
 from data_pipelines.wanjuan import run_chain
@@ -408,9 +409,9 @@ def test_the_command_fits_thresholds_that_the_chain_uses(fitted):
     sent = cloudpickle.loads(cloudpickle.dumps(stages[2]))
     batch = to_batch(documents[:3])
     assert sent.apply(batch).batch.equals(stages[2].apply(batch).batch)
-    assert chain.stage_digest(stages[2]) == chain.stage_digest(sent)
+    assert stage_digest(stages[2]) == stage_digest(sent)
     plain = long.long_text_stages(folder / "ngrams")
-    assert chain.stage_digest(plain[2]) != chain.stage_digest(stages[2])
+    assert stage_digest(plain[2]) != stage_digest(stages[2])
 
 
 def test_damaged_and_foreign_files_are_refused(fitted, checkpoint, tmp_path, capsys):
