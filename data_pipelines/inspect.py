@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from data_pipelines.fate import documents_of, rows_of, tell
 from data_pipelines.ledger import Fate, read_summary
-from data_pipelines.measures import LENGTH, OTHERS, Bound, curves
+from data_pipelines.measures import LENGTH, OTHERS, Bound, curves, named
 from internjax import report
 from internjax.figures import Bar, Bars, Slider, Stop, format_number
 from internjax.report import Number, Numbers, Sample, Samples, Section, Table, Text
@@ -49,7 +49,7 @@ class Shown(NamedTuple):
 def write_page(folder: str | Path) -> Path:
     """Writes inspect.html and inspect.md into the folder of a run and returns the path of the former.
 
-    Raises ValueError where the folder holds no run, or one of an earlier version.
+    Raises ValueError where the folder holds no run, or one of another version.
     """
     folder = Path(folder)
     counts = read_summary(folder)
@@ -270,7 +270,8 @@ def _thresholds(folder: Path, counts: Mapping[str, Any]) -> Section:
         return Section("Thresholds", [])
     told = Text(
         "What a stage would keep if one of its thresholds were another and all else stayed as it is: documents that "
-        "fail nothing but this. Later stages are not run again. Shares of duplicate n-grams are known only where they "
+        "fail nothing but this. Where a bound depends on domain or language, there is a slider for each. Later stages "
+        "are not run again. Shares of duplicate n-grams are known only where they "
         "can reach the least threshold in use, and code that an early rule drops is not measured further."
     )
     return Section("Thresholds", [told, *blocks])
@@ -287,11 +288,10 @@ def _slider(curve: Any, held: Mapping[str, Any], *, exact: bool) -> Slider:
         return f"{about}{documents:,.0f} documents ({point[1]:.1%}) and {size(num_bytes)} stay{beside}"
 
     bound = curve.bound
-    used = format_number(bound.values[0])
-    if len(bound.values) > 1:
-        used += f" to {format_number(bound.values[-1])}, by domain and language (the slider sets one for all)"
     stops = [Stop(point[0], point[1], said(point)) for point in curve.points]
-    return Slider(bound.reason.replace("_", " "), stops, curve.now, f"{bound.side} it a document goes; in use: {used}")
+    label = named(bound._replace(reason=bound.reason.replace("_", " ")))
+    goes = f"{bound.side} it a document goes; in use: {format_number(bound.value)}"
+    return Slider(label, stops, curve.now, f"{goes}; others have a bound of their own" if bound.of else goes)
 
 
 def _samples(

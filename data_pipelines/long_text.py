@@ -43,7 +43,7 @@ from data_pipelines.coherence_thresholds import (
     write_thresholds,
 )
 from data_pipelines.discourse import statistics
-from data_pipelines.document import Document, Outcome, Stage, text_buffer
+from data_pipelines.document import Check, Document, Outcome, Stage, text_buffer
 from data_pipelines.ledger import Ledger, dropped_by_reason, record
 
 LONG_BYTES = 32 * 1024
@@ -55,9 +55,10 @@ def longer_than(num_bytes: int = LONG_BYTES) -> Callable[[pa.RecordBatch], Outco
     """Returns the stage that drops documents of at most `num_bytes` bytes of UTF-8 ("not_long")."""
 
     def apply(batch: pa.RecordBatch) -> Outcome:
-        sizes_D = np.diff(text_buffer(batch).offsets).tolist()
-        details = [f"{size} bytes are not above {num_bytes}" if size <= num_bytes else None for size in sizes_D]
-        return Outcome(batch, [detail and "not_long" for detail in details], details)
+        sizes_D = np.diff(text_buffer(batch).offsets)
+        details = [f"{n} bytes are not above {num_bytes}" if n <= num_bytes else None for n in sizes_D.tolist()]
+        checks = [Check("not_long", sizes_D.astype(np.float64), "below", num_bytes + 1)]
+        return Outcome(batch, [detail and "not_long" for detail in details], details, checks)
 
     return apply
 

@@ -20,6 +20,7 @@ from data_pipelines.coherence import Filter, Scored, Scorer, Thresholds, Windows
 from data_pipelines.digests import stage_digest
 from data_pipelines.document import make_document, to_batch, to_documents
 from data_pipelines.ledger import Ledger, dropped_by_reason
+from data_pipelines.measures import curves, settled
 from data_pipelines.wanjuan import run_chain
 from internjax.hf.open import open_model
 from internjax.hf.save import save_model
@@ -406,6 +407,14 @@ def test_the_command_fits_thresholds_that_the_chain_uses(fitted):
     kept = run_chain(documents, stages, ledger)
     assert dropped_by_reason(ledger) == {"context_hurts": 1, "not_long": 1}
     assert len(kept) == 8 and all(document.meta["scores"]["ppl_ratio"] > 0 for document in kept)
+    sample, values = ledger.samples["coherence"], json.loads((folder / "thresholds.json").read_text())["thresholds"]
+    bounds = [("all others", values[0]["value"]), ("python", values[1]["value"]), ("code, python", values[2]["value"])]
+    assert [bound[2:] for bound in sample.bounds] == [(0.05, ""), *((value, of) for of, value in bounds)]
+    found = {bound.of: points for bound, points, _ in curves(sample.bounds, settled(sample))}
+    assert set(found) == {"", "code, python"}, "the other thresholds hold for no document"
+    least = min(document.meta["scores"]["ppl_ratio"] for document in kept)
+    assert [stays for threshold, stays, _ in found["code, python"] if threshold < least][-1] == 8 / 9
+    assert found["code, python"][0][1] == 1 and found["code, python"][-1][1] == 1 / 9
     sent = cloudpickle.loads(cloudpickle.dumps(stages[2]))
     batch = to_batch(documents[:3])
     assert sent.apply(batch).batch.equals(stages[2].apply(batch).batch)

@@ -195,5 +195,5 @@ def test_what_is_not_there_is_said_with_what_is_near(done, tmp_path, capsys):
     assert inspect.main([str(done), "--document", name]) == 0 and f"{name}: kept" in capsys.readouterr().out
     assert inspect.main([str(done.parent)]) == 1 and "holds no run: it has no ledger.json" in capsys.readouterr().err
     (tmp_path / "ledger.json").write_text("{}")
-    assert inspect.main([str(tmp_path)]) == 1 and "by an earlier version: its ledger has no" in capsys.readouterr().err
+    assert inspect.main([str(tmp_path)]) == 1 and "its ledger has format None" in capsys.readouterr().err
     assert inspect.main([str(done)]) == 0 and capsys.readouterr().out == f"{done / 'inspect.html'}\n"
