@@ -48,6 +48,7 @@ from data_pipelines.ledger import (
     record,
 )
 from data_pipelines.measures import MEASURES, count_in
+from internjax.hf.folder import sync_tree
 
 
 class Sizes(NamedTuple):
@@ -222,7 +223,11 @@ def run_task(task: Task) -> str:
 
 
 def _appear(new: Path, place: Path) -> None:
-    """Renames a finished folder to where it belongs; where another worker was faster, its equal is kept."""
+    """Renames a finished folder to where it belongs; where another worker was faster, its equal is kept.
+
+    It is on disk before it has the name: after a crash of the machine a part is whole, or not there.
+    """
+    sync_tree(new)
     try:
         new.rename(place)
     except OSError:

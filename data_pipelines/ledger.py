@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from data_pipelines.document import Document, Outcome, num_text_bytes, text_buffer
 from data_pipelines.measures import MEASURES, Bound, Profile, Sample, add_profile, add_sample, bounded, measure, settled
+from internjax.hf.folder import sync_tree
 
 FORMAT = 1
 """Of ledger.json; `read_summary` refuses another."""
@@ -291,7 +292,10 @@ def _explained(document_id: str, dropped: Iterable[Fate], kept_ids: set[str]) ->
 
 
 def save(ledger: Ledger, folder: str | Path) -> None:
-    """Writes ledger.json, dropped.parquet with a row per dropped document, measures.parquet; checks the sums first."""
+    """Writes dropped.parquet with a row per dropped document, measures.parquet, ledger.json; checks the sums first.
+
+    The ledger comes last, when all that lies in the folder is on disk: with it the folder is whole.
+    """
     check(ledger)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -300,6 +304,7 @@ def save(ledger: Ledger, folder: str | Path) -> None:
     text = json.dumps(summary(ledger), indent=2, ensure_ascii=False) + "\n"
     temporary = folder / "ledger.json.partial"
     temporary.write_text(text, encoding="utf-8")
+    sync_tree(folder)
     temporary.replace(folder / "ledger.json")
 
 

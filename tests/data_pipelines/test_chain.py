@@ -122,6 +122,33 @@ def test_a_killed_run_goes_on_where_it_was(expected, tmp_path):
     assert json.loads(found["ledger.json"])["stages"] == json.loads(expected["ledger.json"])["stages"]
 
 
+def test_what_is_given_a_name_is_on_disk(tmp_path, monkeypatch):
+    """So a crash of the machine leaves no part, decision or output that has its name and lacks bytes."""
+    synced, named = {}, []
+
+    def sync(descriptor):
+        found = os.fstat(descriptor)
+        synced[found.st_ino] = found.st_size
+
+    def watched(move):
+        def moved(path, target):
+            for file in path.rglob("*") if path.is_dir() else [path]:
+                assert file.is_dir() or synced.get(file.stat().st_ino) == file.stat().st_size, file
+            named.append(Path(target))
+            return move(path, target)
+
+        return moved
+
+    monkeypatch.setattr(os, "fsync", sync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, watched(getattr(Path, name)))
+    write_corpus(tmp_path / "in.jsonl")
+    with executors.local(1) as run_tasks:
+        run(tmp_path, tmp_path / "out", run_tasks)
+    assert {path.parent.name for path in named[:-2]} == {"parts", "decisions"}
+    assert [path.name for path in named[-2:]] == ["ledger.json", "out"]
+
+
 @pytest.mark.slow
 def test_a_corpus_of_ten_times_the_memory_passes(tmp_path):
     done = program(tmp_path, "memory", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
