@@ -262,6 +262,12 @@ def checks_by_key(
     return found
 
 
+def joined_scores(before: Any, found: Mapping[str, float]) -> dict[str, float | None]:
+    """Returns scores that were there before, where that is what they are, and those found: six digits, NaN as None."""
+    new = {name: round(score, 6) if score == score else None for name, score in found.items()}
+    return (before if isinstance(before, dict) else {}) | new
+
+
 def with_scores(
     batch: pa.RecordBatch, scores: Mapping[str, Sequence[float]], *, rows: Sequence[int] | None = None
 ) -> pa.RecordBatch:
@@ -270,11 +276,8 @@ def with_scores(
     metas = batch.column("meta").to_pylist()
     for row in range(batch.num_rows) if rows is None else rows:
         values = json.loads(metas[row])
-        before = values.get("scores")
         found = {name: float(scores_D[row]) for name, scores_D in scores.items()}
-        values["scores"] = (before if isinstance(before, dict) else {}) | {
-            name: round(score, 6) if score == score else None for name, score in found.items()
-        }
+        values["scores"] = joined_scores(values.get("scores"), found)
         metas[row] = json.dumps(values, sort_keys=True, ensure_ascii=False)
     place = SCHEMA.get_field_index("meta")
     return batch.set_column(place, SCHEMA.field("meta"), pa.array(metas, pa.string()))
