@@ -43,9 +43,12 @@ from data_pipelines.coherence_thresholds import (
     write_thresholds,
 )
 from data_pipelines.discourse import statistics
-from data_pipelines.document import Check, Document, Outcome, Stage, text_buffer
+from data_pipelines.document import Check, Document, Outcome, Stage, only, text_buffer
 from data_pipelines.ledger import Ledger, dropped_by_reason, record
+from data_pipelines.natural_languages import identify_languages
+from data_pipelines.rules import edit, normalise_rows, normalise_text
 
+CODE = ("code",)
 LONG_BYTES = 32 * 1024
 """A document of more UTF-8 bytes is long."""
 _opening = threading.Lock()
@@ -64,10 +67,13 @@ def longer_than(num_bytes: int = LONG_BYTES) -> Callable[[pa.RecordBatch], Outco
 
 
 LONG_TEXT = (
+    Stage("normalise", "batch", only(CODE, edit(normalise_text, normalise_rows), others=True)),
+    Stage("language", "batch", only(CODE, identify_languages, others=True)),
     Stage("length", "batch", longer_than(LONG_BYTES)),
-    Stage("statistics", "batch", statistics()),
+    Stage("statistics", "batch", statistics(passed=CODE)),
 )
-"""What needs no scorer; code passes the second untouched. `long_text_stages` adds the perplexity filter."""
+"""What needs no scorer; code passes all but the length untouched. `long_text_stages` adds the perplexity filter, and
+`fit` scores what these leave: bounds and thresholds are by the language that is entered here."""
 
 
 def long_text_stages(

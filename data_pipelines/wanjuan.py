@@ -163,12 +163,7 @@ def long_text(given: Given = Given()) -> tuple[Stage, ...]:
     filters = LONG_TEXT
     if given.scorer is not None:
         filters = long_text_stages(given.scorer, thresholds=given.thresholds)
-    return (
-        Stage("normalise", "batch", only(CODE, edit(normalise_text, normalise_rows), others=True)),
-        Stage("language", "batch", only(CODE, identify_languages, others=True)),
-        *filters,
-        *_decontaminated(given),
-    )
+    return (*filters, *_decontaminated(given))
 
 
 def _duplicates() -> tuple[Stage, ...]:

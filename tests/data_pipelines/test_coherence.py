@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import math
+import pydoc_data.topics
 import re
 from collections import Counter
 from pathlib import Path
@@ -401,7 +402,7 @@ def test_the_command_fits_thresholds_that_the_chain_uses(fitted):
         assert words in page
     assert "<script" not in page and "http" not in re.sub(r"<pre.*?</pre>", "", page, flags=re.S)
     stages = long.long_text_stages(folder / "ngrams", thresholds=folder / "thresholds.json")
-    assert [stage.name for stage in stages] == ["length", "statistics", "coherence"]
+    assert [stage.name for stage in stages] == ["normalise", "language", "length", "statistics", "coherence"]
     documents = [make_document(row.pop("text"), source="s", **row) for row in map(dict, rows)]
     ledger = Ledger()
     kept = run_chain(documents, stages, ledger)
@@ -415,12 +416,21 @@ def test_the_command_fits_thresholds_that_the_chain_uses(fitted):
     least = min(document.meta["scores"]["ppl_ratio"] for document in kept)
     assert [stays for threshold, stays, _ in found["code, python"] if threshold < least][-1] == 8 / 9
     assert found["code, python"][0][1] == 1 and found["code, python"][-1][1] == 1 / 9
-    sent = cloudpickle.loads(cloudpickle.dumps(stages[2]))
+    sent = cloudpickle.loads(cloudpickle.dumps(stages[-1]))
     batch = to_batch(documents[:3])
-    assert sent.apply(batch).batch.equals(stages[2].apply(batch).batch)
-    assert stage_digest(stages[2]) == stage_digest(sent)
+    assert sent.apply(batch).batch.equals(stages[-1].apply(batch).batch)
+    assert stage_digest(stages[-1]) == stage_digest(sent)
     plain = long.long_text_stages(folder / "ngrams")
-    assert stage_digest(plain[2]) != stage_digest(stages[2])
+    assert stage_digest(plain[-1]) != stage_digest(stages[-1])
+
+
+def test_what_is_scored_has_the_language_that_the_chain_finds():
+    """A threshold is looked up by it, and a bound of Chinese text is none of English text."""
+    prose = "\n".join(pydoc_data.topics.topics.values())[:40000]
+    document = make_document(prose, source="s", path="p")
+    assert document.language == "und"
+    (sample,) = long.score_documents(iter([document]), fake(hurt), SMALL, "ppl_ratio", Ledger())
+    assert sample.language == "en"
 
 
 def test_damaged_and_foreign_files_are_refused(fitted, checkpoint, tmp_path, capsys):

@@ -190,7 +190,7 @@ def test_the_chain_counts_what_goes():
     ledger = Ledger()
     assert [document.path for document in run_chain(documents, LONG_TEXT, ledger)] == ["long"]
     assert {name: dict(count.dropped) for name, count in ledger.stages.items()} == {
-        "length": {"not_long": 1}, "statistics": {"high_pipe_rate": 1}
+        "normalise": {}, "language": {}, "length": {"not_long": 1}, "statistics": {"high_pipe_rate": 1}
     }  # fmt: skip
 
 
