@@ -190,8 +190,12 @@ def _classifiers(given: Given) -> Iterator[Stage]:
 
 def _tiers(given: Given) -> Iterator[Stage]:
     if given.tiers is not None:
-        folder = Path(given.models, CODE_QUALITY) if CODE_QUALITY in _models(given) else None
-        score = score_of_meta if folder is None else score_by(folder, drop="below")
+        if given.models is not None and CODE_QUALITY not in _models(given):
+            raise ValueError(
+                f"{given.models} holds no {CODE_QUALITY}, which tiers go by; train it, or give no models and have "
+                "`quality` in meta"
+            )
+        score = score_of_meta if given.models is None else score_by(Path(given.models, CODE_QUALITY), drop="below")
         yield Stage("tiers", "batch", only(CODE, tiers(given.tiers, score=score)))
 
 

@@ -205,6 +205,9 @@ def test_the_code_chain_reads_licences_languages_and_tiers(tmp_path):
         "good.py": ("python", "code", "Apache-2.0", "high"),
         "poor.rs": ("rust", "code", "Apache-2.0", "moderate"),
     }
+    (tmp_path / "code_quality").rename(tmp_path / "fluency")
+    with pytest.raises(ValueError, match="holds no code_quality, which tiers go by"):
+        wanjuan.code_files(given)
 
 
 @pytest.mark.slow
