@@ -210,6 +210,8 @@ def test_what_cannot_be_read_is_set_aside_by_file_and_line(tmp_path, monkeypatch
         wanjuan.run_files([base], chain_of, tmp_path / "out", run_tasks)
         with pytest.raises(ValueError, match="a link to a folder; not followed"):
             wanjuan.run_files([base], chain_of, tmp_path / "strict", run_tasks, strict=True)
+        with pytest.raises(ValueError, match=r"is empty: .* \(1 rows could not be read: .*utf8\.jsonl:1: not valid"):
+            wanjuan.run_files([base / "utf8.jsonl"], chain_of, tmp_path / "none", run_tasks)
         with pytest.raises(ValueError, match=r"utf8\.jsonl:1: not valid JSON"):
             wanjuan.run_files([base / "utf8.jsonl"], chain_of, tmp_path / "strict", run_tasks, strict=True)
     said = (tmp_path / "out" / "set_aside.txt").read_text().replace(str(base) + "/", "")
