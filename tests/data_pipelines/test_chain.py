@@ -35,6 +35,14 @@ def program(*arguments, **variables):
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_waiting_for_the_disk():
+    """Thousands of small parts need not outlive the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     folder = tmp_path_factory.mktemp("expected")
