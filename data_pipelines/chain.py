@@ -15,27 +15,25 @@ the executor or on the number of its workers.
                  measures.arrow    `measures.MEASURES`: what stages measured of a sample
                  set_aside.txt     rows that could not be read, one message per line
                  part.json         counts, number of rows, what the documents are like
-    decisions/DIGEST/N.arrow       rows of part N that the corpus stage drops, with reason and detail
-                     N.changes.arrow  rows of part N that it changes, with the new values (absent where there are none)
+    decisions/DIGEST/report.json   figures of the corpus stage, beside its decision on every part (`decisions.py`)
 """
 
 import contextlib
 import functools
-import hashlib
 import json
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines.document import SCHEMA, Corpus, Decision, Document, Outcome, Stage, to_batch
+from data_pipelines.decisions import file_batches, outcome_of, read_changes, read_decision, rows_gone, write_decision
+from data_pipelines.digests import digest, stage_digest
+from data_pipelines.document import SCHEMA, Corpus, Decision, Document, Stage, to_batch
 from data_pipelines.executors import Map
 from data_pipelines.ledger import (
     FATES,
@@ -50,8 +48,7 @@ from data_pipelines.ledger import (
     record,
 )
 from data_pipelines.measures import MEASURES, count_in
-
-DECISION = pa.schema([("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())])
+from internjax.hf.folder import sync_tree
 
 
 class Sizes(NamedTuple):
@@ -140,7 +137,7 @@ def run(
 ) -> Run:
     """Takes the units through the stages. progress is told (what, done, of how many).
 
-    Raises RuntimeError where the ledger does not sum, ValueError where nothing came in or nothing is kept.
+    Raises RuntimeError where the ledger does not sum.
     """
     cleared = settings.work / "new"
     shutil.rmtree(cleared, ignore_errors=True)  # what a killed run had not finished
@@ -151,9 +148,9 @@ def run(
     keys = [unit.digest for unit in units]
     decided = None
     for segment in segments(stages):
-        digest = _digest([stage_digest(stage) for stage in (*segment.stages, *filter(None, [segment.corpus]))])
+        of_stages = digest([stage_digest(stage) for stage in (*segment.stages, *filter(None, [segment.corpus]))])
         marks = f"{settings.keep_dropped}{settings.strict}"
-        keys = [_digest(["part", key, decided or "", digest, marks]) for key in keys]
+        keys = [digest(["part", key, decided or "", of_stages, marks]) for key in keys]
         tasks = [
             Task(key, each, decided, segment.stages, segment.corpus, settings)
             for key, each in zip(keys, given, strict=True)
@@ -177,7 +174,7 @@ def run(
                 shard._replace(decisions=(*shard.decisions, place / f"{number}.arrow"))
                 for number, shard in enumerate(given)
             ]
-            keys = [_digest([key, place.name]) for key in keys]
+            keys = [digest([key, place.name]) for key in keys]
     check(ledger)
     return Run(given, ledger, set_aside)
 
@@ -226,7 +223,11 @@ def run_task(task: Task) -> str:
 
 
 def _appear(new: Path, place: Path) -> None:
-    """Renames a finished folder to where it belongs; where another worker was faster, its equal is kept."""
+    """Renames a finished folder to where it belongs; where another worker was faster, its equal is kept.
+
+    It is on disk before it has the name: after a crash of the machine a part is whole, or not there.
+    """
+    sync_tree(new)
     try:
         new.rename(place)
     except OSError:
@@ -270,46 +271,20 @@ def _input(task: Task, ledger: Ledger, set_aside: Any) -> Iterator[tuple[np.ndar
             yield np.arange(batch.num_rows), batch
         return
     newest = task.given.decisions[-1:]
-    drops, changes = _read_decision(newest[0]) if newest else None, _changes_of(task.given)
+    drops, changes = read_decision(newest[0]) if newest else None, _changes_of(task.given)
     for rows, batch in _batches_of(task.given._replace(decisions=task.given.decisions[:-1])):
         if drops is None:
             yield rows, batch
             continue
-        batch = batch if changes is None else _changed(batch, rows, changes)
-        reasons: list[str | None] = [None] * batch.num_rows
-        details: list[str | None] = [None] * batch.num_rows
-        for at, found in zip(*_places(rows, drops)):
-            reasons[at], details[at] = drops.column("reason")[found].as_py(), drops.column("detail")[found].as_py()
-        kept = record(ledger, task.decided, batch, Outcome(batch, reasons, details))
-        yield rows[np.array([reason is None for reason in reasons], bool)], kept
-
-
-def _places(rows: np.ndarray, drops: pa.Table) -> tuple[list[int], list[int]]:
-    """Where those of `rows` that the decision drops stand in `rows`, and in the decision."""
-    _, at, found = np.intersect1d(rows, drops.column("row").to_numpy(), assume_unique=True, return_indices=True)
-    return at.tolist(), found.tolist()
+        outcome = outcome_of(batch, rows, drops, changes)
+        kept = record(ledger, task.decided, outcome.batch, outcome)
+        yield rows[np.array([reason is None for reason in outcome.reasons], bool)], kept
 
 
 def _changes_of(given: Unit | Shard) -> pa.Table | None:
     """What the newest decision changes, where documents were not written since."""
     newest = given.decisions[-1:] if isinstance(given, Shard) else ()
-    path = newest[0].with_suffix(".changes.arrow") if newest else None
-    return pa.Table.from_batches(_file_batches(path)) if path is not None and path.is_file() else None
-
-
-def _changed(batch: pa.RecordBatch, rows: np.ndarray, changes: pa.Table) -> pa.RecordBatch:
-    at, found = _places(rows, changes)
-    where = np.arange(batch.num_rows)
-    where[at] = batch.num_rows + np.arange(len(at))
-    for name in changes.column_names:
-        if name != "row":
-            both = pa.chunked_array(
-                [batch.column(name), *changes.column(name).take(pa.array(found, pa.int64())).chunks]
-            )
-            column = both.take(pa.array(where)).combine_chunks()
-            place = SCHEMA.get_field_index(name)
-            batch = batch.set_column(place, SCHEMA.field(name), column)
-    return batch
+    return read_changes(newest[0]) if newest else None
 
 
 def batches(documents: Iterable[Document], sizes: Sizes) -> Iterator[pa.RecordBatch]:
@@ -329,13 +304,6 @@ def batches(documents: Iterable[Document], sizes: Sizes) -> Iterator[pa.RecordBa
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _file_batches(path: Path) -> list[pa.RecordBatch]:
-    """The batches of a file, memory-mapped: what is not looked at is not read."""
-    with pa.memory_map(str(path)) as file:  # the mapping lives as long as the batches; the file is closed at once
-        reader = pa.ipc.open_file(file)
-        return [reader.get_batch(number) for number in range(reader.num_record_batches)]
-
-
 def _shard(part: Path, given: Unit | Shard) -> Shard:
     written = part / "documents.arrow"
     return Shard(written) if written.is_file() else given
@@ -343,19 +311,13 @@ def _shard(part: Path, given: Unit | Shard) -> Shard:
 
 def _part_ledger(part: Path) -> Ledger:
     about = json.loads((part / "part.json").read_text(encoding="utf-8"))
-    return of_part(about, _file_batches(part / "dropped.arrow"), _file_batches(part / "measures.arrow"))
-
-
-def _read_decision(path: Path) -> pa.Table:
-    return pa.Table.from_batches(_file_batches(path), DECISION)
+    return of_part(about, file_batches(part / "dropped.arrow"), file_batches(part / "measures.arrow"))
 
 
 def _batches_of(shard: Shard) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
     """(rows of the file, documents) for what the decisions leave of a shard."""
-    gone = [_read_decision(path).column("row").to_numpy() for path in shard.decisions]
-    gone = np.unique(np.concatenate(gone)) if gone else np.zeros(0, np.int64)
-    start = 0
-    for batch in _file_batches(shard.documents):
+    gone, start = rows_gone(shard.decisions), 0
+    for batch in file_batches(shard.documents):
         rows = np.arange(start, start + batch.num_rows)
         start += batch.num_rows
         stays = ~np.isin(rows, gone, assume_unique=True)
@@ -370,8 +332,7 @@ def kept_rows(shards: Sequence[Shard]) -> Iterator[np.ndarray]:
     start = 0
     for shard in shards:
         num_rows = _num_rows(shard.documents)
-        gone = [_read_decision(path).column("row").to_numpy() for path in shard.decisions]
-        yield start + np.setdiff1d(np.arange(num_rows), np.concatenate([np.zeros(0, np.int64), *gone]))
+        yield start + np.setdiff1d(np.arange(num_rows), rows_gone(shard.decisions))
         start += num_rows
 
 
@@ -383,7 +344,7 @@ class Places(NamedTuple):
 
 
 def places(paths: Sequence[Path]) -> Places:
-    found = [batch for path in paths for batch in _file_batches(path)]
+    found = [batch for path in paths for batch in file_batches(path)]
     return Places(found, np.cumsum([0, *(batch.num_rows for batch in found)]))
 
 
@@ -411,7 +372,7 @@ def _decide(
     stage: Stage, parts: Sequence[Path], shards: Sequence[Shard], keys: Sequence[str], settings: Settings
 ) -> tuple[Path, dict[str, Any]]:
     """The folder with the decision on every part, taken over or made; and its report."""
-    place = settings.work / "decisions" / _digest(["decision", stage_digest(stage), *keys])
+    place = settings.work / "decisions" / digest(["decision", stage_digest(stage), *keys])
     if not place.is_dir():
         whole = places([shard.documents for shard in shards])
         firsts = np.cumsum([0, *(_num_rows(shard.documents) for shard in shards)])
@@ -420,7 +381,7 @@ def _decide(
                 batch.schema.get_field_index("row"), "row", pa.array(batch.column("row").to_numpy() + first, pa.int64())
             )
             for part, first in zip(parts, firsts)
-            for batch in _file_batches(part / "sketch.arrow")
+            for batch in file_batches(part / "sketch.arrow")
         ]
         new = Path(tempfile.mkdtemp(dir=settings.work / "new"))
         (new / "scratch").mkdir()
@@ -429,101 +390,17 @@ def _decide(
         if sketches:
             decision = stage.apply.resolve(sketches, functools.partial(fetch, whole), new / "scratch")
         shutil.rmtree(new / "scratch")
-        bounds = np.searchsorted(decision.rows, firsts)
-        for number, (start, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist())):
-            columns = [
-                pa.array(decision.rows[start:stop] - firsts[number], pa.int64()),
-                pa.array(decision.reasons[start:stop], pa.string()),
-                pa.array(decision.details[start:stop], pa.string()),
-            ]
-            with pa.ipc.new_file(str(new / f"{number}.arrow"), DECISION) as writer:
-                writer.write_table(pa.table(columns, schema=DECISION))
-        if decision.changes is not None:
-            _write_changes(decision.changes, firsts, new)
+        write_decision(decision, firsts, new)
         (new / "report.json").write_text(json.dumps(dict(decision.report)), encoding="utf-8")
         _appear(new, place)
     return place, json.loads((place / "report.json").read_text(encoding="utf-8"))
 
 
-def _write_changes(changes: pa.RecordBatch, firsts: np.ndarray, folder: Path) -> None:
-    """Writes the changes of each part, where it has some, by the rows of that part."""
-    for name in changes.schema.names:
-        if name != "row" and changes.schema.field(name).type != SCHEMA.field(name).type:
-            raise ValueError(
-                f"column {name!r} would become {changes.schema.field(name).type}; wanted {SCHEMA.field(name)}"
-            )
-    place = changes.schema.get_field_index("row")
-    rows = changes.column("row").to_numpy()
-    bounds = np.searchsorted(rows, firsts)
-    for number, (start, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist())):
-        if start < stop:
-            own = pa.array(rows[start:stop] - firsts[number], pa.int64())
-            batch = changes.slice(start, stop - start).set_column(place, "row", own)
-            with pa.ipc.new_file(str(folder / f"{number}.changes.arrow"), batch.schema) as writer:
-                writer.write_batch(batch)
-
-
 def _num_rows(path: Path) -> int:
-    return sum(batch.num_rows for batch in _file_batches(path))
+    return sum(batch.num_rows for batch in file_batches(path))
 
 
-# --- digests ---------------------------------------------------------------------------------------------------------
-
-
-def _digest(parts: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-
-
-@functools.cache
-def code_digest() -> str:
-    """SHA-256 over this package's sources: parts that other code wrote are not taken over."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def stage_digest(stage: Stage) -> str:
-    """Digest of a stage: its name, version and settings, its own code and that of this package."""
-    return _digest([code_digest(), stage.name, stage.scope, stage.version, _described(stage.apply, stage.name)])
-
-
-def _described(value: Any, stage: str) -> str:
-    """A text that is equal for equal settings and functions, in every process."""
-    if value is None or isinstance(value, (str, bytes, int, float, complex, Path)):
-        return repr(value)
-    again = functools.partial(_described, stage=stage)
-    if isinstance(value, FunctionType):
-        cells = [again(cell.cell_contents) for cell in value.__closure__ or ()]
-        defaults = [again(value.__defaults__), again(value.__kwdefaults__)]
-        return f"{value.__qualname__}{again(value.__code__)}{cells}{defaults}"
-    if isinstance(value, CodeType):
-        return f"{value.co_code.hex()}{[again(constant) for constant in value.co_consts]}{value.co_names}"
-    if isinstance(value, functools.partial):
-        return f"partial{again(value.func)}{again(value.args)}{again(value.keywords)}"
-    if is_dataclass(value) and not isinstance(value, type):
-        return f"{type(value).__qualname__}{[(f.name, again(getattr(value, f.name))) for f in fields(value)]}"
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__qualname__}{[again(each) for each in value]}"
-    if isinstance(value, (set, frozenset)):
-        return f"set{sorted(again(each) for each in value)}"
-    if isinstance(value, dict):
-        return f"dict{sorted((again(key), again(each)) for key, each in value.items())}"
-    if isinstance(value, np.ndarray):
-        return f"array{value.dtype}{value.shape}{hashlib.sha256(np.ascontiguousarray(value)).hexdigest()}"
-    if isinstance(value, pa.Array):
-        whole = pa.record_batch([value], names=["values"]).serialize()
-        return f"{value.type}{len(value)}{hashlib.sha256(whole).hexdigest()}"
-    if hasattr(value, "pattern") and hasattr(value, "flags"):
-        return f"pattern{value.pattern!r}{value.flags}"
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    if callable(value) and hasattr(value, "__wrapped__"):
-        return again(value.__wrapped__)
-    raise ValueError(
-        f"stage {stage!r} holds a {type(value).__qualname__}, whose content cannot be told from another's; let the "
-        "function hold plain settings and make the object in it, with what it reads named by Stage(..., version=...)"
-    )
+# --- one run at a time ----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.npy"
 ANY = "*"
+OTHER_KEYS = "all others"
+"""What the threshold for any domain and language holds for, beside those of some."""
 WORD_BLOCK = 1 << 24
 """Bytes whose words are found at once: the arrays for them take 13 bytes per byte."""
 
@@ -201,8 +203,9 @@ def classified(
             details.append(f"{name}: {score:.4f} is {drop} {bound:.4f}{chosen_for}" if goes else None)
             if score != score:
                 details[-1] = f"{name}: it has no word to score"
-        bounds = np.array([chosen[key].value for key in keys]) if threshold is None else threshold
-        return Outcome(with_scores(batch, {name: scores_D}), reasons, details, [Check(reason, found_D, drop, bounds)])
+        bounds = {(item.domain, item.language): item.value for item in classifier.thresholds}
+        checks = checks_by_key(reason, found_D, drop, bounds if threshold is None else {(ANY, ANY): threshold}, keys)
+        return Outcome(with_scores(batch, {name: scores_D}), reasons, details, checks)
 
     return apply
 
@@ -241,6 +244,30 @@ def keys_from_narrow(domain: str, language: str) -> tuple[tuple[str, str], ...]:
     return (domain, language), (ANY, language), (ANY, ANY)
 
 
+def checks_by_key(
+    reason: str,
+    values_D: np.ndarray,
+    side: Drop,
+    bounds: Mapping[tuple[str, str], float],
+    keys: Sequence[tuple[str, str]],
+) -> list[Check]:
+    """Returns a check for every threshold, of the rows that it holds for; keys: (domain, language) of every row."""
+    chosen = [next(each for each in keys_from_narrow(*key) if each in bounds) for key in keys]
+    found = []
+    for key, bound in bounds.items():
+        mine_D = np.array([each == key for each in chosen], bool)
+        named = ", ".join(part for part in key if part != ANY) or OTHER_KEYS
+        of = named if len(bounds) > 1 else ""
+        found.append(Check(reason, np.where(mine_D, values_D, np.nan), side, bound, of))
+    return found
+
+
+def joined_scores(before: Any, found: Mapping[str, float]) -> dict[str, float | None]:
+    """Returns scores that were there before, where that is what they are, and those found: six digits, NaN as None."""
+    new = {name: round(score, 6) if score == score else None for name, score in found.items()}
+    return (before if isinstance(before, dict) else {}) | new
+
+
 def with_scores(
     batch: pa.RecordBatch, scores: Mapping[str, Sequence[float]], *, rows: Sequence[int] | None = None
 ) -> pa.RecordBatch:
@@ -249,11 +276,8 @@ def with_scores(
     metas = batch.column("meta").to_pylist()
     for row in range(batch.num_rows) if rows is None else rows:
         values = json.loads(metas[row])
-        before = values.get("scores")
         found = {name: float(scores_D[row]) for name, scores_D in scores.items()}
-        values["scores"] = (before if isinstance(before, dict) else {}) | {
-            name: round(score, 6) if score == score else None for name, score in found.items()
-        }
+        values["scores"] = joined_scores(values.get("scores"), found)
         metas[row] = json.dumps(values, sort_keys=True, ensure_ascii=False)
     place = SCHEMA.get_field_index("meta")
     return batch.set_column(place, SCHEMA.field("meta"), pa.array(metas, pa.string()))

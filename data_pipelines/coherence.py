@@ -28,8 +28,8 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines.classifier import ANY, keys_from_narrow, with_scores
-from data_pipelines.document import Outcome
+from data_pipelines.classifier import ANY, checks_by_key, keys_from_narrow, with_scores
+from data_pipelines.document import Check, Outcome
 
 PIECE_CHARACTERS = 1 << 20
 """So much of a text is encoded at a time."""
@@ -265,7 +265,7 @@ def coherent(
         found = coherence(batch.column("text").to_pylist(), scorer, cut)
         reasons: list[str | None] = [None] * batch.num_rows
         details: list[str | None] = [None] * batch.num_rows
-        keys = zip(batch.column("domain").to_pylist(), batch.column("language").to_pylist(), strict=True)
+        keys = list(zip(batch.column("domain").to_pylist(), batch.column("language").to_pylist(), strict=True))
         for row, key in enumerate(keys):
             failed = []
             score, unique = (float(found.scores[name][row]) for name in (thresholds.measure, "unique_tokens"))
@@ -280,6 +280,10 @@ def coherent(
             if failed:
                 reasons[row] = failed[0][0]
                 details[row] = "; ".join(f"{reason}: {said}" for reason, said in failed)
-        return Outcome(with_scores(batch, found.scores), reasons, details)
+        checks = [
+            Check("repeated_tokens", found.scores["unique_tokens"], "below", settings.min_unique_tokens),
+            *checks_by_key("context_hurts", found.scores[thresholds.measure], "below", held, keys),
+        ]
+        return Outcome(with_scores(batch, found.scores), reasons, details, checks)
 
     return apply

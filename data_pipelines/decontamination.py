@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,8 +20,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines import sources
-from data_pipelines.document import SCHEMA, Outcome, make_document, text_buffer, to_batch, with_text
+from data_pipelines import chain, sources
+from data_pipelines.document import SCHEMA, Document, Outcome, make_document, text_buffer, to_batch, with_text
+from data_pipelines.executors import shown_progress
 from data_pipelines.ngrams import find_ngrams, ngram_hashes, span_bytes
 from data_pipelines.readers import json_rows
 from data_pipelines.rules import Words, find_words
@@ -333,18 +334,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", metavar="FILE.json", help="where the report goes as JSON as well")
     given = parser.parse_args(arguments)
     bad: list[str] = []
+    num_documents = 0
+
+    def documents() -> Iterator[Document]:
+        nonlocal num_documents
+        with shown_progress() as progress:
+            for document in sources.stream(given.input, on_bad_row=bad.append, progress=progress):
+                num_documents += 1
+                yield document
+
     try:
         settings = Decontamination(words=given.words, han_characters=given.han_characters)
         index = build_index(map(parse_benchmark, given.benchmark), settings)
-        documents = sources.read(given.input, on_bad_row=bad.append)
-        batches = (to_batch(documents[start : start + 1024]) for start in range(0, len(documents), 1024))
-        found = report(batches, index)
+        found = report(chain.batches(documents(), chain.Sizes()), index)
+        if not num_documents:
+            raise ValueError(f"the corpus is empty: no document in {', '.join(given.input)}; wanted files with text")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for message in bad[:5]:
         print(f"left out: {message}", file=sys.stderr)
-    print(f"{len(documents)} documents, {len(bad)} rows could not be read")
+    print(f"{num_documents} documents, {len(bad)} rows could not be read")
     for row in found:
         left_out = f"{row.short_items} too short, {row.template_ngrams} n-grams of its template left out"
         print(f"{row.benchmark}: {row.items_found} of {row.items} items in {row.documents} documents ({left_out})")

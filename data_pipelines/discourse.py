@@ -27,9 +27,9 @@ from types import MappingProxyType
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines.classifier import WORD_BLOCK, with_scores
-from data_pipelines.document import Outcome, text_buffer
-from data_pipelines.rules import Check, judge, power_of_two
+from data_pipelines.classifier import OTHER_KEYS, WORD_BLOCK, with_scores
+from data_pipelines.document import Check, Outcome, text_buffer
+from data_pipelines.rules import judge, power_of_two
 
 ENGLISH_PRONOUNS = (
     "i me my mine myself you your yours yourself yourselves he him his himself she her hers herself it its itself "
@@ -181,20 +181,34 @@ def statistics(
         for name, column in values.items():
             wide[name][rows] = column
         languages = [held.get(language, held["*"]) for language in batch.column("language").to_pylist()]
-        checks = [check for bound in dict.fromkeys(held.values()) for check in _checks(wide, bound, languages)]
+        checks = [
+            check
+            for bound in dict.fromkeys(held.values())
+            for check in _checks(wide, bound, languages, of=_of(bound, held))
+        ]
         outcome = judge(batch, checks)
         return outcome._replace(batch=with_scores(batch, wide, rows=rows))
 
     return apply
 
 
-def _checks(values: Mapping[str, np.ndarray], bounds: Bounds, languages: list[Bounds]) -> list[Check]:
-    """The checks of one language's bounds; rows of others have no value, which fails none."""
+def _of(bounds: Bounds, held: Mapping[str, Bounds]) -> str:
+    """The languages that have these bounds, where others have others."""
+    names = sorted(OTHER_KEYS if name == "*" else name for name, found in held.items() if found == bounds)
+    return ", ".join(names) if len(names) < len(held) else ""
+
+
+def _checks(values: Mapping[str, np.ndarray], bounds: Bounds, languages: list[Bounds], *, of: str) -> list[Check]:
+    """The checks of one language's bounds; rows of others have no value, which fails none.
+
+    No measure is negative: a least value of 0 asks for nothing, and is no check.
+    """
     mine_D = np.array([found == bounds for found in languages], bool)
     found = []
     for field in fields(bounds):
         side, _, name = field.name.partition("_")
-        sides = {"min": ("low", "below"), "max": ("high", "above")}[side]
-        chosen_D = np.where(mine_D, values[name], np.nan)
-        found.append(Check(f"{sides[0]}_{name}", chosen_D, sides[1], getattr(bounds, field.name)))
+        sides, bound = {"min": ("low", "below"), "max": ("high", "above")}[side], getattr(bounds, field.name)
+        if side == "max" or bound > 0:
+            chosen_D = np.where(mine_D, values[name], np.nan)
+            found.append(Check(f"{sides[0]}_{name}", chosen_D, sides[1], bound, of))
     return found

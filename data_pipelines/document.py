@@ -48,12 +48,16 @@ class Document(NamedTuple):
 
 
 class Check(NamedTuple):
-    """Rows fail where values_D is below (or above) the bound: one for all, or one of each. NaN: not measured."""
+    """Rows fail where values_D is below (or above) the bound. NaN: not measured.
+
+    of: in words, which documents the bound holds for, where others have another; the values of those are NaN.
+    """
 
     reason: str
     values_D: np.ndarray
     side: Literal["below", "above"]
-    bound: float | np.ndarray
+    bound: float
+    of: str = ""
 
     def fails(self) -> np.ndarray:
         """Per row, whether it fails; what was not measured does not."""
@@ -61,12 +65,9 @@ class Check(NamedTuple):
 
     def spread(self, rows: Sequence[int], num_rows: int) -> "Check":
         """The check of some rows of a batch as one of the whole batch: nothing was measured of the others."""
-        values_D, bound = np.full(num_rows, np.nan), self.bound
+        values_D = np.full(num_rows, np.nan)
         values_D[rows] = self.values_D
-        if np.ndim(bound):
-            bound = np.full(num_rows, np.min(bound))
-            bound[rows] = self.bound
-        return self._replace(values_D=values_D, bound=bound)
+        return self._replace(values_D=values_D)
 
 
 class Outcome(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipelines.ledger import explain_run, read_summary
-from data_pipelines.measures import Bound
+from data_pipelines.measures import Bound, named
 from internjax.figures import format_number
 
 MOST_DOCUMENTS = 20
@@ -199,8 +199,8 @@ def _stages(
 
 def _values(bounds: Sequence[Bound], row: dict[str, Any]) -> list[str]:
     return [
-        f"    {'✗' if number in row['failed'] else ' '} {bound.reason:24} {value:<12.5g} goes {bound.side} "
-        + " to ".join(format_number(limit) for limit in (bound.values[0], *bound.values[1:][-1:]))
+        f"    {'✗' if number in row['failed'] else ' '} {named(bound):24} {value:<12.5g} goes {bound.side} "
+        + format_number(bound.value)
         for number, (bound, value) in enumerate(zip(bounds, row["values"], strict=True))
         if np.isfinite(value)
     ]

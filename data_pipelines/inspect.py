@@ -15,15 +15,16 @@ import bisect
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from data_pipelines.executors import shown_progress
 from data_pipelines.fate import documents_of, rows_of, tell
 from data_pipelines.ledger import Fate, read_summary
-from data_pipelines.measures import LENGTH, OTHERS, Bound, curves
+from data_pipelines.measures import LENGTH, OTHERS, Bound, curves, named
 from internjax import report
 from internjax.figures import Bar, Bars, Slider, Stop, format_number
 from internjax.report import Number, Numbers, Sample, Samples, Section, Table, Text
@@ -46,18 +47,26 @@ class Shown(NamedTuple):
     reason: tuple[str, str] | None = None
 
 
-def write_page(folder: str | Path) -> Path:
+def write_page(
+    folder: str | Path, *, progress: Callable[[str, int, int], None] = lambda label, done, total: None
+) -> Path:
     """Writes inspect.html and inspect.md into the folder of a run and returns the path of the former.
 
-    Raises ValueError where the folder holds no run, or one of an earlier version.
+    progress is told (what, done, of how many). Raises ValueError where the folder holds no run, or that of another
+    version.
     """
     folder = Path(folder)
     counts = read_summary(folder)
-    wanted = _sample_ids(folder)
+    wanted: dict[tuple[str, str], list[str]] = {}
+    done = 0
+    for batch in _batches(folder / "dropped.parquet", ("stage", "reason", "id")):
+        _draw(batch, wanted)
+        done += batch.num_rows
+        progress("draw samples", done, counts["documents_dropped"])
     near = {name: found for name, found in counts["reports"].items() if "shown" in found}
     in_groups = {name for found in near.values() for pair in found["pairs"] for name in pair[:2]}
     in_groups |= {name for found in near.values() for group in found["shown"] for name in group["members"]}
-    shown = _documents(folder, in_groups | {name for names in wanted.values() for name in names})
+    shown = _documents(folder, in_groups | {name for names in wanted.values() for name in names}, progress)
     sections = [
         _at_a_glance(counts),
         _flow(counts),
@@ -96,23 +105,23 @@ def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     yield from ds.dataset(path, format="parquet").to_batches(columns=list(columns))
 
 
-def _sample_ids(folder: Path) -> dict[tuple[str, str], list[str]]:
-    """(stage, reason) -> the least ids that it dropped: ids are hashes, so these are drawn at random."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for batch in _batches(folder / "dropped.parquet", ("stage", "reason", "id")):
-        for stage, reason, name in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            least = found.setdefault((stage, reason), [])
-            if len(least) < SAMPLES_EACH or name < least[-1]:
-                bisect.insort(least, name)
-                del least[SAMPLES_EACH:]
-    return found
+def _draw(batch: pa.RecordBatch, found: dict[tuple[str, str], list[str]]) -> None:
+    """Enters the least ids that each (stage, reason) dropped: ids are hashes, so these are drawn at random."""
+    for stage, reason, name in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        least = found.setdefault((stage, reason), [])
+        if len(least) < SAMPLES_EACH or name < least[-1]:
+            bisect.insort(least, name)
+            del least[SAMPLES_EACH:]
 
 
-def _documents(folder: Path, ids: set[str]) -> dict[str, list[Shown]]:
+def _documents(folder: Path, ids: set[str], progress: Callable[[str, int, int], None]) -> dict[str, list[Shown]]:
     """Id -> what is known of it; a document that came twice has several entries."""
     found: dict[str, list[Shown]] = {}
-    for row in rows_of(documents_of(folder), ids, ["id", "path", "text"]):
-        found.setdefault(row["id"], []).append(Shown(row["path"], _excerpt(row["text"]), None))
+    files = documents_of(folder)
+    for number, path in enumerate(files, 1):
+        for row in rows_of([path], ids, ["id", "path", "text"]):
+            found.setdefault(row["id"], []).append(Shown(row["path"], _excerpt(row["text"]), None))
+        progress("read documents", number, len(files))
     for row in rows_of([folder / "dropped.parquet"], ids, [*Fate._fields, "text"]):
         one = Shown(row["path"], _excerpt(row["text"]), row["detail"] or row["reason"], (row["stage"], row["reason"]))
         found.setdefault(row["id"], []).append(one)
@@ -270,7 +279,8 @@ def _thresholds(folder: Path, counts: Mapping[str, Any]) -> Section:
         return Section("Thresholds", [])
     told = Text(
         "What a stage would keep if one of its thresholds were another and all else stayed as it is: documents that "
-        "fail nothing but this. Later stages are not run again. Shares of duplicate n-grams are known only where they "
+        "fail nothing but this. Where a bound depends on domain or language, there is a slider for each. Later stages "
+        "are not run again. Shares of duplicate n-grams are known only where they "
         "can reach the least threshold in use, and code that an early rule drops is not measured further."
     )
     return Section("Thresholds", [told, *blocks])
@@ -287,11 +297,10 @@ def _slider(curve: Any, held: Mapping[str, Any], *, exact: bool) -> Slider:
         return f"{about}{documents:,.0f} documents ({point[1]:.1%}) and {size(num_bytes)} stay{beside}"
 
     bound = curve.bound
-    used = format_number(bound.values[0])
-    if len(bound.values) > 1:
-        used += f" to {format_number(bound.values[-1])}, by domain and language (the slider sets one for all)"
     stops = [Stop(point[0], point[1], said(point)) for point in curve.points]
-    return Slider(bound.reason.replace("_", " "), stops, curve.now, f"{bound.side} it a document goes; in use: {used}")
+    label = named(bound._replace(reason=bound.reason.replace("_", " ")))
+    goes = f"{bound.side} it a document goes; in use: {format_number(bound.value)}"
+    return Slider(label, stops, curve.now, f"{goes}; others have a bound of their own" if bound.of else goes)
 
 
 def _samples(
@@ -449,7 +458,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.document or given.path:
             print(tell(given.run, document=given.document, path=given.path, tokens=given.tokens))
         else:
-            print(write_page(given.run))
+            with shown_progress() as progress:
+                print(write_page(given.run, progress=progress))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

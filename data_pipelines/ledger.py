@@ -16,6 +16,10 @@ import pyarrow as pa
 
 from data_pipelines.document import Document, Outcome, num_text_bytes, text_buffer
 from data_pipelines.measures import MEASURES, Bound, Profile, Sample, add_profile, add_sample, bounded, measure, settled
+from internjax.hf.folder import sync_tree
+
+FORMAT = 1
+"""Of ledger.json; `read_summary` refuses another."""
 
 
 class StageCount(NamedTuple):
@@ -189,6 +193,7 @@ def summary(ledger: Ledger) -> dict[str, Any]:
     counts = list(ledger.stages.values())
     first, last = (counts[0], counts[-1]) if counts else (StageCount(""), StageCount(""))
     return {
+        "format": FORMAT,
         "documents_in": first.documents_in,
         "bytes_in": first.bytes_in,
         "documents_kept": last.documents_kept,
@@ -242,13 +247,16 @@ def explain(ledger: Ledger, document_id: str) -> str:
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
-    """What `save` wrote as ledger.json; ValueError where the folder holds none, or one of an earlier version."""
+    """What `save` wrote as ledger.json; ValueError where the folder holds none, or one of another version."""
     path = Path(folder) / "ledger.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: it has no ledger.json; give the --output of data_pipelines.wanjuan")
     found = json.loads(path.read_text(encoding="utf-8"))
-    if "profiles" not in found:
-        raise ValueError(f"{folder} was written by an earlier version: its ledger has no profiles; run the chain again")
+    if found.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} was written by another version: its ledger has format {found.get('format')}, this one reads "
+            f"{FORMAT}; run the chain again"
+        )
     return found
 
 
@@ -284,7 +292,10 @@ def _explained(document_id: str, dropped: Iterable[Fate], kept_ids: set[str]) ->
 
 
 def save(ledger: Ledger, folder: str | Path) -> None:
-    """Writes ledger.json, dropped.parquet with a row per dropped document, measures.parquet; checks the sums first."""
+    """Writes dropped.parquet with a row per dropped document, measures.parquet, ledger.json; checks the sums first.
+
+    The ledger comes last, when all that lies in the folder is on disk: with it the folder is whole.
+    """
     check(ledger)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -293,6 +304,7 @@ def save(ledger: Ledger, folder: str | Path) -> None:
     text = json.dumps(summary(ledger), indent=2, ensure_ascii=False) + "\n"
     temporary = folder / "ledger.json.partial"
     temporary.write_text(text, encoding="utf-8")
+    sync_tree(folder)
     temporary.replace(folder / "ledger.json")
 
 

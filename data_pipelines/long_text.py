@@ -43,9 +43,12 @@ from data_pipelines.coherence_thresholds import (
     write_thresholds,
 )
 from data_pipelines.discourse import statistics
-from data_pipelines.document import Document, Outcome, Stage, text_buffer
+from data_pipelines.document import Check, Document, Outcome, Stage, only, text_buffer
 from data_pipelines.ledger import Ledger, dropped_by_reason, record
+from data_pipelines.natural_languages import identify_languages
+from data_pipelines.rules import edit, normalise_rows, normalise_text
 
+CODE = ("code",)
 LONG_BYTES = 32 * 1024
 """A document of more UTF-8 bytes is long."""
 _opening = threading.Lock()
@@ -55,18 +58,22 @@ def longer_than(num_bytes: int = LONG_BYTES) -> Callable[[pa.RecordBatch], Outco
     """Returns the stage that drops documents of at most `num_bytes` bytes of UTF-8 ("not_long")."""
 
     def apply(batch: pa.RecordBatch) -> Outcome:
-        sizes_D = np.diff(text_buffer(batch).offsets).tolist()
-        details = [f"{size} bytes are not above {num_bytes}" if size <= num_bytes else None for size in sizes_D]
-        return Outcome(batch, [detail and "not_long" for detail in details], details)
+        sizes_D = np.diff(text_buffer(batch).offsets)
+        details = [f"{n} bytes are not above {num_bytes}" if n <= num_bytes else None for n in sizes_D.tolist()]
+        checks = [Check("not_long", sizes_D.astype(np.float64), "below", num_bytes + 1)]
+        return Outcome(batch, [detail and "not_long" for detail in details], details, checks)
 
     return apply
 
 
 LONG_TEXT = (
+    Stage("normalise", "batch", only(CODE, edit(normalise_text, normalise_rows), others=True)),
+    Stage("language", "batch", only(CODE, identify_languages, others=True)),
     Stage("length", "batch", longer_than(LONG_BYTES)),
-    Stage("statistics", "batch", statistics()),
+    Stage("statistics", "batch", statistics(passed=CODE)),
 )
-"""What needs no scorer; code passes the second untouched. `long_text_stages` adds the perplexity filter."""
+"""What needs no scorer; code passes all but the length untouched. `long_text_stages` adds the perplexity filter, and
+`fit` scores what these leave: bounds and thresholds are by the language that is entered here."""
 
 
 def long_text_stages(

@@ -121,11 +121,17 @@ def bounded(profile: Profile) -> Profile:
 
 
 class Bound(NamedTuple):
-    """values: the thresholds in use, ascending; more than one where they depend on the document."""
+    """value: the threshold in use. of: which documents it holds for, where others have another."""
 
     reason: str
     side: str
-    values: Sequence[float]
+    value: float
+    of: str = ""
+
+
+def named(bound: Bound) -> str:
+    """The bound in words: reason, and which documents it is for."""
+    return f"{bound.reason} ({bound.of})" if bound.of else bound.reason
 
 
 @dataclass
@@ -143,10 +149,10 @@ class Sample:
 
 def measure(sample: Sample, stage: str, batch: pa.RecordBatch, outcome: Outcome) -> None:
     """Enters what a stage measured of a batch that it was given."""
-    checks = [check for check in outcome.checks if np.isfinite(check.bound).all()]  # others are switched off
+    checks = [check for check in outcome.checks if np.isfinite(check.bound)]  # others are switched off
     if not checks or batch.num_rows == 0:
         return
-    found = [Bound(check.reason, check.side, np.unique(check.bound).tolist()) for check in checks]
+    found = [Bound(check.reason, check.side, float(check.bound), check.of) for check in checks]
     sample.bounds = _joined(sample.bounds, found, stage)
     values_DM = np.stack([np.asarray(check.values_D, np.float64) for check in checks], axis=1)
     has_value_D = ~np.isnan(values_DM).all(axis=1)
@@ -188,13 +194,10 @@ def add_sample(sample: Sample, other: Sample, stage: str) -> None:
 def _joined(bounds: Sequence[Bound], others: Sequence[Bound], stage: str) -> list[Bound]:
     if not bounds or not others:
         return list(bounds or others)
-    if [bound[:2] for bound in bounds] != [bound[:2] for bound in others]:
-        names = [[bound.reason for bound in each] for each in (bounds, others)]
+    if list(bounds) != list(others):
+        names = [[named(bound) for bound in each] for each in (bounds, others)]
         raise RuntimeError(f"stage {stage!r} measured {names[0]} of some batches and {names[1]} of others")
-    return [
-        one if one.values == other.values else one._replace(values=sorted({*one.values, *other.values}))
-        for one, other in zip(bounds, others, strict=True)
-    ]
+    return list(bounds)
 
 
 def _trim(sample: Sample) -> None:
@@ -228,8 +231,8 @@ def _num_bytes(batch: pa.RecordBatch) -> np.ndarray:
 class Curve(NamedTuple):
     """What of a stage's documents would stay if one of its bounds were another, and the rest as it is.
 
-    points: (threshold, share of the documents, share of the bytes), ascending; now: which of them is in use (the least
-    one, where they are several).
+    points: (threshold, share of the documents, share of the bytes), ascending; now: which of them is in use. The shares
+    are of all documents of the stage, also where the bound holds for some of them.
     """
 
     bound: Bound
@@ -266,7 +269,7 @@ def _curve(
     distinct = np.unique(values)
     if len(distinct) > num_points:
         distinct = np.quantile(values, np.linspace(0, 1, num_points), method="nearest")
-    thresholds = np.unique([*distinct, *bound.values])
+    thresholds = np.unique([*distinct, bound.value])
     order = np.argsort(values, kind="stable")
     values, sums = values[order], np.concatenate([[0.0], np.cumsum(sizes[order])])
     if bound.side == "above":
@@ -277,5 +280,5 @@ def _curve(
         kept = len(values) - counts, sums[-1] - sums[counts]
     documents = ((kept[0] + always[0]) / num_documents).tolist()
     volumes = ((kept[1] + always[1]) / num_bytes).tolist()
-    now = int(np.searchsorted(thresholds, bound.values[0]))
+    now = int(np.searchsorted(thresholds, bound.value))
     return Curve(bound, list(zip(thresholds.tolist(), documents, volumes, strict=True)), now)

@@ -24,6 +24,7 @@ from data_pipelines.classifier import (
     MANIFEST,
     Classifier,
     Settings,
+    joined_scores,
     open_classifier,
     probabilities,
     text_rows,
@@ -165,20 +166,22 @@ def _score(given: argparse.Namespace) -> str:
     scored = dict.fromkeys(classifiers, 0)
     rows = (row for name in given.input for row in read_rows(name))
     num_rows, partial = 0, output.with_name(f"{output.name}.partial")
-    with partial.open("w", encoding="utf-8") as lines:
-        while batch := list(itertools.islice(rows, BATCH_ROWS)):
-            for name, count in _add_scores(batch, classifiers, given.text_field):
-                scored[name] += count
-            lines.writelines(json.dumps(row.value, ensure_ascii=False, default=str) + "\n" for row in batch)
-            num_rows += len(batch)
-    for name, count in scored.items():
-        if count == 0:
-            partial.unlink()
-            raise ValueError(
-                f"{name} scored none of {num_rows} rows: field {given.text_field!r} holds no word in any; name the "
-                "field of the text with --text-field"
-            )
-    partial.replace(output)
+    try:
+        with partial.open("w", encoding="utf-8") as lines:
+            while batch := list(itertools.islice(rows, BATCH_ROWS)):
+                for name, count in _add_scores(batch, classifiers, given.text_field):
+                    scored[name] += count
+                lines.writelines(json.dumps(row.value, ensure_ascii=False, default=str) + "\n" for row in batch)
+                num_rows += len(batch)
+        for name, count in scored.items():
+            if count == 0:
+                raise ValueError(
+                    f"{name} scored none of {num_rows} rows: field {given.text_field!r} holds no word in any; name "
+                    "the field of the text with --text-field"
+                )
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
     counts = ", ".join(f"{count} by {name}" for name, count in scored.items())
     return f"{output}: {num_rows} rows, scored {counts}"
 
@@ -196,10 +199,7 @@ def _add_scores(batch: Sequence[Any], classifiers: dict[str, Classifier], field:
     for name, classifier in classifiers.items():
         found = probabilities(text, classifier)
         for row, score in zip(batch, found.tolist(), strict=True):
-            before = row.value.get("scores")
-            row.value["scores"] = (before if isinstance(before, dict) else {}) | {
-                name: None if np.isnan(score) else round(score, 6)
-            }
+            row.value["scores"] = joined_scores(row.value.get("scores"), {name: score})
         counts.append((name, int((~np.isnan(found)).sum())))
     return counts
 

@@ -24,7 +24,8 @@ from internjax.text.tokenizer import Tokenizer
 MANIFEST, DOCUMENTS = "manifest.json", "documents.parquet"
 FORMAT = 1
 SHARD_TOKENS = 1 << 27
-_ENCODE_BATCH = 512
+# Encoded at once, on all cores: at most so many documents, and no further one from so many characters on.
+_ENCODE_DOCUMENTS, _ENCODE_CHARACTERS = 512, 1 << 22
 
 
 class TokenDocument(NamedTuple):
@@ -73,6 +74,7 @@ def text_documents(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> It
     Markers that a text spells out are plain text.
     """
     batch: list[tuple[str, str]] = []
+    num_characters = 0
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
     def encoded():
@@ -83,9 +85,10 @@ def text_documents(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> It
 
     for pair in texts:
         batch.append(pair)
-        if len(batch) == _ENCODE_BATCH:
+        num_characters += len(pair[1])
+        if len(batch) == _ENCODE_DOCUMENTS or num_characters >= _ENCODE_CHARACTERS:
             yield from encoded()
-            batch = []
+            batch, num_characters = [], 0
     yield from encoded()
 
 
@@ -231,6 +234,20 @@ def _field(document: Any, name: str) -> str:
     return "" if value is None else str(value)
 
 
+def _chosen(documents: Iterable[Any], field: str, value: str) -> Iterator[tuple[str, str]]:
+    """Id and text of the documents whose field has this value. Raises ValueError where none has, naming some it has."""
+    found, others = False, set()
+    for document in documents:
+        if (held := _field(document, field)) == value:
+            found = True
+            yield document.id, document.text
+        elif len(others) < 5:
+            others.add(held)
+    if not found:
+        named = ", ".join(repr(each) for each in sorted(others)) or "nothing: no document came"
+        raise ValueError(f"--where {field}={value} fits no document; {field} is {named}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line: `python -m data_pipelines.tokens --input FILE... --tokenizer MODEL --output DIR`."""
     import argparse
@@ -263,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
         bad: list[str] = []
         with shown_progress() as progress:
             documents = sources.stream(args.input, on_bad_row=bad.append, progress=progress)
-            texts = ((d.id, d.text) for d in documents if not field or _field(d, field) == value)
+            texts = _chosen(documents, field, value) if field else ((d.id, d.text) for d in documents)
             about = {"where": args.where} if field else None
             manifest = write_tokens(args.output, text_documents(texts, tokenizer), tokenizer=tokenizer, about=about)
         save_tokenizer(tokenizer, Path(args.output) / "tokenizer")

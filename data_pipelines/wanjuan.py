@@ -163,12 +163,7 @@ def long_text(given: Given = Given()) -> tuple[Stage, ...]:
     filters = LONG_TEXT
     if given.scorer is not None:
         filters = long_text_stages(given.scorer, thresholds=given.thresholds)
-    return (
-        Stage("normalise", "batch", only(CODE, edit(normalise_text, normalise_rows), others=True)),
-        Stage("language", "batch", only(CODE, identify_languages, others=True)),
-        *filters,
-        *_decontaminated(given),
-    )
+    return (*filters, *_decontaminated(given))
 
 
 def _duplicates() -> tuple[Stage, ...]:
@@ -195,8 +190,12 @@ def _classifiers(given: Given) -> Iterator[Stage]:
 
 def _tiers(given: Given) -> Iterator[Stage]:
     if given.tiers is not None:
-        folder = Path(given.models, CODE_QUALITY) if CODE_QUALITY in _models(given) else None
-        score = score_of_meta if folder is None else score_by(folder, drop="below")
+        if given.models is not None and CODE_QUALITY not in _models(given):
+            raise ValueError(
+                f"{given.models} holds no {CODE_QUALITY}, which tiers go by; train it, or give no models and have "
+                "`quality` in meta"
+            )
+        score = score_of_meta if given.models is None else score_by(Path(given.models, CODE_QUALITY), drop="below")
         yield Stage("tiers", "batch", only(CODE, tiers(given.tiers, score=score)))
 
 
@@ -257,17 +256,27 @@ def _given(documents: list[Document], on_bad_row: Callable[[str], None] | None) 
     return documents
 
 
-def check_kept(ledger: Ledger) -> None:
-    """Raises ValueError where nothing came in, or everything was dropped."""
+def check_kept(ledger: Ledger, set_aside: Sequence[Path] = ()) -> None:
+    """Raises ValueError where nothing came in, or everything was dropped. set_aside: files of bad rows."""
     counts = summary(ledger)
     if not counts["documents_in"]:
-        raise ValueError("the corpus is empty: there is no document to run the chain on; give files with text")
+        number = sum(counts["rows_set_aside"].values())
+        unread = f" ({number} rows could not be read: {_first_line(set_aside)})" if number else ""
+        raise ValueError(f"the corpus is empty: there is no document to run the chain on{unread}; give files with text")
     if not counts["documents_kept"]:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in list(dropped_by_reason(ledger).items())[:5])
         raise ValueError(
             f"all {counts['documents_in']} documents were dropped: {reasons}; give other documents or a chain "
             f"whose thresholds fit them (chains: {', '.join(CHAINS)})"
         )
+
+
+def _first_line(files: Sequence[Path]) -> str:
+    for path in files:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                return line.rstrip("\n")
+    return ""
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -309,8 +318,9 @@ def run_files(
         found = chain.run(units, stages, settings, run_tasks, progress=progress)
         found.ledger.unreadable.update(file_of(message) for message in bad)
         (work / "set_aside.txt").write_text("".join(f"{message}\n" for message in bad), "utf-8", "replace")
-        check_kept(found.ledger)
-        write_folder(found._replace(set_aside=[work / "set_aside.txt", *found.set_aside]), folder, progress=progress)
+        found = found._replace(set_aside=[work / "set_aside.txt", *found.set_aside])
+        check_kept(found.ledger, found.set_aside)
+        write_folder(found, folder, progress=progress)
         shutil.rmtree(work)
     return found.ledger
 

@@ -23,8 +23,7 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool, marker: str) -> Iter
     new.mkdir()
     try:
         yield new
-        for folder in [new, *(entry for entry in new.rglob("*") if entry.is_dir())]:
-            _sync(folder)
+        sync_tree(new)
         if path.exists():
             path.rename(old)
         try:
@@ -60,8 +59,15 @@ def _check_target(path: Path, *, overwrite: bool, marker: str) -> None:
         raise ValueError(f"{path} exists already ({listed}). Give another name, or overwrite=True (--overwrite)")
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_tree(folder: Path) -> None:
+    """Returns when every file and folder below is on disk: a name that is given to it then never shows half of it."""
+    for entry in [*folder.rglob("*"), folder]:
+        if not entry.is_symlink():
+            _sync(entry)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

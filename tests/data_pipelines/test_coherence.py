@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import math
+import pydoc_data.topics
 import re
 from collections import Counter
 from pathlib import Path
@@ -13,12 +14,14 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipelines import chain, coherence, ngram_scan, ngram_scorer
+from data_pipelines import coherence, ngram_scan, ngram_scorer
 from data_pipelines import coherence_thresholds as fitting
 from data_pipelines import long_text as long
 from data_pipelines.coherence import Filter, Scored, Scorer, Thresholds, Windows
+from data_pipelines.digests import stage_digest
 from data_pipelines.document import make_document, to_batch, to_documents
 from data_pipelines.ledger import Ledger, dropped_by_reason
+from data_pipelines.measures import curves, settled
 from data_pipelines.wanjuan import run_chain
 from internjax.hf.open import open_model
 from internjax.hf.save import save_model
@@ -399,18 +402,35 @@ def test_the_command_fits_thresholds_that_the_chain_uses(fitted):
         assert words in page
     assert "<script" not in page and "http" not in re.sub(r"<pre.*?</pre>", "", page, flags=re.S)
     stages = long.long_text_stages(folder / "ngrams", thresholds=folder / "thresholds.json")
-    assert [stage.name for stage in stages] == ["length", "statistics", "coherence"]
+    assert [stage.name for stage in stages] == ["normalise", "language", "length", "statistics", "coherence"]
     documents = [make_document(row.pop("text"), source="s", **row) for row in map(dict, rows)]
     ledger = Ledger()
     kept = run_chain(documents, stages, ledger)
     assert dropped_by_reason(ledger) == {"context_hurts": 1, "not_long": 1}
     assert len(kept) == 8 and all(document.meta["scores"]["ppl_ratio"] > 0 for document in kept)
-    sent = cloudpickle.loads(cloudpickle.dumps(stages[2]))
+    sample, values = ledger.samples["coherence"], json.loads((folder / "thresholds.json").read_text())["thresholds"]
+    bounds = [("all others", values[0]["value"]), ("python", values[1]["value"]), ("code, python", values[2]["value"])]
+    assert [bound[2:] for bound in sample.bounds] == [(0.05, ""), *((value, of) for of, value in bounds)]
+    found = {bound.of: points for bound, points, _ in curves(sample.bounds, settled(sample))}
+    assert set(found) == {"", "code, python"}, "the other thresholds hold for no document"
+    least = min(document.meta["scores"]["ppl_ratio"] for document in kept)
+    assert [stays for threshold, stays, _ in found["code, python"] if threshold < least][-1] == 8 / 9
+    assert found["code, python"][0][1] == 1 and found["code, python"][-1][1] == 1 / 9
+    sent = cloudpickle.loads(cloudpickle.dumps(stages[-1]))
     batch = to_batch(documents[:3])
-    assert sent.apply(batch).batch.equals(stages[2].apply(batch).batch)
-    assert chain.stage_digest(stages[2]) == chain.stage_digest(sent)
+    assert sent.apply(batch).batch.equals(stages[-1].apply(batch).batch)
+    assert stage_digest(stages[-1]) == stage_digest(sent)
     plain = long.long_text_stages(folder / "ngrams")
-    assert chain.stage_digest(plain[2]) != chain.stage_digest(stages[2])
+    assert stage_digest(plain[-1]) != stage_digest(stages[-1])
+
+
+def test_what_is_scored_has_the_language_that_the_chain_finds():
+    """A threshold is looked up by it, and a bound of Chinese text is none of English text."""
+    prose = "\n".join(pydoc_data.topics.topics.values())[:40000]
+    document = make_document(prose, source="s", path="p")
+    assert document.language == "und"
+    (sample,) = long.score_documents(iter([document]), fake(hurt), SMALL, "ppl_ratio", Ledger())
+    assert sample.language == "en"
 
 
 def test_damaged_and_foreign_files_are_refused(fitted, checkpoint, tmp_path, capsys):

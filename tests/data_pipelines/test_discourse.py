@@ -165,6 +165,11 @@ def test_all_failing_measures_are_told_and_code_is_left_alone():
     text_row, code_row = to_documents(outcome.batch)
     assert text_row.meta["scores"]["fluency"] == 1.0 and text_row.meta["scores"]["mean_line"] < 8
     assert code_row == to_documents(batch)[1]
+    checks = {(check.reason, check.of): check for check in outcome.checks}
+    english, chinese = (checks["low_mean_line", language] for language in ("en", "zh"))
+    assert english.values_D[0] == pytest.approx(text_row.meta["scores"]["mean_line"], abs=1e-5) and english.bound == 8
+    assert np.isnan(english.values_D[1]) and np.isnan(chinese.values_D).all() and chinese.bound == 4
+    assert ("low_mean_line", "all others") in checks and ("low_chinese_pronouns", "en") not in checks
     wide = discourse.statistics({"*": discourse.Bounds(min_mean_line=0, max_newline_rate=1, min_words_per_character=0)})
     assert wide(batch).reasons == [None, None]
     with pytest.raises(ValueError, match=r'"\*", for all others, is missing'):
@@ -185,7 +190,7 @@ def test_the_chain_counts_what_goes():
     ledger = Ledger()
     assert [document.path for document in run_chain(documents, LONG_TEXT, ledger)] == ["long"]
     assert {name: dict(count.dropped) for name, count in ledger.stages.items()} == {
-        "length": {"not_long": 1}, "statistics": {"high_pipe_rate": 1}
+        "normalise": {}, "language": {}, "length": {"not_long": 1}, "statistics": {"high_pipe_rate": 1}
     }  # fmt: skip
 
 

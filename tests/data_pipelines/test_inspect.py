@@ -1,9 +1,12 @@
 """The page of a run says what the run did, another run confirms its sliders, and a document's fate is told whole."""
 
 import dataclasses
+import html
 import json
 import random
 import re
+import shutil
+import subprocess
 from itertools import combinations
 
 import pyarrow.parquet as pq
@@ -113,6 +116,41 @@ def test_a_slider_tells_what_a_run_with_that_threshold_keeps(corpus, page, label
         assert f"and {inspect.size(stage['bytes_kept'])} stay" in said
 
 
+# A reader moves the slider to its end and follows the link to the samples; the title then says what is to be seen.
+VISIT = """<script>addEventListener("load", () => {
+  const box = [...document.querySelectorAll(".slider")].find((each) => each.textContent.startsWith("few words"));
+  const input = box.querySelector("input"), section = document.querySelector("[id$=samples-of-what-was-dropped]");
+  input.value = input.max;
+  input.dispatchEvent(new Event("input"));
+  document.querySelector(`nav a[href="#${section.id}"]`).click();
+  const text = section.querySelector(".samples pre");
+  document.title = JSON.stringify({
+    number: box.querySelector("output").textContent,
+    said: box.querySelector(".said").textContent,
+    width: parseFloat(box.querySelector(".part").style.width),
+    back: box.querySelector("button").checkVisibility(),
+    heading: section.getBoundingClientRect().top,
+    sample: text.checkVisibility() && text.textContent,
+    styled: getComputedStyle(document.querySelector(".samples")).display,
+  });
+});</script>"""
+
+
+def test_in_a_browser_a_slider_answers_and_the_samples_are_shown(page, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"{VISIT}</body>"))
+    how = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    address = (tmp_path / "page.html").as_uri()
+    done = subprocess.run([browser, *how, address], capture_output=True, text=True, timeout=120)
+    seen = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
+    stops, _ = sliders(page)["few words"]
+    assert [seen["number"], round(seen["width"] / 100, 4), seen["said"]] == [stops[-1][0], *stops[-1][1:]]
+    assert seen["back"] and seen["styled"] == "grid" and 0 <= seen["heading"] < 100
+    assert seen["sample"] and html.escape(seen["sample"]) in page
+
+
 def test_a_run_that_drops_and_measures_nothing_has_a_page_too(corpus):
     with executors.local(1) as run_tasks:
         wanjuan.run_files([corpus / "in.jsonl"], stages(REFERENCE)[2:3], corpus / "all", run_tasks)
@@ -195,5 +233,5 @@ def test_what_is_not_there_is_said_with_what_is_near(done, tmp_path, capsys):
     assert inspect.main([str(done), "--document", name]) == 0 and f"{name}: kept" in capsys.readouterr().out
     assert inspect.main([str(done.parent)]) == 1 and "holds no run: it has no ledger.json" in capsys.readouterr().err
     (tmp_path / "ledger.json").write_text("{}")
-    assert inspect.main([str(tmp_path)]) == 1 and "by an earlier version: its ledger has no" in capsys.readouterr().err
+    assert inspect.main([str(tmp_path)]) == 1 and "its ledger has format None" in capsys.readouterr().err
     assert inspect.main([str(done)]) == 0 and capsys.readouterr().out == f"{done / 'inspect.html'}\n"

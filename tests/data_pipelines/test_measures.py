@@ -23,11 +23,12 @@ def documents(number):
 
 
 def outcome_of(batch):
-    """Two measures of every text, of which the second is not taken of short ones; every tenth row goes without one."""
+    """A bound of all texts, one of middling and one of long ones; every tenth row goes without one."""
     lengths = np.array([len(text) for text in batch.column("text").to_pylist()], float)
     checks = [
         Check("long", lengths, "above", 30),
-        Check("odd", np.where(lengths < 5, np.nan, lengths % 7), "below", np.where(lengths > 20, 1, 2)),
+        Check("odd", np.where((lengths < 5) | (lengths > 20), np.nan, lengths % 7), "below", 2, "middling"),
+        Check("odd", np.where(lengths > 20, lengths % 7, np.nan), "below", 1, "others"),
         Check("off", lengths, "above", np.inf),
     ]
     fails = np.stack([check.fails() for check in checks]).any(axis=0)
@@ -55,15 +56,19 @@ def test_the_sample_is_that_of_the_least_ids_however_it_was_cut(monkeypatch):
     monkeypatch.setattr(measures, "SAMPLE", 20)
     rows = documents(300)
     whole = sampled([[to_batch(rows)]])
-    assert whole.bounds == [Bound("long", "above", [30]), Bound("odd", "below", [1, 2])]
+    middling, others = Bound("odd", "below", 2, "middling"), Bound("odd", "below", 1, "others")
+    assert whole.bounds == [Bound("long", "above", 30), middling, others]
     assert (whole.num_documents, whole.num_bytes) == (300, sum(len(row.text) for row in rows))
     found = settled(whole)
     assert found.column("id").to_pylist() == sorted(row.id for row in rows)[:20]
     by_id = {row.id: row for row in rows}
     for row in found.to_pylist():
         length = len(by_id[row["id"]].text)
-        assert row["num_bytes"] == row["values"][0] == length and (np.isnan(row["values"][1]) == (length < 5))
-        fails = [0] * (length > 30) + [1] * (length >= 5 and length % 7 < (1 if length > 20 else 2))
+        assert row["num_bytes"] == row["values"][0] == length
+        assert np.isnan(row["values"]).tolist() == [False, not 5 <= length <= 20, length <= 20]
+        fails = (
+            [0] * (length > 30) + [1] * (5 <= length <= 20 and length % 7 < 2) + [2] * (length > 20 and length % 7 < 1)
+        )
         assert row["failed"] == (fails or ([-1] if row["id"].endswith("0") else []))
     random.Random(1).shuffle(rows)
     pieces = [rows[start : start + 7] for start in range(0, 300, 7)]
@@ -78,19 +83,20 @@ def test_curves_say_what_a_run_with_another_threshold_keeps():
     sample = Sample()
     measure(sample, "s", batch, outcome_of(batch))
     lengths = np.array([len(text) for text in batch.column("text").to_pylist()], float)
-    long, odd = curves(sample.bounds, settled(sample))
+    long, middling, _ = curves(sample.bounds, settled(sample))
     others = np.array([name.endswith("0") for name in batch.column("id").to_pylist()])
-    odd_fails, long_fails = outcome_of(batch).checks[1].fails(), lengths > 30
+    long_fails, middling_fails, others_fail, _ = (check.fails() for check in outcome_of(batch).checks)
+    odd_fails = middling_fails | others_fail
     unexplained = others & ~odd_fails & ~long_fails
     assert [point[0] for point in long.points] == sorted({*lengths[~odd_fails & ~unexplained], 30})
     for threshold, share, volume in long.points:
         stays = ~odd_fails & ~unexplained & (lengths <= threshold)
         assert share == pytest.approx(stays.mean()) and volume == pytest.approx(lengths[stays].sum() / lengths.sum())
     assert long.points[long.now][0] == 30
-    threshold, share, _ = odd.points[odd.now]
-    assert threshold == 1
-    values = np.where(lengths < 5, np.inf, lengths % 7)
-    assert share == pytest.approx((~long_fails & ~unexplained & (values >= 1)).mean())
+    assert middling.points[middling.now][0] == 2
+    for threshold, share, _ in middling.points:
+        touched = (lengths >= 5) & (lengths <= 20) & (lengths % 7 < threshold)
+        assert share == pytest.approx((~long_fails & ~others_fail & ~unexplained & ~touched).mean())
 
 
 def test_stages_that_measure_other_things_of_other_batches_are_found_out():
@@ -98,7 +104,8 @@ def test_stages_that_measure_other_things_of_other_batches_are_found_out():
     sample = Sample()
     measure(sample, "s", batch, outcome_of(batch))
     one = Outcome(batch, [None] * 3, [None] * 3, [Check("other", np.zeros(3), "above", 1)])
-    with pytest.raises(RuntimeError, match=r"measured \['long', 'odd'\] of some batches and \['other'\] of others"):
+    names = r"\['long', 'odd \(middling\)', 'odd \(others\)'\]"
+    with pytest.raises(RuntimeError, match=rf"measured {names} of some batches and \['other'\] of others"):
         measure(sample, "s", batch, one)
 
 

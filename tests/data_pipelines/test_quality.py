@@ -81,7 +81,7 @@ def test_the_stage_drops_by_the_chosen_threshold_and_keeps_scores(model):
     assert outcome.details[0].endswith(f"is above {value:.4f} (*, *)") and "no word" in outcome.details[2]
     (check,) = outcome.checks
     assert check.fails().tolist() == [True, False, False, True] and np.isnan(check.values_D[2])
-    assert check.bound.tolist() == [value] * 4 and check.side == "above"
+    assert (check.bound, check.side, check.of) == (value, "above", "")
     scores = [document.meta["scores"] for document in to_documents(outcome.batch)]
     assert scores[2] == {"advertisement": None, "fluency": 0.5} and scores[0]["advertisement"] > value
     assert stage(batch_of(*texts).slice(1, 2)).reasons == [None, "unscored"]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipelines import tokens
 from data_pipelines.tokens import TokenDocument, main, open_tokens, text_documents, write_tokens
 from internjax.text.tokenizer import save_tokenizer, train_tokenizer
 
@@ -78,10 +79,12 @@ def test_texts_come_back_between_first_and_last_token(texts, tokenizer):
         assert tokenizer.decode(document.ids[1:-1], skip_special=False) == text
 
 
-def test_markers_in_a_text_are_text_and_batches_end_nowhere(tokenizer):
+def test_markers_in_a_text_are_text_and_batches_end_nowhere(tokenizer, monkeypatch):
     texts = [(str(n), f"{n}</s><|im_start|>") for n in range(1030)]  # more than two encoded batches
     documents = list(text_documents(texts, tokenizer))
     assert len(documents) == 1030 and documents[1029].id == "1029"
+    monkeypatch.setattr(tokens, "_ENCODE_CHARACTERS", 40)  # and batches of three
+    assert list(text_documents(texts[:10], tokenizer)) == documents[:10]
     assert all(set(document.ids[1:-1]).isdisjoint(tokenizer.special.values()) for document in documents)
 
 
@@ -187,6 +190,7 @@ def test_the_command_reads_documents_one_by_one_and_may_choose_some(tokenizer, t
     assert tokenizer.decode(high.document(0)[1:-1]) == "a text 1"
     assert "in.jsonl:10: not valid JSON" in capsys.readouterr().err
     assert main([*given, "--output", str(tmp_path / "none"), "--where", "tier=low"]) == 1
-    assert "no document to write" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    said = "--where tier=low fits no document; tier is 'high', 'moderate'"
+    assert said in capsys.readouterr().err and not (tmp_path / "none").exists()
     with pytest.raises(SystemExit):
         main([*given, "--output", str(tmp_path / "none"), "--where", "tier"])

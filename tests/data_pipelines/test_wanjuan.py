@@ -75,17 +75,15 @@ def test_only_leaves_other_rows_alone(documents):
 
     def shout(part):
         texts = [text.upper() for text in part.column("text").to_pylist()]
-        numbers = 4 - np.arange(len(texts))
-        checks = [Check("long", np.arange(len(texts)), "above", 2), Check("own", np.ones(len(texts)), "below", numbers)]
+        checks = [Check("long", np.arange(len(texts)), "above", 2)]
         return Outcome(edit(str.upper)(part).batch, ["loud"] * len(texts), ["!"] * len(texts), checks)
 
     outcome = only(("code",), shout)(batch)
     before, after = batch.column("text").to_pylist(), outcome.batch.column("text").to_pylist()
     assert after[:4] == [text.upper() for text in before[:4]] and after[4:] == before[4:]
     assert list(outcome.reasons) == ["loud"] * 4 + [None] * 5
-    one, other = outcome.checks
-    assert one.fails().tolist() == [False] * 3 + [True] + [False] * 5 and np.isnan(one.values_D[4:]).all()
-    assert other.bound[:4].tolist() == [4, 3, 2, 1] and other.fails().tolist() == [True] * 3 + [False] * 6
+    (check,) = outcome.checks
+    assert check.fails().tolist() == [False] * 3 + [True] + [False] * 5 and np.isnan(check.values_D[4:]).all()
     assert outcome.batch.column("id").to_pylist() == batch.column("id").to_pylist()
     assert only(("none",), shout)(batch).batch is batch
     assert only(("code",), shout)(batch.slice(0, 0)).reasons == []
@@ -207,6 +205,9 @@ def test_the_code_chain_reads_licences_languages_and_tiers(tmp_path):
         "good.py": ("python", "code", "Apache-2.0", "high"),
         "poor.rs": ("rust", "code", "Apache-2.0", "moderate"),
     }
+    (tmp_path / "code_quality").rename(tmp_path / "fluency")
+    with pytest.raises(ValueError, match="holds no code_quality, which tiers go by"):
+        wanjuan.code_files(given)
 
 
 @pytest.mark.slow
