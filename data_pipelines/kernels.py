@@ -10,6 +10,8 @@ indentation leave no trace in the words. Hashes are 64 bits; for one text they a
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 
 NUM_MEASURES = 22
 (
@@ -29,6 +31,33 @@ FNV_PRIME = 0x100000001B3
 MIX = 0x9E3779B97F4A7C15
 
 compiled = numba.njit(cache=True, nogil=True)
+
+
+def _place(context, builder, signature, arguments):
+    """Where data[at] lies, as a pointer to eight bytes."""
+    array = context.make_array(signature.args[0])(context, builder, arguments[0])
+    return builder.bitcast(builder.gep(array.data, [arguments[1]]), ir.IntType(64).as_pointer())
+
+
+@intrinsic
+def load64(typing, data, at):
+    """data[at:at + 8] of contiguous bytes as one number, the first byte its lowest; the caller sees to the bounds."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load(_place(context, builder, signature, arguments), align=1)
+
+    return numba.types.uint64(data, at), generate
+
+
+@intrinsic
+def store64(typing, data, at, value):
+    """Makes data[at:at + 8] the bytes of a number, the lowest first; the caller sees to the bounds."""
+
+    def generate(context, builder, signature, arguments):
+        builder.store(arguments[2], _place(context, builder, signature, arguments), align=1)
+        return context.get_dummy_value()
+
+    return numba.types.void(data, at, numba.types.uint64), generate
 
 
 def fnv(text: str) -> int:
@@ -131,6 +160,58 @@ def words(data, offsets, hashes, lengths, flags, starts):
             filled += 1
     starts[offsets.shape[0] - 1] = filled
     return filled
+
+
+@compiled
+def word_totals(hashes, lengths, flags, starts, wanted, out):
+    """Fills out[d] with the bytes of the words of document d, its words with a letter, and how many of `wanted`, at
+    most 64 hashes, it has.
+    """
+    for document in range(starts.shape[0] - 1):
+        num_bytes, num_letters, seen = np.int64(0), np.int64(0), np.uint64(0)
+        for i in range(starts[document], starts[document + 1]):
+            num_bytes += lengths[i]
+            num_letters += flags[i] & WORD_HAS_LETTER
+            for w in range(wanted.shape[0]):
+                seen |= np.uint64(hashes[i] == wanted[w]) << np.uint64(w)
+        num_seen = 0
+        while seen != 0:
+            seen &= seen - np.uint64(1)
+            num_seen += 1
+        out[document, 0], out[document, 1], out[document, 2] = num_bytes, num_letters, num_seen
+
+
+@compiled
+def most_newlines(data, offsets):
+    """The most newlines that a document has."""
+    most = 0
+    for document in range(offsets.shape[0] - 1):
+        text = data[offsets[document] : offsets[document + 1]]
+        count = 0
+        for i in range(text.shape[0]):
+            count += text[i] == 10
+        most = max(most, count)
+    return most
+
+
+@compiled
+def hold_lorem_ipsum(data, offsets):
+    """1.0 for every document that holds "lorem ipsum" in any case (a long s counts as s), else 0.0."""
+    out = np.zeros(offsets.shape[0] - 1)
+    for document in range(offsets.shape[0] - 1):
+        text = data[offsets[document] : offsets[document + 1]]
+        for i in range(5, text.shape[0] - 5):
+            if text[i] != 32 or text[i - 1] | 32 != 109 or text[i + 1] | 32 != 105:
+                continue
+            long_s = text[i + 3] == 0xC5 and text[i + 4] == 0xBF
+            after = i + 5 if long_s else i + 4
+            if not long_s and text[i + 3] | 32 != 115 or after + 1 >= text.shape[0]:
+                continue
+            before = text[i - 5] | 32 == 108 and text[i - 4] | 32 == 111 and text[i - 3] | 32 == 114
+            if before and text[i - 2] | 32 == 101 and text[i + 2] | 32 == 112:
+                if text[after] | 32 == 117 and text[after + 1] | 32 == 109:
+                    out[document] = 1.0
+    return out
 
 
 @compiled

@@ -179,7 +179,10 @@ def row_documents(
     file: File, *, on_bad_row: BadRow = None, start: int = 0, stop: int = -1, first_line: int = 1
 ) -> Iterator[Document]:
     """A document per row of JSONL or of a JSON array; fields beyond text, FIELDS and id go to meta."""
-    for row in _json_rows(file, on_bad_row, start=start, stop=stop, first_line=first_line):
+    from data_pipelines import json_text
+
+    rows = _json_rows(file, on_bad_row, parse=json_text.parse, start=start, stop=stop, first_line=first_line)
+    for row in rows:
         line = row.place.rpartition(":")[2]
         yield from document_of_row(row, path=f"{file.name}:{line}", source=file.path.stem, on_bad_row=on_bad_row)
 
@@ -229,7 +232,15 @@ def json_rows(path: str | Path, *, on_bad_row: BadRow = None) -> Iterator[Row]:
     yield from _json_rows(given_file(path), on_bad_row)
 
 
-def _json_rows(file: File, on_bad_row: BadRow, *, start: int = 0, stop: int = -1, first_line: int = 1) -> Iterator[Row]:
+def _json_rows(
+    file: File,
+    on_bad_row: BadRow,
+    *,
+    parse: Callable[[bytes], Any] = json.loads,
+    start: int = 0,
+    stop: int = -1,
+    first_line: int = 1,
+) -> Iterator[Row]:
     """Of a .jsonl, bytes start:stop are read (stop -1: to the end)."""
     if uncompressed_suffix(file.path) == ".json":
         yield from _json_array(file, on_bad_row)
@@ -245,7 +256,7 @@ def _json_rows(file: File, on_bad_row: BadRow, *, start: int = 0, stop: int = -1
             if not raw.strip():
                 continue
             try:
-                value = json.loads(raw.removeprefix(b"\xef\xbb\xbf"))
+                value = parse(raw.removeprefix(b"\xef\xbb\xbf"))
             except (ValueError, RecursionError) as error:
                 reason = f"not valid JSON ({error}); wanted one JSON object per line; the line begins {raw[:60]!r}"
                 set_aside(f"{place}: {reason}", on_bad_row)

@@ -145,17 +145,19 @@ def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
 
     data, offsets = text_buffer(batch)
     counts_DM = np.zeros((batch.num_rows, k.NUM_MEASURES))
-    k.measures(data, offsets, _table(counts_DM, data, offsets), counts_DM)
+    # Lines and paragraphs: four times the most newlines of a row, and one power of two to spare.
+    table = np.zeros(power_of_two(8 * (k.most_newlines(data, offsets) + 4)), np.uint64)
+    k.measures(data, offsets, table, counts_DM)
     count = counts_DM.T
     words = find_words(batch)
+    totals_D3 = word_totals(words)
     num_D = np.diff(words.starts).astype(np.float64)
     some_D, lines_D, characters_D = np.maximum(num_D, 1), np.maximum(count[k.LINES], 1), count[k.CHARACTERS]
     all_D = np.maximum(characters_D, 1)
     blank_D = count[k.BLANK_LINES] / np.maximum(count[k.LINES] + count[k.BLANK_LINES], 1)
     visible_D = np.maximum(count[k.LETTERS] + count[k.DIGITS] + count[k.PUNCTUATION], 1)
     spaced_D = count[k.HAN] < 0.3 * np.maximum(count[k.LETTERS], 1)  # scripts that put spaces between words
-    mean_D = _sum(words, words.lengths) / some_D
-    alphabetic_D = _sum(words, words.flags & k.WORD_HAS_LETTER) / some_D
+    mean_D, alphabetic_D = totals_D3[:, 0] / some_D, totals_D3[:, 1] / some_D
     top_D3, cover_D = repetition(words)
     ngrams = zip(k.TOP_NGRAMS, top_D3.T, rules.max_top_ngram_bytes, strict=True)
     suspects = np.flatnonzero(cover_D > min(rules.max_duplicate_ngram_bytes))  # no other row can break a bound
@@ -173,7 +175,7 @@ def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
         Check("short_words", np.where(spaced_D, mean_D, np.inf), "below", rules.min_mean_word_length),
         Check("long_words", np.where(spaced_D, mean_D, 0), "above", rules.max_mean_word_length),
         Check("few_alphabetic_words", alphabetic_D, "below", rules.min_alphabetic_words),
-        Check("few_stop_words", np.where(spaced_D, _stop_words(words), np.inf), "below", rules.min_stop_words),
+        Check("few_stop_words", np.where(spaced_D, totals_D3[:, 2], np.inf), "below", rules.min_stop_words),
         Check("hash_signs", count[k.HASHES] / some_D, "above", rules.max_hashes_per_word),
         Check("ellipses", count[k.ELLIPSES] / some_D, "above", rules.max_ellipses_per_word),
         Check("bullet_lines", count[k.BULLET_LINES] / lines_D, "above", rules.max_bullet_lines),
@@ -185,7 +187,7 @@ def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
         Check("long_line", count[k.LONGEST_LINE], "above", rules.max_line_characters),
         Check("blank_lines", blank_D, "above", rules.max_blank_lines),
         Check("braces", count[k.BRACES], "above", np.inf if rules.allow_braces else 0),
-        Check("lorem_ipsum", _contains(batch, "lorem ipsum"), "above", 0),
+        Check("lorem_ipsum", k.hold_lorem_ipsum(data, offsets), "above", 0),
         Check("duplicate_lines", count[k.DUPLICATE_LINES], "above", rules.max_duplicate_lines),
         Check("duplicate_line_bytes", count[k.DUPLICATE_LINE_BYTES], "above", rules.max_duplicate_line_bytes),
         Check("duplicate_paragraphs", count[k.DUPLICATE_PARAGRAPHS], "above", rules.max_duplicate_paragraphs),
@@ -194,32 +196,18 @@ def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
     ]
 
 
-def _table(counts_DM: np.ndarray, data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Scratch space for lines and paragraphs: four times the most newlines of a row, and one power of two to spare."""
-    newlines_D = [int((data[start:stop] == 10).sum()) for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
-    return np.zeros(power_of_two(8 * (max(newlines_D, default=0) + 4)), np.uint64)
-
-
 def power_of_two(least: int) -> int:
     return 1 << max(least - 1, 15).bit_length()
 
 
-def _sum(words: Words, values: np.ndarray) -> np.ndarray:
-    sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    return sums[words.starts[1:]] - sums[words.starts[:-1]]
-
-
-def _stop_words(words: Words) -> np.ndarray:
+def word_totals(words: Words) -> np.ndarray:
+    """Returns [D, 3] of every row: the bytes of its words, its words with a letter, its different `STOP_WORDS`."""
     from data_pipelines import kernels
 
-    hashes = (np.uint64(kernels.fnv(word)) for word in STOP_WORDS)
-    return sum((_sum(words, words.hashes == value) > 0).astype(np.float64) for value in hashes)
-
-
-def _contains(batch: pa.RecordBatch, text: str) -> np.ndarray:
-    import pyarrow.compute as pc
-
-    return pc.match_substring(batch.column("text"), text, ignore_case=True).to_numpy(zero_copy_only=False).astype(float)
+    stop_words = np.array([kernels.fnv(word) for word in STOP_WORDS], np.uint64)
+    totals_D3 = np.zeros((len(words.starts) - 1, 3))
+    kernels.word_totals(words.hashes, words.lengths, words.flags, words.starts, stop_words, totals_D3)
+    return totals_D3
 
 
 class Repetition(NamedTuple):
