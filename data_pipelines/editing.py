@@ -7,10 +7,9 @@ beyond Latin-1, rare white space. The definitions then edit that document; a tes
 
 import numpy as np
 
-from data_pipelines.kernels import compiled, load64, store64
+from data_pipelines.kernels import HIGHS, ONES, compiled, load64, store64
 
 COPY, DROP, HARD = 0, 1, 2
-ONES, HIGHS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
 
 
 @compiled

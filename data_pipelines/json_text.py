@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.kernels import compiled, load64, store64
+from data_pipelines.kernels import HIGHS, ONES, compiled, load64, store64
 
 LEAST_BYTES = 2048
 """Shorter rows are faster without the loop."""
 FIELDS = tuple(np.frombuffer(f'"{name}"'.encode(), np.uint8) for name in ("text", "content"))
-ONES, HIGHS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
 QUOTES, BACKSLASHES = ONES * np.uint64(34), ONES * np.uint64(92)
 
 

@@ -29,6 +29,8 @@ BadRow = Callable[[str], None] | None
 """Takes "file:line: reason" of what cannot be read; None raises it as ValueError instead."""
 MAX_ROW_BYTES = 64 << 20
 """Longest line, longest text and longest web page that is read: so much of one row is in memory at a time."""
+BUFFER_BYTES = 1 << 18
+"""Read from a file at a time: of rows longer than that, `readline` puts the pieces together."""
 MAX_ARRAY_BYTES = 256 << 20
 """Longest JSON array (a .json file is parsed whole), and longest parquet or Arrow file inside an archive."""
 SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
@@ -115,7 +117,7 @@ def opened(file: File | Path) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed where its name says so (COMPRESSED); ValueError where they are damaged."""
     path, stream = (file.path, file.stream) if isinstance(file, File) else (file, None)
     with contextlib.ExitStack() as files:
-        raw = files.enter_context(path.open("rb")) if stream is None else stream
+        raw = files.enter_context(path.open("rb", buffering=BUFFER_BYTES)) if stream is None else stream
         try:
             yield files.enter_context(_decompressed(raw, path.suffix.lower()))
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
