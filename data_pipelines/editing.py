@@ -38,6 +38,8 @@ def _settled(data, at, end):
             return DROP if 0x8B <= third <= 0x8F or 0xAA <= third <= 0xAE else COPY
         if second == 0x81:
             return DROP if 0xA0 <= third <= 0xA4 or 0xA6 <= third <= 0xA9 else COPY
+        if second == 0x84:  # letter-like: ohm, kelvin and angstrom are other letters
+            return HARD if third == 0xA6 or third == 0xAA or third == 0xAB else COPY
         if second == 0x82 or 0x85 <= second <= 0x8B or 0x8D <= second <= 0xAA:
             return COPY
         return HARD if second != 0x8C or third == 0xA9 or third == 0xAA else COPY
@@ -185,7 +187,7 @@ def _may_change(text):
     for i in range(text.shape[0] - 1):
         one, other = text[i], text[i + 1]
         mark = (one == 91) & (((other >= 48) & (other <= 57)) | (other == 101) | (other == 99) | (other >= 0x80))
-        cased = ((one == 0xC5) & (other == 0xBF)) | ((one == 0xE2) & (other == 0x84))
+        cased = ((one == 0xC5) & (other == 0xBF)) | ((one == 0x84) & (other == 0xAA))
         found |= mark | cased
     return found
 
@@ -197,10 +199,11 @@ def _is_another_case(data, at, end):
     """
     byte = data[at]
     second = data[at + 1] if at + 1 < end else np.uint8(0)
-    follows = data[at + 2] | 32 if at + 2 < end else 0
+    third = data[at + 2] if at + 2 < end else np.uint8(0)
+    follows = third | 32
     if byte == 0xC4 and (second == 0xB0 or second == 0xB1):
         return follows == 112 or follows == 118 or follows == 99 or follows == 101
-    return byte == 0xC5 and second == 0xBF or byte == 0xE2 and second == 0x84
+    return byte == 0xC5 and second == 0xBF or byte == 0xE2 and second == 0x84 and third == 0xAA
 
 
 @compiled

@@ -236,6 +236,7 @@ def test_compiled_edits_are_what_their_definitions_say(definition, rows):
         "see [12], [edit], [citation needed] [edit x] [1",
         "JavaScript\nkept [3]\n\nterms of use",
         "[\uff11] x",
+        "pr\u0131vacy policy\npr\u0131de\nuses coo\u212aie\u017f\nuse\u2122 cookies\ncook\u0130es, use cook\u0130es",
         "",
     ]
     batch = with_text(batch_of("").take(pa.array([0] * len(texts))), texts)
