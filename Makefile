@@ -13,6 +13,8 @@ UPGRADE ?=
 TORCH := 2.13.0
 PEFT := 0.21.2
 LM_EVAL := 0.4.13
+DATATROVE := 0.10.1
+DATASKETCH := 2.0.0
 PY := .venv/bin/python
 
 # Settings of the caller's shell that would send packages or imports elsewhere than .venv.
@@ -103,10 +105,12 @@ test: setup  ## all tests (TESTS=tests/model for a part, WORKERS=2 processes)
 test-gpu: setup  ## the tests that need an NVIDIA GPU, after `make setup-gpu`
 	@JAX_PLATFORMS=cuda,cpu $(PY) -m pytest -m gpu $(TESTS)
 
-parity: setup  ## installs torch, peft and lm-eval with pip and compares with them live
+PARITY := torch==$(TORCH) peft==$(PEFT) lm_eval==$(LM_EVAL) datatrove==$(DATATROVE) datasketch==$(DATASKETCH)
+
+parity: setup  ## installs torch, peft, lm-eval, datatrove and datasketch with pip and compares with them live
 	@$(PY) -c 'from importlib.metadata import version as v; import sys; \
-	  sys.exit((v("torch").split("+")[0], v("peft"), v("lm_eval")) != ("$(TORCH)", "$(PEFT)", "$(LM_EVAL)"))' \
-	  2>/dev/null || $(PY) -m pip install -qq torch==$(TORCH) peft==$(PEFT) lm_eval==$(LM_EVAL)
+	  sys.exit(any(v(name).split("+")[0] != wanted for name, wanted in (pin.split("==") for pin in sys.argv[1:])))' \
+	  $(PARITY) 2>/dev/null || $(PY) -m pip install -qq $(PARITY)
 	@$(PY) -m pytest -m parity $(TESTS)
 
 setup-gpu:  ## adds JAX for NVIDIA GPUs (CUDA=cuda12 or cuda13) and prints devices and driver

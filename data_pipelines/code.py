@@ -69,10 +69,11 @@ def components(graph: Graph) -> list[list[str]]:
                 if work:
                     low[work[-1][0]] = min(low[work[-1][0]], low[node])
                 if low[node] == number[node]:
-                    at = stack.index(node)
-                    found.append(sorted(stack[at:]))
-                    on_stack.difference_update(stack[at:])
-                    del stack[at:]
+                    component = [stack.pop()]
+                    while component[-1] != node:
+                        component.append(stack.pop())
+                    found.append(sorted(component))
+                    on_stack.difference_update(component)
     return sorted(found)
 
 
@@ -90,8 +91,8 @@ def dependency_order(graph: Graph) -> list[str]:
     }
     order: list[str] = []
     for first in _free_first(outer):
-        inside = {path: set(graph[path]) & set(loops[first]) for path in loops[first]}
-        order.extend(_free_first(inside))
+        loop = set(loops[first])
+        order.extend(_free_first({path: loop.intersection(graph[path]) for path in loops[first]}))
     return order
 
 

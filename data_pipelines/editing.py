@@ -7,9 +7,16 @@ beyond Latin-1, rare white space. The definitions then edit that document; a tes
 
 import numpy as np
 
-from data_pipelines.kernels import compiled
+from data_pipelines.kernels import HIGHS, ONES, compiled, load64, store64
 
 COPY, DROP, HARD = 0, 1, 2
+
+
+@compiled
+def _is_visible(word):
+    """Whether all eight bytes are ASCII and no control characters."""
+    delete = word ^ (ONES * np.uint64(127))
+    return ((word | (word - ONES * np.uint64(32)) | (delete - ONES)) & HIGHS) == 0
 
 
 @compiled
@@ -31,6 +38,8 @@ def _settled(data, at, end):
             return DROP if 0x8B <= third <= 0x8F or 0xAA <= third <= 0xAE else COPY
         if second == 0x81:
             return DROP if 0xA0 <= third <= 0xA4 or 0xA6 <= third <= 0xA9 else COPY
+        if second == 0x84:  # letter-like: ohm, kelvin and angstrom are other letters
+            return HARD if third == 0xA6 or third == 0xAA or third == 0xAB else COPY
         if second == 0x82 or 0x85 <= second <= 0x8B or 0x8D <= second <= 0xAA:
             return COPY
         return HARD if second != 0x8C or third == 0xA9 or third == 0xAA else COPY
@@ -80,6 +89,13 @@ def normalise(data, offsets, out, out_offsets, hard):
         newlines = 0
         hard[document] = False
         while at < end:
+            if at + 8 <= end:
+                word = load64(data, at)
+                if _is_visible(word):
+                    store64(out, filled, word)
+                    filled += 8
+                    at += 8
+                    continue
             byte = data[at]
             if byte >= 0x80:
                 what = _settled(data, at, end)
@@ -154,6 +170,43 @@ def _citation_bytes(data, at, end):
 
 
 @compiled
+def _may_change(text):
+    """Whether `clean_lines` may change this text: it holds what every phrase holds (`rules.POLICY_PHRASES`), what may
+    be a citation mark, or a letter that is another one in lower case. Written so that the compiler can take many bytes
+    at a time.
+    """
+    found = False
+    for i in range(text.shape[0] - 3):
+        a, b, c, d = text[i] | 32, text[i + 1] | 32, text[i + 2] | 32, text[i + 3] | 32
+        cook = (a == 99) & (b == 111) & (c == 111) & (d == 107)
+        java = (a == 106) & (b == 97) & (c == 118) & (d == 97)
+        policy = (a == 112) & (b == 111) & (c == 108) & (d == 105)
+        of_use = (a == 32) & (b == 117) & (c == 115) & (d == 101)
+        dotless = (a == 0xE4) & ((b == 0xB0) | (b == 0xB1)) & ((c == 112) | (c == 118) | (c == 99) | (c == 101))
+        found |= cook | java | policy | of_use | dotless
+    for i in range(text.shape[0] - 1):
+        one, other = text[i], text[i + 1]
+        mark = (one == 91) & (((other >= 48) & (other <= 57)) | (other == 101) | (other == 99) | (other >= 0x80))
+        cased = ((one == 0xC5) & (other == 0xBF)) | ((one == 0x84) & (other == 0xAA))
+        found |= mark | cased
+    return found
+
+
+@compiled
+def _is_another_case(data, at, end):
+    """Whether the character is a long s, the Kelvin sign, or an i with or without its dot before what follows i in the
+    phrases: a regular expression that ignores case takes them for s, k and i.
+    """
+    byte = data[at]
+    second = data[at + 1] if at + 1 < end else np.uint8(0)
+    third = data[at + 2] if at + 2 < end else np.uint8(0)
+    follows = third | 32
+    if byte == 0xC4 and (second == 0xB0 or second == 0xB1):
+        return follows == 112 or follows == 118 or follows == 99 or follows == 101
+    return byte == 0xC5 and second == 0xBF or byte == 0xE2 and second == 0x84 and third == 0xAA
+
+
+@compiled
 def clean_lines(data, offsets, phrases, starts, out, out_offsets, hard):
     """`rules.clean_lines`: without lines that hold a phrase (in lower case, end to end, cut at `starts`), and without
     citation marks. `out` must hold all bytes.
@@ -169,6 +222,11 @@ def clean_lines(data, offsets, phrases, starts, out, out_offsets, hard):
         first = filled
         is_first_line = True
         hard[document] = False
+        if not _may_change(data[at:end]):
+            out[filled : filled + end - at] = data[at:end]
+            filled += end - at
+            out_offsets[document + 1] = filled
+            continue
         while at <= end and not hard[document]:
             line = filled
             keeps = True
@@ -191,10 +249,9 @@ def clean_lines(data, offsets, phrases, starts, out, out_offsets, hard):
                     at += size
                     if size:
                         continue
-                elif byte >= 0xC5 and at + 1 < end:  # long s and the Kelvin sign match s and k
-                    if byte == 0xC5 and data[at + 1] == 0xBF or byte == 0xE2 and data[at + 1] == 0x84:
-                        hard[document] = True
-                        break
+                elif byte >= 0xC4 and _is_another_case(data, at, end):
+                    hard[document] = True
+                    break
                 out[filled] = byte
                 filled += 1
                 at += 1
@@ -210,6 +267,17 @@ def clean_lines(data, offsets, phrases, starts, out, out_offsets, hard):
         out_offsets[document + 1] = filled
 
 
+def _plain_bytes():
+    """ASCII byte -> what it is in plain text: lower case, white space a space."""
+    table = np.arange(128).astype(np.uint8)
+    table[65:91] += np.uint8(32)
+    table[[9, 10, 11, 12, 13, 28, 29, 30, 31]] = 32
+    return table
+
+
+PLAIN = _plain_bytes()
+
+
 @compiled
 def plain(data, offsets, out, out_offsets, hard):
     """The text in lower case, each run of white space one space, none at the ends; `out` must hold all bytes."""
@@ -218,21 +286,16 @@ def plain(data, offsets, out, out_offsets, hard):
     for document in range(offsets.shape[0] - 1):
         at, end = offsets[document], offsets[document + 1]
         first = filled
-        space = False
+        space = True
         hard[document] = False
         while at < end:
             byte = data[at]
-            if byte == 32 or 9 <= byte <= 13 or 28 <= byte <= 31:
-                space = filled > first
-                at += 1
-                continue
-            if space:
-                out[filled] = 32
-                filled += 1
-                space = False
             if byte < 0x80:
-                out[filled] = byte + np.uint8(32) if 65 <= byte <= 90 else byte
-                filled += 1
+                byte = PLAIN[byte]
+                out[filled] = byte  # written over where it is the second space of a run
+                is_space = byte == 32
+                filled += not (space and is_space)
+                space = is_space
                 at += 1
                 continue
             if not _is_plain(data, at, end):
@@ -245,9 +308,12 @@ def plain(data, offsets, out, out_offsets, hard):
                 filled += 1
             if raises:
                 out[filled - 1] += np.uint8(32)
+            space = False
             at += size
         if hard[document]:
             filled = first
+        elif space and filled > first:
+            filled -= 1
         out_offsets[document + 1] = filled
 
 

@@ -14,17 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from data_pipelines.code_languages import language_of
-from data_pipelines.python_imports import PythonFiles, python_files, python_imports
-
-MAX_REEXPORTS = 8
-"""How many files that only hand a name on are gone through."""
+from data_pipelines.python_imports import MAX_REEXPORTS, PythonFiles, python_files, python_imports
 
 
 class Repository(NamedTuple):
     """texts: by path. lowered: paths by themselves in lower case. named: paths by file name in lower case.
 
     classes: paths by a Java class's full name. modules, packages: Go's folders by module path, files by folder.
-    crates: folders of Rust's roots by crate name.
+    crates: folders of Rust's roots by crate name. exports: what was found for (name, file, files gone through) in
+    JavaScript: folders whose indexes hand each other's names on would be gone through along every way there is.
     """
 
     texts: Mapping[str, str]
@@ -35,6 +33,7 @@ class Repository(NamedTuple):
     modules: dict[str, str]
     packages: dict[str, list[str]]
     crates: dict[str, str]
+    exports: dict[tuple[str, str, int], str]
 
 
 def import_graph(texts: Mapping[str, str]) -> dict[str, frozenset[str]]:
@@ -70,7 +69,7 @@ def _index(texts: Mapping[str, str]) -> Repository:
         elif name == "Cargo.toml" and (crate := CARGO_NAME.search(texts[path])):
             declared[crate[1].replace("-", "_")] = join(folder, "src")
     crates |= {name: folder for name, folder in declared.items() if join(folder, "lib.rs") in texts}
-    return Repository(texts, python_files(texts), lowered, named, classes, modules, packages, crates)
+    return Repository(texts, python_files(texts), lowered, named, classes, modules, packages, crates, {})
 
 
 COMMENT = re.compile(r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|//[^\n]*|/\*.*?\*/""", re.DOTALL)
@@ -307,6 +306,13 @@ def _js_definition(name: str, path: str, repository: Repository, *, depth: int) 
     """Returns the file that a folder's index takes the name from, else the index."""
     if depth >= MAX_REEXPORTS or not path.rpartition("/")[2].startswith("index."):
         return path
+    key = (name, path, depth)
+    if key not in repository.exports:
+        repository.exports[key] = _js_source(name, path, repository, depth=depth)
+    return repository.exports[key]
+
+
+def _js_source(name: str, path: str, repository: Repository, *, depth: int) -> str:
     clauses = _js_clauses(plain(repository.texts[path]))
     for clause in clauses:
         source = next((there for there, here in clause.names if here == name), None)

@@ -10,6 +10,8 @@ indentation leave no trace in the words. Hashes are 64 bits; for one text they a
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 
 NUM_MEASURES = 22
 (
@@ -27,8 +29,47 @@ WORD_IS_HAN = np.uint8(2)
 FNV_OFFSET = 0xCBF29CE484222325
 FNV_PRIME = 0x100000001B3
 MIX = 0x9E3779B97F4A7C15
+ONES, HIGHS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
+"""The lowest and the highest bit of eight bytes."""
 
 compiled = numba.njit(cache=True, nogil=True)
+
+
+def _place(context, builder, signature, arguments):
+    """Where data[at] lies, as a pointer to eight bytes."""
+    array = context.make_array(signature.args[0])(context, builder, arguments[0])
+    return builder.bitcast(builder.gep(array.data, [arguments[1]]), ir.IntType(64).as_pointer())
+
+
+@intrinsic
+def load64(typing, data, at):
+    """data[at:at + 8] of contiguous bytes as one number, the first byte its lowest; the caller sees to the bounds."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load(_place(context, builder, signature, arguments), align=1)
+
+    return numba.types.uint64(data, at), generate
+
+
+@intrinsic
+def store64(typing, data, at, value):
+    """Makes data[at:at + 8] the bytes of a number, the lowest first; the caller sees to the bounds."""
+
+    def generate(context, builder, signature, arguments):
+        builder.store(arguments[2], _place(context, builder, signature, arguments), align=1)
+        return context.get_dummy_value()
+
+    return numba.types.void(data, at, numba.types.uint64), generate
+
+
+@intrinsic
+def trailing_zeros(typing, value):
+    """The number of zeros below the lowest one of a 64-bit number that is not 0."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.IntType(1)(1))
+
+    return numba.types.int64(numba.types.uint64), generate
 
 
 def fnv(text: str) -> int:
@@ -131,6 +172,63 @@ def words(data, offsets, hashes, lengths, flags, starts):
             filled += 1
     starts[offsets.shape[0] - 1] = filled
     return filled
+
+
+@compiled
+def word_totals(hashes, lengths, flags, starts, wanted, out):
+    """Fills out[d] with the bytes of the words of document d, its words with a letter, and how many of `wanted`, at
+    most 64 hashes, it has.
+    """
+    for document in range(starts.shape[0] - 1):
+        num_bytes, num_letters, seen = np.int64(0), np.int64(0), np.uint64(0)
+        for i in range(starts[document], starts[document + 1]):
+            num_bytes += lengths[i]
+            num_letters += flags[i] & WORD_HAS_LETTER
+            for w in range(wanted.shape[0]):
+                seen |= np.uint64(hashes[i] == wanted[w]) << np.uint64(w)
+        num_seen = 0
+        while seen != 0:
+            seen &= seen - np.uint64(1)
+            num_seen += 1
+        out[document, 0], out[document, 1], out[document, 2] = num_bytes, num_letters, num_seen
+
+
+@compiled
+def most_newlines(data, offsets):
+    """The most newlines that a document has."""
+    most = 0
+    for document in range(offsets.shape[0] - 1):
+        text = data[offsets[document] : offsets[document + 1]]
+        count = 0
+        for i in range(text.shape[0]):
+            count += text[i] == 10
+        most = max(most, count)
+    return most
+
+
+@compiled
+def hold_lorem_ipsum(data, offsets):
+    """1.0 for every document that holds "lorem ipsum" in any case (a long s counts as s), else 0.0."""
+    out = np.zeros(offsets.shape[0] - 1)
+    for document in range(offsets.shape[0] - 1):
+        text = data[offsets[document] : offsets[document + 1]]
+        may = False  # "m ip" is rare, and many bytes are looked at together
+        for i in range(text.shape[0] - 3):
+            may |= (text[i] | 32 == 109) & (text[i + 1] == 32) & (text[i + 2] | 32 == 105) & (text[i + 3] | 32 == 112)
+        if not may:
+            continue
+        for i in range(5, text.shape[0] - 5):
+            if text[i] != 32 or text[i - 1] | 32 != 109 or text[i + 1] | 32 != 105:
+                continue
+            long_s = text[i + 3] == 0xC5 and text[i + 4] == 0xBF
+            after = i + 5 if long_s else i + 4
+            if not long_s and text[i + 3] | 32 != 115 or after + 1 >= text.shape[0]:
+                continue
+            before = text[i - 5] | 32 == 108 and text[i - 4] | 32 == 111 and text[i - 3] | 32 == 114
+            if before and text[i - 2] | 32 == 101 and text[i + 2] | 32 == 112:
+                if text[after] | 32 == 117 and text[after + 1] | 32 == 109:
+                    out[document] = 1.0
+    return out
 
 
 @compiled
@@ -378,11 +476,29 @@ ASCII_CLASS = _ascii_classes()
 
 
 @compiled
+def _has_byte(word, byte):
+    """Whether one of the eight bytes is this one."""
+    other = word ^ (ONES * np.uint64(byte))
+    return ((other - ONES) & ~other & HIGHS) != 0
+
+
+@compiled
 def _count_characters(data, begin, end, row):
     count = np.zeros(128, np.int64)  # of each ASCII byte; classes are summed at the end
+    odd = np.zeros(128, np.int64)  # every second one here: equal bytes running would wait for each other
     ellipses, sentences, han, letters, replacements, controls, punctuation, others = 0, 0, 0, 0, 0, 0, 0, 0
     at = begin
     while at < end:
+        if at + 8 <= end:
+            word = load64(data, at)
+            marks = _has_byte(word, 46) or _has_byte(word, 33) or _has_byte(word, 63)
+            if (word & HIGHS) == 0 and not marks:
+                for _ in range(4):
+                    count[word & np.uint64(127)] += 1
+                    odd[(word >> np.uint64(8)) & np.uint64(127)] += 1
+                    word >>= np.uint64(16)
+                at += 8
+                continue
         byte = data[at]
         if byte < 0x80:
             count[byte] += 1
@@ -410,6 +526,7 @@ def _count_characters(data, begin, end, row):
                 ellipses += byte == 0xE2 and second == 0x80 and third == 0xA6
                 sentences += byte != 0xE2 and _is_terminal(data, at, end)
         at += _width(byte)
+    count += odd
     of_class = np.zeros(6, np.int64)
     for byte in range(128):
         of_class[ASCII_CLASS[byte]] += count[byte]
@@ -422,20 +539,47 @@ def _count_characters(data, begin, end, row):
 
 @compiled
 def _line_hash(data, start, stop):
-    """Hash of data[start:stop]: four interleaved FNV-1a hashes, because each waits for its own multiplications."""
-    prime = np.uint64(FNV_PRIME)
-    a = b = c = d = np.uint64(FNV_OFFSET)
-    i = start
-    while i + 4 <= stop:
-        a = (a ^ np.uint64(data[i])) * prime
-        b = (b ^ np.uint64(data[i + 1])) * prime
-        c = (c ^ np.uint64(data[i + 2])) * prime
-        d = (d ^ np.uint64(data[i + 3])) * prime
-        i += 4
-    while i < stop:
-        a = (a ^ np.uint64(data[i])) * prime
-        i += 1
-    return _combine(_combine(_combine(_combine(a, b), c), d), np.uint64(stop - start))
+    """Hash of data[start:stop]."""
+    value, i = np.uint64(FNV_OFFSET) + np.uint64(stop - start), start
+    while i + 8 <= stop:
+        value = (value ^ load64(data, i)) * np.uint64(MIX)
+        value ^= value >> np.uint64(32)
+        i += 8
+    rest = np.uint64(0)
+    if stop - start >= 8:
+        rest = load64(data, stop - 8)
+    else:
+        while i < stop:
+            rest = (rest << np.uint64(8)) | np.uint64(data[i])
+            i += 1
+    value = (value ^ rest) * np.uint64(MIX)
+    return value ^ (value >> np.uint64(29))
+
+
+@compiled
+def _num_continued(word):
+    """How many of eight bytes continue a character."""
+    return np.int64((((word & ~(word << np.uint64(1)) & HIGHS) >> np.uint64(7)) * ONES) >> np.uint64(56))
+
+
+@compiled
+def _end_of_line(data, at, end):
+    """(place of the next newline or the end, characters before it)."""
+    characters = 0
+    while at + 8 <= end:
+        word = load64(data, at)
+        other = word ^ (ONES * np.uint64(10))
+        newlines = (other - ONES) & ~other & HIGHS
+        if newlines != 0:
+            size = trailing_zeros(newlines) >> 3
+            before = word & ((np.uint64(1) << np.uint64(8 * size)) - np.uint64(1))
+            return at + size, characters + size - _num_continued(before)
+        characters += 8 - _num_continued(word)
+        at += 8
+    while at < end and data[at] != 10:
+        characters += (data[at] & 0xC0) != 0x80
+        at += 1
+    return at, characters
 
 
 @compiled
@@ -447,10 +591,8 @@ def _count_lines(data, at, end, table, row):
     paragraphs, repeated_paragraphs, repeated_lines, repeated_bytes, line_bytes = 0, 0, 0, 0, 0
     paragraph = np.uint64(0)
     while at < end:
-        start, characters = at, 0
-        while at < end and data[at] != 10:
-            characters += (data[at] & 0xC0) != 0x80
-            at += 1
+        start = at
+        at, characters = _end_of_line(data, start, end)
         stop = at
         at += 1
         row[LONGEST_LINE] = max(row[LONGEST_LINE], characters)
@@ -490,31 +632,45 @@ def _count_lines(data, at, end, table, row):
 
 
 @compiled
-def duplicate_ngrams(hashes, lengths, starts, n, table, rows, out):
-    """Fills out[d] for the documents `rows`: bytes of words inside n-grams met before over bytes of all words.
+def duplicate_ngrams(hashes, lengths, starts, repeated, rows, table, alive, out):
+    """Fills out[d, n - 5] for the documents `rows`: bytes of words inside n-grams met before over bytes of all words.
 
-    The scan jumps n after a hit (arXiv:2112.11446, A1.1).
+    The scan jumps n after a hit (arXiv:2112.11446, A1.1). Only n-grams all of whose 5-grams are `repeated` can have
+    been met before or be met again; the others are passed over. Scratch space: table, a power of two, at least twice
+    the words of any of the documents; alive, as many words.
     """
     for document in rows:
         start, end = starts[document], starts[document + 1]
-        size = 16
-        while size < 2 * (end - start):
-            size *= 2
-        table[:size] = 0
-        total, inside, i = 0, 0, start
+        total, num_places = 0, end - start - 4
         for word in range(start, end):
             total += lengths[word]
-        while i + n <= end:
-            value, gram_bytes = np.uint64(n), 0
-            for k in range(n):
-                value = _combine(value, hashes[i + k])
-                gram_bytes += lengths[i + k]
-            if _enter(table[:size], value):
-                inside += gram_bytes
-                i += n
-            else:
-                i += 1
-        out[document] = inside / total if total > 0 else 0.0
+        for i in range(num_places):
+            alive[i] = repeated[start + i]
+        for n in DUPLICATE_NGRAMS:
+            looked = 0
+            for i in range(end - start - n + 1):
+                if n > 5:
+                    alive[i] = alive[i] and alive[i + 1]
+                looked += alive[i]
+            size = 16
+            while size < 2 * looked:
+                size *= 2
+            table[:size] = 0
+            inside, i = 0, start
+            while i + n <= end:
+                if not alive[i - start]:
+                    i += 1
+                    continue
+                value, gram_bytes = np.uint64(n), 0
+                for k in range(n):
+                    value = _combine(value, hashes[i + k])
+                    gram_bytes += lengths[i + k]
+                if _enter(table[:size], value):
+                    inside += gram_bytes
+                    i += n
+                else:
+                    i += 1
+            out[document, n - 5] = inside / total if total > 0 else 0.0
 
 
 @compiled
@@ -530,7 +686,6 @@ def _count_grams(hashes, lengths, start, end, n, alive, table, counts, slots):
     while size < 2 * looked:
         size *= 2
     table[:size] = 0
-    counts[:size] = 0
     mask, most, inside, covered = np.uint64(size - 1), 0, 0, start
     for i in range(start, end - n + 1):
         if not alive[i - start]:
@@ -543,10 +698,11 @@ def _count_grams(hashes, lengths, start, end, n, alive, table, counts, slots):
         slot = (value ^ (value >> np.uint64(32))) & mask
         while table[slot] != 0 and table[slot] != value:
             slot = (slot + np.uint64(1)) & mask
+        known = table[slot] == value
         table[slot] = value
-        counts[slot] += 1
+        counts[slot] = counts[slot] + 1 if known else 1
         slots[i - start] = slot
-        if counts[slot] > 1:
+        if known:
             most = max(most, counts[slot] * gram_bytes)
             for word in range(max(covered, i), i + n):
                 inside += lengths[word]
@@ -562,20 +718,22 @@ def repetition(hashes, lengths, starts, table, counts, slots, alive, top, cover)
     A1.1); and cover[d]: no share of `duplicate_ngrams` from 5 on is larger.
 
     An n-gram can only be repeated where the (n - 1)-grams it begins and ends with are, so few are looked at. The words
-    inside 5-grams met before hold those inside longer ones.
-    Scratch space: table, counts: a power of two, at least twice the words of any document; slots, alive: as many words.
+    inside 5-grams met before hold those inside longer ones. alive[i] says at the end whether the five words from word i
+    on stand elsewhere in its document as well (nothing, where fewer follow).
+    Scratch space: table, counts: a power of two, at least twice the words of any document; slots: as many words.
     """
     for document in range(starts.shape[0] - 1):
         start, end = starts[document], starts[document + 1]
         total = 0
         for word in range(start, end):
             total += lengths[word]
-        alive[: end - start] = True
+        own = alive[start:end]
+        own[:] = True
         for n in range(2, 6):
-            most, inside = _count_grams(hashes, lengths, start, end, n, alive, table, counts, slots)
+            most, inside = _count_grams(hashes, lengths, start, end, n, own, table, counts, slots)
             if n < 5:
                 top[document, n - 2] = min(most / total, 1.0) if total > 0 else 0.0
                 for i in range(end - start - n):
-                    alive[i] = alive[i] and alive[i + 1]
+                    own[i] = own[i] and own[i + 1]
             else:
                 cover[document] = inside / total if total > 0 else 0.0

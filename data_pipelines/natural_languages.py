@@ -15,7 +15,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 
 from data_pipelines.code_languages import UNKNOWN
@@ -93,8 +92,12 @@ def _sample(texts: TextBuffer, row: int) -> bytes:
     if stop - start <= SAMPLE_BYTES:
         return texts.data[start:stop].tobytes()
     size = SAMPLE_BYTES // PIECES
-    firsts = np.linspace(start, stop - size, PIECES).astype(np.int64).tolist()
+    gap = stop - size - start
+    firsts = [start + gap * piece // (PIECES - 1) for piece in range(PIECES)]
     pieces = [texts.data[first : first + size].tobytes() for first in firsts]
+    together = b"\n".join(pieces)
+    if together.isascii():
+        return together
     return "\n".join(piece.decode("utf-8", "ignore") for piece in pieces).encode()
 
 

@@ -3,6 +3,7 @@
 import ast
 import functools
 import gc
+import hashlib
 import warnings
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -38,6 +39,9 @@ class Outline(NamedTuple):
     error: str | None
 
 
+NUM_KNOWN_IMPORTS = 1 << 16
+"""Files whose imports are remembered, about 1 KB each: the rules have parsed what is put in order later on."""
+_KNOWN_IMPORTS: dict[bytes, tuple[Import, ...]] = {}
 LITERALS = (ast.Dict, ast.List, ast.Tuple, ast.Set, ast.Constant)
 BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
 
@@ -55,6 +59,7 @@ def outline(text: str) -> Outline:
         imports: list[Import] = []
         definitions: list[Definition] = []
         num_statements = _read_block(tree.body, "", imports, definitions)
+        _remember(text, tuple(imports))
         return Outline(docstring, tuple(imports), tuple(definitions), num_statements, _data_share(tree, text), None)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -62,6 +67,22 @@ def outline(text: str) -> Outline:
     finally:
         if collecting:
             gc.enable()
+
+
+def imports_of(text: str) -> tuple[Import, ...]:
+    """The imports of a Python source text, of which a text that was read before is not parsed again."""
+    known = _KNOWN_IMPORTS.get(_digest(text))
+    return outline(text).imports if known is None else known
+
+
+def _remember(text: str, imports: tuple[Import, ...]) -> None:
+    _KNOWN_IMPORTS[_digest(text)] = imports
+    while len(_KNOWN_IMPORTS) > NUM_KNOWN_IMPORTS:
+        _KNOWN_IMPORTS.pop(next(iter(_KNOWN_IMPORTS), b""), None)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _read_block(block: list[ast.stmt], prefix: str, imports: list[Import], definitions: list[Definition]) -> int:

@@ -4,17 +4,27 @@ Batched imports (`from package import name`) are followed to the file that defin
 package's `__init__`, which then carries nothing, is dropped.
 """
 
+import functools
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from data_pipelines.outline import Import, outline
+from data_pipelines.outline import Import, imports_of
+
+MAX_REEXPORTS = 8
+"""How many files that only hand a name on are gone through."""
 
 
 class PythonFiles(NamedTuple):
-    """Paths of Python files by every dotted name they can be imported as, and all texts by path."""
+    """Paths of Python files by every dotted name they can be imported as, and all texts by path.
+
+    definitions: what was found for (name, package's file, files gone through). A package whose functions import from
+    it, as many do against loops, would else be gone through again for each of them, and for each of these again.
+    """
 
     modules: dict[str, str]
     texts: Mapping[str, str]
+    definitions: dict[tuple[str, str, int], str]
 
 
 def python_files(texts: Mapping[str, str]) -> PythonFiles:
@@ -33,12 +43,12 @@ def python_files(texts: Mapping[str, str]) -> PythonFiles:
             if "/".join(folders[:depth]) in packages:
                 break
             modules.setdefault(".".join(parts[depth:]), path)
-    return PythonFiles(modules, texts)
+    return PythonFiles(modules, texts, {})
 
 
 def python_imports(path: str, repository: PythonFiles) -> Iterable[str]:
     """Yields the files that a file imports; what is not in the repository is left out."""
-    for item in outline(repository.texts[path]).imports:
+    for item in imports_of(repository.texts[path]):
         yield from _resolve(item, path, repository, depth=0)
 
 
@@ -111,13 +121,25 @@ def _submodule(base: str, name: str, repository: PythonFiles) -> str | None:
 
 def _definition_of(name: str, base: str, repository: PythonFiles, *, depth: int) -> str:
     """Returns the file that a package's `__init__` takes the name from, else the `__init__` itself."""
-    if depth >= 8 or not base.endswith("__init__.py"):
+    if depth >= MAX_REEXPORTS or not base.endswith("__init__.py"):
         return base
-    for item in outline(repository.texts[base]).imports:
-        if name in item.names:
-            found = next(
-                iter(_resolve(Import(item.module, (name,), item.level), base, repository, depth=depth + 1)), None
-            )
-            if found and found != base:
-                return found
-    return base
+    key = (name, base, depth)
+    if key not in repository.definitions:
+        taken = (_resolve(item, base, repository, depth=depth + 1) for item in _taken(repository.texts[base], name))
+        files = (next(iter(found), None) for found in taken)
+        repository.definitions[key] = next((found for found in files if found and found != base), base)
+    return repository.definitions[key]
+
+
+def _taken(text: str, name: str) -> Iterable[Import]:
+    """Returns the imports of the name alone, in order, each once."""
+    return _by_name(text).get(name, ())
+
+
+@functools.lru_cache(maxsize=4096)
+def _by_name(text: str) -> Mapping[str, Iterable[Import]]:
+    found: dict[str, dict[Import, None]] = defaultdict(dict)
+    for item in imports_of(text):
+        for name in item.names:
+            found[name][Import(item.module, (name,), item.level)] = None
+    return found

@@ -29,6 +29,8 @@ BadRow = Callable[[str], None] | None
 """Takes "file:line: reason" of what cannot be read; None raises it as ValueError instead."""
 MAX_ROW_BYTES = 64 << 20
 """Longest line, longest text and longest web page that is read: so much of one row is in memory at a time."""
+BUFFER_BYTES = 1 << 18
+"""Read from a file at a time: of rows longer than that, `readline` puts the pieces together."""
 MAX_ARRAY_BYTES = 256 << 20
 """Longest JSON array (a .json file is parsed whole), and longest parquet or Arrow file inside an archive."""
 SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
@@ -115,7 +117,7 @@ def opened(file: File | Path) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed where its name says so (COMPRESSED); ValueError where they are damaged."""
     path, stream = (file.path, file.stream) if isinstance(file, File) else (file, None)
     with contextlib.ExitStack() as files:
-        raw = files.enter_context(path.open("rb")) if stream is None else stream
+        raw = files.enter_context(path.open("rb", buffering=BUFFER_BYTES)) if stream is None else stream
         try:
             yield files.enter_context(_decompressed(raw, path.suffix.lower()))
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -179,7 +181,10 @@ def row_documents(
     file: File, *, on_bad_row: BadRow = None, start: int = 0, stop: int = -1, first_line: int = 1
 ) -> Iterator[Document]:
     """A document per row of JSONL or of a JSON array; fields beyond text, FIELDS and id go to meta."""
-    for row in _json_rows(file, on_bad_row, start=start, stop=stop, first_line=first_line):
+    from data_pipelines import json_text
+
+    rows = _json_rows(file, on_bad_row, parse=json_text.parse, start=start, stop=stop, first_line=first_line)
+    for row in rows:
         line = row.place.rpartition(":")[2]
         yield from document_of_row(row, path=f"{file.name}:{line}", source=file.path.stem, on_bad_row=on_bad_row)
 
@@ -229,7 +234,15 @@ def json_rows(path: str | Path, *, on_bad_row: BadRow = None) -> Iterator[Row]:
     yield from _json_rows(given_file(path), on_bad_row)
 
 
-def _json_rows(file: File, on_bad_row: BadRow, *, start: int = 0, stop: int = -1, first_line: int = 1) -> Iterator[Row]:
+def _json_rows(
+    file: File,
+    on_bad_row: BadRow,
+    *,
+    parse: Callable[[bytes], Any] = json.loads,
+    start: int = 0,
+    stop: int = -1,
+    first_line: int = 1,
+) -> Iterator[Row]:
     """Of a .jsonl, bytes start:stop are read (stop -1: to the end)."""
     if uncompressed_suffix(file.path) == ".json":
         yield from _json_array(file, on_bad_row)
@@ -245,7 +258,7 @@ def _json_rows(file: File, on_bad_row: BadRow, *, start: int = 0, stop: int = -1
             if not raw.strip():
                 continue
             try:
-                value = json.loads(raw.removeprefix(b"\xef\xbb\xbf"))
+                value = parse(raw.removeprefix(b"\xef\xbb\xbf"))
             except (ValueError, RecursionError) as error:
                 reason = f"not valid JSON ({error}); wanted one JSON object per line; the line begins {raw[:60]!r}"
                 set_aside(f"{place}: {reason}", on_bad_row)

@@ -145,24 +145,24 @@ def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
 
     data, offsets = text_buffer(batch)
     counts_DM = np.zeros((batch.num_rows, k.NUM_MEASURES))
-    k.measures(data, offsets, _table(counts_DM, data, offsets), counts_DM)
+    # Lines and paragraphs: four times the most newlines of a row, and one power of two to spare.
+    table = np.zeros(power_of_two(8 * (k.most_newlines(data, offsets) + 4)), np.uint64)
+    k.measures(data, offsets, table, counts_DM)
     count = counts_DM.T
     words = find_words(batch)
+    totals_D3 = word_totals(words)
     num_D = np.diff(words.starts).astype(np.float64)
     some_D, lines_D, characters_D = np.maximum(num_D, 1), np.maximum(count[k.LINES], 1), count[k.CHARACTERS]
     all_D = np.maximum(characters_D, 1)
     blank_D = count[k.BLANK_LINES] / np.maximum(count[k.LINES] + count[k.BLANK_LINES], 1)
     visible_D = np.maximum(count[k.LETTERS] + count[k.DIGITS] + count[k.PUNCTUATION], 1)
     spaced_D = count[k.HAN] < 0.3 * np.maximum(count[k.LETTERS], 1)  # scripts that put spaces between words
-    mean_D = _sum(words, words.lengths) / some_D
-    alphabetic_D = _sum(words, words.flags & k.WORD_HAS_LETTER) / some_D
-    top_D3, cover_D = repetition(words)
-    ngrams = zip(k.TOP_NGRAMS, top_D3.T, rules.max_top_ngram_bytes, strict=True)
-    suspects = np.flatnonzero(cover_D > min(rules.max_duplicate_ngram_bytes))  # no other row can break a bound
-    repeats = [
-        (n, duplicate_ngram_share(words, n, rows=suspects), bound)
-        for n, bound in zip(k.DUPLICATE_NGRAMS, rules.max_duplicate_ngram_bytes, strict=True)
-    ]
+    mean_D, alphabetic_D = totals_D3[:, 0] / some_D, totals_D3[:, 1] / some_D
+    found = repetition(words)
+    ngrams = zip(k.TOP_NGRAMS, found.top_D3.T, rules.max_top_ngram_bytes, strict=True)
+    suspects = np.flatnonzero(found.cover_D > min(rules.max_duplicate_ngram_bytes))  # no other row can break a bound
+    shares_D6 = duplicate_ngram_shares(words, found, suspects)
+    repeats = zip(k.DUPLICATE_NGRAMS, shares_D6.T, rules.max_duplicate_ngram_bytes, strict=True)
     return [
         Check("few_words", num_D, "below", rules.min_words),
         Check("many_words", num_D, "above", rules.max_words),
@@ -173,7 +173,7 @@ def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
         Check("short_words", np.where(spaced_D, mean_D, np.inf), "below", rules.min_mean_word_length),
         Check("long_words", np.where(spaced_D, mean_D, 0), "above", rules.max_mean_word_length),
         Check("few_alphabetic_words", alphabetic_D, "below", rules.min_alphabetic_words),
-        Check("few_stop_words", np.where(spaced_D, _stop_words(words), np.inf), "below", rules.min_stop_words),
+        Check("few_stop_words", np.where(spaced_D, totals_D3[:, 2], np.inf), "below", rules.min_stop_words),
         Check("hash_signs", count[k.HASHES] / some_D, "above", rules.max_hashes_per_word),
         Check("ellipses", count[k.ELLIPSES] / some_D, "above", rules.max_ellipses_per_word),
         Check("bullet_lines", count[k.BULLET_LINES] / lines_D, "above", rules.max_bullet_lines),
@@ -185,7 +185,7 @@ def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
         Check("long_line", count[k.LONGEST_LINE], "above", rules.max_line_characters),
         Check("blank_lines", blank_D, "above", rules.max_blank_lines),
         Check("braces", count[k.BRACES], "above", np.inf if rules.allow_braces else 0),
-        Check("lorem_ipsum", _contains(batch, "lorem ipsum"), "above", 0),
+        Check("lorem_ipsum", k.hold_lorem_ipsum(data, offsets), "above", 0),
         Check("duplicate_lines", count[k.DUPLICATE_LINES], "above", rules.max_duplicate_lines),
         Check("duplicate_line_bytes", count[k.DUPLICATE_LINE_BYTES], "above", rules.max_duplicate_line_bytes),
         Check("duplicate_paragraphs", count[k.DUPLICATE_PARAGRAPHS], "above", rules.max_duplicate_paragraphs),
@@ -194,39 +194,29 @@ def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
     ]
 
 
-def _table(counts_DM: np.ndarray, data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Scratch space for lines and paragraphs: four times the most newlines of a row, and one power of two to spare."""
-    newlines_D = [int((data[start:stop] == 10).sum()) for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
-    return np.zeros(power_of_two(8 * (max(newlines_D, default=0) + 4)), np.uint64)
-
-
 def power_of_two(least: int) -> int:
     return 1 << max(least - 1, 15).bit_length()
 
 
-def _sum(words: Words, values: np.ndarray) -> np.ndarray:
-    sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    return sums[words.starts[1:]] - sums[words.starts[:-1]]
-
-
-def _stop_words(words: Words) -> np.ndarray:
+def word_totals(words: Words) -> np.ndarray:
+    """Returns [D, 3] of every row: the bytes of its words, its words with a letter, its different `STOP_WORDS`."""
     from data_pipelines import kernels
 
-    hashes = (np.uint64(kernels.fnv(word)) for word in STOP_WORDS)
-    return sum((_sum(words, words.hashes == value) > 0).astype(np.float64) for value in hashes)
-
-
-def _contains(batch: pa.RecordBatch, text: str) -> np.ndarray:
-    import pyarrow.compute as pc
-
-    return pc.match_substring(batch.column("text"), text, ignore_case=True).to_numpy(zero_copy_only=False).astype(float)
+    stop_words = np.array([kernels.fnv(word) for word in STOP_WORDS], np.uint64)
+    totals_D3 = np.zeros((len(words.starts) - 1, 3))
+    kernels.word_totals(words.hashes, words.lengths, words.flags, words.starts, stop_words, totals_D3)
+    return totals_D3
 
 
 class Repetition(NamedTuple):
-    """Shares of the bytes of the words: of the top 2-, 3- and 4-gram; a bound on those of longer duplicate n-grams."""
+    """Shares of the bytes of the words: of the top 2-, 3- and 4-gram; a bound on those of longer duplicate n-grams.
+
+    repeated: of every word, whether the five words from it on stand elsewhere in its row as well.
+    """
 
     top_D3: np.ndarray
     cover_D: np.ndarray
+    repeated: np.ndarray
 
 
 def repetition(words: Words) -> Repetition:
@@ -235,34 +225,33 @@ def repetition(words: Words) -> Repetition:
 
     num_rows, most = len(words.starts) - 1, int(np.diff(words.starts).max(initial=0))
     size = power_of_two(2 * most)
-    tables = np.zeros(size, np.uint64), np.zeros(size, np.int32)
-    scratch = np.zeros(most + 1, np.int64), np.zeros(most + 1, bool)
-    top_D3, cover_D = np.zeros((num_rows, len(kernels.TOP_NGRAMS))), np.zeros(num_rows)
-    kernels.repetition(words.hashes, words.lengths, words.starts, *tables, *scratch, top_D3, cover_D)
-    return Repetition(top_D3, cover_D)
+    scratch = np.zeros(size, np.uint64), np.zeros(size, np.int32), np.zeros(most + 1, np.int64)
+    found = Repetition(
+        np.zeros((num_rows, len(kernels.TOP_NGRAMS))), np.zeros(num_rows), np.zeros(len(words.hashes), bool)
+    )
+    kernels.repetition(words.hashes, words.lengths, words.starts, *scratch, found.repeated, found.top_D3, found.cover_D)
+    return found
 
 
-def top_ngram_share(words: Words, n: int) -> np.ndarray:
-    """Returns per row the bytes of its most costly repeated n-gram, n from 2 to 4, over the bytes of its words."""
-    return repetition(words).top_D3[:, n - 2]
+def duplicate_ngram_shares(words: Words, found: Repetition, rows: np.ndarray) -> np.ndarray:
+    """Returns [D, 6] per row, n from 5 to 10: the bytes of words inside n-grams met before over those of all words.
 
-
-def duplicate_ngram_share(words: Words, n: int, *, rows: np.ndarray | None = None) -> np.ndarray:
-    """Returns per row the bytes of words inside n-grams met before over those of all words; 0 in rows not named."""
+    0 in rows not named. found: `repetition` of the words.
+    """
     from data_pipelines import kernels
 
-    out_D = np.zeros(len(words.starts) - 1)
-    rows = np.arange(len(out_D)) if rows is None else rows
-    size = power_of_two(2 * int(np.diff(words.starts)[rows].max(initial=0)))
-    kernels.duplicate_ngrams(words.hashes, words.lengths, words.starts, n, np.zeros(size, np.uint64), rows, out_D)
-    return out_D
+    shares_D6 = np.zeros((len(words.starts) - 1, len(kernels.DUPLICATE_NGRAMS)))
+    most = int(np.diff(words.starts)[rows].max(initial=0))
+    scratch = np.zeros(power_of_two(2 * most), np.uint64), np.zeros(most + 1, bool)
+    kernels.duplicate_ngrams(words.hashes, words.lengths, words.starts, found.repeated, rows, *scratch, shares_D6)
+    return shares_D6
 
 
 # --- edits -----------------------------------------------------------------------------------------------------------
 
 INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\u00ad]")
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
-TRAILING = re.compile(r"[ \t\u3000\xa0]+$", re.MULTILINE)
+TRAILING = " \t\u3000\xa0"
 BLANK_RUN = re.compile(r"\n{4,}")
 POLICY_PHRASES = (
     "javascript", "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies",
@@ -276,7 +265,7 @@ def normalise_text(text: str) -> str:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.isascii():
         text = INVISIBLE.sub("", unicodedata.normalize("NFC", text))
-    text = TRAILING.sub("", CONTROL.sub("", text))
+    text = "\n".join([line.rstrip(TRAILING) for line in CONTROL.sub("", text).split("\n")])
     return BLANK_RUN.sub("\n\n\n", text).strip("\n") + "\n"
 
 
@@ -352,15 +341,19 @@ def edit(
 
 def _texts(batch: pa.RecordBatch, edited: Edited, change: Callable[[str], str]) -> pa.Array:
     """The edited texts as one column."""
-    buffers = [None, pa.py_buffer(edited.offsets), pa.py_buffer(edited.data[: edited.offsets[-1]])]
-    texts = pa.LargeStringArray.from_buffers(batch.num_rows, buffers[1], buffers[2])
-    rows = np.flatnonzero(edited.hard)
-    if not len(rows):
-        return texts
-    others = pa.array([change(text) for text in batch.column("text").take(pa.array(rows)).to_pylist()], texts.type)
-    where = np.arange(batch.num_rows)
-    where[rows] = batch.num_rows + np.arange(len(rows))
-    return pa.concat_arrays([texts, others]).take(pa.array(where))
+    data, offsets = edited.data, edited.offsets
+    rows = np.flatnonzero(edited.hard).tolist()  # nothing was written for these
+    if rows:
+        changed = [change(batch.column("text")[row].as_py()).encode() for row in rows]
+        bounds = [0, *offsets[rows].tolist(), int(offsets[-1])]
+        pieces: list[np.ndarray | bytes] = [data[: bounds[1]]]
+        for text, start, stop in zip(changed, bounds[1:-1], bounds[2:], strict=True):
+            pieces += [text, data[start:stop]]
+        sizes = np.zeros(len(offsets), np.int64)
+        sizes[np.array(rows) + 1] = [len(text) for text in changed]
+        data, offsets = b"".join(pieces), offsets + np.cumsum(sizes)
+        return pa.LargeStringArray.from_buffers(batch.num_rows, pa.py_buffer(offsets), pa.py_buffer(data))
+    return pa.LargeStringArray.from_buffers(batch.num_rows, pa.py_buffer(offsets), pa.py_buffer(data[: offsets[-1]]))
 
 
 def _may_be_blank(texts: pa.Array) -> np.ndarray:

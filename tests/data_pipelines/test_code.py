@@ -145,3 +145,35 @@ def test_markdown_keeps_every_byte_and_fences_hold():
     parts = code.markdown(files, title="r", max_bytes=60)
     assert [part.path for part in parts] == ["r/0", "r/1", "r/2"]
     assert all(len(part.text) < 120 for part in parts)
+
+
+class Watched(str):
+    """A path that counts how often it is hashed or compared with another."""
+
+    looks = 0
+
+    def __eq__(self, other):
+        Watched.looks += 1
+        return str.__eq__(self, other)
+
+    def __hash__(self):
+        Watched.looks += 1
+        return str.__hash__(self)
+
+
+@pytest.mark.parametrize("shape", ["chain", "loop", "star"])
+def test_the_work_of_ordering_grows_with_the_imports_alone(shape):
+    def looks(size):
+        paths = [Watched(f"{number:06d}") for number in range(size)]
+        follow = {path: [after] for path, after in zip(paths, paths[1:])} | {paths[-1]: []}
+        graph = {
+            "chain": follow,
+            "loop": follow | {paths[-1]: [paths[0]]},
+            "star": {path: [paths[0]] for path in paths[1:]} | {paths[0]: paths[1:]},
+        }[shape]
+        graph = {path: frozenset(needs) for path, needs in graph.items()}
+        Watched.looks = 0
+        assert sorted(code.dependency_order(graph)) == paths
+        return Watched.looks
+
+    assert looks(600) < 2.2 * looks(300)

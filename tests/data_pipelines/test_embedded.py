@@ -3,6 +3,7 @@ import sys
 import pytest
 
 from data_pipelines import embedded, sources
+from data_pipelines import outline as outlines
 from data_pipelines.document import fingerprint, in_held_out, make_document
 from data_pipelines.outline import outline
 
@@ -56,6 +57,19 @@ def test_outline_reads_imports_definitions_and_lines():
     assert (found.definitions[0].first_line, found.definitions[0].last_line) == (8, 20)
     assert outline("def f(:").error.startswith("SyntaxError")
     assert outline("x = 1\0").error is not None
+
+
+def test_imports_of_a_text_that_was_parsed_are_known(monkeypatch):
+    texts = [f"import a{number}" for number in range(6)]
+    monkeypatch.setattr(outlines, "NUM_KNOWN_IMPORTS", 4)
+    outlines._KNOWN_IMPORTS.clear()
+    for text in texts:
+        outline(text)
+    parsed = []
+    monkeypatch.setattr(outlines, "outline", lambda text: parsed.append(text) or outline.__wrapped__(text))
+    for text in reversed(texts):
+        assert [item.module for item in outlines.imports_of(text)] == [text.removeprefix("import ")]
+    assert parsed == [texts[1], texts[0]]
 
 
 def test_docstrings_become_one_document_per_module_class_and_function(module):

@@ -115,21 +115,24 @@ def test_line_measures_equal_plain_python(texts):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from(["a", "b", "cc"]), max_size=40), st.sampled_from([2, 3, 4, 5, 6]))
+@given(st.lists(st.sampled_from(["a", "b", "cc"]), max_size=40), st.sampled_from([2, 3, 4, 5, 6, 10]))
 def test_ngram_shares_equal_plain_python(words, n):
     found = rules.find_words(batch_of(" ".join(words)))
     total = sum(map(len, words))
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     top = max((count * len("".join(gram)) for gram, count in Counter(grams).items() if count > 1), default=0)
-    assert n > 4 or rules.top_ngram_share(found, n)[0] == pytest.approx(min(top / total, 1) if total else 0)
+    repeats = rules.repetition(found)
+    assert n > 4 or repeats.top_D3[0, n - 2] == pytest.approx(min(top / total, 1) if total else 0)
     seen, inside, i = set(), 0, 0
     while i < len(grams):
         known = grams[i] in seen
         seen.add(grams[i])
         inside += len("".join(grams[i])) * known
         i += n if known else 1
-    assert rules.duplicate_ngram_share(found, n)[0] == pytest.approx(inside / total if total else 0)
-    assert n < 5 or rules.repetition(found).cover_D[0] >= rules.duplicate_ngram_share(found, n)[0] - 1e-12
+    if n > 4:
+        share = rules.duplicate_ngram_shares(found, repeats, np.array([0]))[0, n - 5]
+        assert share == pytest.approx(inside / total if total else 0)
+        assert repeats.cover_D[0] >= share - 1e-12
 
 
 # --- edits and code --------------------------------------------------------------------------------------------------
@@ -233,6 +236,7 @@ def test_compiled_edits_are_what_their_definitions_say(definition, rows):
         "see [12], [edit], [citation needed] [edit x] [1",
         "JavaScript\nkept [3]\n\nterms of use",
         "[\uff11] x",
+        "pr\u0131vacy policy\npr\u0131de\nuses coo\u212aie\u017f\nuse\u2122 cookies\ncook\u0130es, use cook\u0130es",
         "",
     ]
     batch = with_text(batch_of("").take(pa.array([0] * len(texts))), texts)
