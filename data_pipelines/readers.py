@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, NamedTuple
 
+import msgspec
 import pyarrow as pa
 
 from data_pipelines.code_languages import DATA, PROSE, UNKNOWN, language_of
@@ -181,10 +182,7 @@ def row_documents(
     file: File, *, on_bad_row: BadRow = None, start: int = 0, stop: int = -1, first_line: int = 1
 ) -> Iterator[Document]:
     """A document per row of JSONL or of a JSON array; fields beyond text, FIELDS and id go to meta."""
-    from data_pipelines import json_text
-
-    rows = _json_rows(file, on_bad_row, parse=json_text.parse, start=start, stop=stop, first_line=first_line)
-    for row in rows:
+    for row in _json_rows(file, on_bad_row, start=start, stop=stop, first_line=first_line):
         line = row.place.rpartition(":")[2]
         yield from document_of_row(row, path=f"{file.name}:{line}", source=file.path.stem, on_bad_row=on_bad_row)
 
@@ -234,15 +232,16 @@ def json_rows(path: str | Path, *, on_bad_row: BadRow = None) -> Iterator[Row]:
     yield from _json_rows(given_file(path), on_bad_row)
 
 
-def _json_rows(
-    file: File,
-    on_bad_row: BadRow,
-    *,
-    parse: Callable[[bytes], Any] = json.loads,
-    start: int = 0,
-    stop: int = -1,
-    first_line: int = 1,
-) -> Iterator[Row]:
+def parse_json(raw: bytes) -> Any:
+    """Returns and raises what `json.loads` does, in less than half of the time."""
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        # NaN, lone surrogates and UTF-16, which the standard library takes; or an error, whose message is its own.
+        return json.loads(raw)
+
+
+def _json_rows(file: File, on_bad_row: BadRow, *, start: int = 0, stop: int = -1, first_line: int = 1) -> Iterator[Row]:
     """Of a .jsonl, bytes start:stop are read (stop -1: to the end)."""
     if uncompressed_suffix(file.path) == ".json":
         yield from _json_array(file, on_bad_row)
@@ -258,7 +257,7 @@ def _json_rows(
             if not raw.strip():
                 continue
             try:
-                value = parse(raw.removeprefix(b"\xef\xbb\xbf"))
+                value = parse_json(raw.removeprefix(b"\xef\xbb\xbf"))
             except (ValueError, RecursionError) as error:
                 reason = f"not valid JSON ({error}); wanted one JSON object per line; the line begins {raw[:60]!r}"
                 set_aside(f"{place}: {reason}", on_bad_row)
