@@ -47,13 +47,18 @@ def ray(address: str | None = None) -> Iterator[Map]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "240")  # 30 are too few on a busy machine
     try:
         import ray
     except ImportError as error:
         raise ValueError("--executor ray needs the package ray; pip install 'internjax[cluster]'") from error
     started = not ray.is_initialized()
     if started:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        try:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        except Exception as error:
+            wanted = f"joined at {address}; look at `ray status` there" if address else "started; is the machine busy?"
+            raise ValueError(f"Ray could not be {wanted} ({error})") from error
 
     @ray.remote(max_retries=-1, num_cpus=1)
     def call(function: Any, item: Any) -> Any:

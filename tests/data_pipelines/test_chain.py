@@ -173,6 +173,13 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes_though_a_worker_is_kill
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     from ray.cluster_utils import Cluster
 
+    def refused(**how):
+        raise ConnectionError("nobody answers")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"joined at a:1; .* \(nobody answers\)"):
+        patch.setattr("ray.init", refused)
+        with executors.ray("a:1"):
+            pass
     small = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=small)
     try:
