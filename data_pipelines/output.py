@@ -1,5 +1,6 @@
 """The output folder of a chain: documents in the order in which they are to be learned, repositories, the ledger."""
 
+import itertools
 import json
 import shutil
 import uuid
@@ -68,9 +69,11 @@ def write_folder(
         batches = (chain.fetch(whole, order[start : start + 1024]) for start in range(0, len(order), 1024))
         batches = counted(batches, found.ledger.stayed)
         done = 0
-        for number, batches_of_file in enumerate(_files(regroup(batches, SCHEMA))):
-            write_parquet(batches_of_file, new / "documents" / f"{number:05d}.parquet", SCHEMA)
-            done += sum(batch.num_rows for batch in batches_of_file)
+        for number, of_file in enumerate(_files(regroup(batches, SCHEMA))):
+            counts: list[int] = []
+            counting = (counts.append(group.num_rows) or group for group in of_file)
+            write_parquet(counting, new / "documents" / f"{number:05d}.parquet", SCHEMA)
+            done += sum(counts)
             progress("write documents", done, total)
         with (new / "repositories.jsonl").open("w", encoding="utf-8") as lines:
             for name, places in code_repositories(whole, order).items():
@@ -88,15 +91,17 @@ def write_folder(
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _files(groups: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
-    """Row groups by file: about FILE_BYTES of text each."""
-    waiting: list[pa.RecordBatch] = []
+def _files(groups: Iterable[pa.RecordBatch]) -> Iterator[Iterator[pa.RecordBatch]]:
+    """Row groups by file, about FILE_BYTES of text each; each file is to be read to its end before the next."""
+    groups = iter(groups)
+    for first in groups:
+        yield _of_file(itertools.chain([first], groups))
+
+
+def _of_file(groups: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     size = 0
     for group in groups:
-        waiting.append(group)
+        yield group
         size += group.column("text").nbytes
         if size >= FILE_BYTES:
-            yield waiting
-            waiting, size = [], 0
-    if waiting:
-        yield waiting
+            return

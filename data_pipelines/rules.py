@@ -22,12 +22,19 @@ from data_pipelines.outline import outline
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 MARKS_OF_GENERATED_CODE = re.compile(
-    r"auto-?\s?generated|automatically generated|machine generated|@generated|do not (edit|modify)( this file)?|"
-    r"generated (by|from|with|using) \S*(script|sphinx|swig|yacc|bison|flex|lex|antlr|protoc|the protocol buffer|"
-    r"protocol buffer|thrift|grpc|cython|openapi|swagger|bindgen|mockgen|sqlc|stringer|django|autoconf|automake|tool|"
-    r"codec|mapping)",
-    re.IGNORECASE,
+    r"(?:(?P<file>[\w-]+\.\w{1,4}) (?:is|was) )?(?:auto-?\s?|automatically |machine )generated"
+    r"(?=\W*$|[ \t]*[.,:;!*()-]|[ \t]+(?:by|from|with|using(?! an? )|via|for|at|on|in|during|when|through|and|files?|"
+    r"code|content|stubs?|template|data|module|source)\b)|@generated|"
+    r"do not (?:edit|modify)(?: this file| it)?"
+    r"(?:(?: this)? directly| the \w+(?: and \w+)? \w+ by hand| by hand| manually)?"
+    r"(?=[ \t]*(?:[.!*,;:-]|$)| as )|"
+    r"generated (?:by|from|with|using) [^\s:`]*(?:script|sphinx|swig|yacc|bison|flex|lex|antlr|protoc|"
+    r"the protocol buffer|protocol buffer|thrift|grpc|cython|openapi|swagger|bindgen|mockgen|sqlc|stringer|django|"
+    r"autoconf|automake|tool|codec|mapping)",
+    re.IGNORECASE | re.MULTILINE,
 )
+"""Said of the file itself: `version.py is auto-generated` in another file, `auto-generated documentation` and
+`do not edit this line` are no marks."""
 GO_GENERATED = re.compile(r"^// Code generated .* DO NOT EDIT\.$", re.MULTILINE)
 """Go's own line, which may stand anywhere before the package clause."""
 GENERATED_NAMES = re.compile(
@@ -142,6 +149,7 @@ def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
     Shares of duplicate n-grams are 0 where they cannot reach the least of their bounds.
     """
     from data_pipelines import kernels as k
+    from data_pipelines.repetition import DUPLICATE_NGRAMS, TOP_NGRAMS
 
     data, offsets = text_buffer(batch)
     counts_DM = np.zeros((batch.num_rows, k.NUM_MEASURES))
@@ -159,10 +167,10 @@ def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
     spaced_D = count[k.HAN] < 0.3 * np.maximum(count[k.LETTERS], 1)  # scripts that put spaces between words
     mean_D, alphabetic_D = totals_D3[:, 0] / some_D, totals_D3[:, 1] / some_D
     found = repetition(words)
-    ngrams = zip(k.TOP_NGRAMS, found.top_D3.T, rules.max_top_ngram_bytes, strict=True)
+    ngrams = zip(TOP_NGRAMS, found.top_D3.T, rules.max_top_ngram_bytes, strict=True)
     suspects = np.flatnonzero(found.cover_D > min(rules.max_duplicate_ngram_bytes))  # no other row can break a bound
     shares_D6 = duplicate_ngram_shares(words, found, suspects)
-    repeats = zip(k.DUPLICATE_NGRAMS, shares_D6.T, rules.max_duplicate_ngram_bytes, strict=True)
+    repeats = zip(DUPLICATE_NGRAMS, shares_D6.T, rules.max_duplicate_ngram_bytes, strict=True)
     return [
         Check("few_words", num_D, "below", rules.min_words),
         Check("many_words", num_D, "above", rules.max_words),
@@ -221,7 +229,7 @@ class Repetition(NamedTuple):
 
 def repetition(words: Words) -> Repetition:
     """Returns how much of every row repeats itself."""
-    from data_pipelines import kernels
+    from data_pipelines import repetition as kernels
 
     num_rows, most = len(words.starts) - 1, int(np.diff(words.starts).max(initial=0))
     size = power_of_two(2 * most)
@@ -238,7 +246,7 @@ def duplicate_ngram_shares(words: Words, found: Repetition, rows: np.ndarray) ->
 
     0 in rows not named. found: `repetition` of the words.
     """
-    from data_pipelines import kernels
+    from data_pipelines import repetition as kernels
 
     shares_D6 = np.zeros((len(words.starts) - 1, len(kernels.DUPLICATE_NGRAMS)))
     most = int(np.diff(words.starts)[rows].max(initial=0))
@@ -421,7 +429,8 @@ def _code_reason(
     name = path.rpartition("/")[2].lower()
     if GENERATED_NAMES.search(name):
         return "generated", f"its name is {name}"
-    mark = MARKS_OF_GENERATED_CODE.search(text, 0, rules.header_characters)
+    marks = MARKS_OF_GENERATED_CODE.finditer(text, 0, rules.header_characters)
+    mark = next((mark for mark in marks if (mark["file"] or name).lower() == name), None)
     mark = mark or (GO_GENERATED.search(text) if language == "go" else None)
     if mark:
         return "generated", f"its head says {mark.group()!r}"
