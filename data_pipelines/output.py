@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import shutil
-import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from data_pipelines.code import markdown, order_documents
 from data_pipelines.document import SCHEMA, to_documents
 from data_pipelines.ledger import regroup, save, summary, write_parquet
 from data_pipelines.measures import counted
+from internjax.hf.folder import new_folder
 
 FILE_BYTES = 256 << 20
 """Text in a file of documents."""
@@ -60,15 +59,13 @@ def code_repositories(whole: chain.Places, order: np.ndarray) -> dict[str, np.nd
 def write_folder(
     found: chain.Run, folder: Path, *, progress: Callable[[str, int, int], None] = lambda label, done, total: None
 ) -> None:
-    """Writes the output folder that `wanjuan.py` describes, all of it or nothing."""
-    new = folder.with_name(f".{folder.name}.new-{uuid.uuid4().hex[:8]}")
-    (new / "documents").mkdir(parents=True)
-    total = summary(found.ledger)["documents_kept"]
-    try:
+    """Writes the output folder that `wanjuan.py` describes, all of it or nothing, in place of an earlier one."""
+    total, done = summary(found.ledger)["documents_kept"], 0
+    with new_folder(folder, overwrite=True, marker="ledger.json") as new:
+        (new / "documents").mkdir()
         whole, order = dependency_rows(found.shards)
         batches = (chain.fetch(whole, order[start : start + 1024]) for start in range(0, len(order), 1024))
         batches = counted(batches, found.ledger.stayed)
-        done = 0
         for number, of_file in enumerate(_files(regroup(batches, SCHEMA))):
             counts: list[int] = []
             counting = (counts.append(group.num_rows) or group for group in of_file)
@@ -84,11 +81,6 @@ def write_folder(
             for path in found.set_aside:
                 together.write(path.read_bytes())
         save(found.ledger, new)
-        if folder.exists():
-            shutil.rmtree(folder)
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _files(groups: Iterable[pa.RecordBatch]) -> Iterator[Iterator[pa.RecordBatch]]:
