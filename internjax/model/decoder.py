@@ -177,8 +177,6 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),
             length=config.num_layers,
             unroll=config.unroll_layers,
-            # The check traces every layer once more; nothing here is broadcast out of the loop.
-            check_constancy_invariants=False,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, linear)
         self.embed = nn.Embed(
