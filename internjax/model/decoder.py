@@ -267,8 +267,8 @@ def init(config: ModelConfig, rng: jax.Array) -> dict:
 
 
 def abstract_params(config: ModelConfig) -> dict:
-    """Returns the shapes and dtypes of the parameters; allocates nothing."""
-    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    """Returns the shapes and dtypes of the parameters; allocates nothing and touches no device."""
+    return nn.unbox(_abstract_boxed(config))
 
 
 def logical_axes(config: ModelConfig) -> dict:
@@ -280,7 +280,7 @@ def logical_axes(config: ModelConfig) -> dict:
 @functools.lru_cache(maxsize=64)
 def _abstract_boxed(config: ModelConfig) -> dict:
     # Asked for by every step, load and save; tracing the model takes a third of a second.
-    return jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
+    return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
 
 
 class Forward(NamedTuple):

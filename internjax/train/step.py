@@ -13,6 +13,7 @@ A loss of one's own is a function; everything else stays:
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -335,7 +336,9 @@ def _summed_gradients(
     is scale x the part's mean loss that is differentiated: a sum over tokens would overflow float16 at any scale.
     """
 
-    def part_gradients(part, key):
+    # Its trace is kept: with several parts it is asked for the shapes first, which traced the model a second time.
+    @functools.partial(jax.jit, inline=True)
+    def part_gradients(trainable, frozen, part, key, scale):
         def total(trainable):
             out = loss(trainable, frozen, part, key)
             taken = sorted(set(out.metrics) & set(STEP_METRICS))
@@ -352,15 +355,16 @@ def _summed_gradients(
         return out, grads if factor is None else jax.tree.map(lambda g: g / factor, grads)
 
     if num_parts == 1:
-        return part_gradients(batch, jax.random.fold_in(rng, 0))
+        return part_gradients(trainable, frozen, batch, jax.random.fold_in(rng, 0), scale)
 
     parts = jax.tree.map(lambda leaf: _split_rows(leaf, num_parts), batch)
 
     def body(sums, xs):
         part, index = xs
-        return jax.tree.map(jnp.add, sums, part_gradients(part, jax.random.fold_in(rng, index))), None
+        found = part_gradients(trainable, frozen, part, jax.random.fold_in(rng, index), scale)
+        return jax.tree.map(jnp.add, sums, found), None
 
-    shapes = jax.eval_shape(part_gradients, jax.tree.map(lambda leaf: leaf[0], parts), rng)
+    shapes = jax.eval_shape(part_gradients, trainable, frozen, jax.tree.map(lambda leaf: leaf[0], parts), rng, scale)
     out, grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
     zeros = (out, place(grads))
     return jax.lax.scan(body, zeros, (parts, jnp.arange(num_parts)))[0]

@@ -105,10 +105,13 @@ def program():
 
 def run(folder: Path, plans: list[tuple[str, int]]) -> None:
     mesh, optimizer, step = program()
-    axes = decoder.logical_axes(CONFIG)
-    places = sharding.shardings(axes, decoder.abstract_params(CONFIG), mesh)
-    with sharding.use(mesh):
-        params = jax.jit(lambda key: decoder.init(CONFIG, key), out_shardings=places)(jax.random.key(0))
+    axes, shapes, draw = decoder.logical_axes(CONFIG), decoder.abstract_params(CONFIG), np.random.default_rng(0)
+    whole = jax.tree.map(lambda leaf: draw.normal(scale=0.05, size=leaf.shape).astype(leaf.dtype), shapes)
+    params = jax.tree.map(
+        lambda leaf, place: jax.make_array_from_callback(leaf.shape, place, leaf.__getitem__),
+        whole,
+        sharding.shardings(axes, shapes, mesh),
+    )
     state = init_state(params, optimizer, seed=1, mesh=mesh, axes=axes)
     tracking = TrackingConfig(wandb="disabled", progress="lines")
     order = folder.parent / f"order-{folder.name}"

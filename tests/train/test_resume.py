@@ -52,9 +52,9 @@ def order_of(folder: Path) -> dict[str, set[str]]:
 
 
 def deaths(draw: random.Random) -> list[str]:
-    """Returns five deaths of one run, one in each tenth step or so, of five of the six kinds."""
+    """Returns five deaths of one run, one in eight steps or so, of five of the six kinds."""
     kinds = draw.sample(["step", "any", "write", "seal", "commit", "remove"], 5)
-    return [f"{kind}:{draw.randrange(11 * index + 1, 11 * index + 9)}" for index, kind in enumerate(kinds)]
+    return [f"{kind}:{draw.randrange(8 * index + 1, 8 * index + 8)}" for index, kind in enumerate(kinds)]
 
 
 def lives(folder: Path, planned: list[str]) -> list[tuple[str, int, str]]:
@@ -79,7 +79,7 @@ def test_runs_killed_at_20_random_moments_end_byte_for_byte_as_the_run_that_was_
         assert json.loads((folder / "end.json").read_text()) == digests, told
         assert (folder / "metrics.jsonl").read_bytes() == metrics, told
         assert order_of(folder) == order and all(len(read) == 1 for read in order.values())
-        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["55", "60"]
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["40", "45"]
         assert completed(folder) == {}
 
 
