@@ -177,6 +177,9 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),
             length=config.num_layers,
             unroll=config.unroll_layers,
+            # To check that nothing is broadcast out of the loop, flax traces a layer once more than needed. Parameters
+            # are drawn with that trace: without it a seed would give others.
+            check_constancy_invariants=self.is_initializing(),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, linear)
         self.embed = nn.Embed(
