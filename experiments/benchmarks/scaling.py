@@ -139,10 +139,9 @@ def worker(num_devices: int, rows: int, seq_len: int, part: str) -> None:
 def _started(num_devices: int, rows: int, seq_len: int, part: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "experiments.benchmarks.scaling", "--worker", str(num_devices)]
     command += ["--rows", str(rows), "--seq-len", str(seq_len), "--meshes", part]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
-    }
+    # The last of equal flags counts.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num_devices}".strip()
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=ROOT)
 

@@ -26,7 +26,7 @@ from internjax.hf.save import save_model
 from internjax.model import decoder
 from internjax.text.tokenizer import save_tokenizer, train_tokenizer
 from internjax.train.tracking import read_rows
-from tests.conftest import STEADY_FLAGS
+from tests.conftest import QUICK_FLAGS
 from tests.experiments.conftest import SMALL
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -36,7 +36,7 @@ ROWS = [{"messages": [{"role": "user", "content": ASKED}, {"role": "assistant", 
 
 def environment() -> dict[str, str]:
     """As a person's: one device, the checkout importable."""
-    return os.environ | {"XLA_FLAGS": STEADY_FLAGS, "WANDB_MODE": "disabled"}
+    return os.environ | {"XLA_FLAGS": QUICK_FLAGS, "WANDB_MODE": "disabled"}
 
 
 def python(*arguments, timeout=300) -> subprocess.CompletedProcess:
