@@ -25,7 +25,7 @@ from internjax.text.tokenizer import load_tokenizer
 from internjax.train.optimizer import Cosine
 from tests.experiments.conftest import SMALL, TEXTS, write_chats
 
-MODULES = ("textwrap", "fractions", "statistics", "queue", "calendar", "string", "shlex", "bisect", "heapq", "copy")
+MODULES = ("textwrap", "queue", "string", "shlex", "bisect", "heapq", "copy")
 CONFIG = Tiny(
     held_out=0.4,
     model=dataclasses.replace(SMALL, num_layers=1, vocab_size=400, max_position_embeddings=512),
