@@ -171,6 +171,14 @@ class ModelConfig:
             raise ValueError("norm_head normalises vocabulary rows and has no meaning with head='scalar'")
 
 
+def in_shape(config: ModelConfig) -> ModelConfig:
+    """Returns the config with equal values for the numbers on which no shape and no dtype depends.
+
+    What was traced for the shapes of one model is then found again for all that differ in those alone.
+    """
+    return dataclasses.replace(config, max_position_embeddings=1, norm_eps=1e-5, rope_theta=1e4, initializer_range=0.02)
+
+
 def _parameters_per_layer(config: ModelConfig) -> tuple[int, int]:
     """Returns (matrix parameters, norm and bias parameters) of one layer."""
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim

@@ -20,7 +20,7 @@ from internjax.kernels.attention import attention
 from internjax.kernels.paged_attention import paged_attention
 from internjax.model import alibi, rope
 from internjax.model.cache import KVCache, write
-from internjax.model.config import ModelConfig
+from internjax.model.config import ModelConfig, in_shape
 from internjax.model.linear import Linear
 from internjax.model.lora import Lora, with_gains
 from internjax.model.neftune import add_noise
@@ -248,8 +248,8 @@ def _look_up(table_VD: jax.Array, tokens_BT: jax.Array, *, dtype: jnp.dtype) -> 
 def _init_boxed(config: ModelConfig, rng: jax.Array) -> dict:
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     inv_freq_BF = rope.inv_freq(config)[None]
-    # One token under no mesh: not every back end takes that, and none has parameters.
-    config = dataclasses.replace(config, attention="xla")
+    # One token under no mesh: not every back end takes that, and none has parameters. Nothing is differentiated.
+    config = dataclasses.replace(config, attention="xla", remat="none")
     with unconstrained():
         return Decoder(config).init(rng, tokens_BT, tokens_BT, tokens_BT + 1, inv_freq_BF)["params"]
 
@@ -271,7 +271,8 @@ def init(config: ModelConfig, rng: jax.Array) -> dict:
 
 def abstract_params(config: ModelConfig) -> dict:
     """Returns the shapes and dtypes of the parameters; allocates nothing and touches no device."""
-    return nn.unbox(_abstract_boxed(config))
+    boxed = _abstract_boxed(config)
+    return jax.tree.map(lambda box: box.unbox(apply_constraint=False), boxed, is_leaf=_is_box)
 
 
 def logical_axes(config: ModelConfig) -> dict:
@@ -280,9 +281,18 @@ def logical_axes(config: ModelConfig) -> dict:
     return jax.tree.map(tuple, specs, is_leaf=lambda leaf: not isinstance(leaf, dict))
 
 
-@functools.lru_cache(maxsize=64)
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
+
 def _abstract_boxed(config: ModelConfig) -> dict:
-    # Asked for by every step, load and save; tracing the model takes a third of a second.
+    # How a model computes changes none of its parameters.
+    return _traced_boxed(dataclasses.replace(in_shape(config), attention="xla", remat="none", dtype="float32"))
+
+
+@functools.lru_cache(maxsize=64)
+def _traced_boxed(config: ModelConfig) -> dict:
+    # Asked for by every step, load and save; tracing the model takes a fifth of a second.
     return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
 
 

@@ -22,7 +22,7 @@ from internjax.kernels.cudnn_attention import MAX_SEGMENTS
 from internjax.kernels.ring_attention import KEY_BLOCK
 from internjax.model import decoder, lora, quantize
 from internjax.model.cache import CacheDType
-from internjax.model.config import ModelConfig
+from internjax.model.config import ModelConfig, in_shape
 from internjax.model.lora import LoraConfig
 from internjax.model.quantize import Quantised
 from internjax.sharding import MeshConfig
@@ -115,6 +115,7 @@ def abstract_weights(config: ModelConfig, quantised: Quantised | None = None) ->
     return Weights(params, quantize.logical_axes(params, axes))
 
 
+@functools.lru_cache(maxsize=64)
 def abstract_adapters(config: ModelConfig, lora_config: LoraConfig) -> Weights:
     """Returns shapes and axes of the adapters of a model."""
     base = abstract_weights(config)
@@ -129,7 +130,8 @@ def job_state(job: Job, mesh: Any) -> TrainState:
     """
     # Which schedule is chosen changes no shape.
     optimizer = make_optimizer(job.optimizer, Constant(), 1)
-    base = abstract_weights(job.model, job.quantised)
+    model = in_shape(job.model)
+    base = abstract_weights(model, job.quantised)
     placed = {"mesh": mesh, "optimizer_state": job.mesh.optimizer_state}
     if job.lora is None:
         parts, axes = split(base.params, job.freeze), split(base.axes, job.freeze)
@@ -141,7 +143,7 @@ def job_state(job: Job, mesh: Any) -> TrainState:
             frozen_axes=axes.frozen or None,
             **placed,
         )
-    adapters = abstract_adapters(job.model, job.lora)
+    adapters = abstract_adapters(model, job.lora)
     return abstract_state(
         adapters.params, optimizer, frozen=base.params, axes=adapters.axes, frozen_axes=base.axes, **placed
     )
@@ -174,7 +176,6 @@ def _traced_as(config: ModelConfig) -> ModelConfig:
     return config if config.attention == "xla" else dataclasses.replace(config, attention="chunked")
 
 
-@functools.lru_cache(maxsize=256)
 def saved_for_backward(
     config: ModelConfig,
     seq_len: int,
@@ -185,10 +186,23 @@ def saved_for_backward(
     freeze: tuple[str, ...] = (),
 ) -> Saved:
     """Returns what jax saves between the forward and the backward pass of `next_token`, from a trace of its vjp."""
-    # Packed cuDNN keeps its statistics once per document that a row may have; the trace has another back end.
+    saved = _traced_saved(in_shape(_traced_as(config)), seq_len, lora_config, quantised, chunk_size, freeze)
+    if config.attention != "cudnn_packed" or config.remat != "none":
+        return saved
+    # It keeps its statistics once per document that a row may have; the trace has another back end.
     statistics = 4 * config.num_layers * config.num_heads * seq_len * MAX_SEGMENTS
-    statistics *= config.attention == "cudnn_packed" and config.remat == "none"
-    config = _traced_as(config)
+    return saved._replace(per_row=saved.per_row + statistics)
+
+
+@functools.lru_cache(maxsize=256)
+def _traced_saved(
+    config: ModelConfig,
+    seq_len: int,
+    lora_config: LoraConfig | None,
+    quantised: Quantised | None,
+    chunk_size: int,
+    freeze: tuple[str, ...],
+) -> Saved:
     base = abstract_weights(config, quantised).params
     trainable, frozen = base, None
     if lora_config is not None:
@@ -214,7 +228,7 @@ def saved_for_backward(
         seen.add(variable)
         if not jnp.issubdtype(variable.aval.dtype, jax.dtypes.prng_key):
             sizes[depends] += variable.aval.size * variable.aval.dtype.itemsize
-    return Saved(sizes[True] + statistics, sizes[False])
+    return Saved(sizes[True], sizes[False])
 
 
 def _tainted(jaxpr: Any, inputs: list[bool]) -> list[bool]:

@@ -270,16 +270,20 @@ def check_adapters(subject: Subject) -> str:
     # Not of the batch: each process has other rows, and this is computed by all of them together.
     tokens = (7919 * np.arange(16, dtype=np.int32)[None] + 1) % job.model.vocab_size
     # The first layer stands for all of them: PiSSA needs a second base.
-    params = params | {"layers": jax.tree.map(lambda leaf: leaf[:1], params["layers"])}
+    params = params | {"layers": _first_layer(params["layers"])}
     config = dataclasses.replace(job.model, attention="xla", num_layers=1, unroll_layers=1)
-    base, weights = initialise(job.lora, params, jax.random.key(subject.seed))
+    base, weights = jax.jit(functools.partial(initialise, job.lora))(params, jax.random.key(subject.seed))
     adapters = apply_config(weights, dataclasses.replace(job.lora, dropout=0.0))
     place = _everywhere(subject.mesh)
-    logits = jax.jit(functools.partial(decoder.logits, config=config), out_shardings=place)
+
+    @functools.partial(jax.jit, out_shardings=place)
+    def with_and_without(base, params, tokens, adapters):
+        adapted = decoder.logits(base, tokens, config=config, lora=adapters)
+        return adapted, decoder.logits(params, tokens, config=config)
+
     with _meshed(subject.mesh):
         tokens, adapters = jax.device_put((tokens, adapters), place)
-        plain = np.asarray(logits(params, tokens))
-        adapted = np.asarray(logits(base, tokens, lora=adapters))
+        adapted, plain = jax.device_get(with_and_without(base, params, tokens, adapters))
     found, tolerance = relative_difference(adapted, plain), TOLERANCE[job.model.dtype]
     if not found <= tolerance:
         raise ValueError(
@@ -287,6 +291,11 @@ def check_adapters(subject: Subject) -> str:
             f"{tolerance:g}): the run would not start from its base. What an adapter adds must be what the base lacks"
         )
     return f"fresh adapters change no logit (largest difference {found:.1e})"
+
+
+@jax.jit
+def _first_layer(layers: dict) -> dict:
+    return jax.tree.map(lambda leaf: leaf[:1], layers)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

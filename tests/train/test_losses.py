@@ -33,6 +33,19 @@ def params():
     return jax.tree.map(jnp.asarray, initial_params())
 
 
+@functools.partial(jax.jit, static_argnames="chunk_size")
+def loss_of(params, batch, *, chunk_size=512):
+    return next_token(CONFIG, chunk_size=chunk_size)(params, None, batch, KEY)
+
+
+def with_entries(params, path, where, value):
+    """The parameters with one leaf changed, in NumPy."""
+    *above, name = path.split(".")
+    tree = jax.tree.map(np.array, params)
+    functools.reduce(dict.__getitem__, above, tree)[name][where] = value
+    return tree
+
+
 def unpacked(documents: list[np.ndarray], seq_len: int) -> Batch:
     """One document per row."""
     return packed([[document] for document in documents], seq_len)
@@ -61,7 +74,7 @@ def documents(lengths, seed=0):
 
 def test_the_loss_is_minus_the_log_probability_of_the_targets():
     batch = unpacked(documents([9, 5]), seq_len=8)
-    out = next_token(CONFIG)(params(), None, batch, KEY)
+    out = loss_of(params(), batch)
     logits = np.asarray(
         decoder.logits(params(), batch.tokens, config=CONFIG, positions_BT=batch.positions, segments_BT=batch.segments),
         np.float64,
@@ -84,25 +97,28 @@ def test_packed_loss_is_unpacked_loss():
 def test_weights_of_the_mask_scale_the_terms():
     batch = unpacked(documents([9]), seq_len=8)
     mask = np.array([[0, 0, 0, 1, 0.5, 0, 0, 2]], np.float32)
-    loss = jax.jit(lambda mask: next_token(CONFIG)(params(), None, batch._replace(loss_mask=mask), KEY))
-    parts = [float(loss((np.arange(8) == t)[None].astype(np.float32)).total) for t in (3, 4, 7)]
-    out = loss(mask)
+    masks = [(np.arange(8) == t)[None].astype(np.float32) for t in (3, 4, 7)]
+    parts = [float(loss_of(params(), batch._replace(loss_mask=mask)).total) for mask in masks]
+    out = loss_of(params(), batch._replace(loss_mask=mask))
     np.testing.assert_allclose(out.total, parts[0] + 0.5 * parts[1] + 2 * parts[2], rtol=1e-5)
     assert float(out.weight) == 3.5
 
 
 def test_chunks_of_the_vocabulary_loss_change_nothing():
-    batch = packed([documents([12, 7, 5])], 24)
-    whole = next_token(CONFIG, chunk_size=512)(params(), None, batch, KEY).total
-    cut = next_token(CONFIG, chunk_size=5)(params(), None, batch, KEY).total
+    batch = packed([documents([9])], 8)
+    whole, cut = loss_of(params(), batch).total, loss_of(params(), batch, chunk_size=3).total
     np.testing.assert_allclose(cut, whole, rtol=1e-6)
+
+
+def adapters_of(lora_config):
+    return jax.jit(functools.partial(init_lora, lora_config))(params(), jax.random.key(2))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_lora_starts_as_the_base_and_trains_adapters_alone(accumulate):
     lora_config = LoraConfig(rank=2, alpha=4.0, dropout=0.1 if accumulate == 2 else 0.0)
     base = params()
-    adapters = init_lora(lora_config, base, jax.random.key(2))
+    adapters = adapters_of(lora_config)
     batch = unpacked(documents([20, 18, 17, 20]), seq_len=19)
     optimizer = make_optimizer(AdamW(peak_lr=0.02), Constant(), num_steps=20)
     state = init_state(adapters, optimizer, frozen=base)
@@ -111,7 +127,7 @@ def test_lora_starts_as_the_base_and_trains_adapters_alone(accumulate):
     for _ in range(20):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
-    plain = next_token(CONFIG)(base, None, batch, KEY)
+    plain = loss_of(base, batch)
     np.testing.assert_allclose(losses[0], plain.total / plain.weight, rtol=1e-6)  # identity at step 0
     assert losses[-1] < losses[0] - 0.05
     jax.tree.map(np.testing.assert_array_equal, state.frozen, params())
@@ -119,8 +135,8 @@ def test_lora_starts_as_the_base_and_trains_adapters_alone(accumulate):
     assert sizes == {leaf.shape for leaf in jax.tree.leaves(state.trainable)}
     # A number that is not finite is traced to the layer in which it arises.
     assert metrics["broken_layer"] == -1
-    base["layers"]["ffn"]["down"]["kernel"] = base["layers"]["ffn"]["down"]["kernel"].at[1, 3, 5].set(jnp.nan)
-    _, metrics = step(dataclasses.replace(state, frozen=base), batch)
+    broken = jax.tree.map(jnp.asarray, with_entries(base, "layers.ffn.down.kernel", (1, 3, 5), np.nan))
+    _, metrics = step(dataclasses.replace(state, frozen=broken), batch)
     assert not metrics["finite"] and metrics["broken_layer"] == 1 and step.num_traces == 1
 
 
@@ -135,7 +151,7 @@ def test_the_ring_gets_every_row_in_the_order_in_which_devices_have_equal_work(m
 
     monkeypatch.setattr(decoder, "forward", forward)
     lora_config = LoraConfig(rank=2, dropout=dropout)
-    adapters = init_lora(lora_config, params(), jax.random.key(2))
+    adapters = adapters_of(lora_config)
     loss = next_token(dataclasses.replace(CONFIG, attention="ring"), lora_config=lora_config)
     batch = unpacked(documents([9]), seq_len=8)
     with sharding.use(sharding.make_mesh(MeshConfig(fsdp=1, sequence=2), jax.devices()[:2])):
@@ -154,8 +170,7 @@ def test_a_model_without_vocabulary_logits_is_refused():
 
 def test_a_masked_impossible_target_does_not_poison_the_sum():
     # The head gives the target of the masked place a probability of exactly 0.
-    tree = params()
-    tree["head"]["kernel"] = tree["head"]["kernel"].at[:, 5].set(jnp.inf)
-    batch = unpacked(documents([4]), seq_len=3)
-    batch = batch._replace(loss_mask=np.zeros((1, 3), np.float32))
-    assert float(next_token(CONFIG)(tree, None, batch, KEY).total) == 0.0
+    tree = with_entries(params(), "head.kernel", (slice(None), 5), np.inf)
+    batch = unpacked(documents([4]), seq_len=8)
+    batch = batch._replace(loss_mask=np.zeros((1, 8), np.float32))
+    assert float(loss_of(tree, batch).total) == 0.0
