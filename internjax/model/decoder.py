@@ -268,7 +268,7 @@ def init(config: ModelConfig, rng: jax.Array) -> dict:
 
 def abstract_params(config: ModelConfig) -> dict:
     """Returns the shapes and dtypes of the parameters; allocates nothing."""
-    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    return jax.eval_shape(nn.unbox, _abstract_boxed(config))
 
 
 def logical_axes(config: ModelConfig) -> dict:
