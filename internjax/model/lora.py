@@ -159,7 +159,7 @@ def init_lora(config: LoraConfig, params: dict, rng: jax.Array, *, dtype: str = 
             a = jax.random.uniform(key, (*lead, in_features, config.rank), jnp.dtype(dtype), -bound, bound)
             node = {"a": a, "b": jnp.zeros((*lead, config.rank, out_features))}
         if config.kind == "dora":
-            node["magnitude"] = _per_layer(lambda kernel: jnp.sqrt(column_squares(kernel)), kernel)
+            node["magnitude"] = _per_layer(_column_lengths, kernel)
         _put(weights, path, {name: leaf.astype(jnp.dtype(dtype)) for name, leaf in node.items()})
     return weights
 
@@ -169,25 +169,38 @@ def residual(config: LoraConfig, params: dict, weights: dict) -> dict:
     if config.initialisation != "pissa":
         return params
 
-    def left(kernel, a, b):
-        product = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
-        return (kernel.astype(jnp.float32) - config.scale * product).astype(kernel.dtype)
+    def node(kernel, node, path):
+        return _per_layer(_left, kernel, node["a"], node["b"], settings=(config.scale,))
 
-    return _with_kernels(params, weights, lambda kernel, node, path: _per_layer(left, kernel, node["a"], node["b"]))
+    return _with_kernels(params, weights, node)
 
 
-def _per_layer(function: Callable, kernel, *leaves):
-    """Returns `function` of one layer after the other, so that the temporaries of one are alive at a time.
+def _left(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    product = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+    return (kernel.astype(jnp.float32) - scale * product).astype(kernel.dtype)
+
+
+def _per_layer(function: Callable, kernel, *leaves, settings: tuple = ()):
+    """Returns function(kernel, *leaves, *settings) of one layer after the other: the temporaries of one are alive at a
+    time. A function of the module makes one program for all kernels of a shape.
 
     Of shapes instead of arrays it returns zeros of the right shape: there are no values to compute with.
     """
-    whole = function
-    if len(kernel.shape) == 3:
-        whole = lambda *stacked: jax.lax.map(lambda layer: function(*layer), stacked)  # noqa: E731
     if isinstance(jax.tree.leaves(kernel)[0], jax.ShapeDtypeStruct):
-        shapes = jax.eval_shape(whole, kernel, *leaves)
+        shapes = jax.eval_shape(functools.partial(_mapped, function, settings), kernel, *leaves)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.jit(whole)(kernel, *leaves)
+    return _mapped(function, settings, kernel, *leaves)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _mapped(function: Callable, settings: tuple, kernel, *leaves):
+    if len(kernel.shape) == 3:
+        return jax.lax.map(lambda layer: function(*layer, *settings), (kernel, *leaves))
+    return function(kernel, *leaves, *settings)
+
+
+def _column_lengths(kernel) -> jax.Array:
+    return jnp.sqrt(column_squares(kernel))
 
 
 PISSA_ITERATIONS = 8
@@ -210,22 +223,24 @@ def _principal_factors(kernel, key: jax.Array, config: LoraConfig, *, name: str)
             f"{min(kernel.shape[-2:])}; lower the rank or drop the target"
         )
 
-    def factors(kernel_IO):
-        w_IO = kernel_IO.astype(jnp.float32)
-        width = min(2 * config.rank + 8, *w_IO.shape)
-        start = jax.random.normal(key, (w_IO.shape[1], width), jnp.float32)
-
-        def turn(_, q):
-            return jnp.linalg.qr(w_IO @ jnp.linalg.qr(w_IO.T @ q)[0])[0]
-
-        q = jax.lax.fori_loop(0, PISSA_ITERATIONS, turn, jnp.linalg.qr(w_IO @ start)[0])
-        u, singular, vt = jnp.linalg.svd(q.T @ w_IO, full_matrices=False)
-        root = jnp.sqrt(singular[: config.rank] / config.scale)
-        return (q @ u)[:, : config.rank] * root, root[:, None] * vt[: config.rank]
-
+    keys = jnp.broadcast_to(key, (*kernel.shape[:-2], *key.shape))
     with jax.default_matmul_precision("highest"):
-        a, b = _per_layer(factors, kernel)
+        a, b = _per_layer(_factors, kernel, keys, settings=(config.rank, config.scale))
     return {"a": a, "b": b}
+
+
+def _factors(kernel_IO: jax.Array, key: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
+    w_IO = kernel_IO.astype(jnp.float32)
+    width = min(2 * rank + 8, *w_IO.shape)
+    start = jax.random.normal(key, (w_IO.shape[1], width), jnp.float32)
+
+    def turn(_, q):
+        return jnp.linalg.qr(w_IO @ jnp.linalg.qr(w_IO.T @ q)[0])[0]
+
+    q = jax.lax.fori_loop(0, PISSA_ITERATIONS, turn, jnp.linalg.qr(w_IO @ start)[0])
+    u, singular, vt = jnp.linalg.svd(q.T @ w_IO, full_matrices=False)
+    root = jnp.sqrt(singular[:rank] / scale)
+    return (q @ u)[:, :rank] * root, root[:, None] * vt[:rank]
 
 
 class Plain(NamedTuple):
@@ -283,13 +298,13 @@ def with_gains(lora: Lora, params: dict) -> Lora:
     for path, node in _nodes(lora.weights):
         if "magnitude" in node:
             kernel, a, b = jax.lax.stop_gradient((_find(params, path)["kernel"], node["a"], node["b"]))
-            norms = _per_layer(functools.partial(_column_norms, scale=lora.scale), kernel, a, b)
+            norms = _per_layer(_column_norms, kernel, a, b, settings=(lora.scale,))
             node = {"a": node["a"], "b": node["b"], "gain": node["magnitude"].astype(jnp.float32) / norms}
         _put(weights, path, node)
     return dataclasses.replace(lora, weights=weights)
 
 
-def _column_norms(kernel, a: jax.Array, b: jax.Array, *, scale: float) -> jax.Array:
+def _column_norms(kernel, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     """Returns |W + s A B| of every column `[O]`, float32, without making that matrix.
 
     |w + s A b|^2 = |w|^2 + 2 s (A^T w) b + s^2 b (A^T A) b, with A^T W as one more product with the kernel.
@@ -409,24 +424,28 @@ def merge(params: dict, lora: Lora) -> dict:
     """
 
     def merged(kernel, node, path):
-        kernel = dequantize(kernel) if isinstance(kernel, QuantArray) else kernel
-        a, b = node["a"].astype(jnp.float32), node["b"].astype(jnp.float32)
         if "ids" in node or "scale" in node:
             raise ValueError("several adapters side by side cannot be merged into one model; merge one of them")
-        if (a.shape[-2], b.shape[-1]) != kernel.shape[-2:]:
+        if (node["a"].shape[-2], node["b"].shape[-1]) != kernel.shape[-2:]:
             raise ValueError(
-                f"adapter of {'.'.join(path)} maps {a.shape[-2]} to {b.shape[-1]} features, the base kernel maps "
-                f"{kernel.shape[-2]} to {kernel.shape[-1]}: it was trained on another base"
+                f"adapter of {'.'.join(path)} maps {node['a'].shape[-2]} to {node['b'].shape[-1]} features, the base "
+                f"kernel maps {kernel.shape[-2]} to {kernel.shape[-1]}: it was trained on another base"
             )
-        whole = kernel.astype(jnp.float32) + lora.scale * (a @ b)
-        if "magnitude" in node:
-            norms = jnp.sqrt(jnp.maximum(column_squares(whole), jnp.finfo(jnp.float32).tiny))
-            whole *= (node["magnitude"].astype(jnp.float32) / norms)[..., None, :]
-        elif "gain" in node:
-            whole *= node["gain"].astype(jnp.float32)[..., None, :]
-        return whole.astype(kernel.dtype)
+        return _merged(kernel, node, lora.scale)
 
     return _with_kernels(params, lora.weights, merged)
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _merged(kernel, node: dict, scale: float) -> jax.Array:
+    kernel = dequantize(kernel) if isinstance(kernel, QuantArray) else kernel
+    whole = kernel.astype(jnp.float32) + scale * (node["a"].astype(jnp.float32) @ node["b"].astype(jnp.float32))
+    if "magnitude" in node:
+        norms = jnp.sqrt(jnp.maximum(column_squares(whole), jnp.finfo(jnp.float32).tiny))
+        whole = whole * (node["magnitude"].astype(jnp.float32) / norms)[..., None, :]
+    elif "gain" in node:
+        whole = whole * node["gain"].astype(jnp.float32)[..., None, :]
+    return whole.astype(kernel.dtype)
 
 
 def _with_kernels(params: dict, weights: dict, function: Callable) -> dict:

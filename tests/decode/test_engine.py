@@ -20,6 +20,7 @@ from internjax.decode.score import logprobs
 from internjax.model import decoder, rope
 from internjax.model.config import DynamicNTK, ModelConfig
 from internjax.model.lora import LoraConfig, apply_config, init_lora
+from tests.weights import random_params
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -34,7 +35,7 @@ CONFIG = ModelConfig(
     initializer_range=0.2,
     dtype="float32",
 )
-PARAMS = jax.jit(functools.partial(decoder.init, CONFIG))(jax.random.key(0))
+PARAMS = random_params(CONFIG, seed=1)
 # The longest context is 16 tokens: what is longer has frequencies of its own.
 SCALED = dataclasses.replace(CONFIG, max_position_embeddings=16, rope_scaling=DynamicNTK(2.0))
 _LOGPROBS = jax.jit(logprobs, static_argnames="config")
@@ -358,10 +359,10 @@ def test_dynamic_ntk_is_fixed_by_each_requests_own_length(bucketed):
 
 
 def test_cache_dtypes_and_adapters_reach_the_model():
-    lora_config = LoraConfig(rank=4)
+    lora_config = LoraConfig(rank=4, targets=("query", "value", "down"))
     make = jax.jit(functools.partial(init_lora, lora_config))
-    zero = make(PARAMS, jax.random.key(1))
-    lora = apply_config(jax.tree.map(lambda x: np.asarray(x) + np.float32(0.1), zero), lora_config)
+    zero = jax.device_get(make(PARAMS, jax.random.key(1)))
+    lora = apply_config(jax.tree.map(lambda x: x + np.float32(0.1), zero), lora_config)
     engine = build(cache_dtype="int8", lora=lora)
     request = Request(prompt(20), 16, GREEDY, logprobs=True)
     (result,) = answer(engine, request)

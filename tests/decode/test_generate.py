@@ -30,6 +30,7 @@ from internjax.model.cache import dense_cache, paged_cache
 from internjax.model.config import DynamicNTK, ModelConfig
 from internjax.model.lora import LoraConfig, apply_config, init_lora
 from internjax.model.quantize import quantize_params
+from tests.weights import random_params
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -44,7 +45,7 @@ CONFIG = ModelConfig(
     initializer_range=0.2,
     dtype="float32",
 )
-PARAMS = jax.jit(functools.partial(decoder.init, CONFIG))(jax.random.key(0))
+PARAMS = random_params(CONFIG)
 LENGTHS = np.array([5, 1, 9, 3], np.int32)
 # Padding holds real-looking tokens: whatever stands there must not matter.
 PROMPTS = np.random.default_rng(0).integers(0, 64, (4, 9)).astype(np.int32)
@@ -133,8 +134,6 @@ def answers(layout, dtype):
     [
         ("dense", "float32", 2e-5),
         ("dense", "bfloat16", 0.05),
-        ("paged", "bfloat16", 0.05),
-        ("dense", "int8", 0.1),
         ("paged", "float32", 2e-5),
         ("paged", "int8", 0.1),
     ],
@@ -152,7 +151,7 @@ def test_cached_decode_equals_the_full_forward(layout, dtype, bound):
 
 def test_lossy_caches_are_really_lossy():
     """The bounds above would also hold for a cache that ignored its dtype."""
-    for layout, dtype in (("dense", "bfloat16"), ("dense", "int8"), ("paged", "int8")):
+    for layout, dtype in (("dense", "bfloat16"), ("paged", "int8")):
         assert np.abs(answers(layout, dtype)[1][:, :3] - answers("dense", "float32")[1][:, :3]).max() > 1e-4
 
 
@@ -299,7 +298,7 @@ def test_generate_runs_inside_another_jitted_function():
 def test_dynamic_ntk_frequencies_are_those_of_the_declared_length():
     config = dataclasses.replace(CONFIG, max_position_embeddings=8, rope_scaling=DynamicNTK(2.0))
     out = run(config=config, inv_freq_BF=None)
-    declared, chosen = (rope.inv_freq(config, length=length)[None] for length in (LENGTH_OF_ROWS, 40))
+    declared, chosen = (rope.inv_freq(config, length=length)[None] for length in (LENGTH_OF_ROWS, 400))
     np.testing.assert_array_equal(out.tokens_BN, full_forward_greedy(out, inv_freq_BF=declared))
     assert (out.tokens_BN != full_forward_greedy(out)).any(), "the scaling changed nothing"
     assert (out.tokens_BN != full_forward_greedy(out, inv_freq_BF=chosen)).any(), "the length changed nothing"
@@ -308,14 +307,11 @@ def test_dynamic_ntk_frequencies_are_those_of_the_declared_length():
 
 
 def test_adapters_over_quantised_weights_decode_like_their_full_forward():
-    lora_config = LoraConfig(rank=4)
-
-    @jax.jit
-    def adapters():
-        weights = init_lora(lora_config, PARAMS, jax.random.key(1))
-        return weights, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), weights)
-
-    zero, lora = (apply_config(weights, lora_config) for weights in adapters())
+    lora_config = LoraConfig(rank=4, targets=("query", "value", "down"))
+    zero = jax.device_get(jax.jit(functools.partial(init_lora, lora_config))(PARAMS, jax.random.key(1)))
+    rng = np.random.default_rng(2)
+    trained = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), zero)
+    zero, lora = (apply_config(weights, lora_config) for weights in (zero, trained))
     packed = jax.jit(functools.partial(quantize_params, scheme="int4"))(PARAMS)
     out = run(params=packed, lora=lora)
     np.testing.assert_array_equal(out.tokens_BN, full_forward_greedy(out, params=packed, lora=lora))
@@ -354,8 +350,7 @@ def test_rows_may_have_their_own_longest_length():
         np.testing.assert_array_equal(generated_part(state.tokens_BS)[row, :n], greedy().tokens_BN[row, :n])
 
 
-@pytest.mark.parametrize("driver", ["step", "generate"])
-@pytest.mark.parametrize("layout", ["dense", "paged"])
+@pytest.mark.parametrize(("layout", "driver"), [("dense", "generate"), ("paged", "step")])
 def test_memory_of_a_step_is_about_one_layers_cache(layout, driver):
     """The cache is written in place: temporaries hold one layer's slots, never a copy of all layers.
 

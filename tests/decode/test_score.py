@@ -1,6 +1,5 @@
 """Scores of given tokens against log-softmax written out, packed rows against rows alone."""
 
-import functools
 from dataclasses import replace
 
 import jax
@@ -11,6 +10,7 @@ from internjax.decode import score
 from internjax.model import decoder
 from internjax.model.config import DynamicNTK, ModelConfig
 from internjax.model.lora import LoraConfig, apply_config, init_lora
+from tests.weights import random_params
 
 CONFIG = ModelConfig(
     vocab_size=50,
@@ -24,7 +24,7 @@ CONFIG = ModelConfig(
     initializer_range=0.2,
     dtype="float32",
 )
-PARAMS = jax.jit(functools.partial(decoder.init, CONFIG))(jax.random.key(0))
+PARAMS = random_params(CONFIG)
 TOKENS = np.random.default_rng(1).integers(0, 50, (3, 12)).astype(np.int32)
 logits = jax.jit(decoder.logits, static_argnames="config")
 logprobs = jax.jit(score.logprobs, static_argnames=("config", "chunk_size"))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internjax.model import decoder
 from internjax.model.config import ModelConfig
 from internjax.rlhf import reward
 from internjax.rlhf.config import End, KLInReward, PPOConfig
@@ -18,12 +17,13 @@ from internjax.rlhf.ppo import init, make_ppo, replace_critic
 from internjax.rlhf.rollout import Prompts, Weights, model_reward
 from internjax.train.optimizer import AdamW, Constant, make_optimizer
 from internjax.train.step import init_state, make_step
+from tests.weights import random_params
 
 BOS, EOS, REWARD = 1, 2, 15
 CONFIG = ModelConfig(
     vocab_size=16,
     d_model=32,
-    num_layers=2,
+    num_layers=1,
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
@@ -80,7 +80,7 @@ def flawed_pairs(num_pairs, seed=0):
 def two_rounds():
     """Reward model -> PPO -> fast path -> reward model -> PPO; returns the rounds, pairs, program and log."""
     conditions = make_conditions({"five": [BOS, 5, 5], "six": [BOS, 6, 6]}, bos_id=BOS)
-    params = decoder.init(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG)
     scorer, scorer_config = reward.from_lm(params, CONFIG, jax.random.key(1))
     optimizer = make_optimizer(AdamW(peak_lr=1e-2, weight_decay=0.01), Constant(), 1000)
     ranking_step = make_step(reward.ranking(scorer_config), optimizer)
@@ -90,7 +90,7 @@ def two_rounds():
         data = preference_batches(
             pairs, conditions, batch_size=32, length=PAIR_LENGTH, reward_token_id=REWARD, seed=seed
         )(0)
-        for _ in range(120):
+        for _ in range(80):
             state, _ = ranking_step(state, next(data))
         return state.trainable
 

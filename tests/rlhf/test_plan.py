@@ -1,20 +1,19 @@
 """Memory of PPO's four models: what is held equals the arrays of a run on 8 devices, with adapters and without."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from internjax import sharding
-from internjax.model import decoder
 from internjax.model.config import TINY
 from internjax.model.lora import LoraConfig, init_lora
 from internjax.rlhf import plan, ppo
 from internjax.rlhf.config import PPOConfig
 from internjax.sharding import MeshConfig
 from internjax.train.optimizer import AdamW, Constant, make_optimizer
+from tests.weights import random_params
 
 MODEL = dataclasses.replace(
     TINY, vocab_size=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48
@@ -50,7 +49,7 @@ def test_what_is_held_is_what_a_run_allocates(adapters):
             seed=0,
             mesh=mesh,
         )
-        params, scalar = (jax.jit(functools.partial(decoder.init, c))(jax.random.key(0)) for c in (MODEL, SCALAR))
+        params, scalar = (random_params(config) for config in (MODEL, SCALAR))
         if adapters:
             actor, critic = (init_lora(lora, base, jax.random.key(1)) for base in (params, scalar))
             state = ppo.init(run, actor, critic, actor_base=params, critic_base=scalar)

@@ -27,6 +27,7 @@ from internjax.rlhf.rollout import (
 )
 from internjax.train.batch import Batch
 from internjax.train.optimizer import AdamW, Constant, make_optimizer
+from tests.weights import random_params
 
 BOS, EOS, REWARD = 1, 2, 15
 logits_of = jax.jit(decoder.logits, static_argnames="config")
@@ -64,7 +65,7 @@ def prompts(batch: int, seed: int = 0) -> Prompts:
 
 @functools.cache
 def base_params(seed=0):
-    return jax.jit(functools.partial(decoder.init, CONFIG))(jax.random.key(seed))
+    return random_params(CONFIG, seed)
 
 
 @functools.cache
