@@ -11,7 +11,7 @@ import pytest
 from internjax.hf.weights import list_tensors, read_tensor
 from internjax.train.goodput import goodput
 from internjax.train.tracking import read_rows
-from tests.conftest import STEADY_FLAGS
+from tests.conftest import QUICK_FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "experiments" / "notebooks"
@@ -38,7 +38,7 @@ def executed(notebook, cells, folder, tmp_path):
     # As a person's: one device, figures in the page; what a notebook writes goes where pytest clears it away.
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "MPLBACKEND")}
     # Compiled like the tests around them: most of the time goes there.
-    environment["XLA_FLAGS"] = STEADY_FLAGS
+    environment["XLA_FLAGS"] = QUICK_FLAGS
     client.execute(env=environment | {"TMPDIR": str(tmp_path), "WANDB_MODE": "disabled"})
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
@@ -62,15 +62,15 @@ def the_tour(said, pages, work):
 
 def training(said, pages, work):
     # Shown before anything is trained.
-    assert said.index("one device holds") < said.index("ok      attention") < said.index("dry run") < said.index("1/60")
+    assert said.index("one device holds") < said.index("ok      attention") < said.index("dry run") < said.index("1/48")
     # Interrupted twice, and the same bytes as without.
-    assert "interrupted: the metrics reach step 29; there are checkpoints of steps [12, 24]" in said
+    assert "interrupted: the metrics reach step 27; there are checkpoints of steps [12, 24]" in said
     assert "resumed from step 24" in said and "killed by SIGKILL" in said
     straight, interrupted = work / "straight", work / "interrupted"
     for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (straight / name).read_bytes() == (interrupted / name).read_bytes(), name
     rows = read_rows(interrupted / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 61)) and rows[-1]["loss"] < rows[0]["loss"] - 1
+    assert [row["step"] for row in rows] == list(range(1, 49)) and rows[-1]["loss"] < rows[0]["loss"] - 1
     # Accounted for, and on the page.
     spent, (starts, *_, lost) = goodput(read_rows(interrupted / "timing.jsonl")), numbers(STARTS, said)
     assert spent.num_starts == starts == 3 and spent.num_lost_steps == lost >= 10
@@ -90,7 +90,7 @@ def training(said, pages, work):
     without, with_it = numbers(r"(\S+) without the term, (\S+) with it", said)
     own = read_rows(work / "own" / "metrics.jsonl")
     assert with_it < without and all("log_z_squared" in row for row in own)
-    assert [row["step"] for row in own if "stream/3" in row] == list(range(5, 61, 5))
+    assert [row["step"] for row in own if "stream/3" in row] == list(range(5, 49, 5))
 
 
 STARTS = r"(\d+) starts, from steps \[0, 24, (\d+)\]; (\d+) steps were done twice"
