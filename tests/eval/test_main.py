@@ -1,6 +1,5 @@
 """`python -m eval` on a folder that was written by save_model, as a person would run it; and the README's code."""
 
-import functools
 import json
 import os
 import re
@@ -8,14 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 from eval.__main__ import main
 from internjax.hf.save import save_model
-from internjax.model import decoder
 from internjax.model.config import ModelConfig
 from internjax.text.tokenizer import train_tokenizer
+from tests.weights import random_params
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +32,7 @@ def folder(tmp_path_factory):
         max_position_embeddings=128,
         dtype="float32",
     )
-    params = jax.jit(functools.partial(decoder.init, config))(jax.random.key(0))
+    params = random_params(config)
     folder = tmp_path_factory.mktemp("models") / "tiny model"
     save_model(folder, config=config, params=params, tokenizer=tokenizer)
     return folder

@@ -1,7 +1,6 @@
 """Scores of the local model against full logits of one sequence at a time, without buckets or windows."""
 
 import dataclasses
-import functools
 from types import SimpleNamespace
 
 import jax
@@ -17,6 +16,7 @@ from internjax.model import decoder, lora
 from internjax.model.config import ModelConfig
 from internjax.text import chat
 from internjax.text.tokenizer import train_tokenizer
+from tests.weights import random_params
 
 TEXTS = ["def gcd(a, b):\n    return math.gcd(a, b)\n", "import os\nimport math\nfrom math import gcd, lcm\n"] * 8
 
@@ -36,7 +36,7 @@ def model():
         initializer_range=0.4,  # far from uniform, so that greedy choices are not ties
         dtype="float32",
     )
-    params = jax.jit(functools.partial(decoder.init, config))(jax.random.key(0))
+    params = random_params(config)
     return SimpleNamespace(config=config, params=params, tokenizer=tokenizer, lora=None)
 
 

@@ -4,14 +4,13 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from internjax.hf.weights import Plan, list_tensors, read_tensor, write_model
-from internjax.model import decoder
 from internjax.model.config import DynamicNTK, ModelConfig
 from internjax.text.tokenizer import train_tokenizer
+from tests.weights import random_params
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "hf"
 
@@ -44,18 +43,6 @@ def params(config):
 @pytest.fixture(scope="session")
 def tokenizer():
     return train_tokenizer(["the cat sat on the mat and the dog sat on the cat " * 4], vocab_size=280)
-
-
-def random_params(config: ModelConfig, seed: int = 0) -> dict:
-    """Parameters whose norms are not all ones, so that none can be left out unseen."""
-    params = decoder.init(config, jax.random.key(seed))
-
-    def leaf(path, value):
-        if path[-1].key != "scale":
-            return value
-        return jax.random.uniform(jax.random.key(value.size), value.shape, value.dtype, 0.5, 1.5)
-
-    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 @pytest.fixture(scope="session")

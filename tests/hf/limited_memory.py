@@ -28,11 +28,11 @@ from internjax.train.checkpoint import open_checkpoints
 from internjax.train.optimizer import Adafactor, Constant, make_optimizer
 from internjax.train.step import init_state
 
-# 169 MB in 111 tensors of at most 4 MiB: a second copy of the model, or of a stacked leaf (50 MB), does not fit.
+# 115 MB in 75 tensors of at most 4 MiB: a second copy of the model, or of a stacked leaf (34 MB), does not fit.
 CONFIG = ModelConfig(
     vocab_size=4096,
     d_model=256,
-    num_layers=12,
+    num_layers=8,
     num_heads=4,
     num_kv_heads=2,
     head_dim=64,

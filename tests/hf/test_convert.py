@@ -97,7 +97,7 @@ def test_adapters_are_merged_on_top_layer_by_layer(base, tmp_path, config, param
     about = json.loads((tmp_path / "merged" / "internjax.json").read_text())
     assert about["provenance"]["converted from"] == f"{base}+{tmp_path / 'one'}"
     # The saved dtype rounds, merging does not: the proof tells the two apart.
-    assert about["proof"]["max_logit_difference"] == 0 < about["proof"]["max_logit_difference_to_source"] < 0.5
+    assert about["proof"]["max_logit_difference"] == 0 < about["proof"]["max_logit_difference_to_source"] < 1
 
 
 def test_a_step_of_a_run_carries_the_facts_of_its_training(tmp_path, config, params, tokenizer, monkeypatch):

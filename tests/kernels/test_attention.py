@@ -1,5 +1,7 @@
 """Every attention back end against a loop over queries written in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 from internjax.kernels import attention as module
 from internjax.kernels.attention import attention
+
+compiled = jax.jit(attention, static_argnames=("causal", "window", "backend"))
 
 
 def reference(q, k, v, *, q_positions, k_positions, q_segments, k_segments, causal, window, slopes):
@@ -46,7 +50,7 @@ def test_back_ends_equal_the_reference(monkeypatch, backend, causal, window, ali
     monkeypatch.setattr(module, "QUERY_CHUNK", 4)  # 10 queries: two whole chunks and a padded one
     q, k, v, positions, segments = inputs(10, 10)
     slopes = np.array([0.5, 0.25, 0.125, 0.0625], np.float32) if alibi else None
-    got = attention(
+    got = compiled(
         q, k, v, q_positions_BT=positions, k_positions_BS=positions, q_segments_BT=segments, k_segments_BS=segments,
         causal=causal, window=window, alibi_slopes_N=slopes, backend=backend,
     )  # fmt: skip
@@ -63,14 +67,16 @@ def test_chunked_gradients_equal_the_reference_back_end(monkeypatch):
     monkeypatch.setattr(module, "QUERY_CHUNK", 4)
     q, k, v, positions, segments = inputs(10, 10)
 
-    def loss(qkv, backend):
+    @functools.partial(jax.jit, static_argnames="backend")
+    @jax.grad
+    def gradient(qkv, backend):
         out = attention(
             *qkv, q_positions_BT=positions, k_positions_BS=positions, q_segments_BT=segments,
             k_segments_BS=segments, backend=backend,
         )  # fmt: skip
         return (out * (segments != 0)[..., None, None] * jnp.arange(8)).sum()
 
-    want, got = (jax.grad(loss)((q, k, v), backend) for backend in ("xla", "chunked"))
+    want, got = (gradient((q, k, v), backend) for backend in ("xla", "chunked"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 

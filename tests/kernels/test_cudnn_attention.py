@@ -16,13 +16,13 @@ from internjax import sharding
 from internjax.kernels import attention as attention_module
 from internjax.kernels import cudnn_attention as module
 from internjax.kernels.attention import attention, check
-from internjax.model import decoder
 from internjax.model.config import TINY, ModelConfig
 from internjax.sharding import MeshConfig, make_mesh
 from internjax.train import preflight
 from internjax.train.batch import Batch
 from internjax.train.losses import next_token
 from internjax.train.memory import Job
+from tests.weights import random_params
 
 B, T, N, K, H, M = 4, 24, 4, 2, 8, 5
 ROWS = [[(1, 24)], [(1, 8), (2, 8), (3, 8)], [(7, 3), (4, 10), (9, 5), (0, 6)], [(1, 1), (2, 1), (3, 20), (0, 2)]]
@@ -270,6 +270,11 @@ def outputs_and_gradients(backend, segments, positions, *, causal=True, dtype=np
     return [np.asarray(x, np.float32) for x in (out, *grads)]
 
 
+@functools.cache
+def reference(causal):
+    return outputs_and_gradients("xla", *packed(ROWS), causal=causal, dtype=np.float32)
+
+
 def assert_equal(given, wanted, segments, *, tolerance=2e-3):
     real = segments != 0
     for one, other, what in zip(given, wanted, ("output", "dq", "dk", "dv"), strict=True):
@@ -288,7 +293,7 @@ MESHES = {
 @pytest.mark.parametrize(("name", "causal"), [(name, True) for name in MESHES] + [("no mesh", False)])
 def test_packed_rows_equal_the_reference(stand_in, name, causal):
     segments, positions = packed(ROWS)
-    wanted = outputs_and_gradients("xla", segments, positions, causal=causal, dtype=np.float32)
+    wanted = reference(causal)
     if MESHES[name] is None:
         given = outputs_and_gradients("cudnn_packed", segments, positions, causal=causal)
     else:
@@ -308,9 +313,10 @@ def test_rows_that_the_kernel_cannot_see_right_are_nan(stand_in):
     given = outputs_and_gradients("cudnn_packed", segments, positions)[0]
     assert np.isfinite(given[0]).all() and np.isnan(given[1:]).all()
     q = np.ones((B, T, N, H), np.float16)
-    out = attention(
+    call = functools.partial(attention, backend="cudnn_packed")
+    out = jax.jit(call)(
         q, q, q, q_positions_BT=positions[:B], k_positions_BS=positions[:B], q_segments_BT=segments[:B],
-        k_segments_BS=np.ones_like(segments[:B]), backend="cudnn_packed",
+        k_segments_BS=np.ones_like(segments[:B]),
     )  # fmt: skip
     assert np.isnan(np.asarray(out)[:3]).all()
 
@@ -320,7 +326,7 @@ def test_a_model_trains_with_it_on_a_mesh(stand_in):
     config = ModelConfig(
         vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=16, remat="dots"
     )
-    params = jax.jit(functools.partial(decoder.init, config))(jax.random.key(0))
+    params = random_params(config)
     segments, positions = packed(ROWS)
     tokens = np.random.default_rng(0).integers(1, 32, (B, T), np.int32)
     batch = Batch(tokens, np.roll(tokens, -1, 1), (segments != 0).astype(np.float32), positions, segments)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.special
 
 from internjax.rlhf import objectives, ppo
 
@@ -29,17 +30,22 @@ ARMS = 8
 
 
 def bandit():
-    reference, rewards = np.random.default_rng(0).normal(size=(2, ARMS))
-    return jnp.asarray(reference, jnp.float32), jnp.asarray(rewards, jnp.float32)
+    return tuple(np.random.default_rng(0).normal(size=(2, ARMS)).astype(np.float32))
+
+
+@functools.cache
+def gumbel(*shape, seed):
+    """Noise with which argmax(logits + noise) is a draw. Made here: generators are the larger part of what compiles."""
+    return np.random.default_rng(seed).gumbel(size=shape).astype(np.float32)
 
 
 def reverse_optimum(reference, rewards):
-    return jax.nn.softmax(jax.nn.log_softmax(reference) + rewards / BETA)
+    return scipy.special.softmax(reference + rewards / BETA)
 
 
 def forward_optimum(reference, rewards):
     """max E_pi[R] - beta KL(pi_ref || pi): pi = beta pi_ref / (lambda - R), with lambda found by bisection."""
-    reference, rewards = np.asarray(jax.nn.softmax(reference), np.float64), np.asarray(rewards, np.float64)
+    reference, rewards = scipy.special.softmax(reference.astype(np.float64)), rewards.astype(np.float64)
     low, high = rewards.max() + 1e-12, rewards.max() + BETA
     for _ in range(200):
         middle = (low + high) / 2
@@ -47,15 +53,15 @@ def forward_optimum(reference, rewards):
     return BETA * reference / (high - rewards)
 
 
-@functools.partial(jax.jit, static_argnames=("kl", "num_steps"))
-def train_bandit(reference, rewards, *, kl, num_steps=1000):
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.03, num_steps))
+@functools.partial(jax.jit, static_argnames="kl")
+def train_bandit(reference, rewards, noise, *, kl):
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.03, len(noise)))
     ref_logprobs = jax.nn.log_softmax(reference)
     mask_t = jnp.ones((512, 1))
 
-    def step(carry, key):
+    def step(carry, noise):
         logits, opt_state = carry
-        actions = jax.random.categorical(key, logits, shape=(512, 1))
+        actions = jnp.argmax(logits + noise, axis=-1)[:, None]
         old_t, ref_t = jax.nn.log_softmax(logits)[actions], ref_logprobs[actions]
         coefficient = kl.coefficient if isinstance(kl, ppo.KLInReward) else 0.0
         rewards_t = objectives.token_rewards(rewards[actions[:, 0]], old_t, ref_t, mask_t, kl_coefficient=coefficient)
@@ -71,8 +77,7 @@ def train_bandit(reference, rewards, *, kl, num_steps=1000):
         updates, opt_state = optimizer.update(jax.grad(loss)(logits), opt_state)
         return (optax.apply_updates(logits, updates), opt_state), None
 
-    keys = jax.random.split(jax.random.key(1), num_steps)
-    (logits, _), _ = jax.lax.scan(step, (reference, optimizer.init(reference)), keys)
+    (logits, _), _ = jax.lax.scan(step, (reference, optimizer.init(reference)), noise)
     return jax.nn.softmax(logits)
 
 
@@ -81,8 +86,8 @@ def test_where_the_kl_sits_decides_the_optimum(kl):
     reference, rewards = bandit()
     reverse, forward = reverse_optimum(reference, rewards), forward_optimum(reference, rewards)
     assert total_variation(reverse, forward) > 0.1 and abs(forward.sum() - 1) < 1e-9
-    assert total_variation(jax.nn.softmax(reference), reverse) > 0.3
-    found = train_bandit(reference, rewards, kl=kl)
+    assert total_variation(scipy.special.softmax(reference), reverse) > 0.3
+    found = train_bandit(reference, rewards, gumbel(1000, 512, ARMS, seed=1), kl=kl)
     wanted = forward if kl == ppo.KLInLoss(BETA, "k3") else reverse
     assert total_variation(found, wanted) <= 0.01
 
@@ -113,14 +118,11 @@ class Problem(NamedTuple):
 
 def problem() -> Problem:
     rng = np.random.default_rng(3)
-    return Problem(
-        jnp.asarray(rng.normal(size=(END + 1, VOCAB)), jnp.float32),
-        jnp.asarray(rng.normal(size=len(SEQUENCES)), jnp.float32),
-    )
+    return Problem(*(rng.normal(size=size).astype(np.float32) for size in ((END + 1, VOCAB), len(SEQUENCES))))
 
 
 def sequence_probabilities(logits) -> np.ndarray:
-    logprobs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    logprobs = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=-1)
     return np.exp([sum(logprobs[PREFIXES.index(s[:i]), token] for i, token in enumerate(s)) for s in SEQUENCES])
 
 
@@ -140,15 +142,18 @@ class Parts(NamedTuple):
     old_logprobs: callable = lambda old_t, ref_t: old_t
 
 
-def draw(key, logits, batch):
-    """Returns tokens `[B, 1 + LENGTH]`, the state that each was drawn in, and the mask of drawn tokens."""
+def draw(noise, logits):
+    """Returns tokens `[B, 1 + LENGTH]`, the state that each was drawn in, and the mask of drawn tokens.
 
-    def one(state, key):
-        token = jax.random.categorical(key, logits[state])
+    noise: Gumbel's, `[LENGTH, B, VOCAB]`.
+    """
+
+    def one(state, noise):
+        token = jnp.argmax(logits[state] + noise, axis=-1)
         alive = state != END
         return jnp.asarray(NEXT)[state, token], (jnp.where(alive, token, -1), state, alive)
 
-    _, (tokens, states, alive) = jax.lax.scan(one, jnp.zeros(batch, int), jax.random.split(key, LENGTH))
+    _, (tokens, states, alive) = jax.lax.scan(one, jnp.zeros(noise.shape[1], int), noise)
 
     def pad(x, value):
         return jnp.pad(x.T, ((0, 0), (PROMPT, 0)), constant_values=value)
@@ -156,24 +161,26 @@ def draw(key, logits, batch):
     return pad(tokens, 0), pad(states, 0), pad(alive, False).astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("parts", "gae_lambda", "num_iterations"))
-def train_table(problem: Problem, *, parts=Parts(), gae_lambda=0.99, num_iterations=150, batch=256):
+@functools.partial(jax.jit, static_argnames=("parts", "gae_lambda"))
+def train_table(problem: Problem, noise, *, parts=Parts(), gae_lambda=0.99):
     """Returns (policy logits, values) after PPO with 4 epochs per iteration on whole batches."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, 4 * num_iterations))
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, 4 * len(noise)))
     ref_logprobs = jax.nn.log_softmax(problem.reference)
 
     def logprobs_of(logits, states_t, tokens_t):
         return jax.nn.log_softmax(logits)[states_t, tokens_t]
 
-    def iteration(carry, key):
+    def iteration(carry, noise):
         (logits, values), opt_state = carry
-        tokens_t, states_t, mask_t = draw(key, logits, batch)
+        tokens_t, states_t, mask_t = draw(noise, logits)
         score = problem.rewards[jnp.asarray(CODE)[tuple(tokens_t[:, PROMPT:].T)]]
         mask_t = parts.mask(mask_t, tokens_t)
         old_t = logprobs_of(logits, states_t, tokens_t)
         ref_t = ref_logprobs[states_t, tokens_t]
         rewards_t = parts.token_rewards(score, old_t, ref_t, mask_t, kl_coefficient=BETA)
-        adv = parts.gae(rewards_t, values[states_t], mask_t, jnp.zeros(batch), discount=1.0, gae_lambda=gae_lambda)
+        adv = parts.gae(
+            rewards_t, values[states_t], mask_t, jnp.zeros(noise.shape[1]), discount=1.0, gae_lambda=gae_lambda
+        )
         old_t = parts.old_logprobs(old_t, ref_t)
 
         def loss(trained):
@@ -190,8 +197,7 @@ def train_table(problem: Problem, *, parts=Parts(), gae_lambda=0.99, num_iterati
         return jax.lax.scan(epoch, ((logits, values), opt_state), length=4)[0], None
 
     trained = problem.reference, jnp.zeros(END + 1)
-    keys = jax.random.split(jax.random.key(2), num_iterations)
-    (trained, _), _ = jax.lax.scan(iteration, (trained, optimizer.init(trained)), keys)
+    (trained, _), _ = jax.lax.scan(iteration, (trained, optimizer.init(trained)), noise)
     return trained
 
 
@@ -205,7 +211,7 @@ def distance(parts: Parts, **settings) -> tuple[float, float]:
     """Returns (TV of the trained policy to pi*, |V(prompt) - V*|)."""
     given = problem()
     best, value = optimum(given)
-    logits, values = train_table(given, parts=parts, **settings)
+    logits, values = train_table(given, gumbel(150, LENGTH, 256, VOCAB, seed=2), parts=parts, **settings)
     return total_variation(sequence_probabilities(logits), best), abs(float(values[0]) - value)
 
 
@@ -214,7 +220,7 @@ def test_the_toy_problem_is_one():
     probabilities = sequence_probabilities(given.reference)
     assert len(SEQUENCES) == 40 and abs(probabilities.sum() - 1) < 1e-6
     assert total_variation(probabilities, optimum(given)[0]) > 0.25
-    tokens, states, mask = draw(jax.random.key(0), given.reference, 4000)
+    tokens, states, mask = jax.jit(draw)(gumbel(LENGTH, 4000, VOCAB, seed=0), given.reference)
     counts = np.bincount(CODE[tuple(np.asarray(tokens)[:, PROMPT:].T)], minlength=40) / 4000
     assert total_variation(counts, probabilities) < 0.06
     assert np.all(np.asarray(mask)[:, 0] == 0) and set(np.asarray(mask).sum(axis=1)) == {1, 2, 3}

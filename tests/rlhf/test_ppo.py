@@ -35,7 +35,7 @@ logprobs_of = jax.jit(token_logprobs, static_argnames=("config", "temperature"))
 CONFIG = ModelConfig(
     vocab_size=16,
     d_model=32,
-    num_layers=2,
+    num_layers=1,
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,

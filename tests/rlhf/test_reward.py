@@ -16,15 +16,18 @@ from internjax.rlhf.pairs import Pair, make_conditions, preference_batch, prefer
 from internjax.rlhf.rows import Rows, concatenate, sample_seeds
 from internjax.train.optimizer import AdamW, Constant, make_optimizer
 from internjax.train.step import init_state, make_step
+from tests.weights import random_params
 
 BOS, EOS, REWARD = 1, 2, 15
 score_pairs = jax.jit(reward.score_pairs, static_argnames="config")
 score = jax.jit(reward.score, static_argnames="config")
-logits = jax.jit(decoder.logits, static_argnames="config")
+joined = jax.jit(concatenate, static_argnames=("length", "pad_id"))
+focal = jax.jit(reward.focal_ranking_loss)
+barrier = jax.jit(functools.partial(reward.log_barrier, bound=5.0, limit=4.9))
 CONFIG = ModelConfig(
     vocab_size=16,
     d_model=32,
-    num_layers=2,
+    num_layers=1,
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
@@ -37,7 +40,7 @@ CONFIG = ModelConfig(
 
 @functools.cache
 def reward_model():
-    params = jax.jit(functools.partial(decoder.init, CONFIG))(jax.random.key(0))
+    params = random_params(CONFIG)
     return reward.from_lm(params, CONFIG, jax.random.key(1))
 
 
@@ -66,53 +69,50 @@ BARRIER = {0: -3.218876, 1: -3.178054, 3: -2.772589, 4: -2.197225, 4.9: 0.010050
 
 @pytest.mark.parametrize("margin, wanted", FOCAL.items())
 def test_focal_ranking_loss_golden_values(margin, wanted):
-    got = reward.focal_ranking_loss(jnp.float32(margin), gamma=2.0)
-    assert got.dtype == jnp.float32
+    got = focal(np.float32(margin), gamma=2.0)
+    assert got.dtype == np.float32
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("x, wanted", BARRIER.items())
 def test_log_barrier_golden_values(x, wanted):
     for sign in (1, -1):
-        np.testing.assert_allclose(
-            reward.log_barrier(jnp.float32(sign * x), bound=5.0, limit=4.9), wanted, rtol=2e-6, atol=5e-6
-        )
+        np.testing.assert_allclose(barrier(np.float32(sign * x)), wanted, rtol=2e-6, atol=5e-6)
 
 
 def test_the_focal_factor_is_differentiated():
     # d/dm of -(2 - 2 P)^2 log P at m = 1: 8 P (1 - P)^2 log P - 4 (1 - P)^3.
     p = 1 / (1 + np.exp(-1.0))
     wanted = 8 * p * (1 - p) ** 2 * np.log(p) - 4 * (1 - p) ** 3
-    got = jax.grad(lambda m: reward.focal_ranking_loss(m, gamma=2.0))(1.0)
+    got = jax.jit(jax.grad(reward.focal_ranking_loss))(1.0, gamma=2.0)
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
     stopped = -4 * (1 - p) ** 3
     assert abs(float(got) - stopped) > 0.05
 
 
 def test_gamma_zero_is_bradley_terry_and_wide_margins_have_finite_gradients():
-    margins = jnp.linspace(-60.0, 200.0, 27)
-    np.testing.assert_allclose(
-        reward.focal_ranking_loss(margins, gamma=0.0), np.logaddexp(0, -np.asarray(margins)), rtol=1e-5, atol=1e-30
-    )
+    margins = np.linspace(-60.0, 200.0, 27, dtype=np.float32)
+    np.testing.assert_allclose(focal(margins, gamma=0.0), np.logaddexp(0, -margins), rtol=1e-5, atol=1e-30)
+    slopes_of = jax.jit(jax.vmap(jax.grad(lambda m, gamma: reward.focal_ranking_loss(m, gamma=gamma)), (0, None)))
     for gamma in (0.0, 0.5, 2.0):
-        slopes = jax.vmap(jax.grad(lambda m, g=gamma: reward.focal_ranking_loss(m, gamma=g)))(margins)
+        slopes = slopes_of(margins, gamma)
         assert np.all(np.isfinite(slopes)) and np.all(slopes <= 0)
 
 
 def test_the_barrier_pulls_escaped_scores_back():
-    slope = jax.jit(jax.vmap(jax.grad(lambda x: reward.log_barrier(x, bound=5.0, limit=4.9))))
-    np.testing.assert_allclose(slope(jnp.asarray([4.5, 4.9, -4.9])), [1.894737, 9.898990, -9.898990], rtol=1e-4)
+    compiled = jax.jit(jax.vmap(jax.grad(barrier)))
+
+    def slope(*scores):  # of one shape
+        return np.asarray(compiled(np.resize(np.array(scores, np.float32), 5)))[: len(scores)]
+
+    np.testing.assert_allclose(slope(4.5, 4.9, -4.9), [1.894737, 9.898990, -9.898990], rtol=1e-4)
     # Continuous with its slope at the limit, and of full strength however far outside.
-    np.testing.assert_allclose(
-        slope(jnp.asarray([4.8999, 4.9001, 5.0, 7.0, -100.0])), [9.89, 9.9, 9.9, 9.9, -9.9], rtol=2e-3
-    )
-    x = jnp.float32(7.0)
+    np.testing.assert_allclose(slope(4.8999, 4.9001, 5.0, 7.0, -100.0), [9.89, 9.9, 9.9, 9.9, -9.9], rtol=2e-3)
+    x = 7.0
     for _ in range(20):
-        x -= 0.1 * slope(x[None])[0]
-    assert abs(float(x)) < 4.5
-    np.testing.assert_allclose(
-        reward.log_barrier(jnp.float32(6.9), bound=5.0, limit=4.9), 0.010050 + 2 * 9.898990, rtol=1e-5
-    )
+        x -= 0.1 * slope(x)[0]
+    assert abs(x) < 4.5
+    np.testing.assert_allclose(barrier(np.float32(6.9)), 0.010050 + 2 * 9.898990, rtol=1e-5)
 
 
 def test_from_lm_replaces_the_head_by_one_number():
@@ -122,50 +122,49 @@ def test_from_lm_replaces_the_head_by_one_number():
     assert config.head == "scalar" and not config.tie_embeddings
     assert model["head"]["kernel"].shape == (32, 1) and set(model["head"]) == {"kernel"}
     assert model["embed"]["embedding"] is params["embed"]["embedding"]
-    rows = jnp.ones((2, 5), jnp.int32)
-    assert np.all(score(model, rows, jnp.asarray([3, 5]), config=config) == 0)
+    rows, lengths = np.ones((2, 5), np.int32), np.array([3, 5])
+    assert np.all(score(model, rows, lengths, config=config) == 0)
     with pytest.raises(ValueError, match="head='scalar' is wanted"):
-        score(params, rows, jnp.asarray([3, 5]), config=tied)
+        score(params, rows, lengths, config=tied)
     with pytest.raises(ValueError, match="head='scalar' is wanted"):
         reward.ranking(tied)
 
 
 def test_the_score_is_read_at_the_last_real_token():
     params, config = reward_model()
-    row = jax.random.randint(jax.random.key(5), (1, 9), 0, 16)
-    lengths = jnp.arange(1, 10)
-    rows = jnp.broadcast_to(row, (9, 9))
-    every = logits(params, row, config=config)[0, :, 0]
+    lengths = np.arange(1, 10)
+    rows = np.broadcast_to(np.random.default_rng(5).integers(0, 16, 9, np.int32), (9, 9))
+    every = np.asarray(decoder.logits(params, rows[:1], config=config))[0, :, 0]
     np.testing.assert_allclose(score(params, rows, lengths, config=config), every, atol=1e-5)
     # What stands in the padding changes nothing.
-    garbage = jnp.where(jnp.arange(9) < lengths[:, None], rows, 7)
+    garbage = np.where(np.arange(9) < lengths[:, None], rows, np.int32(7))
     np.testing.assert_array_equal(
         score(params, garbage, lengths, config=config), score(params, rows, lengths, config=config)
     )
 
 
 def test_rows_are_joined_without_gaps():
-    first = Rows(jnp.asarray([[5, 6, 0], [7, 0, 0]]), jnp.asarray([2, 1]))
-    second = Rows(jnp.asarray([[8, 9], [3, 4]]), jnp.asarray([0, 2]))
-    got = concatenate([first, second, first])
+    first = Rows(np.array([[5, 6, 0], [7, 0, 0]]), np.array([2, 1]))
+    second = Rows(np.array([[8, 9], [3, 4]]), np.array([0, 2]))
+    got = joined([first, second, first])
     assert got.tokens_BT.tolist() == [[5, 6, 5, 6, 0, 0, 0, 0], [7, 3, 4, 7, 0, 0, 0, 0]]
     assert got.lengths_B.tolist() == [4, 4]
-    cut = concatenate([first, second], length=2, pad_id=-1)
+    cut = joined([first, second], length=2, pad_id=-1)
     assert cut.tokens_BT.tolist() == [[5, 6], [7, 3]] and cut.lengths_B.tolist() == [2, 2]
 
 
 def test_the_reward_token_is_appended_unless_it_is_there():
-    rows = Rows(jnp.asarray([[4, 5, 0], [4, REWARD, 0], [4, 5, 6]]), jnp.asarray([2, 2, 3]))
-    got = pairs.with_reward_token(rows, reward_token_id=REWARD)
+    rows = Rows(np.array([[4, 5, 0], [4, REWARD, 0], [4, 5, 6]]), np.array([2, 2, 3]))
+    got = jax.jit(functools.partial(pairs.with_reward_token, reward_token_id=REWARD))(rows)
     assert got.tokens_BT.tolist() == [[4, 5, REWARD, 0], [4, REWARD, 0, 0], [4, 5, 6, REWARD]]
     assert got.lengths_B.tolist() == [3, 2, 4]
 
 
 def test_condition_prompt_response_reward_token():
     conditions = make_conditions({"long": [BOS, 8, 9], "short": [BOS, 7]}, bos_id=BOS)
-    rows = Rows(jnp.asarray([[BOS, 4, 5, EOS], [BOS, 4, 0, 0], [6, 6, 0, 0]]), jnp.asarray([4, 2, 2]))
-    index = jnp.asarray([conditions.index(name) for name in ("long", "short", "short")])
-    got = pairs.with_condition(conditions, index, rows, reward_token_id=REWARD)
+    rows = Rows(np.array([[BOS, 4, 5, EOS], [BOS, 4, 0, 0], [6, 6, 0, 0]]), np.array([4, 2, 2]))
+    index = np.array([conditions.index(name) for name in ("long", "short", "short")])
+    got = jax.jit(functools.partial(pairs.with_condition, conditions, reward_token_id=REWARD))(index, rows)
     wanted = [[BOS, 8, 9, 4, 5, EOS, REWARD, 0], [BOS, 7, 4, REWARD, 0, 0, 0, 0], [BOS, 7, 6, 6, REWARD, 0, 0, 0]]
     assert got.tokens_BT.tolist() == wanted
     assert got.lengths_B.tolist() == [7, 4, 5]
@@ -269,9 +268,9 @@ def train_reward_model(conditions, names, *, num_steps=60, lora_config=None):
         batch = preference_batch(
             [pair for pair in held_out if pair.condition == name], conditions, length=14, reward_token_id=REWARD
         )
-        chosen, rejected = score_pairs(trained, batch, config=config, lora=adapters)
+        chosen, rejected = jax.device_get(score_pairs(trained, batch, config=config, lora=adapters))
         assert np.max(np.abs(np.stack([chosen, rejected]))) < 5.5
-        right[name] = np.asarray(chosen > rejected)
+        right[name] = chosen > rejected
     return right, metrics
 
 
@@ -302,10 +301,6 @@ def test_the_loss_is_the_same_however_the_batch_is_cut():
         results.append(step(init_state(jax.tree.map(jnp.copy, params), OPTIMIZER), batch)[1])
     for name in ("loss", "ranking", "accuracy", "margin", "score", "grad_norm"):
         np.testing.assert_allclose(results[0][name], results[1][name], rtol=2e-5, atol=1e-6)
-    chosen, rejected = score_pairs(params, batch, config=config)
-    by_hand = [
-        reward.focal_ranking_loss(c - r, gamma=2.0)
-        + 0.02 * 0.5 * (reward.log_barrier(c, bound=5.0, limit=4.9) + reward.log_barrier(r, bound=5.0, limit=4.9))
-        for c, r in zip(chosen[:12], rejected[:12])
-    ]
+    chosen, rejected = (np.asarray(side)[:12] for side in score_pairs(params, batch, config=config))
+    by_hand = focal(chosen - rejected, gamma=2.0) + 0.01 * (barrier(chosen) + barrier(rejected))
     np.testing.assert_allclose(results[0]["loss"], np.mean(by_hand), rtol=1e-5)

@@ -1,22 +1,20 @@
 """A tokenizer, and an engine that answers from a script: what the model says is exact, everything around it is real."""
 
-import functools
 import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import jax
 import pytest
 
 from internjax.hf.generation import GenerationConfig
 from internjax.hf.open import Model
-from internjax.model import decoder
 from internjax.model.config import ModelConfig
 from internjax.text.chat import stop_ids
 from internjax.text.tokenizer import Tokenizer, train_tokenizer
 from serve.pipeline import Pipeline
+from tests.weights import random_params
 
 MAX_CONTEXT = 1024
 
@@ -128,7 +126,7 @@ def tiny_model(tokenizer) -> Model:
         initializer_range=0.2,
         dtype="float32",
     )
-    params = jax.jit(functools.partial(decoder.init, config))(jax.random.key(0))
+    params = random_params(config)
     generation = GenerationConfig(eos_ids=stop_ids(tokenizer))
     return Model(config, params, tokenizer, generation, lora=None, source=None)
 

@@ -1,5 +1,6 @@
-"""The commands, as processes: what they print, how they end, and that they end."""
+"""The commands: what they print, how they end, and, of one that serves and one that fails, that processes end."""
 
+import io
 import os
 import re
 import shlex
@@ -16,13 +17,13 @@ import pytest
 
 from internjax.hf.save import save_model
 from internjax.text.message import Message
-from serve import protocol
-from serve.__main__ import build_parser as serve_parser
+from serve import __main__ as server
+from serve import chat, protocol
 from serve.chat import _answer
-from serve.chat import build_parser as chat_parser
 from serve.pipeline import Params
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+COMMANDS = {"serve": server, "serve.chat": chat}
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +37,20 @@ def command(module: str, *arguments) -> list[str]:
     return [sys.executable, "-m", module, *map(str, arguments)]
 
 
-def run(module: str, *arguments, said: str = "") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(module, *arguments), cwd=ROOT, input=said, capture_output=True, text=True, timeout=120
-    )
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """run(module, *arguments, said=...): the command in this process, and how it would have ended as one."""
+
+    def call(module: str, *arguments, said: str = "") -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+        capsys.readouterr()
+        try:
+            code = COMMANDS[module].main([*map(str, arguments)])
+        except SystemExit as end:
+            code = end.code
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return call
 
 
 def test_a_server_from_start_to_sigterm(folder):
@@ -87,25 +98,26 @@ def test_a_port_in_use_is_said_before_the_model_is_read(folder):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        result = run("serve", folder, "--port", port)
+        process = command("serve", folder, "--port", port)
+        result = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, timeout=120)
     check_failed(result, f"port {port} on 127.0.0.1 is in use", "--port")
     assert result.stdout == ""
 
 
 @pytest.mark.parametrize("module", ["serve", "serve.chat"])
-def test_an_unknown_model_is_said(module, tmp_path):
+def test_an_unknown_model_is_said(run, module, tmp_path):
     arguments = ["--port", "0"] if module == "serve" else []
     check_failed(run(module, tmp_path / "nowhere", *arguments), f"{module}: ", "nowhere")
 
 
-def test_wrong_flags_are_said(folder):
+def test_wrong_flags_are_said(run, folder):
     check_failed(run("serve", folder, "--port", 99999), "port is 99999")
     check_failed(run("serve", folder, "--port", 0, "--host", "no.such.host.invalid"), "no.such.host.invalid")
     check_failed(run("serve", folder, "--quantize", "int3"), "int3")
     check_failed(run("serve.chat", folder, "--temperature", "-1"), "temperature")
 
 
-def test_a_conversation_in_the_terminal(folder):
+def test_a_conversation_in_the_terminal(run, folder):
     said = "hello\n\n" + "long " * 100 + "\n/reset\nhello\n/exit\nnever read\n"
     flags = ("--temperature", 0, "--max-tokens", 5, "--max-context", 128, "--quantize", "int8", "--kv", "int8")
     result = run("serve.chat", folder, *flags, said=said)
@@ -141,7 +153,7 @@ def test_the_commands_of_the_readme_are_ones_that_exist():
     assert len(lines) >= 3
     for line in lines:
         _, _, module, *arguments = shlex.split(line)
-        parser = {"serve": serve_parser, "serve.chat": chat_parser}[module]()
+        parser = COMMANDS[module].build_parser()
         assert parser.parse_args(arguments).model == "runs/tiny/sft"
 
 
