@@ -10,6 +10,7 @@ writes the same. B batch, T time, N new tokens.
 """
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -170,21 +171,27 @@ def held_out_loss(
     own = sharding.process_rows(mesh, batch_size)
     if lora_config is not None:  # what is dropped in training is not in what is measured
         lora_config = dataclasses.replace(lora_config, dropout=0.0)
-    loss = next_token(model_config, lora_config=lora_config)
-    loss = joined(loss) if lora_config is None else loss
-    summed = jax.jit(lambda trainable, frozen, batch: loss(trainable, frozen, batch, jax.random.key(0))[:2])
     num_bytes = _bytes_of((row_batch(rows, [index]) for index in range(num_batches * batch_size)), tokenizer)
 
     def call(state: TrainState, step: int) -> dict[str, float]:
         total = weight = 0.0
         for number in range(num_batches):
             batch = row_batch(rows, [number * batch_size + row for row in own])
-            sums = jax.device_get(summed(state.trainable, state.frozen, put_batch(batch, mesh)))
+            placed = put_batch(batch, mesh)
+            sums = jax.device_get(_summed(state.trainable, state.frozen, placed, model_config, lora_config))
             total, weight = total + float(sums[0]), weight + float(sums[1])
         found = {"eval/loss": total / weight}
         return found | ({"eval/bits_per_byte": total / math.log(2) / num_bytes} if num_bytes else {})
 
     return Every(config.every, call)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _summed(trainable: Any, frozen: Any, batch: Batch, config: ModelConfig, lora_config: LoraConfig | None) -> tuple:
+    """Returns the sum of the losses and of their weights."""
+    loss = next_token(config, lora_config=lora_config)
+    loss = joined(loss) if lora_config is None else loss
+    return loss(trainable, frozen, batch, jax.random.key(0))[:2]
 
 
 def evaluate_tasks(

@@ -5,6 +5,7 @@ tiny chain on a laptop and the recipes for large models: only the values differ.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -264,7 +265,13 @@ def initial_params(config: Pretrain, mesh: Mesh | None) -> tuple[dict, dict]:
         return jax.tree.map(lambda leaf: leaf.astype(dtype), params), axes
     key = jax.random.key(config.seed)
     if mesh is None:
-        return jax.jit(lambda key: decoder.init(config.model, key))(key), axes
-    places = sharding.shardings(axes, decoder.abstract_params(config.model), mesh)
+        return decoder.init(config.model, key), axes
     with sharding.use(mesh):
-        return jax.jit(lambda key: decoder.init(config.model, key), out_shardings=places)(key), axes
+        return _init_on(mesh, config.model)(key), axes
+
+
+@functools.lru_cache(maxsize=4)
+def _init_on(mesh: Mesh, config: ModelConfig) -> Callable[[jax.Array], dict]:
+    """Returns key -> fresh parameters on their shardings: one program for all runs of a process."""
+    places = sharding.shardings(decoder.logical_axes(config), decoder.abstract_params(config), mesh)
+    return jax.jit(functools.partial(decoder.init, config), out_shardings=places)

@@ -8,7 +8,7 @@ from experiments.benchmarks import input_pipeline
 
 
 def test_the_benchmark_runs_and_says_what_it_measured(tmp_path):
-    sizes = ["--repetitions", "2", "--tokens", "600000", "--measured", "50000", "--documents", "5000"]
+    sizes = ["--repetitions", "2", "--tokens", "300000", "--measured", "25000", "--documents", "2500"]
     input_pipeline.main([*sizes, "--output", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text())
     assert [(cell["packing"], cell["batch_size"]) for cell in found["cells"]] == [

@@ -134,7 +134,7 @@ def test_a_run_that_broke_off_ends_as_if_it_had_not(trained, corpus, tmp_path):
 
 def test_pretraining_goes_on_from_a_model(trained, corpus, tmp_path):
     half = dataclasses.replace(SMALL, dtype="float16")
-    on = pretrain(pretraining(corpus, tmp_path / "run", init=str(trained.folder), model=half))
+    on = pretrain(pretraining(corpus, tmp_path / "run", init=str(trained.folder), model=half, num_steps=2))
     assert abs(on.summary["first_loss"] - trained.summary["loss"]) < 0.5
     assert read_rows(on.folder / "metrics.jsonl")[0]["loss_scale"] == 2**15  # as float16 wants
     wider = pretraining(
@@ -224,9 +224,8 @@ def test_fresh_begins_anew_and_a_bad_config_removes_nothing(trained, corpus, tmp
     with pytest.raises(ValueError, match="no data.folder given"):
         pretrain(pretraining(corpus, tmp_path / "run", fresh=True, data=rows_of()))
     assert names(tmp_path / "run") == names(trained.folder)
-    assert (
-        pretrain(pretraining(corpus, tmp_path / "run", fresh=True, seed=1)).summary["loss"] != trained.summary["loss"]
-    )
+    again = pretrain(pretraining(corpus, tmp_path / "run", fresh=True, seed=1, num_steps=2)).summary
+    assert again["num_steps"] == 2 and again["first_loss"] != trained.summary["first_loss"]
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years")
     for fresh in (False, True):
@@ -326,8 +325,12 @@ def test_all_parameters_and_epochs(trained, corpus, tmp_path):
     assert same_params(open_model(done.folder).params, open_model(steps).params)
 
 
-def test_without_merging_the_adapter_is_the_model(trained, corpus, tmp_path):
-    done = finetune(finetuning(corpus, trained.folder, tmp_path / "run", merge=False))
+def test_without_merging_the_adapter_is_the_model_and_what_is_too_long_is_left_out(trained, corpus, tmp_path, capsys):
+    rows = [GOOD] * 3 + [{"prompt": "1 + 1?", "completion": "2 " * 100}]
+    how = {"merge": False, "num_steps": 2} | chats(tmp_path, rows)
+    done = finetune(finetuning(corpus, trained.folder, tmp_path / "run", **how))
+    assert done.summary["num_left_out"] == 1
+    assert "1 conversations are longer than 64 tokens and were left out" in capsys.readouterr().err
     assert "model" not in names(done.folder)
     model = open_model(done.folder)
     adapter = load_adapter(done.folder / "adapter", model_config=model.config)
@@ -337,7 +340,7 @@ def test_without_merging_the_adapter_is_the_model(trained, corpus, tmp_path):
 @pytest.mark.parametrize("source", ["adapter", "checkpoint"])
 def test_an_adapter_on_what_is_no_plain_folder_has_its_base_written(source, tuned, trained, corpus, tmp_path):
     model = {"adapter": f"{trained.folder}+{tuned.folder / 'adapter'}", "checkpoint": f"{trained.folder}@10"}[source]
-    done = finetune(finetuning(corpus, model, tmp_path / "run"))
+    done = finetune(finetuning(corpus, model, tmp_path / "run", num_steps=2))
     assert "base" in names(done.folder)
     wanted, base = open_model(tuned.folder if source == "adapter" else model), open_model(done.folder / "base")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), base.params, wanted.params)
@@ -393,13 +396,6 @@ def test_a_bad_fine_tuning_is_refused_before_it_begins(name, trained, corpus, tm
     with pytest.raises(ValueError, match=said):
         finetune(finetuning(corpus, trained.folder, tmp_path / "run", **fields(corpus, tmp_path)))
     assert "run" not in names(tmp_path)
-
-
-def test_a_conversation_that_is_too_long_is_left_out_and_counted(trained, corpus, tmp_path, capsys):
-    rows = [GOOD] * 3 + [{"prompt": "1 + 1?", "completion": "2 " * 100}]
-    done = finetune(finetuning(corpus, trained.folder, tmp_path / "run", **chats(tmp_path, rows)))
-    assert done.summary["num_left_out"] == 1
-    assert "1 conversations are longer than 64 tokens and were left out" in capsys.readouterr().err
 
 
 def test_a_fine_tuning_that_broke_off_goes_on(tuned, trained, corpus, tmp_path):

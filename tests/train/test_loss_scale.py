@@ -183,17 +183,18 @@ def token_batch():
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_float16_trains_as_float32_does(method):
-    base = jax.jit(functools.partial(decoder.init, SMALL))(jax.random.key(1))
+    base = jax.device_get(decoder.init(SMALL, jax.random.key(1)))
     lora_config = None if method == "full" else LoraConfig(rank=4)
     if method == "qlora":
-        base = quantize.quantize_params(base, scheme="nf4", group=16)
+        base = jax.jit(functools.partial(quantize.quantize_params, scheme="nf4", group=16))(base)
+    adapters = None
+    if lora_config is not None:
+        adapters = jax.device_get(jax.jit(functools.partial(init_lora, lora_config))(base, jax.random.key(2)))
 
     def losses(dtype, loss_scale):
         optimizer = scaled(make_optimizer(AdamW(peak_lr=1e-2), Constant(), 9), loss_scale)
         loss = next_token(dataclasses.replace(SMALL, dtype=dtype), lora_config=lora_config)
-        trainable, frozen = (jax.tree.map(jnp.copy, base), None)
-        if lora_config is not None:
-            trainable, frozen = init_lora(lora_config, base, jax.random.key(2)), base
+        trainable, frozen = (base, None) if adapters is None else (adapters, base)
         state, step, found = init_state(trainable, optimizer, frozen=frozen), make_step(loss, optimizer), []
         for _ in range(4):
             state, metrics = step(state, token_batch())
