@@ -21,10 +21,6 @@ if version("jaxlib").startswith("0.10."):
     QUICK_COMPILATION |= {"--xla_cpu_use_fusion_emitters": "false", "--xla_cpu_parallel_codegen_split_count": "1"}
 QUICK_FLAGS = " ".join(f"{flag}={setting}" for flag, setting in QUICK_COMPILATION.items())
 """XLA_FLAGS of processes that have one device, as a person's."""
-NOT_UNROLLED = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
-STEADY_FLAGS = f"{QUICK_FLAGS.replace('level=0', 'level=1')} {NOT_UNROLLED}"
-"""The same for those that take hundreds of steps: of a small model a step takes 4 s to compile instead of 0.7 s, and
-60 ms instead of 150 ms. Without unrolled loops, which take a sixth more to compile and make no step quicker."""
 
 for flag, setting in {"--xla_force_host_platform_device_count": "8", **QUICK_COMPILATION}.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
