@@ -85,7 +85,7 @@ def test_an_adapter_is_merged(base, tmp_path, config, params, capsys):
 
 def test_adapters_are_merged_on_top_layer_by_layer(base, tmp_path, config, params, read_folder, capsys):
     lora = LoraConfig(rank=2, targets=("query", "down", "head"))
-    weights = jax.tree.map(lambda leaf: leaf + 0.1, init_lora(lora, params, jax.random.key(0)))
+    weights = jax.tree.map(lambda leaf: leaf + 0.05, init_lora(lora, params, jax.random.key(0)))
     save_adapter(tmp_path / "one", lora, weights, base, model_config=config)
     command = ["convert", str(base), str(tmp_path / "merged"), "--merge-adapter", str(tmp_path / "one")]
     assert main([*command, "--dtype", "bfloat16"]) == 0
@@ -97,7 +97,7 @@ def test_adapters_are_merged_on_top_layer_by_layer(base, tmp_path, config, param
     about = json.loads((tmp_path / "merged" / "internjax.json").read_text())
     assert about["provenance"]["converted from"] == f"{base}+{tmp_path / 'one'}"
     # The saved dtype rounds, merging does not: the proof tells the two apart.
-    assert about["proof"]["max_logit_difference"] == 0 < about["proof"]["max_logit_difference_to_source"] < 1
+    assert about["proof"]["max_logit_difference"] == 0 < about["proof"]["max_logit_difference_to_source"] < 0.5
 
 
 def test_a_step_of_a_run_carries_the_facts_of_its_training(tmp_path, config, params, tokenizer, monkeypatch):
