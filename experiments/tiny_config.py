@@ -31,7 +31,7 @@ class Tiny:
     """vocab_size is the size of the tokenizer that is trained."""
     seq_len: int = 256
     batch_size: int = 4
-    pretrain_steps: int = 1250
+    pretrain_steps: int = 1150
     pretrain: AdamW = AdamW(peak_lr=5e-3, weight_decay=0.1)
     schedule: Cosine = Cosine(warmup_steps=60, final_fraction=0.1)
     sft_steps: int = 150
@@ -41,7 +41,7 @@ class Tiny:
     max_new_tokens: int = 48
     """Longest answer in RLHF and evaluation."""
     reward_steps: int = 96
-    num_iterations: int = 8
+    num_iterations: int = 6
     """PPO iterations of each of the two RLHF rounds."""
     num_prompts: int = 64
     """Prompts of an iteration."""
