@@ -348,7 +348,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         index = build_index(map(parse_benchmark, given.benchmark), settings)
         found = report(chain.batches(documents(), chain.Sizes()), index)
         if not num_documents:
-            raise ValueError(f"the corpus is empty: no document in {', '.join(given.input)}; wanted files with text")
+            unread = f" ({len(bad)} rows could not be read: {bad[0]})" if bad else ""
+            raise ValueError(
+                f"the corpus is empty: no document in {', '.join(given.input)}{unread}; wanted files with text"
+            )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,7 +1,7 @@
-"""Names for work: two stages have the same digest exactly where they would do the same to the same documents.
+"""Names for work: an interrupted run finds by them what it had finished.
 
-A run that was interrupted finds by these names what it had finished. A change of a threshold, of a stage's code or of
-this package gives another name; so does another process or machine not.
+Equal digests: the same settings, the same code of the stage and of this package, on whatever process or machine. What a
+stage reads beyond that (globals, helpers of other modules, files) has to be named by its `version`.
 """
 
 import functools

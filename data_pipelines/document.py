@@ -195,15 +195,19 @@ class TextBuffer(NamedTuple):
 
 
 def text_buffer(batch: pa.RecordBatch) -> TextBuffer:
-    """The raw bytes behind the text column without a copy; sliced batches and 0 rows included."""
+    """The raw bytes behind the text column without a copy; sliced batches and 0 rows included.
+
+    They are read-only whoever made them: of arrays that may be written to, every compiled loop would be compiled anew.
+    """
     column = batch.column("text")
     assert column.type == pa.large_string(), f"text must be large_string, got {column.type}"
     if len(column) == 0:
-        return TextBuffer(np.frombuffer(b"\0", np.uint8)[:0], np.zeros(1, np.int64))
+        return TextBuffer(np.frombuffer(b"", np.uint8), np.zeros(1, np.int64))
     _, offsets, data = column.buffers()
     starts = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
-    raw = data if data is not None and data.size else b"\0"
-    return TextBuffer(np.frombuffer(raw, np.uint8), starts.astype(np.int64))
+    raw = np.frombuffer(b"" if data is None else data, np.uint8)
+    raw.flags.writeable = False
+    return TextBuffer(raw, starts.astype(np.int64))
 
 
 def num_text_bytes(batch: pa.RecordBatch) -> int:

@@ -149,6 +149,11 @@ class Sample:
 
 def measure(sample: Sample, stage: str, batch: pa.RecordBatch, outcome: Outcome) -> None:
     """Enters what a stage measured of a batch that it was given."""
+    for check in outcome.checks:
+        if np.ndim(check.bound):
+            raise RuntimeError(
+                f"stage {stage!r} gave {check.reason!r} a bound of shape {np.shape(check.bound)}. {_ONE_BOUND}"
+            )
     checks = [check for check in outcome.checks if np.isfinite(check.bound)]  # others are switched off
     if not checks or batch.num_rows == 0:
         return
@@ -191,12 +196,20 @@ def add_sample(sample: Sample, other: Sample, stage: str) -> None:
     _trim(sample)
 
 
+_ONE_BOUND = (
+    "Return the same checks for every batch, each with one number as its bound; where documents have other bounds, one "
+    "Check for each, `of` naming its documents and NaN as the values of the others"
+)
+
+
 def _joined(bounds: Sequence[Bound], others: Sequence[Bound], stage: str) -> list[Bound]:
     if not bounds or not others:
         return list(bounds or others)
     if list(bounds) != list(others):
-        names = [[named(bound) for bound in each] for each in (bounds, others)]
-        raise RuntimeError(f"stage {stage!r} measured {names[0]} of some batches and {names[1]} of others")
+        shown = [", ".join(f"{named(b)} {b.side} {b.value:g}" for b in each) for each in (bounds, others)]
+        raise RuntimeError(
+            f"stage {stage!r} measured [{shown[0]}] of some batches and [{shown[1]}] of others. {_ONE_BOUND}"
+        )
     return list(bounds)
 
 

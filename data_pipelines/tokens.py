@@ -242,7 +242,7 @@ def _chosen(documents: Iterable[Any], field: str, value: str) -> Iterator[tuple[
             found = True
             yield document.id, document.text
         elif len(others) < 5:
-            others.add(held)
+            others.add(held[:60])
     if not found:
         named = ", ".join(repr(each) for each in sorted(others)) or "nothing: no document came"
         raise ValueError(f"--where {field}={value} fits no document; {field} is {named}")

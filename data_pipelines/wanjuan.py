@@ -365,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 given.input, stages, folder, run_tasks,
                 strict=given.strict, keep_dropped=given.keep_dropped, progress=progress,
             )  # fmt: skip
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     counts = summary(ledger)
@@ -397,7 +397,7 @@ def _add_given(parser: argparse.ArgumentParser) -> None:
     code.add_argument("--drop-unknown-licences", action="store_true", help="drop files whose licence is not recognised")
     code.add_argument(
         "--tiers", nargs="*", metavar="LANGUAGE",
-        help=f"drop the low tier, by models/{CODE_QUALITY} or the field quality of meta, in these languages (or all)",
+        help=f"drop the low tier, by models/{CODE_QUALITY} or (no --models) meta's quality, in these languages or all",
     )  # fmt: skip
     long = parser.add_argument_group("long")
     long.add_argument("--scorer", metavar="SCORER", help="n-grams of data_pipelines.long_text train, or a MODEL")

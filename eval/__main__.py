@@ -61,6 +61,9 @@ def main() -> None:
     import tyro
 
     config = tyro.cli(Evaluate, prog="python -m eval", config=(tyro.conf.PositionalRequiredArgs,))
+    from internjax.compile_cache import keep_programs
+
+    keep_programs()
     try:
         print(run(config), end="")
     except ValueError as error:

@@ -27,6 +27,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from internjax.compile_cache import keep_programs
 from internjax.train import processes
 
 Config = TypeVar("Config")
@@ -148,7 +149,11 @@ def parse(config: Config, args: Sequence[str] | None = None) -> Config:
 
 
 def guarded(run: Callable[[Config], Any], config: Config) -> Any:
-    """Returns run(config); an error that a person can mend is printed as one message and ends the process with 1."""
+    """Returns run(config); an error that a person can mend is printed as one message and ends the process with 1.
+
+    What is compiled is kept for the next process (`internjax.compile_cache`).
+    """
+    keep_programs()
     # Outside: the job could not be joined. Inside: the others are told before this process ends.
     with _told(), processes.job(), _told():
         return run(config)

@@ -151,7 +151,7 @@ def gold(completion: Completion, task: BodyTask) -> bool:
 
 CONDITIONS = {
     "working": "Prefer the answer that is working code: it parses and uses what it was given.",
-    "concise": "Prefer the shorter answer.",
+    "concise": "Prefer the shorter answer among those that parse.",
 }
 """Conditional system prompts of the reward model: our own texts, the published ones are not known."""
 
@@ -164,13 +164,14 @@ def condition_of(task: BodyTask) -> str:
 def preference(condition: str, completion: Completion, task: BodyTask) -> float:
     """Returns how much a condition likes a completion; a pair prefers the higher one.
 
-    working: it parses, does something, uses an argument by name, stopped by itself. concise: fewer characters, but not
-    none. Neither is the gold: concise likes `pass`, working does not notice a copied prompt.
+    working: it parses, does something, uses an argument by name, stopped by itself. concise: it parses, stopped by
+    itself, has few characters. Neither is the gold: concise likes `pass`, working does not notice a copied prompt.
     """
-    text = completion.text.strip()
-    if condition == "concise":
-        return -2.0 if not text else (1.0 if completion.ended else 0.0) - min(len(text), 400) / 400
     statements = _statements(completion.text)
+    if condition == "concise":
+        if not statements:
+            return -2.0 + 0.5 * completion.ended
+        return 1.0 * completion.ended - min(len(completion.text.strip()), 400) / 400
     if not statements:
         return -1.0 + 0.5 * completion.ended
     used = {node.id for statement in statements for node in ast.walk(statement) if isinstance(node, ast.Name)}

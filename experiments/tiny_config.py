@@ -27,11 +27,11 @@ class Tiny:
     seed: int = 0
     held_out: float = 0.03
     """Share of files kept for evaluation."""
-    model: ModelConfig = TINY
+    model: ModelConfig = dataclasses.replace(TINY, unroll_layers=TINY.num_layers)
     """vocab_size is the size of the tokenizer that is trained."""
     seq_len: int = 256
     batch_size: int = 4
-    pretrain_steps: int = 1150
+    pretrain_steps: int = 1000
     pretrain: AdamW = AdamW(peak_lr=5e-3, weight_decay=0.1)
     schedule: Cosine = Cosine(warmup_steps=60, final_fraction=0.1)
     sft_steps: int = 150

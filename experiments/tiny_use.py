@@ -137,7 +137,7 @@ def _one_prompt(config: Tiny, root: Path) -> dict[str, Any]:
     chat = library.body_prompt(task)
     said = {}
     for name in available(root):
-        reply = measure.replies(open_model(root / name), [chat], max_new_tokens=config.max_new_tokens, batch_size=1)[0]
+        reply = measure.replies(open_model(root / name), [chat], max_new_tokens=config.max_new_tokens)[0]
         said[name] = reply.message.content + ("" if reply.ended else " …")
     return {"prompt": chat[0].content, "library": task.body, "said": said}
 

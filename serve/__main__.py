@@ -58,9 +58,11 @@ def open_pipeline(args: argparse.Namespace):
     """The pipeline that the flags describe, with its programs compiled. Says what it opened."""
     import jax
 
+    from internjax.compile_cache import keep_programs
     from internjax.hf.open import open_model
     from serve.pipeline import Pipeline
 
+    keep_programs()
     model = open_model(args.model, quantize=args.quantize, allow_unknown=args.allow_unknown)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     kind = args.quantize or model.config.param_dtype

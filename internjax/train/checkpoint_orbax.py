@@ -13,8 +13,9 @@ from internjax.train import processes
 FILE_BYTES = 64 * 2**20
 """Roughly what a file of arrays grows to before the next one is begun: their checksums are taken side by side."""
 
-SHARED_BYTES = 2**20
-"""Of an array from this size on, which several devices hold, each writes a part: every part is a program to compile."""
+PART_BYTES = 2**20
+"""An array that several devices hold whole is written in parts, one by each, where a part has at least so many bytes:
+every part is a program to compile."""
 
 
 def multiprocessing(name: Any) -> ocp.options.MultiprocessingOptions:
@@ -31,7 +32,7 @@ def multiprocessing(name: Any) -> ocp.options.MultiprocessingOptions:
 
 def handlers(together: ocp.options.MultiprocessingOptions) -> dict[str, ocp.PyTreeCheckpointHandler]:
     """Returns what writes and reads the two parts of a checkpoint. Parts that are compressed are read as well."""
-    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SHARED_BYTES)
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=PART_BYTES)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return {
         part: ocp.PyTreeCheckpointHandler(

@@ -365,8 +365,10 @@ def _packages() -> dict[str, str]:
     found = {}
     for dist in importlib.metadata.distributions():
         text = dist.read_text("METADATA") or dist.read_text("PKG-INFO") or ""
-        fields = re.findall(r"^(Name|Version): *(.*?) *$", text[:4096], re.MULTILINE)
+        fields = re.findall(r"^(Name|Version): *(.*?)\s*$", text[:4096], re.MULTILINE)
         name, version = (dict(reversed(fields)).get(field) for field in ("Name", "Version"))
+        if not (name and version):
+            name, version = dist.name, dist.version
         if name and version:
             found.setdefault(name, version)  # the first on the path is the one that is imported
     return dict(sorted(found.items()))

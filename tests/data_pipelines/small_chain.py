@@ -71,7 +71,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def under_a_limit(folder: Path) -> None:
-    """Runs duplicates over a corpus of ten times the memory that may be taken beyond what the process has."""
+    """Runs duplicates over a corpus of ten times the memory that may be taken beyond what the process has.
+
+    With one thread of Arrow: what each further one would hold does not count.
+    """
     from tests.data_pipelines.test_web_pages import response
     from tests.hf.limited_memory import at_most
 

@@ -140,8 +140,9 @@ def test_what_is_given_a_name_is_on_disk(tmp_path, monkeypatch):
 
     def watched(move):
         def moved(path, target):
-            for file in path.rglob("*") if path.is_dir() else [path]:
-                assert file.is_dir() or synced.get(file.stat().st_ino) == file.stat().st_size, file
+            for entry in [path, *path.rglob("*")]:
+                found = entry.stat()
+                assert found.st_ino in synced and (entry.is_dir() or synced[found.st_ino] == found.st_size), entry
             named.append(Path(target))
             return move(path, target)
 

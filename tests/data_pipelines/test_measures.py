@@ -104,9 +104,16 @@ def test_stages_that_measure_other_things_of_other_batches_are_found_out():
     sample = Sample()
     measure(sample, "s", batch, outcome_of(batch))
     one = Outcome(batch, [None] * 3, [None] * 3, [Check("other", np.zeros(3), "above", 1)])
-    names = r"\['long', 'odd \(middling\)', 'odd \(others\)'\]"
-    with pytest.raises(RuntimeError, match=rf"measured {names} of some batches and \['other'\] of others"):
+    checks = r"\[long .*, odd \(middling\) .*, odd \(others\) .*\] of some batches and \[other above 1\]"
+    with pytest.raises(RuntimeError, match=checks + r" of others\. Return .* one number"):
         measure(sample, "s", batch, one)
+    sample, other_bound = Sample(), one._replace(checks=[one.checks[0]._replace(bound=2)])
+    measure(sample, "s", batch, one)
+    with pytest.raises(RuntimeError, match=r"\[other above 1\] of some batches and \[other above 2\] of others"):
+        measure(sample, "s", batch, other_bound)
+    bound_per_row = one._replace(checks=[one.checks[0]._replace(bound=np.ones(3))])
+    with pytest.raises(RuntimeError, match=r"gave 'other' a bound of shape \(3,\)\. Return .* one number"):
+        measure(Sample(), "s", batch, bound_per_row)
 
 
 def test_a_profile_counts_documents_and_bytes(monkeypatch):

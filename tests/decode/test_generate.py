@@ -350,7 +350,7 @@ def test_rows_may_have_their_own_longest_length():
         np.testing.assert_array_equal(generated_part(state.tokens_BS)[row, :n], greedy().tokens_BN[row, :n])
 
 
-@pytest.mark.parametrize(("layout", "driver"), [("dense", "generate"), ("paged", "step")])
+@pytest.mark.parametrize(("layout", "driver"), [("dense", "generate"), ("dense", "step"), ("paged", "step")])
 def test_memory_of_a_step_is_about_one_layers_cache(layout, driver):
     """The cache is written in place: temporaries hold one layer's slots, never a copy of all layers.
 

@@ -149,14 +149,12 @@ def test_working_prefers_code_that_uses_what_it_was_given():
     assert preference("working", Completion(TASK.prompt + "\n    return width", True), TASK) == 2.5  # notices no copy
 
 
-def test_concise_prefers_the_shorter_answer_that_is_none_the_less_there():
-    ranking, _ = order("concise", "return width * height", "pass", " ", "return width")
+def test_concise_prefers_the_shorter_answer_that_parses():
+    ranking, _ = order("concise", "return width * height", "pass", "return width)", "return width")
     assert ranking == [1, 3, 0, 2]
-    assert (
-        preference("concise", Completion("x" * 900, True), TASK)
-        == 0.0
-        == preference("concise", Completion("", True), TASK) + 2
-    )
+    assert preference("concise", Completion("x" * 900, True), TASK) == 0.0
+    for unread in ("", " ", "# a comment", "x)"):
+        assert preference("concise", Completion(unread, True), TASK) == -1.5
     assert preference("concise", Completion("pass", False), TASK) < preference(
         "concise", Completion("x" * 300, True), TASK
     )

@@ -154,7 +154,7 @@ def test_internlm2_has_no_place_for_another_head_dim(config):
 def test_layers_placed_one_by_one_are_the_same(internlm2_checkpoint, make_folder, monkeypatch):
     values, tensors = internlm2_checkpoint()
     folder = make_folder("source", values, tensors)
-    for quantize in (None, "int4", "nf4"):
+    for quantize in (None, "int8", "int4", "nf4"):
         whole = open_model(folder, quantize=quantize)
         with monkeypatch.context() as patch:
             patch.setattr(loading, "HOST_STACK_BYTES", 0)

@@ -1,4 +1,4 @@
-"""The commands: what they print, how they end, and, of one that serves and one that fails, that processes end."""
+"""The commands: what they print, how they end, and, of some that serve or fail, that processes end."""
 
 import io
 import os
@@ -108,6 +108,13 @@ def test_a_port_in_use_is_said_before_the_model_is_read(folder):
 def test_an_unknown_model_is_said(run, module, tmp_path):
     arguments = ["--port", "0"] if module == "serve" else []
     check_failed(run(module, tmp_path / "nowhere", *arguments), f"{module}: ", "nowhere")
+
+
+def test_the_terminal_command_ends_as_a_process(tmp_path):
+    process = command("serve.chat", tmp_path / "nowhere")
+    result = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    check_failed(result, "serve.chat: ", "nowhere")
+    assert result.stdout == ""
 
 
 def test_wrong_flags_are_said(run, folder):

@@ -26,10 +26,8 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from internjax.model import decoder
 from internjax.model.config import ModelConfig
 from internjax.train import checkpoint
 from internjax.train.batch import Batch
@@ -40,6 +38,7 @@ from internjax.train.losses import next_token
 from internjax.train.optimizer import AdamW, Cosine, make_optimizer
 from internjax.train.step import init_state, make_step
 from internjax.train.tracking import TrackingConfig, open_run
+from tests.weights import random_params
 
 NUM_STEPS, EVERY = 45, 5
 CONFIG = ModelConfig(
@@ -113,11 +112,7 @@ def main(folder: Path, how: str) -> None:
     kind, at = (how + ":0").split(":")[:2]
     callbacks = arrange(folder, kind, float(at))
     optimizer = make_optimizer(AdamW(peak_lr=0.01), Cosine(warmup_steps=5), NUM_STEPS)
-    draw = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: jnp.array(draw.normal(scale=0.05, size=leaf.shape), leaf.dtype), decoder.abstract_params(CONFIG)
-    )
-    state = init_state(params, optimizer, seed=1)
+    state = init_state(random_params(CONFIG), optimizer, seed=1)
     tracking = TrackingConfig(wandb="disabled", progress="none")
     with (
         open_run(folder, {"steps": NUM_STEPS}, tracking=tracking) as run,

@@ -39,6 +39,7 @@ from internjax.train.losses import next_token
 from internjax.train.optimizer import AdamW, Cosine, make_optimizer
 from internjax.train.step import init_state, make_step
 from internjax.train.tracking import TrackingConfig, open_run
+from tests.weights import random_params
 
 NUM_STEPS, BATCH_SIZE = 6, 8
 _SIGNALS = {"step": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
@@ -105,8 +106,8 @@ def program():
 
 def run(folder: Path, plans: list[tuple[str, int]]) -> None:
     mesh, optimizer, step = program()
-    axes, shapes, draw = decoder.logical_axes(CONFIG), decoder.abstract_params(CONFIG), np.random.default_rng(0)
-    whole = jax.tree.map(lambda leaf: draw.normal(scale=0.05, size=leaf.shape).astype(leaf.dtype), shapes)
+    axes, shapes = decoder.logical_axes(CONFIG), decoder.abstract_params(CONFIG)
+    whole = jax.device_get(random_params(CONFIG))
     params = jax.tree.map(
         lambda leaf, place: jax.make_array_from_callback(leaf.shape, place, leaf.__getitem__),
         whole,

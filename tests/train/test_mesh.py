@@ -19,6 +19,7 @@ from internjax import sharding
 from internjax.model import decoder, lora
 from internjax.model.config import ModelConfig
 from internjax.sharding import MeshConfig, make_mesh
+from internjax.train import checkpoint_orbax
 from internjax.train.batch import Batch
 from internjax.train.checkpoint import CheckpointConfig, fingerprint, open_checkpoints
 from internjax.train.losses import next_token
@@ -262,10 +263,17 @@ def test_two_processes_place_their_own_rows():
     assert all("placed 4 batches" in output for output in outputs)
 
 
-@pytest.mark.parametrize("layout", [SHARED_OUT, RING, ZERO], ids=name_of)
-def test_a_checkpoint_goes_on_on_another_mesh(tmp_path, layout):
+@pytest.mark.parametrize(
+    ("source", "part_bytes", "layout"),
+    # ZERO's devices hold all parameters whole: written by one of them, or in parts as arrays of many megabytes are.
+    [(FSDP, None, SHARED_OUT), (ZERO, 0, RING), (ZERO, None, FSDP), (FSDP, None, ZERO)],
+    ids=lambda value: name_of(value) if isinstance(value, Layout) else str(value),
+)
+def test_a_checkpoint_goes_on_on_another_mesh(tmp_path, monkeypatch, source, part_bytes, layout):
+    if part_bytes is not None:
+        monkeypatch.setattr(checkpoint_orbax, "PART_BYTES", part_bytes)
     wanted, _ = trained(ONE, num_steps=5)
-    _, state = trained(FSDP, num_steps=2)
+    _, state = trained(source, num_steps=2)
     saved = jax.device_get((state.trainable, state.opt_state))
     with open_checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         checkpoints.save(state)

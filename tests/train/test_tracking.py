@@ -1,6 +1,8 @@
 """The run folder: made whole, refused for another config, cut on resume, and only ever removed when it is one."""
 
 import dataclasses
+import importlib.metadata
+import itertools
 import json
 import subprocess
 import sys
@@ -54,6 +56,8 @@ def test_versions_tell_what_ran(tmp_path):
     opened(tmp_path / "run")
     told = json.loads((tmp_path / "run" / "versions.json").read_text())
     assert told["packages"]["jax"] and told["packages"]["numpy"] == np.__version__
+    for dist in itertools.islice(importlib.metadata.distributions(), 40):
+        assert told["packages"][dist.name] == importlib.metadata.version(dist.name)
     assert told["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}") and told["command"]
 
 
