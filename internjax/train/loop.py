@@ -212,7 +212,7 @@ def _device_batches(data: Data, position: int, step: Step, flops: Callable[[Any]
                 f"the data ended before the run: there is no batch at position {position}. "
                 "Lower num_steps, or give data that goes on (more epochs)."
             )
-        waited = time.perf_counter() - started
+        came = time.perf_counter()
         given = jax.tree.map(lambda x: (np.shape(x), str(getattr(x, "dtype", type(x).__name__))), batch)
         if shapes is not None and given != shapes:
             raise ValueError(
@@ -224,7 +224,7 @@ def _device_batches(data: Data, position: int, step: Step, flops: Callable[[Any]
         # A process reads its share of the global batch and counts for all.
         share = jax.tree.leaves(placed)[0].size / jax.tree.leaves(batch)[0].size
         num_tokens = round(share * int((batch.segments > 0).sum())) if isinstance(batch, Batch) else 0
-        yield Fed(placed, num_tokens, share * flops(batch) if flops else 0.0, waited)
+        yield Fed(placed, num_tokens, share * flops(batch) if flops else 0.0, came - started, came)
         position += 1
 
 

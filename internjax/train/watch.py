@@ -35,6 +35,8 @@ class Fed(NamedTuple):
     """Floating-point operations of a step on it; 0 where nobody counts them."""
     wait: float
     """Seconds for which the host waited for it."""
+    came: float
+    """When it came, by `time.perf_counter`."""
 
 
 class _Done(NamedTuple):
@@ -53,6 +55,7 @@ class Flight(NamedTuple):
     num_tokens: int
     flops: float
     input_wait: float
+    came: float
     started: float
     done: "concurrent.futures.Future[_Done]"
     compiles: bool
@@ -138,7 +141,7 @@ class Watch:
     def launched(self, step: int, position: int, metrics: dict, fed: Fed, *, started: float, compiles: bool) -> Flight:
         """Returns the flight of a step that was just given to the device."""
         done = self._clock.submit(_awaited, metrics)
-        return Flight(step, position, metrics, fed.num_tokens, fed.flops, fed.wait, started, done, compiles)
+        return Flight(step, position, metrics, fed.num_tokens, fed.flops, fed.wait, fed.came, started, done, compiles)
 
     def read(self, flight: Flight) -> dict[str, Any]:
         """Returns the row of a step once the device has it.
@@ -190,8 +193,8 @@ class Watch:
             self.progress.note(f"compiled and took the first step in {seconds:.1f} s")
             self.time({"event": "compile", "step": flight.step, "seconds": round(seconds, 6)})
             return
-        idle = 0.0 if before is None else max(0.0, flight.started - before)
-        waited = min(idle, flight.input_wait)
+        # Of the wait for its batch counts what the device waited too: before, it worked on the step before.
+        waited = 0.0 if before is None else min(flight.input_wait, max(0.0, flight.came - before))
         seconds = done - max(before or 0.0, flight.started) + waited
         step = _Sums(1, seconds, waited, flight.num_tokens, flight.flops)
         self._recent.append(step)

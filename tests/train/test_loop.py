@@ -107,7 +107,7 @@ def test_a_step_that_ended_before_a_busy_host_looked_has_no_speed(tmp_path):
         watch._clock.submit(busy.wait)
         flights = [
             watch.launched(
-                step, step - 1, metrics, Fed(batch, 24, 1e3, 0.0), started=time.perf_counter(), compiles=False
+                step, step - 1, metrics, Fed(batch, 24, 1e3, 0.0, 0.0), started=time.perf_counter(), compiles=False
             )
             for step in (1, 2, 3)
         ]
@@ -131,6 +131,24 @@ def test_waiting_for_data_is_told_from_computing(tmp_path):
     _, steps = timing(tmp_path / "run")
     waited, seconds = (sum(row[name] for row in steps) for name in ("input_wait", "seconds"))
     assert waited > 0.5 * seconds and seconds > 3 * 0.09
+
+
+def test_a_wait_while_the_device_worked_is_not_counted_beside_what_came_after(tmp_path):
+    """The batch of step 2 came before the device was done with step 1; then a callback ran. That row has the time."""
+    metrics = {"loss": jnp.ones(()), "grad_norm": jnp.ones(()), "weight": jnp.ones(()), "finite": jnp.array(True)}
+    with quiet(tmp_path / "run") as run:
+        watch = Watch(run, 3)
+        watch.start(0, restore_seconds=None)
+        came = time.perf_counter()
+        for step in (1, 2, 3):
+            came = came if step < 3 else time.perf_counter()
+            started = time.perf_counter()
+            fed = Fed(batch_at(0), 24, 0.0, wait=0.5, came=came)
+            flight = watch.launched(step, step - 1, metrics, fed, started=started, compiles=False)
+            watch.write(flight, watch.read(flight))
+        watch.end()
+    _, (_, second, third) = timing(tmp_path / "run")
+    assert second["input_wait"] == 0 and 0 < third["input_wait"] < 0.5
 
 
 def test_mfu_is_flops_over_time_and_peak(tmp_path, capsys):
