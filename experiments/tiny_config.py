@@ -31,16 +31,16 @@ class Tiny:
     """vocab_size is the size of the tokenizer that is trained."""
     seq_len: int = 256
     batch_size: int = 4
-    pretrain_steps: int = 1000
+    pretrain_steps: int = 800
     pretrain: AdamW = AdamW(peak_lr=5e-3, weight_decay=0.1)
     schedule: Cosine = Cosine(warmup_steps=60, final_fraction=0.1)
-    sft_steps: int = 150
+    sft_steps: int = 120
     sft_batch_size: int = 8
     sft: AdamW = AdamW(peak_lr=5e-3, weight_decay=0.0)
     sft_lora: LoraConfig = LoraConfig(rank=32, alpha=64.0, targets=(*LoraConfig().targets, "head"))
     max_new_tokens: int = 48
     """Longest answer in RLHF and evaluation."""
-    reward_steps: int = 96
+    reward_steps: int = 80
     num_iterations: int = 6
     """PPO iterations of each of the two RLHF rounds."""
     num_prompts: int = 64

@@ -228,7 +228,7 @@ def pair_accuracy(params: dict, reward_config, pairs: Sequence[Pair], tokenizer:
 # --- rounds ----------------------------------------------------------------------------------------------------------
 
 NUM_ROUNDS = 2
-WARM_UP_ITERATIONS = 2
+WARM_UP_ITERATIONS = 1
 REFRESH_WEIGHT, REFRESH_PAIRS, REFRESH_STEPS = 3, 120, 15
 """Between rounds: how often each targeted pair counts, how many original pairs beside them, and steps."""
 PROBE_BLOCK, PROBE_DRAWS = 777, 4
