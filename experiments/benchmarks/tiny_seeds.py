@@ -3,7 +3,7 @@
     python -m experiments.benchmarks.tiny_seeds --run tiny
 
 Hardware: 2 CPU cores
-Time: about a minute for each seed, after the chain has run
+Time: two to three minutes for each seed, after the chain has run
 
 Reward training, prompts, draws, critic and minibatches change with the seed; the fine-tuned model is the chain's. The
 gold is a program that neither the reward model nor the policy is trained on.
