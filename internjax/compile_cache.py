@@ -1,5 +1,6 @@
 """Compiled programs kept on disk, so that the next process does not compile them again."""
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -51,6 +52,7 @@ def _processor() -> str:
 
 
 def _remove_old(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if time.time() - entry.stat().st_mtime > DAYS * 24 * 3600:
-            entry.unlink(missing_ok=True)
+    for entry in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if entry.is_file() and time.time() - entry.stat().st_mtime > DAYS * 24 * 3600:
+                entry.unlink()

@@ -39,10 +39,12 @@ def run(home: Path, **environment: str) -> list[str]:
 def test_the_next_process_finds_what_was_compiled_but_not_what_is_old(tmp_path):
     folder, hits = run(tmp_path)
     assert hits == "0" and Path(folder).parent == tmp_path / ".cache" / "internjax" / "programs"
-    old = Path(folder) / "old-cache"
+    old = Path(folder) / "of_a_compiler" / "old-cache"
+    old.parent.mkdir()
     old.touch()
     long_ago = time.time() - (compile_cache.DAYS + 1) * 24 * 3600
-    os.utime(old, (long_ago, long_ago))
+    for path in (old, old.parent):
+        os.utime(path, (long_ago, long_ago))
     again, hits = run(tmp_path)
     assert again == folder and int(hits) > 0 and not old.exists() and any(Path(folder).iterdir())
 
