@@ -148,14 +148,14 @@ def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
 
     Shares of duplicate n-grams are 0 where they cannot reach the least of their bounds.
     """
-    from data_pipelines import kernels as k
+    from data_pipelines import text_counts as k
     from data_pipelines.repetition import DUPLICATE_NGRAMS, TOP_NGRAMS
 
     data, offsets = text_buffer(batch)
-    counts_DM = np.zeros((batch.num_rows, k.NUM_MEASURES))
+    counts_DM = np.zeros((batch.num_rows, k.NUM_COUNTS))
     # Lines and paragraphs: four times the most newlines of a row, and one power of two to spare.
     table = np.zeros(power_of_two(8 * (k.most_newlines(data, offsets) + 4)), np.uint64)
-    k.measures(data, offsets, table, counts_DM)
+    k.counts(data, offsets, table, counts_DM)
     count = counts_DM.T
     words = find_words(batch)
     totals_D3 = word_totals(words)

@@ -1,0 +1,256 @@
+"""Compiled loops over raw UTF-8 that count: kinds of characters, lines, what repeats itself. As in `kernels.py`."""
+
+import numpy as np
+
+from data_pipelines import kernels
+from data_pipelines.kernels import FNV_OFFSET, HIGHS, MIX, ONES, compiled, load64, trailing_zeros
+
+_combine, _enter, _kind, _width = kernels._combine, kernels._enter, kernels._kind, kernels._width
+
+NUM_COUNTS = 22
+(
+    CHARACTERS, HAN, HASHES, ELLIPSES, LETTERS, DIGITS, PUNCTUATION, CONTROLS, REPLACEMENTS, BRACES, SENTENCES,
+    NEWLINES, LINES, BLANK_LINES, BULLET_LINES, ELLIPSIS_LINES, TERMINAL_LINES, SHORT_LINES, LONGEST_LINE,
+    DUPLICATE_LINES, DUPLICATE_LINE_BYTES, DUPLICATE_PARAGRAPHS,
+) = range(NUM_COUNTS)  # fmt: skip
+
+
+@compiled
+def most_newlines(data, offsets):
+    """The most newlines that a document has."""
+    most = 0
+    for document in range(offsets.shape[0] - 1):
+        text = data[offsets[document] : offsets[document + 1]]
+        count = 0
+        for i in range(text.shape[0]):
+            count += text[i] == 10
+        most = max(most, count)
+    return most
+
+
+@compiled
+def hold_lorem_ipsum(data, offsets):
+    """1.0 for every document that holds "lorem ipsum" in any case (a long s counts as s), else 0.0."""
+    out = np.zeros(offsets.shape[0] - 1)
+    for document in range(offsets.shape[0] - 1):
+        text = data[offsets[document] : offsets[document + 1]]
+        may = False  # "m ip" is rare, and many bytes are looked at together
+        for i in range(text.shape[0] - 3):
+            may |= (text[i] | 32 == 109) & (text[i + 1] == 32) & (text[i + 2] | 32 == 105) & (text[i + 3] | 32 == 112)
+        if not may:
+            continue
+        for i in range(5, text.shape[0] - 5):
+            if text[i] != 32 or text[i - 1] | 32 != 109 or text[i + 1] | 32 != 105:
+                continue
+            long_s = text[i + 3] == 0xC5 and text[i + 4] == 0xBF
+            after = i + 5 if long_s else i + 4
+            if not long_s and text[i + 3] | 32 != 115 or after + 1 >= text.shape[0]:
+                continue
+            before = text[i - 5] | 32 == 108 and text[i - 4] | 32 == 111 and text[i - 3] | 32 == 114
+            if before and text[i - 2] | 32 == 101 and text[i + 2] | 32 == 112:
+                if text[after] | 32 == 117 and text[after + 1] | 32 == 109:
+                    out[document] = 1.0
+    return out
+
+
+@compiled
+def _is_terminal(data, at, end):
+    """Whether the character ends a sentence: . ! ? " ' or the ellipsis, and their Chinese counterparts."""
+    byte = data[at]
+    if byte == 46 or byte == 33 or byte == 63 or byte == 34 or byte == 39:
+        return True
+    if byte < 0x80 or at + 2 >= end:
+        return False
+    second, third = data[at + 1], data[at + 2]
+    if byte == 0xE2 and second == 0x80:  # U+2026 ellipsis, U+201D right quote
+        return third == 0xA6 or third == 0x9D
+    if byte == 0xE3 and second == 0x80:  # U+3002 full stop, U+300D corner bracket
+        return third == 0x82 or third == 0x8D
+    return byte == 0xEF and second == 0xBC and (third == 0x81 or third == 0x9F)  # full-width ! and ?
+
+
+@compiled
+def counts(data, offsets, table, out):
+    """Fills out[d] (float64) with the counts named at the top of this file.
+
+    `table` (uint64) is scratch space: a power of two above twice the number of lines of any document.
+    DUPLICATE_LINES and _PARAGRAPHS are shares of their number, DUPLICATE_LINE_BYTES of their bytes.
+    """
+    for document in range(offsets.shape[0] - 1):
+        row = out[document]
+        row[:] = 0.0
+        _count_characters(data, offsets[document], offsets[document + 1], row)
+        _count_lines(data, offsets[document], offsets[document + 1], table, row)
+
+
+def _ascii_classes():
+    """ASCII byte -> 0 white space, 1 letter, 2 digit, 3 newline, 4 control, 5 punctuation."""
+    table = np.zeros(128, np.uint8)
+    for byte in range(128):
+        character = chr(byte)
+        if character.isalpha():
+            table[byte] = 1
+        elif character.isdigit():
+            table[byte] = 2
+        elif byte not in (9, 13, 32):
+            table[byte] = 3 if byte == 10 else 4 if byte < 32 or byte == 127 else 5
+    return table
+
+
+ASCII_CLASS = _ascii_classes()
+
+
+@compiled
+def _has_byte(word, byte):
+    """Whether one of the eight bytes is this one."""
+    other = word ^ (ONES * np.uint64(byte))
+    return ((other - ONES) & ~other & HIGHS) != 0
+
+
+@compiled
+def _count_characters(data, begin, end, row):
+    count = np.zeros(128, np.int64)  # of each ASCII byte; classes are summed at the end
+    odd = np.zeros(128, np.int64)  # every second one here: equal bytes running would wait for each other
+    ellipses, sentences, han, letters, replacements, controls, punctuation, others = 0, 0, 0, 0, 0, 0, 0, 0
+    at = begin
+    while at < end:
+        if at + 8 <= end:
+            word = load64(data, at)
+            marks = _has_byte(word, 46) or _has_byte(word, 33) or _has_byte(word, 63)
+            if (word & HIGHS) == 0 and not marks:
+                for _ in range(4):
+                    count[word & np.uint64(127)] += 1
+                    odd[(word >> np.uint64(8)) & np.uint64(127)] += 1
+                    word >>= np.uint64(16)
+                at += 8
+                continue
+        byte = data[at]
+        if byte < 0x80:
+            count[byte] += 1
+            at += 1
+            if byte == 46 or byte == 33 or byte == 63:
+                # A sentence ends where its mark is followed by white space or a quotation mark, or by nothing.
+                after = data[at] if at < end else np.uint8(32)
+                sentences += after == 32 or after == 10 or after == 9 or after == 34 or after == 39
+                if byte == 46 and at + 1 < end and data[at] == 46 and data[at + 1] == 46:
+                    ellipses += at - 1 == begin or data[at - 2] != 46
+            continue
+        others += 1
+        kind = _kind(data, at, end)
+        han += kind == 2
+        letters += kind >= 2
+        if kind == 0:
+            second = data[at + 1] if at + 1 < end else np.uint8(0)
+            third = data[at + 2] if at + 2 < end else np.uint8(0)
+            if byte == 0xEF and second == 0xBF and third == 0xBD:
+                replacements += 1
+            elif byte == 0xC2 and second < 0xA0:
+                controls += 1
+            else:
+                punctuation += 1
+                ellipses += byte == 0xE2 and second == 0x80 and third == 0xA6
+                sentences += byte != 0xE2 and _is_terminal(data, at, end)
+        at += _width(byte)
+    count += odd
+    of_class = np.zeros(6, np.int64)
+    for byte in range(128):
+        of_class[ASCII_CLASS[byte]] += count[byte]
+    row[CHARACTERS] = others + count.sum()
+    row[HAN], row[HASHES], row[ELLIPSES], row[BRACES] = han, count[35], ellipses, count[123]
+    row[LETTERS], row[DIGITS], row[NEWLINES] = letters + of_class[1], of_class[2], of_class[3]
+    row[CONTROLS], row[PUNCTUATION] = controls + of_class[4], punctuation + of_class[5]
+    row[REPLACEMENTS], row[SENTENCES] = replacements, sentences
+
+
+@compiled
+def _line_hash(data, start, stop):
+    """Hash of data[start:stop]."""
+    value, i = np.uint64(FNV_OFFSET) + np.uint64(stop - start), start
+    while i + 8 <= stop:
+        value = (value ^ load64(data, i)) * np.uint64(MIX)
+        value ^= value >> np.uint64(32)
+        i += 8
+    rest = np.uint64(0)
+    if stop - start >= 8:
+        rest = load64(data, stop - 8)
+    else:
+        while i < stop:
+            rest = (rest << np.uint64(8)) | np.uint64(data[i])
+            i += 1
+    value = (value ^ rest) * np.uint64(MIX)
+    return value ^ (value >> np.uint64(29))
+
+
+@compiled
+def _num_continued(word):
+    """How many of eight bytes continue a character."""
+    return np.int64((((word & ~(word << np.uint64(1)) & HIGHS) >> np.uint64(7)) * ONES) >> np.uint64(56))
+
+
+@compiled
+def _end_of_line(data, at, end):
+    """(place of the next newline or the end, characters before it)."""
+    characters = 0
+    while at + 8 <= end:
+        word = load64(data, at)
+        other = word ^ (ONES * np.uint64(10))
+        newlines = (other - ONES) & ~other & HIGHS
+        if newlines != 0:
+            size = trailing_zeros(newlines) >> 3
+            before = word & ((np.uint64(1) << np.uint64(8 * size)) - np.uint64(1))
+            return at + size, characters + size - _num_continued(before)
+        characters += 8 - _num_continued(word)
+        at += 8
+    while at < end and data[at] != 10:
+        characters += (data[at] & 0xC0) != 0x80
+        at += 1
+    return at, characters
+
+
+@compiled
+def _count_lines(data, at, end, table, row):
+    size = 16
+    while size < 2 * (row[NEWLINES] + 2):
+        size *= 2
+    table[: 2 * size] = 0  # lines in the lower half, paragraphs in the upper
+    paragraphs, repeated_paragraphs, repeated_lines, repeated_bytes, line_bytes = 0, 0, 0, 0, 0
+    paragraph = np.uint64(0)
+    while at < end:
+        start = at
+        at, characters = _end_of_line(data, start, end)
+        stop = at
+        at += 1
+        row[LONGEST_LINE] = max(row[LONGEST_LINE], characters)
+        while start < stop and data[start] <= 32:
+            start += 1
+        while stop > start and data[stop - 1] <= 32:
+            stop -= 1
+        if start < stop:
+            last = stop - 1
+            while last > start and (data[last] & 0xC0) == 0x80:
+                last -= 1
+            value = _line_hash(data, start, stop)
+            seen = _enter(table[:size], value)
+            repeated_lines += seen
+            repeated_bytes += seen * (stop - start)
+            line_bytes += stop - start
+            paragraph = _combine(paragraph, value)
+            row[LINES] += 1
+            row[SHORT_LINES] += characters <= 30
+            first = data[start]
+            dot = first == 0xE2 and stop - start >= 3 and data[start + 1] == 0x80 and data[start + 2] == 0xA2
+            row[BULLET_LINES] += first == 45 or dot
+            row[TERMINAL_LINES] += _is_terminal(data, last, stop)
+            dots = stop - start >= 3 and data[stop - 1] == 46 and data[stop - 2] == 46 and data[stop - 3] == 46
+            mark = stop - last == 3 and data[last] == 0xE2 and data[last + 1] == 0x80 and data[last + 2] == 0xA6
+            row[ELLIPSIS_LINES] += dots or mark
+        else:
+            row[BLANK_LINES] += 1
+        if paragraph != 0 and (start >= stop or at >= end):
+            paragraphs += 1
+            repeated_paragraphs += _enter(table[size : 2 * size], paragraph)
+            paragraph = np.uint64(0)
+    if row[LINES] > 0:
+        row[DUPLICATE_LINES] = repeated_lines / row[LINES]
+        row[DUPLICATE_LINE_BYTES] = repeated_bytes / line_bytes
+        row[DUPLICATE_PARAGRAPHS] = repeated_paragraphs / paragraphs
