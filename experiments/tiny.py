@@ -166,8 +166,11 @@ CONFIG = Tiny()
 
 
 def main() -> None:
-    args = [arg.replace("--from", "--from-stage", 1) if arg.split("=")[0] == "--from" else arg for arg in sys.argv[1:]]
-    guarded(run, parse(CONFIG, args))
+    arguments = sys.argv[1:]
+    sys.argv[1:] = [
+        arg.replace("--from", "--from-stage", 1) if arg.split("=")[0] == "--from" else arg for arg in arguments
+    ]
+    guarded(run, parse(CONFIG))
 
 
 if __name__ == "__main__":

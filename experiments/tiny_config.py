@@ -25,22 +25,33 @@ class Tiny:
     fresh: bool = False
     """Remove the chain's folder first."""
     seed: int = 0
+    """Decides weights, order of the data and every draw."""
     held_out: float = 0.03
     """Share of files kept for evaluation."""
     model: ModelConfig = dataclasses.replace(TINY, unroll_layers=TINY.num_layers)
     """vocab_size is the size of the tokenizer that is trained."""
     seq_len: int = 256
+    """Tokens of a row, in pre-training and fine-tuning."""
     batch_size: int = 4
+    """Rows of a batch of pre-training."""
     pretrain_steps: int = 800
+    """Batches of pre-training."""
     pretrain: AdamW = AdamW(peak_lr=5e-3, weight_decay=0.1)
+    """Optimizer of pre-training."""
     schedule: Cosine = Cosine(warmup_steps=60, final_fraction=0.1)
+    """Learning rate over pre-training, as a share of the peak."""
     sft_steps: int = 120
+    """Batches of fine-tuning."""
     sft_batch_size: int = 8
+    """Rows of a batch of fine-tuning."""
     sft: AdamW = AdamW(peak_lr=5e-3, weight_decay=0.0)
+    """Optimizer of fine-tuning."""
     sft_lora: LoraConfig = LoraConfig(rank=32, alpha=64.0, targets=(*LoraConfig().targets, "head"))
+    """Adapters that fine-tuning learns."""
     max_new_tokens: int = 48
     """Longest answer in RLHF and evaluation."""
     reward_steps: int = 80
+    """Batches of eight pairs that the reward model learns from."""
     num_iterations: int = 6
     """PPO iterations of each of the two RLHF rounds."""
     num_prompts: int = 64
@@ -48,6 +59,7 @@ class Tiny:
     actor_rate: float = 3e-4
     """Learning rate of the policy in RLHF."""
     critic_rate: float = 1e-3
+    """Learning rate of the critic."""
     num_evaluated: int = 256
     """Held-out prompts of the gold score; a multiple of num_prompts."""
 
