@@ -161,6 +161,10 @@ def test_the_web_chain_uses_what_it_is_given(tmp_path, capsys):
     (tmp_path / "models" / "toxicity").rename(tmp_path / "models" / "rudeness")
     assert wanjuan.main(["web", "--input", str(tmp_path / "in.jsonl"), *options]) == 1
     assert "rudeness" in (said := capsys.readouterr().err) and "with names of toxicity, adult_content" in said
+    into_a_file = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "words" / "out"), "--threads", "1"]
+    assert wanjuan.main(["code", *into_a_file]) == 1 and (tmp_path / "words").is_file()
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("error: ") and "words" in said[-1] and not any("Traceback" in line for line in said)
     for chain, wrong in [
         ("code", "--domains x"),
         ("web", "--licences MIT"),
