@@ -68,6 +68,14 @@ def test_the_map_names_what_is_there():
                 assert (folder / name).exists(), name
 
 
+def test_the_table_of_training_names_every_file_once():
+    room = ROOT / "internjax" / "train"
+    named = re.findall(
+        r"`([a-z_]+\.py)`", (room / "README.md").read_text("utf-8").split("## Pitfalls")[0].split("|---|---|")[1]
+    )
+    assert sorted(named) == sorted(path.name for path in room.glob("[a-z]*.py"))
+
+
 def test_argparse_is_what_help_is_made_by():
     """The other commands of the house answer --help without a model."""
     for module in ("serve.__main__", "internjax.hf.__main__"):
