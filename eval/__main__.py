@@ -9,14 +9,16 @@ Prints a table; `--out` keeps every sample. Formats stand in eval/README.md.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 
 @dataclass(frozen=True)
 class Evaluate:
     """Scores a model on multiple-choice files, question files and texts."""
 
-    model: str
+    model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
     """A Hugging Face folder, a run, an adapter folder: whatever the other commands take."""
     allow_unknown: tuple[str, ...] = ()
     """Fields of the model's config.json that are read as if they were absent."""
@@ -31,6 +33,7 @@ class Evaluate:
     ask: Literal["text", "chat"] = "text"
     """As plain text, or as the user's turn in the model's chat template."""
     batch_size: int = 16
+    """Inputs scored or answered at once."""
     max_length: int | None = None
     """Longest input in tokens; the model's own if not given."""
 
@@ -58,9 +61,7 @@ def run(config: Evaluate) -> str:
 
 
 def main() -> None:
-    import tyro
-
-    config = tyro.cli(Evaluate, prog="python -m eval", config=(tyro.conf.PositionalRequiredArgs,))
+    config = tyro.cli(Evaluate, prog="python -m eval", description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))
     from internjax.compile_cache import keep_programs
 
     keep_programs()
