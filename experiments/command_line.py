@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from internjax.compile_cache import keep_programs
+from internjax.host_memory import keep_freed
 from internjax.train import processes
 
 Config = TypeVar("Config")
@@ -151,9 +152,11 @@ def parse(config: Config, args: Sequence[str] | None = None) -> Config:
 def guarded(run: Callable[[Config], Any], config: Config) -> Any:
     """Returns run(config); an error that a person can mend is printed as one message and ends the process with 1.
 
-    What is compiled is kept for the next process (`internjax.compile_cache`).
+    What is compiled is kept for the next process (`internjax.compile_cache`), what a step on a CPU frees for the next
+    step (`internjax.host_memory`).
     """
     keep_programs()
+    keep_freed()
     # Outside: the job could not be joined. Inside: the others are told before this process ends.
     with _told(), processes.job(), _told():
         return run(config)

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from internjax.host_memory import keep_freed
+
 NUM_CHECKED = 3
 """Steps whose losses all contenders must agree on."""
 _LAZY = 2
@@ -62,6 +64,7 @@ def work(build: Callable[[], Contender]) -> None:
     """Trains blocks of steps when told to ("N" on a line of the input) and answers each with a line of JSON."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr; stdout is the answers'
+    keep_freed()  # as our commands do; a peer's process gets the same settings of malloc
     contender, position = build(), 0
     for line in sys.stdin:
         seconds, losses = [], []

@@ -21,7 +21,7 @@ from internjax.train.tracking import read_rows
 
 PROGRAM = Path(__file__).with_name("process_run.py")
 ROOT = PROGRAM.parent.parent.parent
-SILENCE = 5
+SILENCE = 8
 
 
 def start(*folders: Path, plans: tuple[str, ...] = (), num_processes: int = 2, restarts: int = 0) -> subprocess.Popen:
