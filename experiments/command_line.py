@@ -138,9 +138,9 @@ def parse(config: Config, args: Sequence[str] | None = None) -> Config:
     import tyro
 
     # `python -m experiments.NAME`: its name and docstring, with the command to type, head the help.
-    main = sys.modules["__main__"] if args is None else None
-    spec = getattr(main, "__spec__", None)
-    told = {"prog": f"python -m {spec.name}", "description": main.__doc__} if spec and main.__doc__ else {}
+    main = sys.modules["__main__"]
+    name = getattr(getattr(main, "__spec__", None), "name", "")
+    told = {"prog": f"python -m {name}", "description": main.__doc__} if name.startswith("experiments.") else {}
     args = plain_flags(sys.argv[1:] if args is None else args, type(config))
     config = tyro.cli(type(config), default=config, args=args, config=(tyro.conf.CascadeSubcommandArgs,), **told)
     if hasattr(config, "run") and {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys():
