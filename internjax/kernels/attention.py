@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from internjax.kernels import cudnn_attention
-from internjax.kernels.mask import MASKED, visible
+from internjax.kernels.mask import MASKED, tied, visible
 from internjax.kernels.ring_attention import ring_attention
 
 Backend = Literal["xla", "chunked", "ring", "cudnn", "cudnn_packed"]
@@ -90,6 +90,7 @@ def _chunked(attend, q_BTNH, q_positions_BT, q_segments_BT):
     T = q_BTNH.shape[1]
     if T <= QUERY_CHUNK:
         return attend(q_BTNH, q_positions_BT, q_segments_BT)
+    q_BTNH, q_positions_BT, q_segments_BT = tied(q_BTNH, q_positions_BT, q_segments_BT)
     padding = -T % QUERY_CHUNK
 
     def chunks(x):

@@ -7,6 +7,17 @@ import jax.numpy as jnp
 MASKED = -1e30
 
 
+def tied(
+    q_BTNH: jax.Array, q_positions_BT: jax.Array, q_segments_BT: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Returns the three as they are, but a mask that is made of them is not made before q is known.
+
+    Positions and segments are the same in every layer. What depends on them alone jax computes ahead of a loop over
+    layers and keeps for the backward pass: the masks of all chunks together, T * S bytes a row.
+    """
+    return jax.lax.optimization_barrier((q_BTNH, q_positions_BT, q_segments_BT))
+
+
 def visible(
     *,
     q_positions_BT: jax.Array,

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from internjax.kernels.mask import MASKED, visible
+from internjax.kernels.mask import MASKED, tied, visible
 from internjax.sharding import axis_size, constrain, partition_spec
 
 AXIS = "sequence"
@@ -91,6 +91,7 @@ def ring_attention(
     heads = partition_spec(("act_heads",))[0]
     spec = PartitionSpec(batch, time, heads, None)
     ring = _Ring(mesh, PartitionSpec(batch, time), spec, spec, causal, window, scale)
+    q_BTNH, q_positions_BT, q_segments_BT = tied(q_BTNH, q_positions_BT, q_segments_BT)
     keys = _Keys(k_BSKH, v_BSKH, k_positions_BS, k_segments_BS)
     with jax.named_scope("ring_attention"):
         return _attend(ring, q_BTNH, q_positions_BT, q_segments_BT, *keys)

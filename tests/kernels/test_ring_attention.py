@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from internjax import sharding
+from internjax.kernels import attention as chunked
 from internjax.kernels import ring_attention as module
 from internjax.kernels.attention import attention
 from internjax.sharding import MeshConfig, make_mesh
@@ -208,6 +209,32 @@ def test_memory_is_that_of_a_share_of_time(monkeypatch):
     monkeypatch.setattr(module, "QUERY_CHUNK", 64)
     one, two, eight = map(temporaries, (1, 2, 8))
     assert two < one and eight < 0.4 * two
+
+
+def elements(jaxpr) -> int:
+    """Returns the elements of the largest array that is made anywhere in a jaxpr."""
+    found = [variable.aval.size for equation in jaxpr.eqns for variable in equation.outvars]
+    inner = [value for equation in jaxpr.eqns for value in jax.tree.leaves(list(equation.params.values()))]
+    return max(found + [elements(getattr(each, "jaxpr", each)) for each in inner if hasattr(each, "eqns")], default=0)
+
+
+@pytest.mark.parametrize("backend", ["ring", "chunked"])
+def test_no_masks_are_kept_through_a_loop_over_layers(monkeypatch, backend):
+    """Positions are the same in every layer: what depends on them alone is not to be made for all blocks at once."""
+    for where in (module, chunked):
+        monkeypatch.setattr(where, "QUERY_CHUNK", 64)
+    positions, segments = jnp.arange(1024)[None], jnp.ones((1, 1024), jnp.int32)
+
+    def loss(x):
+        def layer(x, _):
+            how = {"q_segments_BT": segments, "k_segments_BS": segments, "backend": backend}
+            return attention(x, x, x, q_positions_BT=positions, k_positions_BS=positions, **how), None
+
+        return jax.lax.scan(layer, x, length=2)[0].sum()
+
+    with on(MeshConfig(fsdp=1, sequence=2)):
+        largest = elements(jax.make_jaxpr(jax.grad(loss))(jnp.ones((1, 1024, 1, 8))).jaxpr)
+    assert largest < 512 * 512, "a device's queries against its keys, at least"
 
 
 def test_what_the_ring_cannot_do_is_refused_by_name():
