@@ -23,9 +23,8 @@ from internjax.hf.open import Model
 from internjax.text import chat
 from internjax.text.chat import Message
 
-BATCH_SIZE = 64
 PROMPT_BUCKET = 128
-"""Prompts are answered so many at a time, padded to a multiple of this length: one program, and not one per length."""
+"""Prompts are padded to a multiple of it: one program, and not one for every length."""
 
 
 class Reply(NamedTuple):
@@ -44,17 +43,18 @@ def replies(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    batch_size: int = 64,
 ) -> list[Reply]:
     """Returns the model's next turn in each conversation; the draw of a conversation depends on (seed, its index)."""
     assert model.tokenizer is not None
     prompts = [chat.render(turns, model.tokenizer, add_generation_prompt=True).ids for turns in chats]
     stops = chat.stop_ids(model.tokenizer)
     found: list[Reply] = []
-    for start in range(0, len(prompts), BATCH_SIZE):
-        rows = prompts[start : start + BATCH_SIZE]
-        padded = rows + [rows[0]] * (BATCH_SIZE - len(rows))  # one shape, one program
+    for start in range(0, len(prompts), batch_size):
+        rows = prompts[start : start + batch_size]
+        padded = rows + [rows[0]] * (batch_size - len(rows))  # one shape, one program
         width = -(-max(map(len, padded)) // PROMPT_BUCKET) * PROMPT_BUCKET
-        tokens = np.zeros((BATCH_SIZE, width), np.int32)
+        tokens = np.zeros((batch_size, width), np.int32)
         for row, ids in zip(tokens, padded, strict=True):
             row[: len(ids)] = ids
         out = generate(
@@ -63,7 +63,7 @@ def replies(
             jnp.asarray([len(ids) for ids in padded], jnp.int32),
             config=model.config,
             sampling=make_sampling(
-                BATCH_SIZE, temperature=temperature, top_p=top_p, seed=[seed + start + i for i in range(BATCH_SIZE)]
+                batch_size, temperature=temperature, top_p=top_p, seed=[seed + start + i for i in range(batch_size)]
             ),
             max_new_tokens=max_new_tokens,
             stop_ids=stops,

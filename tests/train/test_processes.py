@@ -21,7 +21,7 @@ from internjax.train.tracking import read_rows
 
 PROGRAM = Path(__file__).with_name("process_run.py")
 ROOT = PROGRAM.parent.parent.parent
-SILENCE = 8
+SILENCE = 5
 
 
 def start(*folders: Path, plans: tuple[str, ...] = (), num_processes: int = 2, restarts: int = 0) -> subprocess.Popen:
@@ -34,7 +34,7 @@ def start(*folders: Path, plans: tuple[str, ...] = (), num_processes: int = 2, r
         "INTERNJAX_STEP_SECONDS": "60",
     }
     if num_processes > 1:
-        how = ["--processes", num_processes, "--devices", 8 // num_processes, "--restarts", restarts, "--grace", 8]
+        how = ["--processes", num_processes, "--devices", 8 // num_processes, "--restarts", restarts, "--grace", 20]
         command = [sys.executable, "-m", "experiments.launch.local", *map(str, how), "--", *command]
     return subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
