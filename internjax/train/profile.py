@@ -24,6 +24,8 @@ class ProfileConfig:
     def __post_init__(self):
         if (self.start is not None and self.start < 1) or self.steps < 1:
             raise ValueError(f"profile.start and profile.steps must be at least 1; given {self.start}, {self.steps}")
+        if self.start is None and self.steps != type(self).steps:
+            raise ValueError(f"profile.steps={self.steps} traces nothing without profile.start; give it as well")
 
     @property
     def last(self) -> int:
