@@ -166,11 +166,8 @@ CONFIG = Tiny()
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    sys.argv[1:] = [
-        arg.replace("--from", "--from-stage", 1) if arg.split("=")[0] == "--from" else arg for arg in arguments
-    ]
-    guarded(run, parse(CONFIG))
+    args = [arg.replace("--from", "--from-stage", 1) if arg.split("=")[0] == "--from" else arg for arg in sys.argv[1:]]
+    guarded(run, parse(CONFIG, args))
 
 
 if __name__ == "__main__":

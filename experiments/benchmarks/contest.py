@@ -1,8 +1,9 @@
 """Contenders in processes of their own that train in turns: what the benchmarks of training steps have in common.
 
-Whatever else the machine does meets all contenders, a block of steps each; a figure is the median over all blocks. The
-losses of the first steps are compared before anything is timed. A contender that ends early (no memory, a package that
-is missing) is reported with its code, and the others go on.
+All have the same settings of malloc (`internjax.host_memory`). Whatever else the machine does meets all contenders, a
+block of steps each; a figure is the median over all blocks. The losses of the first steps are compared before anything
+is timed. A contender that ends early (no memory, a package that is missing) is reported with its code, and the others
+go on.
 """
 
 import json

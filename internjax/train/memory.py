@@ -265,10 +265,10 @@ def _tainted(jaxpr: Any, inputs: list[bool]) -> list[bool]:
 # Fitted to the temporaries of 12 training steps of small decoders compiled for the CPU in float32 (jax 0.10.2; full and
 # LoRA, 2k and 16k vocabulary, remat full and dots): the sums below were within 8 % of nine of them, and up to 25 % too
 # high for remat=dots. The terms of logits and head were fitted to 49 more with large heads (8k and 16k vocabulary, 512
-# and 1,024 wide, one layer, 1 to 8 shards of data, fsdp and time): within 20 % of most of them. For
-# the ring with 512 to 4,096 positions on a device and 2 to 8 shards of time they were 26 % too low to 19 % too high
-# (nine steps of two layers). A GPU compiler fuses more and keeps bfloat16: there these are estimates until they have
-# been held against measurements.
+# and 1,024 wide, one layer, 1 to 8 shards of data, fsdp and time): within 20 % of most of them. For the ring with 512
+# to 4,096 positions on a device and 2 to 8 shards of time they were 26 % too low to 19 % too high (nine steps of two
+# layers). A GPU compiler fuses more and keeps bfloat16: there these are estimates until they have been held against
+# measurements.
 _LAYER_BACKWARD = 1.1
 """Of what one layer saves without remat: alive while its backward pass runs, recomputed values included."""
 _SCORE_CHUNKS = 1.0

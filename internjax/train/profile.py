@@ -18,19 +18,19 @@ class ProfileConfig:
 
     start: int | None = None
     """First step to trace (the first of a start of the run compiles); None traces nothing."""
-    steps: int = 3
-    """Steps to trace."""
+    steps: int | None = None
+    """Steps to trace; None: 3."""
 
     def __post_init__(self):
-        if (self.start is not None and self.start < 1) or self.steps < 1:
+        if any(value is not None and value < 1 for value in (self.start, self.steps)):
             raise ValueError(f"profile.start and profile.steps must be at least 1; given {self.start}, {self.steps}")
-        if self.start is None and self.steps != type(self).steps:
+        if self.start is None and self.steps is not None:
             raise ValueError(f"profile.steps={self.steps} traces nothing without profile.start; give it as well")
 
     @property
     def last(self) -> int:
         """The last step of the trace, 0 without one."""
-        return 0 if self.start is None else self.start + self.steps - 1
+        return 0 if self.start is None else self.start + (self.steps or 3) - 1
 
 
 class Profiler:
