@@ -5,83 +5,97 @@
         for event in handle.events():
             print(event.ids)
 
-The host decides who sits in which slot and which pages it owns; the device holds one DecodeState for all slots. Every
-shape is fixed by the engine's settings, so after `warmup` nothing is compiled again.
+The host decides who sits in which slot and which pages it owns; the device holds one DecodeState for all slots
+(`decode.device`). Pages are taken as a row grows, and shared between rows that begin alike (`decode.prefix_tree`). When
+none is left, the youngest row gives up its pages and waits to be continued: it draws the same tokens then, because a
+draw depends on its seed and position alone.
 
-B slots, S longest context, M pages of a row, C prompt chunk, F frequencies, I stop ids.
+B slots, M pages of a row, F frequencies.
 """
 
 import collections
-import contextlib
 import dataclasses
-import functools
+import itertools
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from internjax.decode.generate import FINISH_NAMES, decoding_params
+from internjax.decode.device import Device
+from internjax.decode.generate import FINISH_NAMES
 from internjax.decode.pages import PageAllocator
-from internjax.decode.programs import (
-    Admission,
-    PromptChunk,
-    admit,
-    clear_pages,
-    decode_block,
-    empty_state,
-    read_chunk,
-    unpack,
-)
-from internjax.decode.request import Event, Finish, Handle, Request
+from internjax.decode.prefix_tree import PrefixTree, num_common
+from internjax.decode.programs import Admission, unpack
+from internjax.decode.request import Event, Finish, Handle, Request, Session
 from internjax.decode.sample import stack
 from internjax.model import rope
 from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
 from internjax.model.lora import Lora
 
-_SMALLEST_CHUNK = 16
-
 
 class Stats(NamedTuple):
-    """What the engine holds at this moment."""
+    """What the engine holds at this moment, and what it did so far."""
 
     num_slots: int
     num_active: int
     num_waiting: int
     num_pages: int
     num_free_pages: int
+    """Pages that no row uses; some of them may hold tokens that a later request begins with."""
+    num_cached_pages: int
+    """Of those, pages that hold such tokens."""
+    num_saved_pages: int
+    """Pages whose contents wait in the host's memory."""
     num_compiled: int
     """Programs compiled so far; constant after warm-up."""
+    num_prompt_tokens: int
+    """Prompt tokens of all requests that got a slot."""
+    num_shared_tokens: int
+    """Of those, tokens that did not have to be read."""
+    num_preempted: int
+    """How often a row gave up its pages."""
 
 
 @dataclasses.dataclass(eq=False)
-class _Slot:
-    """A request in its slot, as the host knows it."""
+class _Row:
+    """A request as the host knows it: waiting, reading its prompt, or drawing."""
 
     handle: Handle
-    pages: list[int]
+    session: Session | None
+    order: int
+    """Of arrival."""
+    tokens: list[int]
+    """What it begins with and what was delivered."""
+    num_prompt: int
+    total: int
+    """The longest that it can become."""
+    key: Hashable
     inv_freq_F: np.ndarray
+    pages: list[int] = dataclasses.field(default_factory=list)
     num_read: int = 0
-    """Prompt tokens in the cache."""
+    """First tokens that are in the cache, while it reads."""
+    num_judged: int = 0
+    """First pages that led to tokens."""
     drawing: bool = False
     longest: int = 0
-    """Upper bound of the row's length after all blocks dispatched so far."""
+    """Upper bound of its length after all blocks dispatched so far."""
+    num_turns: int = 0
+    """How often it got a slot."""
 
     @property
-    def total(self) -> int:
-        """The longest that the row can become."""
-        return len(self.handle.request.tokens) + self.handle.request.max_new_tokens
+    def num_cached(self) -> int:
+        """First tokens whose keys and values are in its pages for good. The last one drawn was not fed yet."""
+        return len(self.tokens) - 1 if self.drawing else self.num_read
 
 
 class Engine:
     """Slots, pages, a queue and the compiled programs that serve them.
 
     `start` (or the context manager) runs it in a thread of its own; without it `tick` drives it. Requests are admitted
-    in order of arrival, when a slot and all pages they may ever need are free.
+    in order of arrival, when a slot and pages for what they begin with are free.
     """
 
     def __init__(
@@ -93,6 +107,7 @@ class Engine:
         num_slots: int = 8,
         page_size: int = 16,
         num_pages: int | None = None,
+        num_host_pages: int = 0,
         cache_dtype: CacheDType | None = None,
         lora: Lora | None = None,
         tokens_per_dispatch: int = 4,
@@ -103,7 +118,8 @@ class Engine:
         """Prepares the device state; compiles nothing yet.
 
         max_context: longest prompt and answer together of a request. num_pages: pages of the cache, all slots full by
-        default. prefill_chunk: prompt tokens read at once. context_buckets: shorter contexts, in tokens, for which
+        default. num_host_pages: pages whose contents the host's memory may keep when the cache has no room for them.
+        prefill_chunk: prompt tokens read at once. context_buckets: shorter contexts, in tokens, for which
         attention is compiled too; while all rows fit into one, a step reads no more of the cache than that. A row's
         results then agree with those of another width up to rounding only; with none, they do not depend on the other
         rows at all.
@@ -111,6 +127,7 @@ class Engine:
         sizes = {"max_context": max_context, "num_slots": num_slots, "page_size": page_size}
         sizes |= {"tokens_per_dispatch": tokens_per_dispatch, "prefill_chunk": prefill_chunk}
         wrong = [f"{name}={value}" for name, value in sizes.items() if value < 1]
+        wrong += [f"{name}={value}" for name, value in {"num_host_pages": num_host_pages}.items() if value < 0]
         if wrong or max_stop_ids < 0 or any(not 1 <= bucket <= max_context for bucket in context_buckets):
             raise ValueError(
                 f"engine sizes must be positive and context_buckets in 1..{max_context} (max_context); "
@@ -119,97 +136,129 @@ class Engine:
         if config.head != "lm":
             raise ValueError("a model with a scalar head scores and cannot generate; use one with head='lm'")
         self.config, self.max_context, self.num_slots, self.page_size = config, max_context, num_slots, page_size
-        pages_per_row = -(-max_context // page_size)
-        self.num_pages = num_slots * pages_per_row if num_pages is None else num_pages
-        self._allocator = PageAllocator(self.num_pages)
-        self._tokens_per_dispatch, self._max_stop_ids = tokens_per_dispatch, max_stop_ids
-        self._widths = sorted({-(-bucket // page_size) for bucket in context_buckets} | {pages_per_row})
-        smaller = (_SMALLEST_CHUNK << i for i in range(20))
-        self._chunks = [*(size for size in smaller if size < prefill_chunk), prefill_chunk]
-        self._params = jax.tree.map(jnp.asarray, decoding_params(params, config))
-        self._lora = lora
+        self.num_pages = num_slots * -(-max_context // page_size) if num_pages is None else num_pages
+        self._num_host_pages, self._max_stop_ids = num_host_pages, max_stop_ids
         self._inv_freq_F = np.asarray(rope.inv_freq(config))
-        self._empty_state = jax.jit(
-            functools.partial(
-                empty_state,
-                config=config,
-                num_slots=num_slots,
-                max_context=max_context,
-                num_pages=self.num_pages,
-                page_size=page_size,
-                cache_dtype=cache_dtype or config.dtype,
-                max_stop_ids=max_stop_ids,
-            )
+        self._device = Device(
+            params,
+            config,
+            max_context=max_context,
+            num_slots=num_slots,
+            page_size=page_size,
+            num_pages=self.num_pages,
+            cache_dtype=cache_dtype or config.dtype,
+            lora=lora,
+            tokens_per_dispatch=tokens_per_dispatch,
+            prefill_chunk=prefill_chunk,
+            context_buckets=context_buckets,
+            max_stop_ids=max_stop_ids,
+            saves_pages=num_host_pages > 0,
         )
-        self._read_chunk = jax.jit(functools.partial(read_chunk, config=config), donate_argnums=1)
-        # Partials of nothing: jit shares the cache of one function, and this engine counts its own programs.
-        self._admit = jax.jit(functools.partial(admit), donate_argnums=0)
-        self._clear_pages = jax.jit(functools.partial(clear_pages), donate_argnums=0)
-        self._decode_block = jax.jit(
-            functools.partial(decode_block, config=config, num_tokens=tokens_per_dispatch), donate_argnums=1
-        )
-        self._reset()
-        self._queue: collections.deque[Handle] = collections.deque()
+        self._forget_all()
+        self._queue: collections.deque[_Row] = collections.deque()
+        self._arrivals = itertools.count()
+        self._num_prompt_tokens = self._num_shared_tokens = self._num_preempted = 0
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed: str | None = None
         self._warm = False
 
-    def _reset(self) -> None:
-        """Begins with empty slots and a fresh device state."""
-        B, pages_per_row = self.num_slots, self._widths[-1]
-        self._slots: list[_Slot | None] = [None] * B
-        self._page_table_BM = np.full((B, pages_per_row), self.num_pages, np.int32)
-        self._in_flight: collections.deque[tuple[jax.Array, dict[int, _Slot]]] = collections.deque()
-        self._state = self._empty_state()
+    def _forget_all(self) -> None:
+        """Begins with empty slots and pages, as far as the host is concerned."""
+        self._slots: list[_Row | None] = [None] * self.num_slots
+        self._page_table_BM = np.full((self.num_slots, self._device.pages_per_row), self.num_pages, np.int32)
+        # Blocks that were dispatched and not read yet, with the rows in their slots and the turn of each.
+        self._in_flight: collections.deque[tuple[jax.Array, dict[int, tuple[_Row, int]]]] = collections.deque()
+        self._tree = PrefixTree(
+            PageAllocator(self.num_pages), self.page_size, self._device.moves, num_saved=self._num_host_pages
+        )
 
     # From any thread.
 
-    def submit(self, request: Request) -> Handle:
-        """Returns the handle of a request that will be served; raises ValueError for one that never can be."""
-        self._check(request)
+    def submit(self, request: Request, *, session: Session | None = None) -> Handle:
+        """Returns the handle of a request that will be served; raises ValueError for one that never can be.
+
+        With a session the request's tokens are those of the new turn only; the session grows by them and by the answer
+        (not by one that ends with an error). Raises RuntimeError for a session whose last request is not done.
+        """
+        before = () if session is None else session.tokens
+        tokens = [*before, *request.tokens]
+        self._check(request, tokens, session)
+        total = len(tokens) + request.max_new_tokens
+        inv_freq_F = self._frequencies(total) if session is None else session.inv_freq_F
         handle = Handle(request, self._notify)
         with self._wake:
             if self._closed:
                 raise RuntimeError(self._closed)
-            self._queue.append(handle)
+            if session is not None:
+                session.take(handle)
+            key = inv_freq_F.tobytes()
+            self._queue.append(_Row(handle, session, next(self._arrivals), tokens, len(tokens), total, key, inv_freq_F))
             self._wake.notify_all()
         return handle
 
+    def open_session(self, max_length: int | None = None) -> Session:
+        """Returns an empty conversation that can become `max_length` tokens long (default: the engine's max_context).
+
+        The length fixes its rotary frequencies where they depend on it (dynamic NTK), so what it holds stays right.
+        """
+        max_length = self.max_context if max_length is None else max_length
+        if not 1 <= max_length <= self.max_context:
+            raise ValueError(
+                f"a session of up to {max_length} tokens; this engine serves 1 to {self.max_context} (max_context)"
+            )
+        return Session(max_length, self._frequencies(max_length))
+
+    def lengthen(self, session: Session, max_length: int) -> bool:
+        """Lets a session become longer; returns whether its history will be read once more, with other frequencies."""
+        longer = self.open_session(max_length)
+        return session.lengthen(longer.max_length, longer.inv_freq_F)
+
     def stats(self) -> Stats:
         """Returns counts of slots, requests, pages and compiled programs."""
-        programs = (self._read_chunk, self._admit, self._clear_pages, self._decode_block)
         return Stats(
-            self.num_slots,
-            sum(slot is not None for slot in self._slots),
-            len(self._queue),
-            self.num_pages,
-            self._allocator.num_free,
-            sum(program._cache_size() for program in programs),
+            num_slots=self.num_slots,
+            num_active=sum(row is not None for row in self._slots),
+            num_waiting=len(self._queue),
+            num_pages=self.num_pages,
+            num_free_pages=self._tree.num_available,
+            num_cached_pages=self._tree.num_idle,
+            num_saved_pages=self._tree.num_saved,
+            num_compiled=self._device.num_compiled,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_shared_tokens=self._num_shared_tokens,
+            num_preempted=self._num_preempted,
         )
 
     def _notify(self) -> None:
         with self._wake:
             self._wake.notify_all()
 
-    def _num_pages_needed(self, request: Request) -> int:
-        # The last token drawn is never fed, so it needs no place in the cache.
-        return -(-(len(request.tokens) + request.max_new_tokens - 1) // self.page_size)
+    def _num_pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
 
-    def _check(self, request: Request) -> None:
-        total, vocab = len(request.tokens) + request.max_new_tokens, self.config.vocab_size
+    def _check(self, request: Request, tokens: list[int], session: Session | None) -> None:
+        total, vocab = len(tokens) + request.max_new_tokens, self.config.vocab_size
         if not request.tokens:
             raise ValueError("the prompt is empty and has nothing to continue: begin it with the first token")
         if request.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, given {request.max_new_tokens}")
         if total > self.max_context:
             raise ValueError(
-                f"a prompt of {len(request.tokens)} tokens and {request.max_new_tokens} new ones make {total}; this "
+                f"a prompt of {len(tokens)} tokens and {request.max_new_tokens} new ones make {total}; this "
                 f"engine serves up to {self.max_context}. Shorten the prompt or ask for fewer tokens."
             )
-        if self._num_pages_needed(request) > self.num_pages:
+        if session is not None and total > session.max_length:
             raise ValueError(
-                f"{total} tokens need {self._num_pages_needed(request)} pages of {self.page_size}; the whole cache has "
+                f"{len(session.tokens)} tokens of the session, {len(request.tokens)} of the turn and "
+                f"{request.max_new_tokens} new ones make {total}; the session was opened for {session.max_length}. "
+                "Ask for fewer tokens, or lengthen the session."
+            )
+        # The last token drawn is never fed, so it needs no place in the cache.
+        num_pages = self._num_pages_for(total - 1)
+        if num_pages > self.num_pages:
+            raise ValueError(
+                f"{total} tokens need {num_pages} pages of {self.page_size}; the whole cache has "
                 f"{self.num_pages}. Shorten the request or start the engine with more pages."
             )
         if len(request.stop_ids) > self._max_stop_ids:
@@ -220,6 +269,12 @@ class Engine:
         if foreign:
             raise ValueError(f"token ids must be in 0..{vocab - 1}, the model's vocabulary; given {foreign[:5]}")
 
+    def _frequencies(self, length: int) -> np.ndarray:
+        """Returns the rotary frequencies of what can become `length` tokens long."""
+        if length <= self.config.max_position_embeddings:
+            return self._inv_freq_F
+        return np.asarray(rope.inv_freq(self.config, length=length))
+
     # Lifetime.
 
     def warmup(self, on_program: Callable[[str, float], None] | None = None) -> None:
@@ -227,23 +282,8 @@ class Engine:
 
         `on_program` is told the name of each and the seconds it took.
         """
-        assert all(slot is None for slot in self._slots), "warm-up runs before requests are served"
-        nobody_B = np.zeros(self.num_slots, bool)
-        pages_M = np.full(self._widths[-1], self.num_pages, np.int32)
-        # Twice: the first round may still change how the state's buffers are bound to their device.
-        for report in (on_program, None):
-            beginnings = [(size, self._width(size)) for size in self._chunks[:-1]]
-            for size, width in beginnings + [(self._chunks[-1], width) for width in self._widths]:
-                with _timed(f"read {size} prompt tokens, context {width * self.page_size}", report):
-                    self._read(np.zeros(size, np.int32), pages_M[None, :width], 0, 0, self._inv_freq_F)
-            for width in self._widths:
-                with _timed(f"draw {self._tokens_per_dispatch} tokens, context {width * self.page_size}", report):
-                    self._block(nobody_B, width)
-            with _timed("admit and clear", report):
-                slot = _Slot(Handle(Request((0,), 1), self._notify), [], self._frequencies(self.max_context))
-                self._start_drawing(0, slot)
-                self._state = self._clear_pages(self._state, pages_M)
-            np.asarray(self._block(nobody_B, self._widths[-1]))
+        assert all(row is None for row in self._slots), "warm-up runs before requests are served"
+        self._device.warmup(on_program)
         self._warm = True
 
     def start(self) -> "Engine":
@@ -287,9 +327,9 @@ class Engine:
         try:
             self._drop_aborted()
             self._admit_waiting()
-            for index, slot in enumerate(self._slots):
-                if slot is not None and not slot.drawing:
-                    self._guarded(index, slot, self._read_prompt)
+            for index, row in enumerate(self._slots):
+                if row is not None and not row.drawing:
+                    self._guarded(index, row, self._read_prompt)
             # The next block is dispatched before the last one is read, so the device never waits for the host.
             dispatched = self._dispatch()
             if self._in_flight and (len(self._in_flight) > 1 or not dispatched):
@@ -299,168 +339,212 @@ class Engine:
         return bool(self._queue or self._in_flight or any(self._slots))
 
     def _drop_aborted(self) -> None:
-        for index, slot in enumerate(self._slots):
-            if slot is not None and slot.handle.aborted:
-                self._drop(index, "aborted", None)
+        for index, row in enumerate(self._slots):
+            if row is not None and row.handle.aborted:
+                self._leave(index, whole_pages=True)
+                self._end(row, "aborted")
         with self._wake:
-            aborted = [handle for handle in self._queue if handle.aborted]
-            for handle in aborted:
-                self._queue.remove(handle)
-        for handle in aborted:
-            handle.end("aborted")
+            aborted = [row for row in self._queue if row.handle.aborted]
+            for row in aborted:
+                self._queue.remove(row)
+        for row in aborted:
+            self._end(row, "aborted")
 
     def _admit_waiting(self) -> None:
-        while self._queue and None in self._slots:
-            request = self._queue[0].request
-            pages = self._allocator.allocate(self._num_pages_needed(request))
-            if pages is None:
+        for row in list(self._queue):
+            if None not in self._slots:
+                return
+            if self._is_read_elsewhere(row):
+                continue  # soon it need not be read; whoever came later may go first
+            # One more page for every row that runs, or the next block might already have to stop one of them.
+            num_pages, others = self._num_pages_for(len(row.tokens)), sum(other is not None for other in self._slots)
+            if self._tree.num_needed(row.key, row.tokens[:-1], num_pages) + others > self._tree.num_available:
                 return  # in order: a small request does not overtake a large one for ever
             with self._wake:
-                handle = self._queue.popleft()
+                self._queue.remove(row)
             index = self._slots.index(None)
-            slot = _Slot(handle, pages, self._inv_freq_F)
-            self._slots[index] = slot
-            self._guarded(index, slot, self._place)
+            self._slots[index] = row
+            self._guarded(index, row, self._place)
 
-    def _guarded(self, index: int, slot: _Slot, work: Callable[[int, _Slot], None]) -> None:
+    def _is_read_elsewhere(self, row: _Row) -> bool:
+        """Whether another row is reading more of what this one begins with than the tree holds."""
+        for other in self._slots:
+            if other is not None and not other.drawing and other.key == row.key:
+                num_pages = num_common(row.tokens[:-1], other.tokens[:-1]) // self.page_size
+                if num_pages * self.page_size > self._tree.num_shared(row.key, row.tokens[:-1]):
+                    return True
+        return False
+
+    def _guarded(self, index: int, row: _Row, work: Callable[[int, _Row], None]) -> None:
         """Runs the work of one request; if it fails, that request ends and the others go on."""
         try:
-            work(index, slot)
+            work(index, row)
         except Exception as error:
-            if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._state)):
-                raise  # the failed program took the device state with it
-            self._drop(index, "error", f"{type(error).__name__}: {error}")
+            if self._device.lost:
+                raise
+            self._fail(index, f"{type(error).__name__}: {error}")
 
-    def _place(self, index: int, slot: _Slot) -> None:
-        slot.inv_freq_F = self._frequencies(slot.total)
-        self._page_table_BM[index, : len(slot.pages)] = slot.pages
+    def _place(self, index: int, row: _Row) -> None:
+        """Gives a row its pages. The last token is the step's to feed, so it is never shared."""
+        taken = self._tree.take(row.key, row.tokens[:-1], self._num_pages_for(len(row.tokens)))
+        row.pages, row.num_read = taken.pages, taken.num_tokens
+        row.num_turns += 1
+        self._page_table_BM[index, : len(row.pages)] = row.pages
+        if row.num_turns == 1:
+            row.handle.num_shared = row.num_read
+            self._num_prompt_tokens += row.num_prompt
+            self._num_shared_tokens += row.num_read
 
-    def _frequencies(self, length: int) -> np.ndarray:
-        """Returns the rotary frequencies of a request, fixed by its longest possible length."""
-        if length <= self.config.max_position_embeddings:
-            return self._inv_freq_F
-        return np.asarray(rope.inv_freq(self.config, length=length))
-
-    def _width(self, length: int) -> int:
-        return next(width for width in self._widths if width * self.page_size >= length or width == self._widths[-1])
-
-    def _read(self, tokens_C: np.ndarray, page_table_1M, start: int, end: int, inv_freq_F) -> None:
-        chunk = PromptChunk(
-            tokens_C[None], page_table_1M, np.array([start], np.int32), np.array([end], np.int32), inv_freq_F[None]
-        )
-        self._state = self._read_chunk(self._params, self._state, chunk, self._lora)
-
-    def _read_prompt(self, index: int, slot: _Slot) -> None:
-        """Reads the next chunk of a prompt; after the last one the slot draws. The last token is the step's to feed."""
-        tokens, start = slot.handle.request.tokens, slot.num_read
-        end = min(start + self._chunks[-1], len(tokens) - 1)
+    def _read_prompt(self, index: int, row: _Row) -> None:
+        """Reads the next chunk of what a row begins with; after the last one it draws."""
+        start = row.num_read
+        end = min(start + self._device.chunks[-1], len(row.tokens) - 1)
         if end > start:
-            # Smaller chunks are for short prompts only, where they need one width: few programs to compile.
-            size = self._chunks[-1] if start else next(size for size in self._chunks if size >= end)
-            width = self._width(end if size == self._chunks[-1] else size)
-            tokens_C = np.zeros(size, np.int32)
-            tokens_C[: end - start] = tokens[start:end]
-            page_table_1M = self._page_table_BM[index : index + 1, :width].copy()
-            self._read(tokens_C, page_table_1M, start, end, slot.inv_freq_F)
-            slot.num_read = end
-        if end == len(tokens) - 1:
-            self._start_drawing(index, slot)
+            self._device.read(row.tokens[start:end], self._page_table_BM[index], start, inv_freq_F=row.inv_freq_F)
+            row.num_read = end
+        if end == len(row.tokens) - 1:
+            self._keep(index, whole_pages=True)
+            self._start_drawing(index, row)
 
-    def _start_drawing(self, index: int, slot: _Slot) -> None:
-        request = slot.handle.request
-        length = len(request.tokens)
+    def _start_drawing(self, index: int, row: _Row) -> None:
+        request, length = row.handle.request, len(row.tokens)
         tokens_S = np.zeros(self.max_context, np.int32)
-        tokens_S[:length] = request.tokens
+        tokens_S[:length] = row.tokens
         stop_ids_I = np.full(self._max_stop_ids, -1, np.int32)
         stop_ids_I[: len(request.stop_ids)] = request.stop_ids
-        new = Admission(
-            np.array(index, np.int32),
-            tokens_S,
-            np.array(length, np.int32),
-            np.array(slot.total, np.int32),
-            stop_ids_I,
-            slot.inv_freq_F,
-            stack([request.sampling]),
+        self._device.admit(
+            Admission(
+                np.array(index, np.int32),
+                tokens_S,
+                np.array(length, np.int32),
+                np.array(row.total, np.int32),
+                stop_ids_I,
+                row.inv_freq_F,
+                stack([request.sampling]),
+            )
         )
-        self._state = self._admit(self._state, new)
-        slot.drawing, slot.longest = True, length
-
-    def _block(self, keep_B: np.ndarray, width: int) -> jax.Array:
-        # A copy: the host changes its table while the device may still read what it was given.
-        page_table_BM = self._page_table_BM[:, :width].copy()
-        self._state, packed = self._decode_block(self._params, self._state, page_table_BM, keep_B, self._lora)
-        return packed
+        row.drawing, row.longest = True, length
 
     def _dispatch(self) -> bool:
         """Sends off one block for all slots that draw; returns whether there were any."""
-        slots = enumerate(self._slots)
-        drawing = {i: slot for i, slot in slots if slot is not None and slot.drawing and slot.longest < slot.total}
+        self._grow()
+        rows = enumerate(self._slots)
+        drawing = {i: row for i, row in rows if row is not None and row.drawing and row.longest < row.total}
         if not drawing:
             return False
-        for slot in drawing.values():
-            slot.longest = min(slot.longest + self._tokens_per_dispatch, slot.total)
+        for row in drawing.values():
+            row.longest = self._longest_next(row)
         keep_B = np.array([index in drawing for index in range(self.num_slots)])
-        packed = self._block(keep_B, self._width(max(slot.longest for slot in drawing.values())))
-        packed.copy_to_host_async()
-        self._in_flight.append((packed, drawing))
+        width = self._device.width(max(row.longest for row in drawing.values()))
+        packed = self._device.block(self._page_table_BM[:, :width], keep_B)
+        self._in_flight.append((packed, {index: (row, row.num_turns) for index, row in drawing.items()}))
         return True
 
-    def _deliver(self, packed: jax.Array, drawing: dict[int, _Slot]) -> None:
+    def _longest_next(self, row: _Row) -> int:
+        return min(row.longest + self._device.tokens_per_dispatch, row.total)
+
+    def _grow(self) -> None:
+        """Gives every row that draws the pages of its next block, the oldest first; the youngest may have to leave."""
+        rows = [(row.order, index) for index, row in enumerate(self._slots) if row is not None]
+        for _, index in sorted(rows):
+            while (row := self._slots[index]) is not None and row.drawing:
+                count = self._num_pages_for(self._longest_next(row) - 1) - len(row.pages)
+                pages = self._tree.allocate(max(count, 0))
+                if pages is not None:
+                    self._page_table_BM[index, len(row.pages) : len(row.pages) + len(pages)] = pages
+                    row.pages += pages
+                    break
+                self._preempt(max((other.order, i) for i, other in enumerate(self._slots) if other is not None)[1])
+
+    def _preempt(self, index: int) -> None:
+        row = self._slots[index]
+        self._leave(index, whole_pages=True)
+        row.num_read, row.num_judged, row.drawing = 0, 0, False
+        self._num_preempted += 1
+        with self._wake:
+            self._queue.appendleft(row)
+
+    def _deliver(self, packed: jax.Array, drawing: dict[int, tuple[_Row, int]]) -> None:
         """Hands out the tokens of a block, and frees the slots of rows that are done."""
         block = unpack(np.asarray(packed))
-        for index, slot in drawing.items():
-            if self._slots[index] is not slot:
-                continue  # done or aborted before this block was read
+        for index, (row, turn) in drawing.items():
+            if self._slots[index] is not row or row.num_turns != turn:
+                continue  # done, aborted or preempted before this block was read
             count, finish = int(block.counts_B[index]), FINISH_NAMES[block.finish_B[index]]
             ids = tuple(block.ids_Bn[index, :count].tolist())
-            logprobs = tuple(block.logprobs_Bn[index, :count].tolist()) if slot.handle.request.logprobs else None
+            logprobs = tuple(block.logprobs_Bn[index, :count].tolist()) if row.handle.request.logprobs else None
+            row.tokens += ids
             if ids:
-                slot.handle.deliver(Event(ids, logprobs, None if finish == "error" else finish, None))
+                judged = row.num_cached // self.page_size
+                self._device.judge(row.pages[row.num_judged : judged])
+                row.num_judged = judged
             if finish == "error":
-                self._drop(index, "error", "the model's logits are not finite (NaN or infinite)")
+                if ids:
+                    row.handle.deliver(Event(ids, logprobs, None, None))
+                self._fail(index, "the model's logits are not finite (NaN or infinite)")
             elif finish:
-                self._release(index)
+                self._device.judge(row.pages)
+                self._leave(index, whole_pages=False)
+                if row.session is not None:
+                    row.session.end(row.tokens)
+                row.handle.deliver(Event(ids, logprobs, finish, None))
+            elif ids:
+                row.handle.deliver(Event(ids, logprobs, None, None))
+
+    def _keep(self, index: int, *, whole_pages: bool) -> None:
+        """Leaves what a row has read and drawn to later requests that begin with it."""
+        row = self._slots[index]
+        num_tokens = row.num_cached
+        if whole_pages:  # a block under way may still write into the last one
+            num_tokens -= num_tokens % self.page_size
+        row.pages = self._tree.insert(row.key, row.tokens[:num_tokens], row.pages)
+        self._page_table_BM[index, : len(row.pages)] = row.pages
+
+    def _leave(self, index: int, *, whole_pages: bool) -> None:
+        """Frees a slot; what its row did so far stays until the pages are needed."""
+        self._keep(index, whole_pages=whole_pages)
+        self._release(index)
 
     def _release(self, index: int) -> None:
-        self._allocator.free(self._slots[index].pages)
+        row = self._slots[index]
+        self._tree.free(row.pages)
+        row.pages = []
         self._slots[index] = None
         self._page_table_BM[index] = self.num_pages
 
-    def _drop(self, index: int, finish: Finish, error: str | None) -> None:
-        """Ends one request early. What it left in its pages was never judged, so nobody gets them uncleared."""
-        slot, pages_M = self._slots[index], self._page_table_BM[index].copy()
+    def _end(self, row: _Row, finish: Finish, error: str | None = None) -> None:
+        """Ends a request without further tokens. An aborted turn of a session counts as far as it was delivered."""
+        if row.session is not None:
+            row.session.end(row.tokens if finish == "aborted" and len(row.tokens) > row.num_prompt else None)
+        row.handle.end(finish, error)
+
+    def _fail(self, index: int, error: str) -> None:
+        """Ends a request that failed; nobody is to begin with what it left unjudged."""
+        row = self._slots[index]
+        self._tree.forget(self._device.unjudged(row.pages))
         self._release(index)
-        slot.handle.end(finish, error)
-        self._state = self._clear_pages(self._state, pages_M)
+        self._end(row, "error", error)
 
     def _recover(self, error: Exception) -> None:
         """The device state is lost: requests in slots end with the error, those that wait are served afresh."""
         message = f"{type(error).__name__}: {error}"
-        for index, slot in enumerate(self._slots):
-            if slot is not None:
-                self._release(index)
-                slot.handle.end("error", message)
+        rows = [row for row in self._slots if row is not None]
         try:
-            self._reset()
+            self._device.reset()
         except Exception as again:
             with self._wake:
                 self._closed = f"the engine stopped: its state could not be made anew: {again} (after {message})"
+        self._forget_all()
+        for row in rows:
+            self._end(row, "error", message)
+        if self._closed:
             self._end_all("error", self._closed)
 
     def _end_all(self, finish: Finish, error: str | None) -> None:
-        for index, slot in enumerate(self._slots):
-            if slot is not None:
+        for index, row in enumerate(self._slots):
+            if row is not None:
                 self._release(index)
-                slot.handle.end(finish, error)
+                self._end(row, finish, error)
         self._in_flight.clear()
         while self._queue:
-            self._queue.popleft().end(finish, error)
-
-
-@contextlib.contextmanager
-def _timed(name: str, report: Callable[[str, float], None] | None):
-    """Tells `report` how long the block took."""
-    start = time.perf_counter()
-    yield
-    if report is not None:
-        report(name, time.perf_counter() - start)
+            self._end(self._queue.popleft(), finish, error)

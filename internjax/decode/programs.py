@@ -149,10 +149,39 @@ def unpack(packed: np.ndarray) -> Block:
     return Block(packed[:, :n], packed[:, n : 2 * n].view(np.float32), packed[:, -2], packed[:, -1])
 
 
+def _on_pages(state: DecodeState, change) -> DecodeState:
+    """Returns the state with `change` applied to every array of the cache that is laid out by pages, `[L, P, ...]`."""
+    cache = jax.tree.map(lambda pages: change(pages) if pages.ndim > 2 else pages, state.cache)
+    return dataclasses.replace(state, cache=cache)
+
+
 def clear_pages(state: DecodeState, pages_M: jax.Array) -> DecodeState:
     """Returns the state with zeros in `pages`: attention weighs a slot not written yet by 0, and 0 * NaN is NaN."""
+    return _on_pages(state, lambda pages: pages.at[:, pages_M].set(0, mode="drop"))
 
-    def cleared(pages):
-        return pages.at[:, pages_M].set(0, mode="drop") if pages.ndim > 2 else pages
 
-    return dataclasses.replace(state, cache=jax.tree.map(cleared, state.cache))
+def copy_page(state: DecodeState, source: jax.Array, target: jax.Array, count: jax.Array) -> DecodeState:
+    """Returns the state in which page `target` holds the first `count` slots of `source`, and zeros."""
+
+    def copied(pages):
+        page = pages[:, source]
+        kept_S = (jnp.arange(page.shape[1]) < count).reshape(-1, *[1] * (page.ndim - 2))
+        return pages.at[:, target].set(jnp.where(kept_S, page, 0), mode="drop")
+
+    return _on_pages(state, copied)
+
+
+def page_arrays(state: DecodeState) -> list[jax.Array]:
+    """Returns the arrays of the cache that are laid out by pages, `[L, P, ...]`."""
+    return [leaf for leaf in jax.tree.leaves(state.cache) if leaf.ndim > 2]
+
+
+def save_pages(state: DecodeState, pages_W: jax.Array) -> list[jax.Array]:
+    """Returns the contents of `pages`, `[W, L, ...]` of each array of the cache; what is no page is all zeros."""
+    return [jnp.moveaxis(x.at[:, pages_W].get(mode="fill", fill_value=0), 1, 0) for x in page_arrays(state)]
+
+
+def load_pages(state: DecodeState, pages_W: jax.Array, contents: list[jax.Array]) -> DecodeState:
+    """Returns the state with the contents that `save_pages` returned in `pages`; what is no page is dropped."""
+    left = iter(contents)
+    return _on_pages(state, lambda x: x.at[:, pages_W].set(jnp.moveaxis(next(left), 0, 1), mode="drop"))

@@ -5,6 +5,8 @@ import queue
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from internjax.decode.sample import SamplingParams
 
 Finish = Literal["stop", "length", "aborted", "error"]
@@ -48,8 +50,10 @@ class Handle:
         self.request = request
         self._wake = wake
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._read_to_end = False
+        self._read_to_end = self._finished = False
         self.aborted = False
+        self.num_shared = 0
+        """Prompt tokens that were in the cache already, known when the first event comes."""
 
     def events(self) -> Iterator[Event]:
         """Yields events as they come, until the one that has `finish`. Every event is delivered once."""
@@ -67,6 +71,11 @@ class Handle:
         logprobs = tuple(value for event in events for value in event.logprobs or ()) if self.request.logprobs else None
         return Result(ids, logprobs, events[-1].finish, events[-1].error)
 
+    @property
+    def finished(self) -> bool:
+        """Whether the last event was delivered, read or not."""
+        return self._finished
+
     def abort(self) -> None:
         """Ends the request soon, wherever it is; no effect on one that is done."""
         self.aborted = True
@@ -74,8 +83,52 @@ class Handle:
 
     def deliver(self, event: Event) -> None:
         """Adds an event, the engine's part; the one with `finish` is the last."""
+        self._finished = event.finish is not None
         self._events.put(event)
 
     def end(self, finish: Finish, error: str | None = None) -> None:
         """Adds the last event of a request that ends without further tokens."""
         self.deliver(Event((), () if self.request.logprobs else None, finish, error))
+
+
+class Session:
+    """A conversation: its tokens so far, and the frequencies that the longest it may become has fixed.
+
+    It holds no pages: those of its tokens stay in the cache or in the host's memory until others need the room.
+    """
+
+    def __init__(self, max_length: int, inv_freq_F: np.ndarray, tokens: tuple[int, ...] = ()):
+        self.max_length, self.inv_freq_F, self.tokens = max_length, inv_freq_F, tokens
+        self._handle: Handle | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request of it is not done."""
+        return self._handle is not None
+
+    def fork(self) -> "Session":
+        """Returns another conversation that begins as this one; raises RuntimeError while it is busy."""
+        self._check_idle()
+        return Session(self.max_length, self.inv_freq_F, self.tokens)
+
+    def lengthen(self, max_length: int, inv_freq_F: np.ndarray) -> bool:
+        """Sets what the engine found for `max_length`; returns whether that changed the frequencies."""
+        self._check_idle()
+        changed = bool(self.tokens) and not np.array_equal(inv_freq_F, self.inv_freq_F)
+        self.max_length, self.inv_freq_F = max_length, inv_freq_F
+        return changed
+
+    def take(self, handle: Handle) -> None:
+        """Notes the request that is answered now, the engine's part."""
+        self._check_idle()
+        self._handle = handle
+
+    def end(self, tokens: list[int] | None) -> None:
+        """Notes the tokens that it has after its request, the engine's part; None leaves them as they were."""
+        if tokens is not None:
+            self.tokens = tuple(tokens)
+        self._handle = None
+
+    def _check_idle(self) -> None:
+        if self.busy:
+            raise RuntimeError("the last request of this session is not done: wait for it or abort it")

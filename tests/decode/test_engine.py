@@ -153,20 +153,122 @@ def test_logprobs_are_reported_only_on_request(engine):
     assert result.logprobs is None and len(result.ids) == 5
 
 
-def test_more_requests_than_pages_wait_in_order():
-    """14 pages; the first and third request need 10 each, the second 3: one after another, none overtakes."""
+def test_rows_that_outgrow_the_pages_wait_and_draw_the_same_tokens():
+    """14 pages of 4: three rows of up to 10 pages begin together; the youngest leave, and continue where they were."""
     engine = build(num_pages=14)
-    requests = [Request(prompt(10, seed=s), n, GREEDY) for s, n in ((0, 30), (1, 2), (2, 30), (3, 2))]
+    requests = [Request(prompt(10, seed=s), 30, dataclasses.replace(DRAWN, seed=s), logprobs=True) for s in range(4)]
     handles = [engine.submit(request) for request in requests]
-    order = []
-    lows = []
-    while engine.tick():
-        order += [i for i, handle in enumerate(handles) if i not in order and not handle._events.empty()]
-        lows.append(engine.stats().num_free_pages)
-    assert min(lows) == 1 and order.index(1) < order.index(2) and order.index(2) <= order.index(3)
+    done = []
+    while len(done) < 4:
+        engine.tick()
+        done += [i for i, handle in enumerate(handles) if i not in done and handle.finished]
+    assert done == [0, 1, 2, 3] and engine.stats().num_preempted >= 2
+    for request, handle in zip(requests, handles):
+        result, (ids, values) = handle.result(), generated(request)
+        assert result.ids == ids
+        np.testing.assert_allclose(result.logprobs, values, atol=2e-5)
+    assert engine.stats().num_free_pages == 14
+
+
+def test_a_large_request_is_not_overtaken_for_ever():
+    """The second fills the cache; the small ones behind it wait until it has its turn."""
+    engine = build(num_pages=14)
+    requests = [Request(prompt(n, seed=n), 4, GREEDY) for n in (10, 50, 3, 3)]
+    handles = [engine.submit(request) for request in requests]
+    began = []
+    while len(began) < 4:
+        engine.tick()
+        began += [i for i, handle in enumerate(handles) if i not in began and not handle._events.empty()]
+    assert began == [0, 1, 2, 3]
+    drive(engine)
     for request, handle in zip(requests, handles):
         assert handle.result().ids == generated(request)[0]
-    assert engine.stats().num_free_pages == 14
+
+
+def test_what_requests_begin_with_is_read_once(engine):
+    """Whole pages are shared, the rest of a page is copied; at the same time, and later."""
+    stem = prompt(22, seed=5)
+    requests = [Request((*stem, *prompt(n, seed=n)), 6, DRAWN, logprobs=True) for n in (9, 3, 1)]
+    before = engine.stats()
+    together = [engine.submit(request) for request in requests]
+    drive(engine)
+    assert [handle.num_shared for handle in together] == [0, 22, 22]  # read by the first while the others waited
+    later = [engine.submit(request) for request in requests]
+    drive(engine)
+    assert [handle.num_shared for handle in later] == [30, 24, 22]  # all but the last token, which the step feeds
+    after = engine.stats()
+    assert after.num_prompt_tokens - before.num_prompt_tokens == 2 * sum(len(request.tokens) for request in requests)
+    assert after.num_shared_tokens - before.num_shared_tokens == 44 + 76
+    for request, first, second in zip(requests, together, later):
+        result, again, (ids, values) = first.result(), second.result(), generated(request)
+        assert result.ids == again.ids == ids
+        np.testing.assert_allclose(result.logprobs, values, atol=2e-5)
+        np.testing.assert_allclose(again.logprobs, values, atol=2e-5)
+
+
+def test_a_session_sends_only_new_turns_and_answers_as_if_all_were_read(engine):
+    session = engine.open_session(60)
+    history = ()
+    for turn, (length, count) in enumerate(((7, 6), (5, 9), (3, 11))):
+        request = Request(prompt(length, seed=turn), count, DRAWN, logprobs=True)
+        handle = engine.submit(request, session=session)
+        with pytest.raises(RuntimeError, match="is not done"):
+            engine.submit(request, session=session)
+        drive(engine)
+        result = handle.result()
+        whole = dataclasses.replace(request, tokens=history + request.tokens)
+        ids, values = generated(whole)
+        assert result.ids == ids
+        np.testing.assert_allclose(result.logprobs, values, atol=2e-5)
+        # Of the history only the last token drawn is not in the cache: nothing was fed after it.
+        assert handle.num_shared == max(len(history) - 1, 0)
+        history += request.tokens + ids
+        assert session.tokens == history and not session.busy
+    with pytest.raises(
+        ValueError, match="41 tokens of the session, 10 of the turn and 10 new ones make 61; the session"
+    ):
+        engine.submit(Request(prompt(10), 10), session=session)
+    other = session.fork()
+    assert engine.lengthen(session, 64) is False
+    answers = [engine.submit(Request(prompt(10), 10, GREEDY), session=session)]
+    answers.append(engine.submit(Request(prompt(4), 5, GREEDY), session=other))
+    drive(engine)
+    assert answers[0].result().ids == generated(Request(history + prompt(10), 10, GREEDY))[0]
+    assert answers[1].result().ids == generated(Request(history + prompt(4), 5, GREEDY))[0]
+    assert other.tokens[:41] == history and len(other.tokens) == 50
+
+
+def test_an_aborted_turn_counts_as_far_as_it_came_and_a_failed_one_does_not(engine, monkeypatch):
+    session = engine.open_session()
+    handle = engine.submit(Request(prompt(5), 40, GREEDY), session=session)
+    for _ in range(4):
+        engine.tick()
+    handle.abort()
+    drive(engine)
+    ids = handle.result().ids
+    assert 0 < len(ids) < 40 and session.tokens == prompt(5) + ids
+    monkeypatch.setattr(Engine, "_place", lambda *_: 1 / 0)
+    failed = engine.submit(Request(prompt(3), 4, GREEDY), session=session)
+    drive(engine)
+    assert failed.result().finish == "error" and session.tokens == prompt(5) + ids and not session.busy
+
+
+def test_pages_wait_in_the_hosts_memory():
+    """8 pages, 6 more on the host: a conversation comes back after another filled the cache, with the same answers."""
+    engine = build(num_pages=8, num_host_pages=6, num_slots=2, max_context=32)
+    session = engine.open_session(32)
+    first = engine.submit(Request(prompt(9), 6, GREEDY), session=session)
+    drive(engine)
+    answer(engine, Request(prompt(20, seed=1), 10, GREEDY))
+    assert engine.stats().num_saved_pages == 4
+    second = engine.submit(Request(prompt(3), 8, GREEDY, logprobs=True), session=session)
+    drive(engine)
+    history = prompt(9) + first.result().ids
+    assert second.num_shared == len(history) - 1
+    ids, values = generated(Request(history + prompt(3), 8, GREEDY))
+    result = second.result()
+    assert result.ids == ids
+    np.testing.assert_allclose(result.logprobs, values, atol=2e-5)
 
 
 def test_what_can_never_fit_is_refused_at_once():
@@ -200,8 +302,8 @@ def test_silly_settings_are_refused(settings):
 
 
 def test_abort_while_waiting_reading_and_drawing(engine):
-    long = Request(prompt(50), 12, GREEDY)
-    reading, drawing, stays = (engine.submit(r) for r in (long, Request(prompt(2), 60, GREEDY), long))
+    long, again = Request(prompt(50, seed=8), 12, GREEDY), Request(prompt(50, seed=9), 12, GREEDY)
+    reading, drawing, stays = (engine.submit(r) for r in (again, Request(prompt(2), 60, GREEDY), long))
     waiting = engine.submit(long)
     for _ in range(3):
         engine.tick()
@@ -220,9 +322,9 @@ def test_abort_while_waiting_reading_and_drawing(engine):
 def test_a_failure_on_the_host_ends_one_request_only(engine, monkeypatch):
     place = Engine._place
 
-    def failing(self, index, slot):
-        place(self, index, slot)
-        if slot.handle.request.max_new_tokens == 13:
+    def failing(self, index, row):
+        place(self, index, row)
+        if row.handle.request.max_new_tokens == 13:
             raise RuntimeError("planted")
 
     monkeypatch.setattr(Engine, "_place", failing)
@@ -267,7 +369,7 @@ def test_an_aborted_prompt_leaves_no_nan_behind():
 
 
 def test_a_lost_device_state_ends_what_was_served_and_not_what_waits(engine, monkeypatch):
-    program = engine._decode_block
+    program = engine._device._decode_block
     calls = []
 
     def failing(params, state, *rest):
@@ -277,7 +379,7 @@ def test_a_lost_device_state_ends_what_was_served_and_not_what_waits(engine, mon
             raise RuntimeError("planted device error")
         return program(params, state, *rest)
 
-    monkeypatch.setattr(engine, "_decode_block", failing)
+    monkeypatch.setattr(engine._device, "_decode_block", failing)
     monkeypatch.setattr(failing, "_cache_size", lambda: 0, raising=False)
     request = Request(prompt(5), 12, GREEDY)
     results = answer(engine, *[request] * 5)
@@ -321,10 +423,10 @@ def bucketed():
 def test_nothing_compiles_after_warm_up(bucketed):
     engine, reported, names = bucketed
     assert names, "the counter sees nothing"
-    # A small chunk; a full chunk and a block for each of three contexts; admission with clearing.
+    # A small chunk; a full chunk and a block for each of three contexts; admission with clearing and copying.
     assert len(reported) == len(set(reported)) == 1 + 3 + 3 + 1
     warm = engine.stats().num_compiled
-    assert warm == 1 + 3 + 3 + 2
+    assert warm == 1 + 3 + 3 + 3
     rng = random.Random(0)
     with CompileCounter() as compiled:
         handles = []
@@ -389,8 +491,8 @@ def test_pages_come_back_after_any_traffic(engine):
     drive(engine)
     finishes = [handle.result().finish for handle in handles]
     assert set(finishes) == {"length", "stop", "aborted"} and len(finishes) == 150
-    assert sorted(engine._allocator.allocate(engine.num_pages)) == list(range(engine.num_pages))
-    engine._allocator.free(range(engine.num_pages))
+    assert sorted(pages := engine._tree.allocate(engine.num_pages)) == list(range(engine.num_pages))
+    engine._tree.free(pages)
     assert (engine._page_table_BM == engine.num_pages).all()
 
 
@@ -436,8 +538,8 @@ def test_a_state_that_cannot_be_made_anew_stops_the_engine(monkeypatch):
     def planted(*_):
         raise MemoryError("planted")
 
-    monkeypatch.setattr(engine, "_decode_block", planted)
-    monkeypatch.setattr(engine, "_empty_state", planted)
+    monkeypatch.setattr(engine._device, "_decode_block", planted)
+    monkeypatch.setattr(engine._device, "_empty_state", planted)
     engine.tick()
     assert {handle.result().finish for handle in handles} == {"error"}
     with pytest.raises(RuntimeError, match="could not be made anew: planted"):

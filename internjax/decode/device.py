@@ -1,0 +1,237 @@
+"""The device's side of the engine: the state of all slots and the compiled programs that change it.
+
+Every shape is fixed at the start, so after `warmup` nothing is compiled again. A call is dispatched and not awaited;
+calls take effect in their order.
+
+S longest context, M pages of a row, C prompt chunk, F frequencies.
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from internjax.decode.generate import decoding_params
+from internjax.decode.prefix_tree import Moves
+from internjax.decode.programs import (
+    Admission,
+    PromptChunk,
+    admit,
+    clear_pages,
+    copy_page,
+    decode_block,
+    empty_state,
+    load_pages,
+    read_chunk,
+    save_pages,
+)
+from internjax.decode.sample import make_sampling
+from internjax.model import rope
+from internjax.model.cache import CacheDType
+from internjax.model.config import ModelConfig
+from internjax.model.lora import Lora
+
+_SMALLEST_CHUNK = 16
+_PAGES_AT_ONCE = 16
+"""Pages that travel to or from the host's memory in one call."""
+
+
+class Device:
+    """One DecodeState and its programs."""
+
+    def __init__(
+        self,
+        params: dict,
+        config: ModelConfig,
+        *,
+        max_context: int,
+        num_slots: int,
+        page_size: int,
+        num_pages: int,
+        cache_dtype: CacheDType,
+        lora: Lora | None,
+        tokens_per_dispatch: int,
+        prefill_chunk: int,
+        context_buckets: Sequence[int],
+        max_stop_ids: int,
+        saves_pages: bool,
+    ):
+        """Compiles nothing yet. saves_pages: contents of pages can be fetched to the host's memory and back."""
+        self.config, self._max_context, self._num_slots, self._page_size = config, max_context, num_slots, page_size
+        self._num_pages, self._max_stop_ids, self._saves_pages = num_pages, max_stop_ids, saves_pages
+        self.pages_per_row = -(-max_context // page_size)
+        self.tokens_per_dispatch = tokens_per_dispatch
+        self.widths = sorted({-(-bucket // page_size) for bucket in context_buckets} | {self.pages_per_row})
+        smaller = (_SMALLEST_CHUNK << i for i in range(20))
+        self.chunks = [*(size for size in smaller if size < prefill_chunk), prefill_chunk]
+        self._params = jax.tree.map(jnp.asarray, decoding_params(params, config))
+        self._lora = lora
+        self._empty_state = jax.jit(
+            functools.partial(
+                empty_state,
+                config=config,
+                num_slots=num_slots,
+                max_context=max_context,
+                num_pages=num_pages,
+                page_size=page_size,
+                cache_dtype=cache_dtype,
+                max_stop_ids=max_stop_ids,
+            )
+        )
+        # Partials of nothing: jit shares the cache of one function, and these programs are counted.
+        self._read_chunk = jax.jit(functools.partial(read_chunk, config=config), donate_argnums=1)
+        self._admit = jax.jit(functools.partial(admit), donate_argnums=0)
+        self._clear_pages = jax.jit(functools.partial(clear_pages), donate_argnums=0)
+        self._copy_page = jax.jit(functools.partial(copy_page), donate_argnums=0)
+        self._save_pages = jax.jit(functools.partial(save_pages))
+        self._load_pages = jax.jit(functools.partial(load_pages), donate_argnums=0)
+        self._decode_block = jax.jit(
+            functools.partial(decode_block, config=config, num_tokens=tokens_per_dispatch), donate_argnums=1
+        )
+        self.moves = Moves(self._renew, self._copy, self._save, self._load)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins with empty slots and empty pages."""
+        # Pages with contents whose results were not looked at yet: they may hold NaN.
+        self._unjudged: set[int] = set()
+        self._state = self._empty_state()
+
+    @property
+    def lost(self) -> bool:
+        """Whether a program failed and took the state with it."""
+        return any(leaf.is_deleted() for leaf in jax.tree.leaves(self._state))
+
+    @property
+    def num_compiled(self) -> int:
+        """Programs compiled so far."""
+        programs = (self._read_chunk, self._admit, self._clear_pages, self._copy_page, self._save_pages)
+        programs += (self._load_pages, self._decode_block)
+        return sum(program._cache_size() for program in programs)
+
+    def width(self, length: int) -> int:
+        """Returns the pages of a row that attention reads while no row is longer than `length`."""
+        return next(width for width in self.widths if width * self._page_size >= length or width == self.widths[-1])
+
+    # Rows.
+
+    def read(self, tokens: Sequence[int], pages_M: np.ndarray, start: int, *, inv_freq_F: np.ndarray) -> None:
+        """Reads the next tokens of a prompt, at most `chunks[-1]`, from position `start` on, into the row's pages."""
+        # Smaller chunks are for short prompts only, where they need one width: few programs to compile.
+        largest, end = self.chunks[-1], start + len(tokens)
+        size = largest if start else next(size for size in self.chunks if size >= end)
+        width = self.width(end if size == largest else size)
+        self._read(
+            np.pad(np.asarray(tokens, np.int32), (0, size - len(tokens))), pages_M[:width], start, end, inv_freq_F
+        )
+
+    def _read(self, tokens_C: np.ndarray, pages_M: np.ndarray, start: int, end: int, inv_freq_F) -> None:
+        chunk = PromptChunk(
+            tokens_C[None],
+            pages_M[None].copy(),
+            np.array([start], np.int32),
+            np.array([end], np.int32),
+            inv_freq_F[None],
+        )
+        self._state = self._read_chunk(self._params, self._state, chunk, self._lora)
+
+    def admit(self, new: Admission) -> None:
+        """Lets a slot draw for a row that was read."""
+        self._state = self._admit(self._state, new)
+
+    def block(self, page_table_BM: np.ndarray, keep_B: np.ndarray) -> jax.Array:
+        """Draws for the slots in `keep`; returns the packed Block, on its way to the host."""
+        # A copy: the host changes its table while the device may still read what it was given.
+        self._state, packed = self._decode_block(self._params, self._state, page_table_BM.copy(), keep_B, self._lora)
+        packed.copy_to_host_async()
+        return packed
+
+    # Pages.
+
+    def judge(self, pages: Sequence[int]) -> None:
+        """Notes that what these pages hold led to finite logits."""
+        self._unjudged.difference_update(pages)
+
+    def unjudged(self, pages: Sequence[int]) -> list[int]:
+        """Returns those of the pages whose contents were not judged."""
+        return [page for page in pages if page in self._unjudged]
+
+    def _renew(self, pages: list[int]) -> None:
+        left = self.unjudged(pages)
+        for start in range(0, len(left), self.pages_per_row):
+            pages_M = np.full(self.pages_per_row, self._num_pages, np.int32)
+            part = left[start : start + self.pages_per_row]
+            pages_M[: len(part)] = part
+            self._state = self._clear_pages(self._state, pages_M)
+        self._unjudged.update(pages)
+
+    def _copy(self, source: int, target: int, count: int) -> None:
+        self._state = self._copy_page(self._state, np.int32(source), np.int32(target), np.int32(count))
+
+    def _parts(self, pages: list[int]) -> list[np.ndarray]:
+        padded = np.full(-(-len(pages) // _PAGES_AT_ONCE) * _PAGES_AT_ONCE, self._num_pages, np.int32)
+        padded[: len(pages)] = pages
+        return list(padded.reshape(-1, _PAGES_AT_ONCE))
+
+    def _save(self, pages: list[int]) -> list[Any]:
+        fetched = [jax.device_get(self._save_pages(self._state, part_W)) for part_W in self._parts(pages)]
+        # Copies: a page that stays must not hold on to those that were fetched with it.
+        return [[x[i].copy() for x in part] for part in fetched for i in range(_PAGES_AT_ONCE)][: len(pages)]
+
+    def _load(self, saved: list[Any], pages: list[int]) -> None:
+        for index, part_W in enumerate(self._parts(pages)):
+            part = saved[index * _PAGES_AT_ONCE : (index + 1) * _PAGES_AT_ONCE]
+            part += [part[-1]] * (_PAGES_AT_ONCE - len(part))
+            self._state = self._load_pages(self._state, part_W, [np.stack(x) for x in zip(*part)])
+
+    # Lifetime.
+
+    def warmup(self, on_program: Callable[[str, float], None] | None = None) -> None:
+        """Compiles every program by running it without effect; `on_program` is told its name and seconds."""
+        nobody_B, table_BM = (
+            np.zeros(self._num_slots, bool),
+            np.full((self._num_slots, self.pages_per_row), self._num_pages),
+        )
+        table_BM = table_BM.astype(np.int32)
+        inv_freq_F = np.asarray(rope.inv_freq(self.config))
+        nothing = Admission(
+            np.array(0, np.int32),
+            np.zeros(self._max_context, np.int32),
+            np.array(1, np.int32),
+            np.array(1, np.int32),
+            np.full(self._max_stop_ids, -1, np.int32),
+            inv_freq_F,
+            make_sampling(1),
+        )
+        # Twice: the first round may still change how the state's buffers are bound to their device.
+        for report in (on_program, None):
+            beginnings = [(size, self.width(size)) for size in self.chunks[:-1]]
+            for size, width in beginnings + [(self.chunks[-1], width) for width in self.widths]:
+                with _timed(f"read {size} prompt tokens, context {width * self._page_size}", report):
+                    self._read(np.zeros(size, np.int32), table_BM[0, :width], 0, 0, inv_freq_F)
+            for width in self.widths:
+                with _timed(f"draw {self.tokens_per_dispatch} tokens, context {width * self._page_size}", report):
+                    packed = self.block(table_BM[:, :width], nobody_B)
+            with _timed("admit, clear and copy", report):
+                self.admit(nothing)
+                self._state = self._clear_pages(self._state, table_BM[0])
+                self._copy(0, self._num_pages, 0)
+            if self._saves_pages:
+                with _timed("save and load pages", report):
+                    self._load(self._save([0]), [self._num_pages])
+            self.block(table_BM, nobody_B)
+            np.asarray(packed)
+
+
+@contextlib.contextmanager
+def _timed(name: str, report: Callable[[str, float], None] | None):
+    """Tells `report` how long the block took."""
+    start = time.perf_counter()
+    yield
+    if report is not None:
+        report(name, time.perf_counter() - start)

@@ -1,0 +1,218 @@
+"""The prefix tree against a plain model: every page is a list of slots, and a slot is the whole text up to it."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from internjax.decode.pages import PageAllocator
+from internjax.decode.prefix_tree import Moves, PrefixTree
+
+NUM_PAGES, S = 9, 3
+
+
+class Arrays:
+    """What the device would hold: for every page its slots, each None or (key, tokens up to and with this one)."""
+
+    def __init__(self):
+        self.slots = {page: [None] * S for page in range(NUM_PAGES)}
+        self.num_copies = self.num_loads = 0
+
+    def renew(self, pages):
+        for page in pages:
+            self.slots[page] = [None] * S
+
+    def copy(self, source, target, count):
+        self.slots[target] = self.slots[source][:count] + [None] * (S - count)
+        self.num_copies += 1
+
+    def save(self, pages):
+        return [list(self.slots[page]) for page in pages]
+
+    def load(self, saved, pages):
+        assert len(saved) == len(pages)
+        for contents, page in zip(saved, pages):
+            self.slots[page] = list(contents)
+        self.num_loads += len(pages)
+
+    @property
+    def moves(self):
+        return Moves(self.renew, self.copy, self.save, self.load)
+
+
+class Row:
+    def __init__(self, key, tokens, pages):
+        self.key, self.tokens, self.pages = key, list(tokens), pages
+
+
+class Sharing(RuleBasedStateMachine):
+    """Rows begin with some text, grow, and end with or without leaving their pages in the tree."""
+
+    num_saved = 0
+
+    def __init__(self):
+        super().__init__()
+        self.arrays = Arrays()
+        self.allocator = PageAllocator(NUM_PAGES)
+        self.tree = PrefixTree(self.allocator, S, self.arrays.moves, num_saved=self.num_saved)
+        self.rows: list[Row] = []
+
+    def write(self, row, start):
+        for index in range(start, len(row.tokens)):
+            page = row.pages[index // S]
+            assert self.allocator.num_owners(page) == 1, "a shared page is written"
+            self.arrays.slots[page][index % S] = (row.key, tuple(row.tokens[: index + 1]))
+
+    @rule(key=st.sampled_from("ab"), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14))
+    def begin(self, key, tokens):
+        before = self.tree.num_available
+        shared = self.tree.num_shared(key, tokens)
+        num_pages = -(-len(tokens) // S)
+        needed = self.tree.num_needed(key, tokens, num_pages)
+        assert num_pages - shared // S <= needed <= num_pages + 1
+        taken = self.tree.take(key, tokens, num_pages)
+        if taken is None:
+            assert self.tree.num_available == before < needed
+            return
+        assert before >= needed
+        assert len(taken.pages) == len(set(taken.pages)) == num_pages
+        # A page is not copied where the copy would need the page itself.
+        assert taken.num_tokens == shared or (before == needed and taken.num_tokens == shared // S * S)
+        row = Row(key, tokens, taken.pages)
+        for index in range(taken.num_tokens):
+            found = self.arrays.slots[row.pages[index // S]][index % S]
+            assert found == (key, tuple(tokens[: index + 1])), "a page holds other tokens than the tree says"
+        self.write(row, taken.num_tokens)
+        self.rows.append(row)
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data(), more=st.lists(st.integers(0, 1), min_size=1, max_size=5))
+    def grow(self, data, more):
+        row = data.draw(st.sampled_from(self.rows))
+        needed = -(-(len(row.tokens) + len(more)) // S) - len(row.pages)
+        available = self.tree.num_available
+        pages = self.tree.allocate(needed)
+        assert (pages is None) == (needed > available)
+        # A row never writes into a page that it left in the tree unless the tree holds whole pages of it only.
+        if pages is not None:
+            row.pages += pages
+            start = len(row.tokens)
+            row.tokens += more
+            self.write(row, start)
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def insert_whole_pages(self, data):
+        row = data.draw(st.sampled_from(self.rows))
+        row.pages = self.tree.insert(row.key, row.tokens[: len(row.tokens) // S * S], row.pages)
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data(), how=st.sampled_from(["kept", "dropped", "forgotten"]))
+    def end(self, data, how):
+        row = self.rows.pop(data.draw(st.integers(0, len(self.rows) - 1)))
+        if how == "kept":
+            row.pages = self.tree.insert(row.key, row.tokens, row.pages)
+        elif how == "forgotten":
+            self.tree.forget([page for page in row.pages if self.allocator.num_owners(page) == 2])
+        self.tree.free(row.pages)
+        if how == "kept":
+            assert self.tree.num_shared(row.key, row.tokens) == len(row.tokens)
+
+    @rule()
+    def clear(self):
+        self.tree.clear()
+        assert self.tree.num_idle == self.tree.num_saved == 0 and not self.tree._roots
+
+    @invariant()
+    def no_page_is_lost_or_shared_wrongly(self):
+        used = {page for row in self.rows for page in row.pages}
+        assert self.tree.num_available == NUM_PAGES - len(used)
+        assert self.tree.num_saved <= self.num_saved
+        for page in range(NUM_PAGES):
+            in_tree = page in self.tree._of_page
+            assert self.allocator.num_owners(page) == sum(page in row.pages for row in self.rows) + in_tree
+        for row in self.rows:
+            for index in range(len(row.tokens)):
+                assert self.arrays.slots[row.pages[index // S]][index % S] == (row.key, tuple(row.tokens[: index + 1]))
+
+    @invariant()
+    def a_page_goes_before_those_above_it(self):
+        idle = list(self.tree._idle)
+        for node in self.tree._of_page.values():
+            above = node.parent
+            if above.page is not None and above in self.tree._idle:
+                assert node in self.tree._idle and idle.index(node) < idle.index(above)
+
+    @invariant()
+    def what_the_host_keeps_has_nothing_below_it_on_the_device(self):
+        for node in self.tree._saved:
+            assert node.page is None and all(child.page is None for child in node.children.values())
+
+
+class SharingWithHost(Sharing):
+    num_saved = 4
+
+
+for machine in (Sharing, SharingWithHost):
+    machine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestSharing, TestSharingWithHost = Sharing.TestCase, SharingWithHost.TestCase
+
+
+@pytest.fixture
+def arrays():
+    return Arrays()
+
+
+def leave(tree, arrays, tokens, key="a"):
+    """A row that holds `tokens` and leaves them in the tree."""
+    pages, start = tree.take(key, tokens, -(-len(tokens) // S))
+    for index in range(start, len(tokens)):
+        arrays.slots[pages[index // S]][index % S] = (key, tuple(tokens[: index + 1]))
+    tree.free(tree.insert(key, tokens, pages))
+
+
+def test_what_was_used_longest_ago_goes_first_and_the_beginning_last(arrays):
+    tree = PrefixTree(PageAllocator(NUM_PAGES), S, arrays.moves)
+    old, new = [1, 2, 3, 4, 5, 6], [7, 8, 9, 1, 2]
+    leave(tree, arrays, old)
+    leave(tree, arrays, new)
+    tree.free(tree.allocate(NUM_PAGES - 3))  # one of four pages must go
+    assert (tree.num_shared("a", old), tree.num_shared("a", new)) == (3, 5)
+    tree.free(tree.take("a", old, 2).pages)  # used: now the other one is older
+    tree.free(tree.allocate(NUM_PAGES - 1))
+    assert (tree.num_shared("a", old), tree.num_shared("a", new)) == (3, 0)
+
+
+def test_the_hosts_memory_gives_back_what_was_evicted(arrays):
+    tree = PrefixTree(PageAllocator(NUM_PAGES), S, arrays.moves, num_saved=3)
+    tokens = [1, 2, 3, 4, 5, 6, 7]
+    leave(tree, arrays, tokens)
+    tree.free(tree.allocate(NUM_PAGES))
+    assert (tree.num_idle, tree.num_saved) == (0, 3)
+    taken = tree.take("a", [*tokens, 8], 3)
+    assert taken.num_tokens == 7 and arrays.num_loads == 3 and arrays.num_copies == 1
+    assert [slot[1][-1] for page in taken.pages for slot in arrays.slots[page] if slot] == tokens
+    tree.free(taken.pages)
+
+
+def test_a_longer_row_takes_the_place_of_the_page_that_was_not_full(arrays):
+    tree = PrefixTree(PageAllocator(NUM_PAGES), S, arrays.moves)
+    leave(tree, arrays, [1, 2, 3, 4])
+    leave(tree, arrays, [1, 2, 3, 4, 5])
+    assert tree.num_idle == 2
+    leave(tree, arrays, [1, 2, 3, 4])  # adds nothing
+    assert tree.num_idle == 2 and tree.num_shared("b", [1, 2, 3]) == 0
+
+
+def test_rows_that_grew_alike_share_one_page_in_the_end(arrays):
+    allocator = PageAllocator(NUM_PAGES)
+    tree = PrefixTree(allocator, S, arrays.moves)
+    first, second = (tree.take("a", [1, 2, 3, 4], 2).pages for _ in range(2))
+    assert not set(first) & set(second)
+    first = tree.insert("a", [1, 2, 3], first)
+    second = tree.insert("a", [1, 2, 3], second)
+    assert second[0] == first[0] and allocator.num_owners(first[0]) == 3 and tree.num_available == NUM_PAGES - 3
+    tree.free(first)
+    assert tree.num_idle == 0  # the second still uses it
+    tree.free(second)
+    assert tree.num_idle == 1 and tree.num_available == NUM_PAGES
