@@ -17,9 +17,15 @@ def gather_pages(pages_LPS: jax.Array, layer: jax.Array, page_table_BM: jax.Arra
     return rows.reshape(B, M * S, *rows.shape[3:])
 
 
-def dequantize_kv(values: jax.Array, scales: jax.Array, zeros: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns (values - zero) * scale per token and head: values `[..., H]`, scales and zeros `[...]`."""
-    return ((values.astype(jnp.float32) - zeros[..., None]) * scales[..., None]).astype(dtype)
+def dequantize_kv(values, scales, offsets, *, head_dim: int, dtype: jnp.dtype) -> jax.Array:
+    """Returns offset + scale * value per token and head, `[..., H]`, of bytes `[..., H]` (8 bits) or `[..., H / 2]` (4).
+
+    scales and offsets are `[...]`. 4-bit values: the first half of the heads in the low bits, the second in the high.
+    """
+    if values.shape[-1] != head_dim:
+        values = jnp.concatenate([values & 0xF, values >> 4], axis=-1)
+    scales, offsets = (x.astype(jnp.float32)[..., None] for x in (scales, offsets))
+    return (offsets + scales * values.astype(jnp.float32)).astype(dtype)
 
 
 def paged_attention(
@@ -31,9 +37,9 @@ def paged_attention(
     page_table_BM: jax.Array,
     q_positions_BT: jax.Array,
     k_scales: jax.Array | None = None,
-    k_zeros: jax.Array | None = None,
+    k_offsets: jax.Array | None = None,
     v_scales: jax.Array | None = None,
-    v_zeros: jax.Array | None = None,
+    v_offsets: jax.Array | None = None,
     window: int | None = None,
     alibi_slopes_N: jax.Array | None = None,
     scale: float | None = None,
@@ -41,18 +47,19 @@ def paged_attention(
     """Returns causal attention outputs `[B, T, N, H]` over the slots of each row's pages, the last `window` if given.
 
     Slot i of a row (page i // S of its table, slot i % S) holds the key of absolute position i, so causality alone
-    hides what was not written yet. With scales and zeros `[L, P, S, K]` the pages hold 8-bit values.
+    hides what was not written yet. With scales and offsets `[L, P, S, K]` the pages hold 8-bit values, or 4-bit ones where
+    they are half as wide as a head.
     """
 
-    def read(pages, scales, zeros):
+    def read(pages, scales, offsets):
         values = gather_pages(pages, layer, page_table_BM)
         if scales is None:
             return values.astype(q_BTNH.dtype)
-        scales, zeros = (gather_pages(x, layer, page_table_BM) for x in (scales, zeros))
-        return dequantize_kv(values, scales, zeros, q_BTNH.dtype)
+        scales, offsets = (gather_pages(x, layer, page_table_BM) for x in (scales, offsets))
+        return dequantize_kv(values, scales, offsets, head_dim=q_BTNH.shape[-1], dtype=q_BTNH.dtype)
 
     with jax.named_scope("paged_attention"):
-        k_BSKH, v_BSKH = read(k_LPSKH, k_scales, k_zeros), read(v_LPSKH, v_scales, v_zeros)
+        k_BSKH, v_BSKH = read(k_LPSKH, k_scales, k_offsets), read(v_LPSKH, v_scales, v_offsets)
         k_positions_BS = jnp.broadcast_to(jnp.arange(k_BSKH.shape[1], dtype=jnp.int32), k_BSKH.shape[:2])
         return attention(
             q_BTNH,

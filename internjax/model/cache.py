@@ -1,17 +1,17 @@
-"""The key/value cache: pages of slots for all layers, dense or shared between rows, in float or 8 bits.
+"""The key/value cache: pages of slots for all layers, dense or shared between rows, in float, 8 or 4 bits.
 
 B rows, T time, L layers, P pages, S slots of a page, M pages of a row, K key/value heads, H head dim.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from internjax.model.config import ModelConfig
 
-CacheDType = Literal["float32", "bfloat16", "float16", "int8"]
+CacheDType = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 
 
 @jax.tree_util.register_dataclass
@@ -19,17 +19,19 @@ CacheDType = Literal["float32", "bfloat16", "float16", "int8"]
 class KVCache:
     """Keys and values of all layers. Position i of row b lives in page `page_table_BM[b, i // S]`, slot `i % S`.
 
-    8-bit caches are asymmetric per token and head: x = (values - zero) * scale. A page id >= P is unmapped: writes to
-    it are dropped. The stacked arrays are carried through the layer loop and written at [layer, page, slot].
+    Caches of few bits are asymmetric per token and head: x = offset + scale * value, with float16 offsets and scales.
+    4-bit values lie two per byte: the first half of the head dimension in the low bits, the second in the high ones.
+    A page id >= P is unmapped: writes to it are dropped. The stacked arrays are carried through the layer loop and
+    written at [layer, page, slot].
     """
 
     k_LPSKH: jax.Array
     v_LPSKH: jax.Array
     page_table_BM: jax.Array
     k_scales_LPSK: jax.Array | None = None
-    k_zeros_LPSK: jax.Array | None = None
+    k_offsets_LPSK: jax.Array | None = None
     v_scales_LPSK: jax.Array | None = None
-    v_zeros_LPSK: jax.Array | None = None
+    v_offsets_LPSK: jax.Array | None = None
 
     @property
     def page_size(self) -> int:
@@ -49,10 +51,14 @@ def paged_cache(
     config: ModelConfig, num_pages: int, page_size: int, *, batch: int, pages_per_row: int, dtype: CacheDType
 ) -> KVCache:
     """Returns an empty cache whose rows own no page yet (every table entry is unmapped)."""
-    shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
+    if dtype == "int4" and config.head_dim % 2:
+        raise ValueError(f"a 4-bit cache packs pairs and cannot hold heads of {config.head_dim}; use dtype='int8'")
+    few_bits = dtype in ("int8", "int4")
+    width = config.head_dim // 2 if dtype == "int4" else config.head_dim
+    shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, width)
     # Distinct arrays throughout: a donated buffer may appear once only.
-    scales = [jnp.zeros(shape[:-1], jnp.float32) if dtype == "int8" else None for _ in range(4)]
-    store = jnp.uint8 if dtype == "int8" else jnp.dtype(dtype)
+    scales = [jnp.zeros(shape[:-1], jnp.float16) if few_bits else None for _ in range(4)]
+    store = jnp.uint8 if few_bits else jnp.dtype(dtype)
     table = jnp.full((batch, pages_per_row), num_pages, jnp.int32)
     return KVCache(jnp.zeros(shape, store), jnp.zeros(shape, store), table, *scales)
 
@@ -63,15 +69,27 @@ def dense_cache(config: ModelConfig, batch: int, length: int, *, dtype: CacheDTy
     return dataclasses.replace(cache, page_table_BM=jnp.arange(batch, dtype=jnp.int32)[:, None])
 
 
-def _quantize_kv(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (values uint8, scale, zero): scale = (max - min) / 255, zero = -min / scale over the head dimension."""
-    x = x.astype(jnp.float32)
+class _Quantised(NamedTuple):
+    """x = offset + scale * value over the head dimension."""
+
+    values: jax.Array
+    scales: jax.Array
+    offsets: jax.Array
+
+
+def _quantize(x: jax.Array, *, bits: int) -> _Quantised:
+    """Returns `x` `[..., H]` in `bits` bits: offset = min, scale = (max - min) / (2^bits - 1), both as they are stored."""
+    x, levels = x.astype(jnp.float32), 2**bits - 1
     low, high = x.min(axis=-1), x.max(axis=-1)
-    # The floor keeps a constant vector finite: its zero point is at most 1e6 in size and it is restored exactly.
-    scale = jnp.maximum(jnp.maximum((high - low) / 255.0, 1e-6 * jnp.abs(low)), 1e-30)
-    zero = -low / scale
-    values = jnp.clip(jnp.round(x / scale[..., None] + zero[..., None]), 0, 255).astype(jnp.uint8)
-    return values, scale, zero
+    # Values are rounded by what will be read back. The floor is the smallest number that float16 holds.
+    offsets = low.astype(jnp.float16)
+    scales = jnp.maximum((high - offsets.astype(jnp.float32)) / levels, 2.0**-24).astype(jnp.float16)
+    x = (x - offsets.astype(jnp.float32)[..., None]) / scales.astype(jnp.float32)[..., None]
+    values = jnp.clip(jnp.round(x), 0, levels).astype(jnp.uint8)
+    if bits == 4:
+        first, second = jnp.split(values, 2, axis=-1)
+        values = first | (second << 4)
+    return _Quantised(values, scales, offsets)
 
 
 def write(
@@ -88,14 +106,14 @@ def write(
 
     if cache.k_scales_LPSK is None:
         return dataclasses.replace(cache, k_LPSKH=put(cache.k_LPSKH, k_BTKH), v_LPSKH=put(cache.v_LPSKH, v_BTKH))
-    k, k_scale, k_zero = _quantize_kv(k_BTKH)
-    v, v_scale, v_zero = _quantize_kv(v_BTKH)
+    bits = 8 * cache.k_LPSKH.shape[-1] // k_BTKH.shape[-1]
+    k, v = _quantize(k_BTKH, bits=bits), _quantize(v_BTKH, bits=bits)
     return dataclasses.replace(
         cache,
-        k_LPSKH=put(cache.k_LPSKH, k),
-        v_LPSKH=put(cache.v_LPSKH, v),
-        k_scales_LPSK=put(cache.k_scales_LPSK, k_scale),
-        k_zeros_LPSK=put(cache.k_zeros_LPSK, k_zero),
-        v_scales_LPSK=put(cache.v_scales_LPSK, v_scale),
-        v_zeros_LPSK=put(cache.v_zeros_LPSK, v_zero),
+        k_LPSKH=put(cache.k_LPSKH, k.values),
+        v_LPSKH=put(cache.v_LPSKH, v.values),
+        k_scales_LPSK=put(cache.k_scales_LPSK, k.scales),
+        k_offsets_LPSK=put(cache.k_offsets_LPSK, k.offsets),
+        v_scales_LPSK=put(cache.v_scales_LPSK, v.scales),
+        v_offsets_LPSK=put(cache.v_offsets_LPSK, v.offsets),
     )

@@ -102,9 +102,9 @@ class Attention(nn.Module):
                 page_table_BM=cache.page_table_BM,
                 q_positions_BT=inputs.positions_BT,
                 k_scales=cache.k_scales_LPSK,
-                k_zeros=cache.k_zeros_LPSK,
+                k_offsets=cache.k_offsets_LPSK,
                 v_scales=cache.v_scales_LPSK,
-                v_zeros=cache.v_zeros_LPSK,
+                v_offsets=cache.v_offsets_LPSK,
                 window=config.window,
                 alibi_slopes_N=slopes_N,
             )
