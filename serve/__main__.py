@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -47,18 +48,54 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quantize", choices=("int8", "int4"), help="weights in 8 or 4 bits (default: as stored)")
     parser.add_argument("--allow-unknown", nargs="+", default=(), metavar="FIELD", help="of config.json, left unread")
-    parser.add_argument("--kv", choices=("float32", "bfloat16", "int8"), help="key/value cache (default: as computed)")
+    parser.add_argument(
+        "--kv",
+        choices=("float32", "bfloat16", "float16", "int8", "int4"),
+        help="key/value cache (default: as computed)",
+    )
     parser.add_argument("--max-context", type=int, help="prompt and answer together (default: as trained)")
-    parser.add_argument("--num-slots", type=int, default=8, help="answers generated at once (default: %(default)s)")
-    parser.add_argument("--num-pages", type=int, help="pages of the cache (default: all slots at full context)")
+    parser.add_argument("--max-batch", type=int, default=8, help="answers generated at once (default: %(default)s)")
+    parser.add_argument(
+        "--memory-fraction",
+        type=_fraction,
+        default=0.9,
+        help="of a GPU's memory, for weights, cache and work (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--host-memory",
+        type=_gib,
+        default=0,
+        metavar="GIB",
+        help="of this machine, for pages that the cache has no room for: they come back instead of being computed anew",
+    )
+    parser.add_argument(
+        "--num-pages",
+        type=int,
+        help="pages of the cache (default: what --memory-fraction leaves; on a CPU, all answers at full context)",
+    )
     parser.add_argument("--page-size", type=int, default=16, help="tokens of a page (default: %(default)s)")
 
 
+def _fraction(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"a share of the memory in (0, 1], given {text}")
+    return value
+
+
+def _gib(text: str) -> float:
+    if not 0 <= (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"GiB, 0 or more, given {text}")
+    return value
+
+
 def open_pipeline(args: argparse.Namespace):
-    """The pipeline that the flags describe, with its programs compiled. Says what it opened."""
+    """The pipeline that the flags describe, with its programs compiled. Says what it opened and what it has room for."""
+    # Read when jax first meets its devices.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(args.memory_fraction))
     import jax
 
     from internjax.compile_cache import keep_programs
+    from internjax.decode.sizing import page_bytes
     from internjax.hf.open import open_model
     from serve.pipeline import Pipeline
 
@@ -71,24 +108,28 @@ def open_pipeline(args: argparse.Namespace):
     print("compiling ...", flush=True)
     pipeline = Pipeline(
         model,
-        num_slots=args.num_slots,
+        num_slots=args.max_batch,
         page_size=args.page_size,
         num_pages=args.num_pages,
+        host_bytes=int(args.host_memory * 2**30),
         max_context=args.max_context,
         cache_dtype=args.kv,
         on_program=lambda name, seconds: seconds > 1 and print(f"  {name}: {seconds:.1f} s", flush=True),
     )
     engine, config = pipeline.engine, model.config
     kv = args.kv or config.dtype
-    per_head = config.head_dim * jax.numpy.dtype(kv).itemsize + (8 if kv == "int8" else 0)  # with scale and zero
-    per_token = 2 * config.num_layers * config.num_kv_heads * per_head
-    size = engine.num_pages * engine.page_size * per_token / 2**20
+    size = page_bytes(config, engine.page_size, kv)
+    tokens = engine.num_pages * engine.page_size
     print(f"compiled in {time.monotonic() - start:.1f} s")
     print(
-        f"cache    {engine.num_pages} pages of {engine.page_size} tokens, {size:,.1f} MiB {kv}; "
-        f"{engine.num_slots} slots of up to {pipeline.max_context} tokens",
+        f"cache    {engine.num_pages:,} pages of {engine.page_size} tokens, {engine.num_pages * size / 2**20:,.1f} MiB "
+        f"{kv}: {tokens:,} tokens, or {tokens / pipeline.max_context:,.1f} conversations of {pipeline.max_context:,}",
         flush=True,
     )
+    if engine.num_host_pages:
+        tokens = engine.num_host_pages * engine.page_size
+        print(f"host     {engine.num_host_pages:,} pages more: {tokens:,} tokens wait in this machine's memory")
+    print(f"slots    {engine.num_slots} answers at once")
     return pipeline
 
 

@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=0.9, help="(default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, help="of one answer (default: what the context holds)")
     parser.add_argument("--seed", type=int, help="(default: a new one for each answer)")
-    parser.set_defaults(num_slots=1)
+    parser.set_defaults(max_batch=1)
     return parser
 
 

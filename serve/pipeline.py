@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
+import jax
+
 from internjax.decode.engine import Engine
 from internjax.decode.request import Handle, Request
 from internjax.decode.sample import SamplingParams
+from internjax.decode.sizing import fitting_pages, page_bytes
 from internjax.hf.open import Model
 from internjax.model.cache import CacheDType
 from internjax.text import chat as protocol
@@ -216,31 +219,53 @@ class Pipeline:
         num_slots: int = 8,
         page_size: int = 16,
         num_pages: int | None = None,
+        host_bytes: int = 0,
         max_context: int | None = None,
         cache_dtype: CacheDType | None = None,
         tokens_per_dispatch: int = 4,
+        prefill_chunk: int | None = None,
         on_program: Callable[[str, float], None] | None = None,
     ):
         """Compiles everything and starts the engine.
 
         max_context: prompt and answer together, None: what the model was trained for. cache_dtype None: the type of the
-        computation. num_pages None: enough for all slots at full context. on_program: told the name of each compiled
-        program and the seconds it took.
+        computation. num_pages None: what the device has room for, or, where it does not say what it has, enough for all
+        slots at full context. host_bytes: memory of the host for pages that the cache has no room for. prefill_chunk:
+        prompt tokens read at once, None: 512, or 64 on a CPU. on_program: told the name of each compiled program and
+        the seconds it took.
         """
         if model.tokenizer is None:
             raise ValueError("the model's folder has no tokenizer; add tokenizer.json and tokenizer_config.json to it")
         if model.config.head != "lm":
             raise ValueError("the model gives scores (head='scalar'), not text; serve a language model")
+        max_context = model.config.max_position_embeddings if max_context is None else max_context
+        cache_dtype = cache_dtype or model.config.dtype
+        if prefill_chunk is None:
+            prefill_chunk = 64 if jax.default_backend() == "cpu" else 512
+        memory_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        if num_pages is None and memory_bytes is not None:
+            num_pages = fitting_pages(
+                model.config,
+                memory_bytes=memory_bytes,
+                weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves((model.params, model.lora))),
+                num_slots=num_slots,
+                max_context=max_context,
+                prefill_chunk=prefill_chunk,
+                page_size=page_size,
+                cache_dtype=cache_dtype,
+            )
         engine = Engine(
             model.params,
             model.config,
-            max_context=model.config.max_position_embeddings if max_context is None else max_context,
+            max_context=max_context,
             num_slots=num_slots,
             page_size=page_size,
             num_pages=num_pages,
+            num_host_pages=host_bytes // page_bytes(model.config, page_size, cache_dtype),
             cache_dtype=cache_dtype,
             lora=model.lora,
             tokens_per_dispatch=tokens_per_dispatch,
+            prefill_chunk=prefill_chunk,
         )
         self._use(engine, model.tokenizer, eos_ids=model.generation.eos_ids)
         engine.warmup(on_program)

@@ -137,7 +137,7 @@ class Engine:
             raise ValueError("a model with a scalar head scores and cannot generate; use one with head='lm'")
         self.config, self.max_context, self.num_slots, self.page_size = config, max_context, num_slots, page_size
         self.num_pages = num_slots * -(-max_context // page_size) if num_pages is None else num_pages
-        self._num_host_pages, self._max_stop_ids = num_host_pages, max_stop_ids
+        self.num_host_pages, self._max_stop_ids = num_host_pages, max_stop_ids
         self._inv_freq_F = np.asarray(rope.inv_freq(config))
         self._device = Device(
             params,
@@ -170,7 +170,7 @@ class Engine:
         # Blocks that were dispatched and not read yet, with the rows in their slots and the turn of each.
         self._in_flight: collections.deque[tuple[jax.Array, dict[int, tuple[_Row, int]]]] = collections.deque()
         self._tree = PrefixTree(
-            PageAllocator(self.num_pages), self.page_size, self._device.moves, num_saved=self._num_host_pages
+            PageAllocator(self.num_pages), self.page_size, self._device.moves, num_saved=self.num_host_pages
         )
 
     # From any thread.

@@ -18,7 +18,7 @@ def gather_pages(pages_LPS: jax.Array, layer: jax.Array, page_table_BM: jax.Arra
 
 
 def dequantize_kv(values, scales, offsets, *, head_dim: int, dtype: jnp.dtype) -> jax.Array:
-    """Returns offset + scale * value per token and head, `[..., H]`, of bytes `[..., H]` (8 bits) or `[..., H / 2]` (4).
+    """Returns offset + scale * value per token and head, `[..., H]`, of 8-bit values `[..., H]` or 4-bit `[..., H / 2]`.
 
     scales and offsets are `[...]`. 4-bit values: the first half of the heads in the low bits, the second in the high.
     """
@@ -47,8 +47,8 @@ def paged_attention(
     """Returns causal attention outputs `[B, T, N, H]` over the slots of each row's pages, the last `window` if given.
 
     Slot i of a row (page i // S of its table, slot i % S) holds the key of absolute position i, so causality alone
-    hides what was not written yet. With scales and offsets `[L, P, S, K]` the pages hold 8-bit values, or 4-bit ones where
-    they are half as wide as a head.
+    hides what was not written yet. With scales and offsets `[L, P, S, K]` the pages hold 8-bit values, or 4-bit ones
+    where they are half as wide as a head.
     """
 
     def read(pages, scales, offsets):

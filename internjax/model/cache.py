@@ -51,8 +51,6 @@ def paged_cache(
     config: ModelConfig, num_pages: int, page_size: int, *, batch: int, pages_per_row: int, dtype: CacheDType
 ) -> KVCache:
     """Returns an empty cache whose rows own no page yet (every table entry is unmapped)."""
-    if dtype == "int4" and config.head_dim % 2:
-        raise ValueError(f"a 4-bit cache packs pairs and cannot hold heads of {config.head_dim}; use dtype='int8'")
     few_bits = dtype in ("int8", "int4")
     width = config.head_dim // 2 if dtype == "int4" else config.head_dim
     shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, width)
@@ -78,7 +76,7 @@ class _Quantised(NamedTuple):
 
 
 def _quantize(x: jax.Array, *, bits: int) -> _Quantised:
-    """Returns `x` `[..., H]` in `bits` bits: offset = min, scale = (max - min) / (2^bits - 1), both as they are stored."""
+    """Returns `x` `[..., H]` in `bits` bits: offset = min, scale = (max - min) / (2^bits - 1), rounded as stored."""
     x, levels = x.astype(jnp.float32), 2**bits - 1
     low, high = x.min(axis=-1), x.max(axis=-1)
     # Values are rounded by what will be read back. The floor is the smallest number that float16 holds.

@@ -118,7 +118,7 @@ def fine_tune_and_ask(model, data, run):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = read_rows(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [20, 40, 60, 80] and rows[-1]["loss"] < 0.05
-    with served(run, "--num-slots", "2") as url:
+    with served(run, "--max-batch", "2") as url:
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
             (known,) = client.models.list()
             asked = dict(model=known.id, messages=[{"role": "user", "content": ASKED}], temperature=0)

@@ -53,9 +53,6 @@ def test_sizes_are_those_of_the_bits_and_two_halves_per_head():
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache) if leaf.ndim > 2)
 
     heads = 2 * INTERNLM2_7B.num_layers * INTERNLM2_7B.num_kv_heads * 1024
-    assert nbytes("bfloat16") == heads * 256 and nbytes("int8") == heads * (128 + 4) and nbytes("int4") == heads * (64 + 4)
-
-
-def test_an_odd_head_is_refused_in_four_bits():
-    with pytest.raises(ValueError, match="packs pairs and cannot hold heads of 5; use dtype='int8'"):
-        dense_cache(dataclasses.replace(CONFIG, head_dim=5, positions="alibi"), 1, 8, dtype="int4")
+    assert (
+        nbytes("bfloat16") == heads * 256 and nbytes("int8") == heads * (128 + 4) and nbytes("int4") == heads * (64 + 4)
+    )

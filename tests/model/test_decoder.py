@@ -118,7 +118,9 @@ def test_packed_segments_are_the_separate_sequences(params):
     assert np.isfinite(np.asarray(got)).all()
 
 
-@pytest.mark.parametrize(("layout", "dtype", "tolerance"), [("dense", "float32", 2e-5), ("paged", "int8", 0.15), ("paged", "int4", 1.5)])
+@pytest.mark.parametrize(
+    ("layout", "dtype", "tolerance"), [("dense", "float32", 2e-5), ("paged", "int8", 0.15), ("paged", "int4", 1.5)]
+)
 def test_cached_decoding_equals_the_full_forward(params, layout, dtype, tolerance):
     B, T = 2, 12
     inputs = tokens(B, T)

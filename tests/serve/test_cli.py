@@ -55,7 +55,7 @@ def run(capsys, monkeypatch):
 
 def test_a_server_from_start_to_sigterm(folder):
     process = subprocess.Popen(
-        command("serve", folder, "--port", 0, "--num-slots", 2, "--max-context", 64, "--api-key", "secret"),
+        command("serve", folder, "--port", 0, "--max-batch", 2, "--max-context", 64, "--api-key", "secret"),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -69,7 +69,7 @@ def test_a_server_from_start_to_sigterm(folder):
                 break
         assert lines and lines[-1].startswith("ready"), process.stderr.read()
         printed = "".join(lines)
-        assert "float32" in printed and "8 pages of 16 tokens" in printed and "2 slots of up to 64 tokens" in printed
+        assert "float32" in printed and "8 pages of 16 tokens" in printed and "2.0 conversations of 64" in printed
         url = lines[-1].split()[1]
         assert url.startswith("http://127.0.0.1:") and "model my tiny" in lines[-1]
         with openai.OpenAI(base_url=url, api_key="secret", max_retries=0, timeout=30) as client:

@@ -1,0 +1,57 @@
+"""Bytes foretold from shapes, beside those that the compiler asks for."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from internjax.decode.programs import PromptChunk, decode_block, empty_state, read_chunk
+from internjax.decode.sizing import fitting_pages, page_bytes, work_bytes
+from internjax.model import decoder
+from internjax.model.config import INTERNLM2_7B, TINY
+
+CONFIG = dataclasses.replace(TINY, dtype="float32", num_layers=3, vocab_size=512)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int4"])
+def test_the_work_is_not_more_than_foretold(dtype):
+    B, S, C, page_size = 4, 1024, 64, 16
+    sizes = {"num_slots": B, "max_context": S}
+    make = functools.partial(
+        empty_state, config=CONFIG, num_pages=B * S // 16, page_size=16, cache_dtype=dtype, max_stop_ids=2, **sizes
+    )
+    state, params = jax.eval_shape(make), decoder.abstract_params(CONFIG)
+    table = jax.ShapeDtypeStruct((B, S // page_size), jnp.int32)
+    chunk = PromptChunk(
+        jax.ShapeDtypeStruct((1, C), jnp.int32),
+        jax.ShapeDtypeStruct((1, S // page_size), jnp.int32),
+        *[jax.ShapeDtypeStruct((1,), jnp.int32)] * 2,
+        jax.ShapeDtypeStruct((1, CONFIG.head_dim // 2), jnp.float32),
+    )
+    block = jax.jit(lambda p, s, t, k: decode_block(p, s, t, k, None, config=CONFIG, num_tokens=2), donate_argnums=1)
+    read = jax.jit(lambda p, s, c: read_chunk(p, s, c, None, config=CONFIG), donate_argnums=1)
+    lowered = block.lower(params, state, table, jax.ShapeDtypeStruct((B,), bool)), read.lower(params, state, chunk)
+    temporaries = max(each.compile().memory_analysis().temp_size_in_bytes for each in lowered)
+    foretold = work_bytes(CONFIG, prefill_chunk=C, **sizes)
+    assert temporaries <= foretold + (1 << 20)
+    assert foretold < 4 * temporaries, "so much is kept free for nothing"
+
+
+def test_pages_fill_what_weights_and_work_leave():
+    sizes = {"num_slots": 8, "max_context": 4096, "prefill_chunk": 512}
+    find = functools.partial(fitting_pages, INTERNLM2_7B, weight_bytes=15 << 30, page_size=16, **sizes)
+    work = work_bytes(INTERNLM2_7B, **sizes)
+    assert page_bytes(INTERNLM2_7B, 16, "bfloat16") == 16 * 131_072  # 128 KiB a token
+    assert find(memory_bytes=(15 << 30) + work + 1000 * 16 * 131_072, cache_dtype="bfloat16") == 1000
+    assert np.isclose(
+        find(memory_bytes=60 << 30, cache_dtype="int4") / find(memory_bytes=60 << 30, cache_dtype="bfloat16"),
+        256 / 68,
+        rtol=1e-3,
+    )
+    with pytest.raises(
+        ValueError, match=r"4096 tokens does not fit.*memory 15\.00 GiB, weights 15\.00 GiB.*shorter context"
+    ):
+        find(memory_bytes=15 << 30, cache_dtype="bfloat16")
