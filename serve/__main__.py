@@ -89,7 +89,7 @@ def _gib(text: str) -> float:
 
 
 def open_pipeline(args: argparse.Namespace):
-    """The pipeline that the flags describe, with its programs compiled. Says what it opened and what it has room for."""
+    """The pipeline that the flags describe, with its programs compiled. Says what it opened and has room for."""
     # Read when jax first meets its devices.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(args.memory_fraction))
     import jax

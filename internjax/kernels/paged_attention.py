@@ -18,7 +18,7 @@ def gather_pages(pages_LPS: jax.Array, layer: jax.Array, page_table_BM: jax.Arra
 
 
 def dequantize_kv(values, scales, offsets, *, head_dim: int, dtype: jnp.dtype) -> jax.Array:
-    """Returns offset + scale * value per token and head, `[..., H]`, of 8-bit values `[..., H]` or 4-bit `[..., H / 2]`.
+    """Returns offset + scale * value per token and head, `[..., H]`, from 8-bit values `[..., H]` or 4-bit (H / 2).
 
     scales and offsets are `[...]`. 4-bit values: the first half of the heads in the low bits, the second in the high.
     """
