@@ -10,12 +10,13 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from internjax.decode.adapters import AdapterPlaces, RowAdapters
 from internjax.decode.generate import decoding_params
 from internjax.decode.prefix_tree import Moves
 from internjax.decode.programs import (
@@ -34,11 +35,19 @@ from internjax.decode.sample import make_sampling
 from internjax.model import rope
 from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
-from internjax.model.lora import Lora
+from internjax.model.lora import ATTENTION_TARGETS, FFN_TARGETS, Lora
 
 _SMALLEST_CHUNK = 16
 _PAGES_AT_ONCE = 16
 """Pages that travel to or from the host's memory in one call."""
+
+
+class AdapterRoom(NamedTuple):
+    """How many adapters can be loaded at once, the largest rank of one, and the kernels that one may change."""
+
+    num_places: int
+    rank: int = 64
+    targets: tuple[str, ...] = ATTENTION_TARGETS + FFN_TARGETS
 
 
 class Device:
@@ -55,13 +64,18 @@ class Device:
         num_pages: int,
         cache_dtype: CacheDType,
         lora: Lora | None,
+        adapter_room: AdapterRoom | None,
         tokens_per_dispatch: int,
         prefill_chunk: int,
         context_buckets: Sequence[int],
         max_stop_ids: int,
         saves_pages: bool,
     ):
-        """Compiles nothing yet. saves_pages: contents of pages can be fetched to the host's memory and back."""
+        """Compiles nothing yet.
+
+        lora: one adapter for all rows. adapter_room: places for several, each row having its own (`adapters`).
+        saves_pages: contents of pages can be fetched to the host's memory and back.
+        """
         self.config, self._max_context, self._num_slots, self._page_size = config, max_context, num_slots, page_size
         self._num_pages, self._max_stop_ids, self._saves_pages = num_pages, max_stop_ids, saves_pages
         self.pages_per_row = -(-max_context // page_size)
@@ -71,6 +85,9 @@ class Device:
         self.chunks = [*(size for size in smaller if size < prefill_chunk), prefill_chunk]
         self._params = jax.tree.map(jnp.asarray, decoding_params(params, config))
         self._lora = lora
+        self.adapters = None
+        if adapter_room is not None:
+            self.adapters = AdapterPlaces(self._params, **adapter_room._asdict(), dtype=config.dtype)
         self._empty_state = jax.jit(
             functools.partial(
                 empty_state,
@@ -112,7 +129,8 @@ class Device:
         """Programs compiled so far."""
         programs = (self._read_chunk, self._admit, self._clear_pages, self._copy_page, self._save_pages)
         programs += (self._load_pages, self._decode_block)
-        return sum(program._cache_size() for program in programs)
+        own = 0 if self.adapters is None else self.adapters.num_compiled
+        return own + sum(program._cache_size() for program in programs)
 
     def width(self, length: int) -> int:
         """Returns the pages of a row that attention reads while no row is longer than `length`."""
@@ -120,17 +138,23 @@ class Device:
 
     # Rows.
 
-    def read(self, tokens: Sequence[int], pages_M: np.ndarray, start: int, *, inv_freq_F: np.ndarray) -> None:
+    def _rows(self, adapter_ids: Sequence[int]) -> Lora | RowAdapters | None:
+        if self.adapters is None:
+            return self._lora
+        return RowAdapters(self.adapters.stacked, np.array(adapter_ids, np.int32))
+
+    def read(
+        self, tokens: Sequence[int], pages_M: np.ndarray, start: int, *, inv_freq_F: np.ndarray, adapter: int = -1
+    ) -> None:
         """Reads the next tokens of a prompt, at most `chunks[-1]`, from position `start` on, into the row's pages."""
         # Smaller chunks are for short prompts only, where they need one width: few programs to compile.
         largest, end = self.chunks[-1], start + len(tokens)
         size = largest if start else next(size for size in self.chunks if size >= end)
         width = self.width(end if size == largest else size)
-        self._read(
-            np.pad(np.asarray(tokens, np.int32), (0, size - len(tokens))), pages_M[:width], start, end, inv_freq_F
-        )
+        tokens_C = np.pad(np.asarray(tokens, np.int32), (0, size - len(tokens)))
+        self._read(tokens_C, pages_M[:width], start, end, inv_freq_F, adapter)
 
-    def _read(self, tokens_C: np.ndarray, pages_M: np.ndarray, start: int, end: int, inv_freq_F) -> None:
+    def _read(self, tokens_C: np.ndarray, pages_M: np.ndarray, start: int, end: int, inv_freq_F, adapter=-1) -> None:
         chunk = PromptChunk(
             tokens_C[None],
             pages_M[None].copy(),
@@ -138,16 +162,17 @@ class Device:
             np.array([end], np.int32),
             inv_freq_F[None],
         )
-        self._state = self._read_chunk(self._params, self._state, chunk, self._lora)
+        self._state = self._read_chunk(self._params, self._state, chunk, self._rows([adapter]))
 
     def admit(self, new: Admission) -> None:
         """Lets a slot draw for a row that was read."""
         self._state = self._admit(self._state, new)
 
-    def block(self, page_table_BM: np.ndarray, keep_B: np.ndarray) -> jax.Array:
+    def block(self, page_table_BM: np.ndarray, keep_B: np.ndarray, *, adapters: Sequence[int]) -> jax.Array:
         """Draws for the slots in `keep`; returns the packed Block, on its way to the host."""
         # A copy: the host changes its table while the device may still read what it was given.
-        self._state, packed = self._decode_block(self._params, self._state, page_table_BM.copy(), keep_B, self._lora)
+        table_BM, rows = page_table_BM.copy(), self._rows(adapters)
+        self._state, packed = self._decode_block(self._params, self._state, table_BM, keep_B, rows)
         packed.copy_to_host_async()
         return packed
 
@@ -193,11 +218,8 @@ class Device:
 
     def warmup(self, on_program: Callable[[str, float], None] | None = None) -> None:
         """Compiles every program by running it without effect; `on_program` is told its name and seconds."""
-        nobody_B, table_BM = (
-            np.zeros(self._num_slots, bool),
-            np.full((self._num_slots, self.pages_per_row), self._num_pages),
-        )
-        table_BM = table_BM.astype(np.int32)
+        nobody_B, no_adapters = np.zeros(self._num_slots, bool), [-1] * self._num_slots
+        table_BM = np.full((self._num_slots, self.pages_per_row), self._num_pages, np.int32)
         inv_freq_F = np.asarray(rope.inv_freq(self.config))
         nothing = Admission(
             np.array(0, np.int32),
@@ -216,7 +238,7 @@ class Device:
                     self._read(np.zeros(size, np.int32), table_BM[0, :width], 0, 0, inv_freq_F)
             for width in self.widths:
                 with _timed(f"draw {self.tokens_per_dispatch} tokens, context {width * self._page_size}", report):
-                    packed = self.block(table_BM[:, :width], nobody_B)
+                    packed = self.block(table_BM[:, :width], nobody_B, adapters=no_adapters)
             with _timed("admit, clear and copy", report):
                 self.admit(nothing)
                 self._state = self._clear_pages(self._state, table_BM[0])
@@ -224,7 +246,10 @@ class Device:
             if self._saves_pages:
                 with _timed("save and load pages", report):
                     self._load(self._save([0]), [self._num_pages])
-            self.block(table_BM, nobody_B)
+            if self.adapters is not None:
+                with _timed("load an adapter", report):
+                    self.adapters.warmup()
+            self.block(table_BM, nobody_B, adapters=no_adapters)
             np.asarray(packed)
 
 

@@ -23,7 +23,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from internjax.decode.device import Device
+from internjax.decode.adapters import NO_ADAPTER, AdapterPlaces, Place
+from internjax.decode.device import AdapterRoom, Device
 from internjax.decode.generate import FINISH_NAMES
 from internjax.decode.pages import PageAllocator
 from internjax.decode.prefix_tree import PrefixTree, num_common
@@ -74,6 +75,7 @@ class _Row:
     """The longest that it can become."""
     key: Hashable
     inv_freq_F: np.ndarray
+    adapter: Place
     pages: list[int] = dataclasses.field(default_factory=list)
     num_read: int = 0
     """First tokens that are in the cache, while it reads."""
@@ -110,6 +112,7 @@ class Engine:
         num_host_pages: int = 0,
         cache_dtype: CacheDType | None = None,
         lora: Lora | None = None,
+        adapter_room: AdapterRoom | None = None,
         tokens_per_dispatch: int = 4,
         prefill_chunk: int = 64,
         context_buckets: tuple[int, ...] = (),
@@ -119,10 +122,11 @@ class Engine:
 
         max_context: longest prompt and answer together of a request. num_pages: pages of the cache, all slots full by
         default. num_host_pages: pages whose contents the host's memory may keep when the cache has no room for them.
-        prefill_chunk: prompt tokens read at once. context_buckets: shorter contexts, in tokens, for which
-        attention is compiled too; while all rows fit into one, a step reads no more of the cache than that. A row's
-        results then agree with those of another width up to rounding only; with none, they do not depend on the other
-        rows at all.
+        lora: one adapter for all requests. adapter_room: room for several that are loaded while the engine runs, of
+        which each request may name one (`load_adapter`). prefill_chunk: prompt tokens read at once. context_buckets:
+        shorter contexts, in tokens, for which attention is compiled too; while all rows fit into one, a step reads no
+        more of the cache than that. A row's results then agree with those of another width up to rounding only; with
+        none, they do not depend on the other rows at all.
         """
         sizes = {"max_context": max_context, "num_slots": num_slots, "page_size": page_size}
         sizes |= {"tokens_per_dispatch": tokens_per_dispatch, "prefill_chunk": prefill_chunk}
@@ -133,6 +137,8 @@ class Engine:
                 f"engine sizes must be positive and context_buckets in 1..{max_context} (max_context); "
                 f"given {', '.join(wrong)} max_stop_ids={max_stop_ids} context_buckets={context_buckets}"
             )
+        if lora is not None and adapter_room is not None:
+            raise ValueError("give one adapter for all requests (lora) or room for several (adapter_room), not both")
         if config.head != "lm":
             raise ValueError("a model with a scalar head scores and cannot generate; use one with head='lm'")
         self.config, self.max_context, self.num_slots, self.page_size = config, max_context, num_slots, page_size
@@ -148,6 +154,7 @@ class Engine:
             num_pages=self.num_pages,
             cache_dtype=cache_dtype or config.dtype,
             lora=lora,
+            adapter_room=adapter_room,
             tokens_per_dispatch=tokens_per_dispatch,
             prefill_chunk=prefill_chunk,
             context_buckets=context_buckets,
@@ -190,10 +197,21 @@ class Engine:
         with self._wake:
             if self._closed:
                 raise RuntimeError(self._closed)
+            adapter = self._find_adapter(request.adapter)
             if session is not None:
                 session.take(handle)
-            key = inv_freq_F.tobytes()
-            self._queue.append(_Row(handle, session, next(self._arrivals), tokens, len(tokens), total, key, inv_freq_F))
+            row = _Row(
+                handle,
+                session,
+                next(self._arrivals),
+                tokens,
+                num_prompt=len(tokens),
+                total=total,
+                key=(adapter, inv_freq_F.tobytes()),
+                inv_freq_F=inv_freq_F,
+                adapter=adapter,
+            )
+            self._queue.append(row)
             self._wake.notify_all()
         return handle
 
@@ -213,6 +231,33 @@ class Engine:
         """Lets a session become longer; returns whether its history will be read once more, with other frequencies."""
         longer = self.open_session(max_length)
         return session.lengthen(longer.max_length, longer.inv_freq_F)
+
+    def load_adapter(self, name: str, lora: Lora) -> None:
+        """Makes an adapter available to requests by name; raises ValueError where there is no room for it."""
+        with self._wake:
+            self._room_for_adapters().load(name, lora)
+
+    def unload_adapter(self, name: str) -> None:
+        """Frees the place of an adapter; raises RuntimeError while requests use it."""
+        with self._wake:
+            place = self._room_for_adapters().find(name)
+            num_users = sum(row is not None and row.adapter == place for row in (*self._slots, *self._queue))
+            if num_users:
+                raise RuntimeError(f"{num_users} requests use adapter {name!r}; wait until they are done or abort them")
+            self._device.adapters.unload(name)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests may ask for."""
+        return () if self._device.adapters is None else self._device.adapters.names
+
+    def _room_for_adapters(self) -> AdapterPlaces:
+        if self._device.adapters is None:
+            raise ValueError("this engine has no room for adapters; start it with adapter_room")
+        return self._device.adapters
+
+    def _find_adapter(self, name: str | None) -> Place:
+        return NO_ADAPTER if name is None else self._room_for_adapters().find(name)
 
     def stats(self) -> Stats:
         """Returns counts of slots, requests, pages and compiled programs."""
@@ -400,7 +445,13 @@ class Engine:
         start = row.num_read
         end = min(start + self._device.chunks[-1], len(row.tokens) - 1)
         if end > start:
-            self._device.read(row.tokens[start:end], self._page_table_BM[index], start, inv_freq_F=row.inv_freq_F)
+            self._device.read(
+                row.tokens[start:end],
+                self._page_table_BM[index],
+                start,
+                inv_freq_F=row.inv_freq_F,
+                adapter=row.adapter.index,
+            )
             row.num_read = end
         if end == len(row.tokens) - 1:
             self._keep(index, whole_pages=True)
@@ -436,7 +487,8 @@ class Engine:
             row.longest = self._longest_next(row)
         keep_B = np.array([index in drawing for index in range(self.num_slots)])
         width = self._device.width(max(row.longest for row in drawing.values()))
-        packed = self._device.block(self._page_table_BM[:, :width], keep_B)
+        adapters = [-1 if row is None else row.adapter.index for row in self._slots]
+        packed = self._device.block(self._page_table_BM[:, :width], keep_B, adapters=adapters)
         self._in_flight.append((packed, {index: (row, row.num_turns) for index, row in drawing.items()}))
         return True
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from internjax.decode.adapters import RowAdapters, lora_of
 from internjax.decode.generate import RUNNING, DecodeState, init_state, prefill_chunk, step
 from internjax.decode.sample import Sampling, make_sampling
 from internjax.model.cache import CacheDType, paged_cache
@@ -69,7 +70,7 @@ class Admission(NamedTuple):
 
 
 def read_chunk(
-    params, state: DecodeState, chunk: PromptChunk, lora: Lora | None, *, config: ModelConfig
+    params, state: DecodeState, chunk: PromptChunk, adapters: Lora | RowAdapters | None, *, config: ModelConfig
 ) -> DecodeState:
     """Returns the state with one chunk of one prompt in the pages that its table names."""
     cache = prefill_chunk(
@@ -80,7 +81,7 @@ def read_chunk(
         end_B=chunk.end_1,
         inv_freq_BF=chunk.inv_freq_1F,
         config=config,
-        lora=lora,
+        lora=lora_of(adapters),
     )
     return dataclasses.replace(state, cache=dataclasses.replace(cache, page_table_BM=state.cache.page_table_BM))
 
@@ -115,7 +116,14 @@ class Block(NamedTuple):
 
 
 def decode_block(
-    params, state: DecodeState, page_table_BM, keep_B, lora: Lora | None, *, config: ModelConfig, num_tokens: int
+    params,
+    state: DecodeState,
+    page_table_BM,
+    keep_B,
+    adapters: Lora | RowAdapters | None,
+    *,
+    config: ModelConfig,
+    num_tokens: int,
 ) -> tuple[DecodeState, jax.Array]:
     """Returns the state after up to `num_tokens` steps, and the Block packed into one int32 array `[B, 2 n + 2]`.
 
@@ -125,7 +133,7 @@ def decode_block(
     own_table = state.cache.page_table_BM
     cache = dataclasses.replace(state.cache, page_table_BM=page_table_BM)
     state = dataclasses.replace(state, active_B=state.active_B & keep_B, cache=cache)
-    start_B = state.lengths_B
+    start_B, lora = state.lengths_B, lora_of(adapters)
     _, state = lax.while_loop(
         lambda carry: (carry[0] < num_tokens) & carry[1].active_B.any(),
         lambda carry: (carry[0] + 1, step(params, carry[1], config=config, lora=lora)),

@@ -23,6 +23,8 @@ class Request:
     """Tokens that end the answer; the one drawn is its last id."""
     logprobs: bool = False
     """Report the log-probability of every token under the model at the request's temperature."""
+    adapter: str | None = None
+    """Name of an adapter that the engine has loaded; None for the base model."""
 
 
 class Event(NamedTuple):

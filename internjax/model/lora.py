@@ -101,22 +101,22 @@ def _find(tree: Mapping[str, Any], path: Sequence[str]):
 
 def num_adapted(lora: Lora) -> int:
     """Returns how many kernels have an adapter; those of all layers, which are stacked, count as one."""
-    return sum(1 for _ in _nodes(lora.weights))
+    return sum(1 for _ in nodes(lora.weights))
 
 
-def _put(tree: dict, path: Sequence[str], node: dict) -> None:
+def put_node(tree: dict, path: Sequence[str], node: dict) -> None:
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = node
 
 
-def _nodes(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
+def nodes(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
     """Yields the path and the node of every adapted kernel of a collection."""
     if "a" in tree:
         yield path, tree
         return
     for name, child in tree.items():
-        yield from _nodes(child, (*path, name))
+        yield from nodes(child, (*path, name))
 
 
 # --- how training starts ---------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def init_lora(config: LoraConfig, params: dict, rng: jax.Array, *, dtype: str = 
             node = {"a": a, "b": jnp.zeros((*lead, config.rank, out_features))}
         if config.kind == "dora":
             node["magnitude"] = _per_layer(_column_lengths, kernel)
-        _put(weights, path, {name: leaf.astype(jnp.dtype(dtype)) for name, leaf in node.items()})
+        put_node(weights, path, {name: leaf.astype(jnp.dtype(dtype)) for name, leaf in node.items()})
     return weights
 
 
@@ -264,8 +264,8 @@ def of_original_base(config: LoraConfig, weights: dict, initial: dict) -> Plain:
         return now | {"a": a, "b": jnp.concatenate([now["b"], -start["b"]], axis=-2)}
 
     doubled: dict = {}
-    for path, now in _nodes(weights):
-        _put(doubled, path, node(now, _find(initial, path)))
+    for path, now in nodes(weights):
+        put_node(doubled, path, node(now, _find(initial, path)))
     alpha = config.alpha * (2.0 if config.scaling == "lora" else 2.0**0.5)
     return Plain(dataclasses.replace(config, rank=2 * config.rank, alpha=alpha, initialisation="zero"), doubled)
 
@@ -295,12 +295,12 @@ def with_gains(lora: Lora, params: dict) -> Lora:
     once, in the forward pass and again where activations are recomputed. For frozen adapters call it once.
     """
     weights: dict = {}
-    for path, node in _nodes(lora.weights):
+    for path, node in nodes(lora.weights):
         if "magnitude" in node:
             kernel, a, b = jax.lax.stop_gradient((_find(params, path)["kernel"], node["a"], node["b"]))
             norms = _per_layer(_column_norms, kernel, a, b, settings=(lora.scale,))
             node = {"a": node["a"], "b": node["b"], "gain": node["magnitude"].astype(jnp.float32) / norms}
-        _put(weights, path, node)
+        put_node(weights, path, node)
     return dataclasses.replace(lora, weights=weights)
 
 
@@ -328,11 +328,11 @@ def stack(adapters: Sequence[Lora], params: dict) -> dict:
     """
     if not adapters:
         raise ValueError("no adapters are given to put side by side; give at least one")
-    found = [dict(_nodes(with_gains(lora, params).weights)) for lora in adapters]
+    found = [dict(nodes(with_gains(lora, params).weights)) for lora in adapters]
     stacked: dict = {}
-    for path in dict.fromkeys(path for nodes in found for path in nodes):
+    for path in dict.fromkeys(path for each in found for path in each):
         *lead, _, out_features = _find(params, path)["kernel"].shape
-        here = [nodes.get(path) for nodes in found]
+        here = [each.get(path) for each in found]
         like = next(node for node in here if node is not None)
         rank = max(node["a"].shape[-1] for node in here if node is not None)
         a = [_padded(jnp.zeros_like(like["a"]) if node is None else node["a"], rank, axis=-1) for node in here]
@@ -347,7 +347,7 @@ def stack(adapters: Sequence[Lora], params: dict) -> dict:
         if any(each is not None and "gain" in each for each in here):
             ones = jnp.ones((*lead, out_features), jnp.float32)
             node["gain"] = jnp.stack([ones if each is None else each.get("gain", ones) for each in here], axis)
-        _put(stacked, path, node)
+        put_node(stacked, path, node)
     return stacked
 
 
@@ -364,13 +364,13 @@ def select(stacked: dict, ids_B: jax.Array) -> Lora:
     beyond the stack; a traced one selects none.
     """
     ids_B = jnp.asarray(ids_B, jnp.int32)
-    num_adapters = next(node["scale"].shape[-1] for _, node in _nodes(stacked))
+    num_adapters = next(node["scale"].shape[-1] for _, node in nodes(stacked))
     if not isinstance(ids_B, jax.core.Tracer) and ((ids_B < -1) | (ids_B >= num_adapters)).any():
         raise ValueError(f"adapter ids lie in 0..{num_adapters - 1}, -1 for none; given {ids_B.tolist()}")
     weights: dict = {}
-    for path, node in _nodes(stacked):
+    for path, node in nodes(stacked):
         lead = node["a"].shape[:-3]
-        _put(weights, path, node | {"ids": jnp.broadcast_to(ids_B, (*lead, *ids_B.shape))})
+        put_node(weights, path, node | {"ids": jnp.broadcast_to(ids_B, (*lead, *ids_B.shape))})
     return Lora(weights, 1.0)
 
 

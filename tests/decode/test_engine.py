@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from internjax.decode.device import AdapterRoom
 from internjax.decode.engine import Engine
 from internjax.decode.generate import generate
 from internjax.decode.programs import decode_block, empty_state
@@ -475,6 +476,58 @@ def test_cache_dtypes_and_adapters_reach_the_model():
     assert np.abs(values - scored).max() > 1e-4, "the cache dtype changed nothing"
     without = generated(request, cache_dtype="int8", lora=apply_config(zero, lora_config))
     assert ids != without[0], "the adapter changed nothing"
+
+
+def test_requests_choose_adapters_that_come_and_go():
+    """None, a small one, a DoRA one of another rank: in one batch, each with what was cached under it."""
+
+    def made(config, seed, size):
+        zero = init_lora(config, PARAMS, jax.random.key(seed))
+        return apply_config(jax.tree.map(lambda x: x + jnp.float32(size), zero), config)
+
+    small = made(LoraConfig(rank=2, targets=("query", "down")), 1, 0.1)
+    turned = made(LoraConfig(rank=4, alpha=8.0, targets=("value", "gate"), kind="dora"), 2, 0.05)
+    engine = build(adapter_room=AdapterRoom(2, rank=4), num_pages=60)
+    engine.warmup()
+    warm = engine.stats().num_compiled
+    engine.load_adapter("small", small)
+    engine.load_adapter("turned", turned)
+    assert engine.adapters == ("small", "turned")
+    loras = {None: None, "small": small, "turned": turned}
+    wanted = {}
+    for name, lora in loras.items():
+        wanted[name] = generated(Request(prompt(20), 10, GREEDY), lora=lora)[0]
+    assert len(set(wanted.values())) == 3, "the adapters change nothing"
+    for _ in range(2):  # the second time all prompts are in the cache, each under its adapter
+        names = [None, "turned", "small", "turned", None]
+        results = answer(engine, *[Request(prompt(20), 10, GREEDY, adapter=name) for name in names])
+        assert [result.ids for result in results] == [wanted[name] for name in names]
+    assert engine.stats().num_compiled == warm
+
+    with pytest.raises(ValueError, match="'other' is not loaded; there are: small, turned"):
+        engine.submit(Request((1,), 1, adapter="other"))
+    with pytest.raises(ValueError, match="all 2 places are taken: small, turned; unload one"):
+        engine.load_adapter("third", small)
+    with pytest.raises(ValueError, match="'small' is loaded already"):
+        engine.load_adapter("small", small)
+    handle = engine.submit(Request(prompt(20), 10, GREEDY, adapter="small"))
+    with pytest.raises(RuntimeError, match="1 requests use adapter 'small'"):
+        engine.unload_adapter("small")
+    drive(engine)
+    assert handle.num_shared == 19
+    engine.unload_adapter("small")
+    big = made(LoraConfig(rank=8, targets=("query", "head")), 3, 0.1)
+    with pytest.raises(ValueError, match="has rank 8, and head; there is room for rank 4 on layers.attention.query"):
+        engine.load_adapter("small", big)
+    # Another one of that name: nothing that the first left in the cache is used.
+    engine.load_adapter("small", turned)
+    again = engine.submit(Request(prompt(20), 10, GREEDY, adapter="small"))
+    drive(engine)
+    assert again.result().ids == wanted["turned"] and again.num_shared == 0
+    with pytest.raises(ValueError, match="no room for adapters"):
+        build().load_adapter("small", small)
+    with pytest.raises(ValueError, match="not both"):
+        build(lora=small, adapter_room=AdapterRoom(1))
 
 
 def test_pages_come_back_after_any_traffic(engine):

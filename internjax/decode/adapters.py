@@ -1,0 +1,138 @@
+"""Places on the device for adapters of one base model, filled and emptied while requests are served.
+
+Every place has room for all targets at the largest rank, so whatever is loaded, the compiled programs stay the same.
+
+N places, I input features, O output features, r largest rank; leaves may have a leading axis of layers.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from internjax.model.lora import Lora, nodes, put_node, select, stack, target_path
+
+
+class RowAdapters(NamedTuple):
+    """Adapters side by side, and which of them every row is computed with (-1: none)."""
+
+    stacked: dict
+    ids_B: np.ndarray
+
+
+def lora_of(adapters: Lora | RowAdapters | None) -> Lora | None:
+    """Returns what the model applies: one adapter for all rows, one for each, or none."""
+    return select(*adapters) if isinstance(adapters, RowAdapters) else adapters
+
+
+class Place(NamedTuple):
+    """Where an adapter stands, and how often this place was filled: with that, two of one name are told apart."""
+
+    index: int
+    version: int
+
+
+NO_ADAPTER = Place(-1, 0)
+
+
+class AdapterPlaces:
+    """N places for adapters, and what each holds."""
+
+    def __init__(self, params: dict, *, num_places: int, rank: int, targets: Sequence[str], dtype: str):
+        """`stacked` holds factors of `rank` columns in `dtype` for the kernels of `targets`, and gains as DoRA has."""
+        if num_places < 1 or rank < 1:
+            raise ValueError(f"adapters need a place and a rank of at least 1, given {num_places} places, rank {rank}")
+        self._params, self._rank, self._dtype = params, rank, dtype
+        self._paths = [target_path(target) for target in targets]
+        self._names: list[str | None] = [None] * num_places
+        self._versions = [0] * num_places
+        self.stacked = self._padded({}, num_places)
+        # Nothing is donated: a step that is about to be dispatched may still hold the stack.
+        self._put = jax.jit(functools.partial(_put))
+
+    @property
+    def num_compiled(self) -> int:
+        """Programs compiled so far."""
+        return self._put._cache_size()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that can be asked for."""
+        return tuple(name for name in self._names if name is not None)
+
+    def find(self, name: str | None) -> Place:
+        """Returns the place of an adapter, NO_ADAPTER for None; raises ValueError for a name that is not there."""
+        if name is None:
+            return NO_ADAPTER
+        if name not in self.names:
+            raise ValueError(f"adapter {name!r} is not loaded; there are: {', '.join(self.names) or 'none'}")
+        index = self._names.index(name)
+        return Place(index, self._versions[index])
+
+    def load(self, name: str, lora: Lora) -> None:
+        """Puts an adapter into a free place; raises ValueError for one that does not fit, or where no place is free."""
+        if name in self.names:
+            raise ValueError(f"an adapter {name!r} is loaded already; unload it first, or choose another name")
+        if None not in self._names:
+            raise ValueError(f"all {len(self._names)} places are taken: {', '.join(self.names)}; unload one of them")
+        found = dict(nodes(stack([lora], self._params)))
+        unknown = [".".join(path) for path in found if path not in self._paths]
+        rank = max(node["a"].shape[-1] for node in found.values())
+        if unknown or rank > self._rank:
+            room = f"rank {self._rank} on {', '.join('.'.join(path) for path in self._paths)}"
+            given = f"rank {rank}" + (f", and {', '.join(unknown)}" if unknown else "")
+            raise ValueError(
+                f"adapter {name!r} has {given}; there is room for {room}. Start with more room for adapters."
+            )
+        index = self._names.index(None)
+        self.stacked = self._put(self.stacked, self._padded(found, 1), np.int32(index))
+        self._names[index] = name
+        self._versions[index] += 1
+
+    def unload(self, name: str) -> None:
+        """Empties the place of an adapter that no row uses."""
+        self._names[self.find(name).index] = None
+
+    def warmup(self) -> None:
+        """Compiles what loading runs."""
+        self.stacked = self._put(self.stacked, self._padded({}, 1), np.int32(0))
+
+    def _padded(self, found: dict[tuple[str, ...], dict], count: int) -> dict:
+        """Returns `count` adapters as places hold them: what is not in `found` adds nothing."""
+        padded: dict = {}
+        for path in self._paths:
+            kernel = functools.reduce(lambda tree, name: tree[name], (*path, "kernel"), self._params)
+            *lead, inputs, outputs = (*kernel.shape[:-2], count, *kernel.shape[-2:])
+            node = found.get(path, {})
+            put_node(
+                padded,
+                path,
+                {
+                    "a": _filled(node.get("a"), (*lead, inputs, self._rank), self._dtype),
+                    "b": _filled(node.get("b"), (*lead, self._rank, outputs), self._dtype),
+                    "scale": _filled(node.get("scale"), tuple(lead), "float32"),
+                    "gain": node.get("gain", jnp.ones((*lead, outputs), jnp.float32)),
+                },
+            )
+        return padded
+
+
+def _filled(leaf: jax.Array | None, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """Returns the leaf with zeros behind it in every axis up to `shape`."""
+    if leaf is None:
+        return jnp.zeros(shape, dtype)
+    return jnp.pad(leaf, [(0, more - have) for have, more in zip(leaf.shape, shape, strict=True)]).astype(dtype)
+
+
+def _put(stacked: dict, one: dict, index: jax.Array) -> dict:
+    """Returns the stack with the one adapter in place `index`."""
+    changed: dict = {}
+    added = dict(nodes(one))
+    for path, node in nodes(stacked):
+        axis = node["a"].ndim - 3
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=axis)
+        put_node(changed, path, {key: put(leaf, added[path][key]) for key, leaf in node.items()})
+    return changed
