@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -35,6 +35,11 @@ from internjax.model import rope
 from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
 from internjax.model.lora import Lora
+
+Mode = Literal["fast", "exact"]
+"""fast: a request draws the same tokens in any company, up to rounding of keys and values that were computed in other
+pieces. exact: bit by bit. Then only prompts are shared, in whole chunks as every request reads them; all pages of a
+request are reserved before it begins, so none is ever read again; and attention has one width."""
 
 
 class Stats(NamedTuple):
@@ -117,6 +122,7 @@ class Engine:
         prefill_chunk: int = 64,
         context_buckets: tuple[int, ...] = (),
         max_stop_ids: int = 8,
+        mode: Mode = "fast",
     ):
         """Prepares the device state; compiles nothing yet.
 
@@ -126,7 +132,8 @@ class Engine:
         which each request may name one (`load_adapter`). prefill_chunk: prompt tokens read at once. context_buckets:
         shorter contexts, in tokens, for which attention is compiled too; while all rows fit into one, a step reads no
         more of the cache than that. A row's results then agree with those of another width up to rounding only; with
-        none, they do not depend on the other rows at all.
+        none, they do not depend on the other rows at all. mode: see Mode; "exact" wants no context_buckets and a
+        prefill_chunk of whole pages.
         """
         sizes = {"max_context": max_context, "num_slots": num_slots, "page_size": page_size}
         sizes |= {"tokens_per_dispatch": tokens_per_dispatch, "prefill_chunk": prefill_chunk}
@@ -137,13 +144,18 @@ class Engine:
                 f"engine sizes must be positive and context_buckets in 1..{max_context} (max_context); "
                 f"given {', '.join(wrong)} max_stop_ids={max_stop_ids} context_buckets={context_buckets}"
             )
+        if mode == "exact" and (context_buckets or prefill_chunk % page_size):
+            raise ValueError(
+                f"exact mode wants no context_buckets and a prefill_chunk of whole pages of {page_size} tokens; given "
+                f"context_buckets={context_buckets} prefill_chunk={prefill_chunk}"
+            )
         if lora is not None and adapter_room is not None:
             raise ValueError("give one adapter for all requests (lora) or room for several (adapter_room), not both")
         if config.head != "lm":
             raise ValueError("a model with a scalar head scores and cannot generate; use one with head='lm'")
         self.config, self.max_context, self.num_slots, self.page_size = config, max_context, num_slots, page_size
         self.num_pages = num_slots * -(-max_context // page_size) if num_pages is None else num_pages
-        self.num_host_pages, self._max_stop_ids = num_host_pages, max_stop_ids
+        self.num_host_pages, self._max_stop_ids, self._mode = num_host_pages, max_stop_ids, mode
         self._inv_freq_F = np.asarray(rope.inv_freq(config))
         self._device = Device(
             params,
@@ -177,7 +189,11 @@ class Engine:
         # Blocks that were dispatched and not read yet, with the rows in their slots and the turn of each.
         self._in_flight: collections.deque[tuple[jax.Array, dict[int, tuple[_Row, int]]]] = collections.deque()
         self._tree = PrefixTree(
-            PageAllocator(self.num_pages), self.page_size, self._device.moves, num_saved=self.num_host_pages
+            PageAllocator(self.num_pages),
+            self.page_size,
+            self._device.moves,
+            num_saved=self.num_host_pages,
+            grid=self._device.chunks[-1] if self._mode == "exact" else None,
         )
 
     # From any thread.
@@ -402,8 +418,9 @@ class Engine:
             if self._is_read_elsewhere(row):
                 continue  # soon it need not be read; whoever came later may go first
             # One more page for every row that runs, or the next block might already have to stop one of them.
-            num_pages, others = self._num_pages_for(len(row.tokens)), sum(other is not None for other in self._slots)
-            if self._tree.num_needed(row.key, row.tokens[:-1], num_pages) + others > self._tree.num_available:
+            others = 0 if self._mode == "exact" else sum(other is not None for other in self._slots)
+            needed = self._tree.num_needed(row.key, row.tokens[:-1], self._num_pages_at_first(row))
+            if needed + others > self._tree.num_available:
                 return  # in order: a small request does not overtake a large one for ever
             with self._wake:
                 self._queue.remove(row)
@@ -411,12 +428,16 @@ class Engine:
             self._slots[index] = row
             self._guarded(index, row, self._place)
 
+    def _num_pages_at_first(self, row: _Row) -> int:
+        return self._num_pages_for(row.total - 1 if self._mode == "exact" else len(row.tokens))
+
     def _is_read_elsewhere(self, row: _Row) -> bool:
         """Whether another row is reading more of what this one begins with than the tree holds."""
         for other in self._slots:
             if other is not None and not other.drawing and other.key == row.key:
-                num_pages = num_common(row.tokens[:-1], other.tokens[:-1]) // self.page_size
-                if num_pages * self.page_size > self._tree.num_shared(row.key, row.tokens[:-1]):
+                common = num_common(row.tokens[:-1], other.tokens[:-1])
+                common -= common % (self._device.chunks[-1] if self._mode == "exact" else self.page_size)
+                if common > self._tree.num_shared(row.key, row.tokens[:-1]):
                     return True
         return False
 
@@ -431,7 +452,7 @@ class Engine:
 
     def _place(self, index: int, row: _Row) -> None:
         """Gives a row its pages. The last token is the step's to feed, so it is never shared."""
-        taken = self._tree.take(row.key, row.tokens[:-1], self._num_pages_for(len(row.tokens)))
+        taken = self._tree.take(row.key, row.tokens[:-1], self._num_pages_at_first(row))
         row.pages, row.num_read = taken.pages, taken.num_tokens
         row.num_turns += 1
         self._page_table_BM[index, : len(row.pages)] = row.pages
@@ -546,8 +567,8 @@ class Engine:
     def _keep(self, index: int, *, whole_pages: bool) -> None:
         """Leaves what a row has read and drawn to later requests that begin with it."""
         row = self._slots[index]
-        num_tokens = row.num_cached
-        if whole_pages:  # a block under way may still write into the last one
+        num_tokens = min(row.num_cached, row.num_prompt) if self._mode == "exact" else row.num_cached
+        if whole_pages or self._mode == "exact":  # a block under way may still write into the last one
             num_tokens -= num_tokens % self.page_size
         row.pages = self._tree.insert(row.key, row.tokens[:num_tokens], row.pages)
         self._page_table_BM[index, : len(row.pages)] = row.pages

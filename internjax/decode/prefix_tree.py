@@ -60,9 +60,13 @@ class _Plan(NamedTuple):
 class PrefixTree:
     """Owns one reference of every page in it; whoever takes pages owns others, and gives them back with `free`."""
 
-    def __init__(self, allocator: PageAllocator, page_size: int, moves: Moves, *, num_saved: int = 0):
-        """num_saved: pages whose contents the host may keep."""
+    def __init__(
+        self, allocator: PageAllocator, page_size: int, moves: Moves, *, num_saved: int = 0, grid: int | None = None
+    ):
+        """num_saved: pages whose contents the host may keep. grid: rows share a multiple of so many tokens, which must
+        be a multiple of the page size; None: as many as they have in common."""
         self._allocator, self._page_size, self._moves, self._num_saved = allocator, page_size, moves, num_saved
+        self._pages_per_step = None if grid is None else grid // page_size
         self._roots: dict[Hashable, _Node] = {}
         self._of_page: dict[int, _Node] = {}
         # Used longest ago first. Whoever uses a node uses those above it, so a child always stands before its parent.
@@ -171,6 +175,8 @@ class PrefixTree:
                 break
             path.append(child)
             node = child
+        if self._pages_per_step is not None:
+            return path[: len(path) // self._pages_per_step * self._pages_per_step], None, 0
         rest = tuple(tokens[len(path) * S : (len(path) + 1) * S])
         at = bisect.bisect_left(node.ordered, rest)
         beside = [(num_common(rest, other), other) for other in node.ordered[max(at - 1, 0) : at + 1]]

@@ -15,7 +15,7 @@ from internjax.decode.device import AdapterRoom
 from internjax.decode.engine import Engine
 from internjax.decode.generate import generate
 from internjax.decode.programs import decode_block, empty_state
-from internjax.decode.request import Event, Handle, Request
+from internjax.decode.request import Event, Handle, Request, Result
 from internjax.decode.sample import SamplingParams, stack
 from internjax.decode.score import logprobs
 from internjax.model import decoder, rope
@@ -126,6 +126,44 @@ def test_a_request_gets_the_same_bits_alone_and_beside_others_in_any_slot(engine
     for place in range(5):
         results = answer(engine, *others[:place], request, *others[place:])
         assert results[place] == alone
+
+
+def test_exact_mode_gives_the_same_bits_after_any_history():
+    """Neighbours, slots, order, aborts, what is cached and what was evicted: nothing changes a bit of anybody's answer.
+
+    80 pages hold everything, 20 force rows to wait and pages to leave, with and without room on the host.
+    """
+    stem = prompt(40, seed=3)
+    requests = [
+        Request((*stem[:n], *prompt(m, seed=n)), 9, dataclasses.replace(DRAWN, seed=n), logprobs=True)
+        for n, m in ((40, 1), (40, 9), (33, 7), (17, 2), (5, 30), (0, 3))
+    ]
+    alone = [answer(build(mode="exact"), request)[0] for request in requests[:1]]
+    rng = random.Random(4)
+    first: dict[Request, Result] = dict(zip(requests, alone))
+    for pages, host in ((48, 0), (20, 0), (20, 10)):
+        engine = build(mode="exact", num_pages=pages, num_host_pages=host)
+        for _ in range(6):
+            order = rng.sample(requests, k=6) + rng.choices(requests, k=3)
+            handles = []
+            for request in order:
+                handles.append((request, engine.submit(request)))
+                noise = engine.submit(Request((*stem[: rng.randint(1, 40)], 1), rng.randint(1, 20), GREEDY))
+                for _ in range(rng.randint(0, 3)):
+                    engine.tick()
+                if rng.random() < 0.5:
+                    noise.abort()
+            drive(engine)
+            for request, handle in handles:
+                result = handle.result()
+                assert result == first.setdefault(request, result)
+        stats = engine.stats()
+        assert stats.num_shared_tokens > 0 and stats.num_preempted == 0 and stats.num_free_pages == pages
+    assert stats.num_saved_pages > 0
+    for request in requests:
+        assert first[request].ids == generated(request)[0]
+    with pytest.raises(ValueError, match="exact mode wants no context_buckets and a prefill_chunk of whole pages of 4"):
+        build(mode="exact", prefill_chunk=18)
 
 
 def test_stop_ids_end_a_request_and_are_kept(engine):
