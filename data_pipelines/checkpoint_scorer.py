@@ -22,7 +22,7 @@ import numpy as np
 from data_pipelines.coherence import Scored, Scorer
 from internjax import sharding
 from internjax.decode import score as scoring
-from internjax.hf.open import Model, mesh_of
+from internjax.hf.open import Model
 from internjax.hf.resolve import Source, resolve
 from internjax.model import rope
 
@@ -42,7 +42,7 @@ def checkpoint_scorer(model: Model, *, window: int, batch_size: int = 4, version
     config = dataclasses.replace(model.config, attention="chunked")
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     inv_freq_BF = rope.inv_freq(config, length=window)[None]
-    mesh = mesh_of(model.params)
+    mesh = sharding.mesh_of(model.params)
 
     def encode(text: str) -> np.ndarray:
         return np.asarray(tokenizer.encode(text), np.int32)

@@ -22,7 +22,6 @@ from internjax import sharding
 from internjax.decode.generate import ERROR, LENGTH
 from internjax.decode.generate import generate as decode
 from internjax.decode.sample import make_sampling
-from internjax.hf.open import mesh_of
 from internjax.model import decoder, rope
 from internjax.model.config import ModelConfig
 from internjax.model.lora import Lora
@@ -188,7 +187,7 @@ def local(
         raise ValueError("the model has no tokenizer; put its tokenizer.json beside the weights and open it again")
     # The declared length of every row is the limit, so that dynamic NTK frequencies do not depend on the bucket.
     inv_freq_F = rope.inv_freq(model.config, length=limit)
-    setting = _Setting(batch_size, limit, encode, inv_freq_F, mesh_of(model.params))
+    setting = _Setting(batch_size, limit, encode, inv_freq_F, sharding.mesh_of(model.params))
     return EvalModel(partial(_loglikelihood, model, setting), partial(_generate, model, setting))
 
 

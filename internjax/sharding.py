@@ -91,6 +91,17 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
     return mesh
 
 
+def mesh_of(params: dict) -> Mesh:
+    """Returns the mesh that parameters live on; for parameters on one device, a mesh of that device."""
+    placed = jax.tree.leaves(params)[0].sharding
+    if isinstance(placed, NamedSharding):
+        return placed.mesh
+    (device,) = placed.device_set
+    shape = (1,) * len(MESH_AXES)
+    types = (AxisType.Auto,) * len(shape)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=[device])
+
+
 def use(mesh: Mesh):
     """Returns the context manager under which every step of a sharded computation runs."""
     return jax.set_mesh(mesh)

@@ -53,6 +53,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16", "int8", "int4"),
         help="key/value cache (default: as computed)",
     )
+    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
     parser.add_argument("--max-context", type=int, help="prompt and answer together (default: as trained)")
     parser.add_argument("--max-batch", type=int, default=8, help="answers generated at once (default: %(default)s)")
     parser.add_argument(
@@ -97,10 +98,17 @@ def open_pipeline(args: argparse.Namespace):
     from internjax.compile_cache import keep_programs
     from internjax.decode.sizing import page_bytes
     from internjax.hf.open import open_model
+    from internjax.sharding import MeshConfig, make_mesh
     from serve.pipeline import Pipeline
 
     keep_programs()
-    model = open_model(args.model, quantize=args.quantize, allow_unknown=args.allow_unknown)
+    mesh = None
+    if args.tensor != 1:
+        devices = jax.devices()
+        if not 1 <= args.tensor <= len(devices):
+            raise ValueError(f"--tensor {args.tensor} devices; this process sees {len(devices)}")
+        mesh = make_mesh(MeshConfig(fsdp=1, tensor=args.tensor), devices[: args.tensor])
+    model = open_model(args.model, mesh=mesh, quantize=args.quantize, allow_unknown=args.allow_unknown)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     kind = args.quantize or model.config.param_dtype
     print(f"weights  {weights / 2**20:,.1f} MiB {kind}, computed in {model.config.dtype} on {jax.devices()[0]}")

@@ -7,6 +7,7 @@ S longest context, M pages of a row, C prompt chunk, F frequencies.
 """
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from internjax import sharding
 from internjax.decode.adapters import AdapterPlaces, RowAdapters
-from internjax.decode.generate import decoding_params
+from internjax.decode.generate import DecodeState, decoding_params
 from internjax.decode.prefix_tree import Moves
 from internjax.decode.programs import (
     Admission,
@@ -88,27 +91,31 @@ class Device:
         self.adapters = None
         if adapter_room is not None:
             self.adapters = AdapterPlaces(self._params, **adapter_room._asdict(), dtype=config.dtype)
-        self._empty_state = jax.jit(
-            functools.partial(
-                empty_state,
-                config=config,
-                num_slots=num_slots,
-                max_context=max_context,
-                num_pages=num_pages,
-                page_size=page_size,
-                cache_dtype=cache_dtype,
-                max_stop_ids=max_stop_ids,
-            )
+        begin = functools.partial(
+            empty_state,
+            config=config,
+            num_slots=num_slots,
+            max_context=max_context,
+            num_pages=num_pages,
+            page_size=page_size,
+            cache_dtype=cache_dtype,
+            max_stop_ids=max_stop_ids,
         )
+        self._mesh = sharding.mesh_of(self._params)
+        placed = _placed(jax.eval_shape(begin), config, self._mesh)
         # Partials of nothing: jit shares the cache of one function, and these programs are counted.
-        self._read_chunk = jax.jit(functools.partial(read_chunk, config=config), donate_argnums=1)
-        self._admit = jax.jit(functools.partial(admit), donate_argnums=0)
-        self._clear_pages = jax.jit(functools.partial(clear_pages), donate_argnums=0)
-        self._copy_page = jax.jit(functools.partial(copy_page), donate_argnums=0)
+        program = functools.partial(jax.jit, out_shardings=placed)
+        self._empty_state = program(begin)
+        self._read_chunk = program(functools.partial(read_chunk, config=config), donate_argnums=1)
+        self._admit = program(functools.partial(admit), donate_argnums=0)
+        self._clear_pages = program(functools.partial(clear_pages), donate_argnums=0)
+        self._copy_page = program(functools.partial(copy_page), donate_argnums=0)
+        self._load_pages = program(functools.partial(load_pages), donate_argnums=0)
         self._save_pages = jax.jit(functools.partial(save_pages))
-        self._load_pages = jax.jit(functools.partial(load_pages), donate_argnums=0)
         self._decode_block = jax.jit(
-            functools.partial(decode_block, config=config, num_tokens=tokens_per_dispatch), donate_argnums=1
+            functools.partial(decode_block, config=config, num_tokens=tokens_per_dispatch),
+            donate_argnums=1,
+            out_shardings=(placed, sharding.replicated(self._mesh)),
         )
         self.moves = Moves(self._renew, self._copy, self._save, self._load)
         self.reset()
@@ -117,7 +124,11 @@ class Device:
         """Begins with empty slots and empty pages."""
         # Pages with contents whose results were not looked at yet: they may hold NaN.
         self._unjudged: set[int] = set()
-        self._state = self._empty_state()
+        self._state = self._run(self._empty_state)
+
+    def _run(self, program: Callable, *arguments):
+        with sharding.use(self._mesh):
+            return program(*arguments)
 
     @property
     def lost(self) -> bool:
@@ -162,17 +173,17 @@ class Device:
             np.array([end], np.int32),
             inv_freq_F[None],
         )
-        self._state = self._read_chunk(self._params, self._state, chunk, self._rows([adapter]))
+        self._state = self._run(self._read_chunk, self._params, self._state, chunk, self._rows([adapter]))
 
     def admit(self, new: Admission) -> None:
         """Lets a slot draw for a row that was read."""
-        self._state = self._admit(self._state, new)
+        self._state = self._run(self._admit, self._state, new)
 
     def block(self, page_table_BM: np.ndarray, keep_B: np.ndarray, *, adapters: Sequence[int]) -> jax.Array:
         """Draws for the slots in `keep`; returns the packed Block, on its way to the host."""
         # A copy: the host changes its table while the device may still read what it was given.
         table_BM, rows = page_table_BM.copy(), self._rows(adapters)
-        self._state, packed = self._decode_block(self._params, self._state, table_BM, keep_B, rows)
+        self._state, packed = self._run(self._decode_block, self._params, self._state, table_BM, keep_B, rows)
         packed.copy_to_host_async()
         return packed
 
@@ -192,11 +203,11 @@ class Device:
             pages_M = np.full(self.pages_per_row, self._num_pages, np.int32)
             part = left[start : start + self.pages_per_row]
             pages_M[: len(part)] = part
-            self._state = self._clear_pages(self._state, pages_M)
+            self._state = self._run(self._clear_pages, self._state, pages_M)
         self._unjudged.update(pages)
 
     def _copy(self, source: int, target: int, count: int) -> None:
-        self._state = self._copy_page(self._state, np.int32(source), np.int32(target), np.int32(count))
+        self._state = self._run(self._copy_page, self._state, np.int32(source), np.int32(target), np.int32(count))
 
     def _parts(self, pages: list[int]) -> list[np.ndarray]:
         padded = np.full(-(-len(pages) // _PAGES_AT_ONCE) * _PAGES_AT_ONCE, self._num_pages, np.int32)
@@ -204,7 +215,7 @@ class Device:
         return list(padded.reshape(-1, _PAGES_AT_ONCE))
 
     def _save(self, pages: list[int]) -> list[Any]:
-        fetched = [jax.device_get(self._save_pages(self._state, part_W)) for part_W in self._parts(pages)]
+        fetched = [jax.device_get(self._run(self._save_pages, self._state, part_W)) for part_W in self._parts(pages)]
         # Copies: a page that stays must not hold on to those that were fetched with it.
         return [[x[i].copy() for x in part] for part in fetched for i in range(_PAGES_AT_ONCE)][: len(pages)]
 
@@ -212,7 +223,7 @@ class Device:
         for index, part_W in enumerate(self._parts(pages)):
             part = saved[index * _PAGES_AT_ONCE : (index + 1) * _PAGES_AT_ONCE]
             part += [part[-1]] * (_PAGES_AT_ONCE - len(part))
-            self._state = self._load_pages(self._state, part_W, [np.stack(x) for x in zip(*part)])
+            self._state = self._run(self._load_pages, self._state, part_W, [np.stack(x) for x in zip(*part)])
 
     # Lifetime.
 
@@ -241,7 +252,7 @@ class Device:
                     packed = self.block(table_BM[:, :width], nobody_B, adapters=no_adapters)
             with _timed("admit, clear and copy", report):
                 self.admit(nothing)
-                self._state = self._clear_pages(self._state, table_BM[0])
+                self._state = self._run(self._clear_pages, self._state, table_BM[0])
                 self._copy(0, self._num_pages, 0)
             if self._saves_pages:
                 with _timed("save and load pages", report):
@@ -251,6 +262,27 @@ class Device:
                     self.adapters.warmup()
             self.block(table_BM, nobody_B, adapters=no_adapters)
             np.asarray(packed)
+
+
+def _placed(state: DecodeState, config: ModelConfig, mesh: Mesh) -> DecodeState:
+    """Returns where the state lies on a mesh: key/value heads are cut over `tensor`, all else is on every device."""
+    others = {axis: size for axis, size in mesh.shape.items() if axis != "tensor" and size > 1}
+    if others:
+        raise ValueError(
+            f"an engine cuts a model over the mesh axis tensor alone; given {others}. For more answers at once start "
+            "more engines."
+        )
+    if config.num_kv_heads % mesh.shape["tensor"]:
+        raise ValueError(
+            f"{mesh.shape['tensor']} devices cannot share {config.num_kv_heads} key/value heads evenly; use a number "
+            "that divides them"
+        )
+
+    def place(leaf):
+        return NamedSharding(mesh, PartitionSpec(*(None,) * 3, "tensor") if leaf.ndim > 3 else PartitionSpec())
+
+    everything = jax.tree.map(lambda leaf: sharding.replicated(mesh), state)
+    return dataclasses.replace(everything, cache=jax.tree.map(place, state.cache))
 
 
 @contextlib.contextmanager

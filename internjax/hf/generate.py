@@ -8,7 +8,7 @@ import numpy as np
 from internjax import sharding
 from internjax.decode import generate as decoding
 from internjax.decode.sample import SamplingParams, make_sampling
-from internjax.hf.open import Model, mesh_of
+from internjax.hf.open import Model
 from internjax.model import rope
 from internjax.text.chat import render
 from internjax.text.message import Message
@@ -40,7 +40,7 @@ def generate(
     width = max(32, 1 << (len(ids) - 1).bit_length())
     prompts_BT = np.zeros((1, width), np.int32)
     prompts_BT[0, : len(ids)] = ids
-    with sharding.use(mesh_of(model.params)):
+    with sharding.use(sharding.mesh_of(model.params)):
         generation = decoding.generate(
             model.params,
             prompts_BT,

@@ -128,19 +128,8 @@ def logits(model: Model, tokens_BT) -> jax.Array:
     if low < 0 or high >= model.config.vocab_size:
         raise ValueError(f"token ids lie in {low}..{high}; the model has ids 0..{model.config.vocab_size - 1}")
     inv_freq_BF = rope.inv_freq(model.config, length=tokens_BT.shape[1])[None]
-    with sharding.use(mesh_of(model.params)):
+    with sharding.use(sharding.mesh_of(model.params)):
         return decoder.logits(model.params, tokens_BT, config=model.config, inv_freq_BF=inv_freq_BF, lora=model.lora)
-
-
-def mesh_of(params: dict) -> Mesh:
-    """Returns the mesh that parameters live on; for parameters on one device, a mesh of that device."""
-    placed = jax.tree.leaves(params)[0].sharding
-    if isinstance(placed, jax.sharding.NamedSharding):
-        return placed.mesh
-    (device,) = placed.device_set
-    shape = (1,) * len(sharding.MESH_AXES)
-    types = (jax.sharding.AxisType.Auto,) * len(shape)
-    return jax.make_mesh(shape, sharding.MESH_AXES, axis_types=types, devices=[device])
 
 
 def _default_dtype() -> DType:

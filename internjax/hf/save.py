@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from internjax import sharding
 from internjax.hf.adapter import CONFIG as ADAPTER_CONFIG
 from internjax.hf.adapter import adapter_json
 from internjax.hf.card import model_card
@@ -22,7 +23,7 @@ from internjax.hf.folder import new_folder
 from internjax.hf.generation import FILE as GENERATION_FILE
 from internjax.hf.generation import GenerationConfig, default_generation, generation_to_hf
 from internjax.hf.loading import load_params, plan_tensors
-from internjax.hf.open import Model, logits, mesh_of
+from internjax.hf.open import Model, logits
 from internjax.hf.resolve import ABOUT, ARCHITECTURE, CONFIG
 from internjax.hf.weights import list_tensors, write_model, write_text
 from internjax.model.config import DType, ModelConfig, to_json
@@ -154,7 +155,7 @@ def prove(
         raise ValueError(f"{folder} reads back with another config ({'; '.join(differing)}); nothing was kept")
     if dtype is not None:
         params = jax.tree.map(functools.partial(_cast, dtype=dtype, use_up=use_up), params)
-    written, mesh = proof_logits(config, params), mesh_of(params)
+    written, mesh = proof_logits(config, params), sharding.mesh_of(params)
     if use_up:
         jax.tree.map(lambda leaf: leaf.delete(), params)
     del params  # a cast copy need not live beside the one that is read back

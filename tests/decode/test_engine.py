@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from internjax import sharding
 from internjax.decode.device import AdapterRoom
 from internjax.decode.engine import Engine
 from internjax.decode.generate import generate
@@ -155,6 +156,7 @@ def test_exact_mode_gives_the_same_bits_after_any_history():
                     noise.abort()
             drive(engine)
             for request, handle in handles:
+                assert handle.num_shared % 16 == 0, "chunks are cut as nobody else would cut them"
                 result = handle.result()
                 assert result == first.setdefault(request, result)
         stats = engine.stats()
@@ -566,6 +568,32 @@ def test_requests_choose_adapters_that_come_and_go():
         build().load_adapter("small", small)
     with pytest.raises(ValueError, match="not both"):
         build(lora=small, adapter_room=AdapterRoom(1))
+
+
+def test_a_model_cut_over_devices_answers_the_same():
+    """Two devices share the heads: prompts, prefixes, pages on the host and back."""
+    try:
+        mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=1, tensor=2), devices=jax.devices()[:2])
+        params = jax.device_put(PARAMS, sharding.shardings(decoder.logical_axes(CONFIG), PARAMS, mesh))
+        engine = build(params, num_pages=14, num_host_pages=12)
+        engine.warmup()
+        warm = engine.stats().num_compiled
+        requests = [
+            Request(prompt(n, seed=s), 6, DRAWN, logprobs=True) for n, s in ((30, 1), (12, 2), (33, 3), (30, 1))
+        ]
+        results = [answer(engine, request)[0] for request in requests]
+        stats = engine.stats()
+        assert stats.num_shared_tokens >= 29 and stats.num_saved_pages > 0 and stats.num_compiled == warm
+        assert engine._device._state.cache.k_LPSKH.sharding.spec[3] == "tensor"
+        with pytest.raises(ValueError, match=r"over the mesh axis tensor alone; given \{'data': 2\}"):
+            other = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=1), devices=jax.devices()[:2])
+            build(jax.device_put(PARAMS, sharding.shardings(decoder.logical_axes(CONFIG), PARAMS, other)))
+    finally:
+        sharding.make_mesh(devices=jax.devices()[:1])
+    for request, result in zip(requests, results):
+        ids, values = generated(request)
+        assert result.ids == ids
+        np.testing.assert_allclose(result.logprobs, values, atol=2e-5)
 
 
 def test_pages_come_back_after_any_traffic(engine):

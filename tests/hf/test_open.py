@@ -20,7 +20,7 @@ from internjax.hf import resolve as resolving
 from internjax.hf import restore as restoring
 from internjax.hf.adapter import save_adapter
 from internjax.hf.loading import GROUP
-from internjax.hf.open import logits, mesh_of, open_model
+from internjax.hf.open import logits, open_model
 from internjax.hf.resolve import adapter_base, resolve
 from internjax.hf.save import save_architecture, save_model
 from internjax.model import decoder
@@ -300,7 +300,7 @@ def test_on_a_mesh_parameters_lie_on_their_shardings(name, quantize, monkeypatch
             model = open_model(name, mesh=mesh, quantize=quantize)
             query = jax.tree.leaves(model.params["layers"]["attention"]["query"]["kernel"])[0]
             assert query.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
-            assert mesh_of(model.params) == mesh
+            assert sharding.mesh_of(model.params) == mesh
             jax.tree.map(np.testing.assert_array_equal, model.params, alone.params)
             np.testing.assert_allclose(logits(model, TOKENS), logits(alone, TOKENS), atol=2e-5)
     finally:
