@@ -34,10 +34,12 @@ from internjax.decode.programs import (
     decode_block,
     empty_state,
     read_chunk,
+    score_chunk,
     unpack,
+    unpack_scores,
 )
-from internjax.decode.request import Event, Finish, Handle, Request
-from internjax.decode.sample import stack
+from internjax.decode.request import Finish, Handle, Request, check_options, prompt_event, tokens_event
+from internjax.decode.sample import Limits, stack
 from internjax.model import rope
 from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
@@ -70,6 +72,9 @@ class _Slot:
     drawing: bool = False
     longest: int = 0
     """Upper bound of the row's length after all blocks dispatched so far."""
+    scores: list[tuple[int, jax.Array]] = dataclasses.field(default_factory=list)
+    """How many prompt tokens each chunk scored, and their scores; not delivered yet."""
+    prompt_delivered: bool = False
 
     @property
     def total(self) -> int:
@@ -98,7 +103,7 @@ class Engine:
         tokens_per_dispatch: int = 4,
         prefill_chunk: int = 64,
         context_buckets: tuple[int, ...] = (),
-        max_stop_ids: int = 8,
+        limits: Limits = Limits(),
     ):
         """Prepares the device state; compiles nothing yet.
 
@@ -106,15 +111,15 @@ class Engine:
         default. prefill_chunk: prompt tokens read at once. context_buckets: shorter contexts, in tokens, for which
         attention is compiled too; while all rows fit into one, a step reads no more of the cache than that. A row's
         results then agree with those of another width up to rounding only; with none, they do not depend on the other
-        rows at all.
+        rows at all. limits: what one request may ask for.
         """
         sizes = {"max_context": max_context, "num_slots": num_slots, "page_size": page_size}
         sizes |= {"tokens_per_dispatch": tokens_per_dispatch, "prefill_chunk": prefill_chunk}
         wrong = [f"{name}={value}" for name, value in sizes.items() if value < 1]
-        if wrong or max_stop_ids < 0 or any(not 1 <= bucket <= max_context for bucket in context_buckets):
+        if wrong or min(limits) < 0 or any(not 1 <= bucket <= max_context for bucket in context_buckets):
             raise ValueError(
                 f"engine sizes must be positive and context_buckets in 1..{max_context} (max_context); "
-                f"given {', '.join(wrong)} max_stop_ids={max_stop_ids} context_buckets={context_buckets}"
+                f"given {', '.join(wrong)} {limits} context_buckets={context_buckets}"
             )
         if config.head != "lm":
             raise ValueError("a model with a scalar head scores and cannot generate; use one with head='lm'")
@@ -122,7 +127,7 @@ class Engine:
         pages_per_row = -(-max_context // page_size)
         self.num_pages = num_slots * pages_per_row if num_pages is None else num_pages
         self._allocator = PageAllocator(self.num_pages)
-        self._tokens_per_dispatch, self._max_stop_ids = tokens_per_dispatch, max_stop_ids
+        self._tokens_per_dispatch, self.limits = tokens_per_dispatch, limits
         self._widths = sorted({-(-bucket // page_size) for bucket in context_buckets} | {pages_per_row})
         smaller = (_SMALLEST_CHUNK << i for i in range(20))
         self._chunks = [*(size for size in smaller if size < prefill_chunk), prefill_chunk]
@@ -138,10 +143,13 @@ class Engine:
                 num_pages=self.num_pages,
                 page_size=page_size,
                 cache_dtype=cache_dtype or config.dtype,
-                max_stop_ids=max_stop_ids,
+                limits=limits,
             )
         )
         self._read_chunk = jax.jit(functools.partial(read_chunk, config=config), donate_argnums=1)
+        self._score_chunk = jax.jit(
+            functools.partial(score_chunk, config=config, num_top=limits.logprobs), donate_argnums=1
+        )
         # Partials of nothing: jit shares the cache of one function, and this engine counts its own programs.
         self._admit = jax.jit(functools.partial(admit), donate_argnums=0)
         self._clear_pages = jax.jit(functools.partial(clear_pages), donate_argnums=0)
@@ -178,7 +186,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """Returns counts of slots, requests, pages and compiled programs."""
-        programs = (self._read_chunk, self._admit, self._clear_pages, self._decode_block)
+        programs = (self._read_chunk, self._score_chunk, self._admit, self._clear_pages, self._decode_block)
         return Stats(
             self.num_slots,
             sum(slot is not None for slot in self._slots),
@@ -197,7 +205,7 @@ class Engine:
         return -(-(len(request.tokens) + request.max_new_tokens - 1) // self.page_size)
 
     def _check(self, request: Request) -> None:
-        total, vocab = len(request.tokens) + request.max_new_tokens, self.config.vocab_size
+        total = len(request.tokens) + request.max_new_tokens
         if not request.tokens:
             raise ValueError("the prompt is empty and has nothing to continue: begin it with the first token")
         if request.max_new_tokens < 1:
@@ -212,13 +220,7 @@ class Engine:
                 f"{total} tokens need {self._num_pages_needed(request)} pages of {self.page_size}; the whole cache has "
                 f"{self.num_pages}. Shorten the request or start the engine with more pages."
             )
-        if len(request.stop_ids) > self._max_stop_ids:
-            raise ValueError(
-                f"{len(request.stop_ids)} stop ids given; this engine takes up to {self._max_stop_ids} (max_stop_ids)"
-            )
-        foreign = [token for token in (*request.tokens, *request.stop_ids) if not 0 <= token < vocab]
-        if foreign:
-            raise ValueError(f"token ids must be in 0..{vocab - 1}, the model's vocabulary; given {foreign[:5]}")
+        check_options(request, self.limits, vocab_size=self.config.vocab_size)
 
     # Lifetime.
 
@@ -236,6 +238,9 @@ class Engine:
             for size, width in beginnings + [(self._chunks[-1], width) for width in self._widths]:
                 with _timed(f"read {size} prompt tokens, context {width * self.page_size}", report):
                     self._read(np.zeros(size, np.int32), pages_M[None, :width], 0, 0, self._inv_freq_F)
+            with _timed(f"score {self._chunks[-1]} prompt tokens", report):
+                zeros_C = np.zeros(self._chunks[-1], np.int32)
+                self._score(zeros_C, zeros_C, pages_M[None], 0, 0, self._inv_freq_F, 1.0)
             for width in self._widths:
                 with _timed(f"draw {self._tokens_per_dispatch} tokens, context {width * self.page_size}", report):
                     self._block(nobody_B, width)
@@ -345,16 +350,32 @@ class Engine:
         return next(width for width in self._widths if width * self.page_size >= length or width == self._widths[-1])
 
     def _read(self, tokens_C: np.ndarray, page_table_1M, start: int, end: int, inv_freq_F) -> None:
-        chunk = PromptChunk(
-            tokens_C[None], page_table_1M, np.array([start], np.int32), np.array([end], np.int32), inv_freq_F[None]
-        )
+        chunk = _chunk(tokens_C, page_table_1M, start, end, inv_freq_F)
         self._state = self._read_chunk(self._params, self._state, chunk, self._lora)
+
+    def _score(self, tokens_C, next_C, page_table_1M, start: int, end: int, inv_freq_F, temperature: float):
+        chunk = _chunk(tokens_C, page_table_1M, start, end, inv_freq_F)
+        temperature_1 = np.array([temperature or 1.0], np.float32)
+        self._state, packed = self._score_chunk(
+            self._params, self._state, chunk, next_C[None], temperature_1, self._lora
+        )
+        packed.copy_to_host_async()
+        return packed
 
     def _read_prompt(self, index: int, slot: _Slot) -> None:
         """Reads the next chunk of a prompt; after the last one the slot draws. The last token is the step's to feed."""
         tokens, start = slot.handle.request.tokens, slot.num_read
         end = min(start + self._chunks[-1], len(tokens) - 1)
-        if end > start:
+        if end > start and slot.handle.request.prompt_logprobs is not None:
+            # One shape of its own, so that scoring costs one program more.
+            tokens_C, next_C = np.zeros((2, self._chunks[-1]), np.int32)
+            tokens_C[: end - start], next_C[: end - start] = tokens[start:end], tokens[start + 1 : end + 1]
+            page_table_1M = self._page_table_BM[index : index + 1].copy()
+            temperature = slot.handle.request.sampling.temperature
+            scores = self._score(tokens_C, next_C, page_table_1M, start, end, slot.inv_freq_F, temperature)
+            slot.scores.append((end - start, scores))
+            slot.num_read = end
+        elif end > start:
             # Smaller chunks are for short prompts only, where they need one width: few programs to compile.
             size = self._chunks[-1] if start else next(size for size in self._chunks if size >= end)
             width = self._width(end if size == self._chunks[-1] else size)
@@ -371,16 +392,18 @@ class Engine:
         length = len(request.tokens)
         tokens_S = np.zeros(self.max_context, np.int32)
         tokens_S[:length] = request.tokens
-        stop_ids_I = np.full(self._max_stop_ids, -1, np.int32)
+        stop_ids_I = np.full(self.limits.stop_ids, -1, np.int32)
         stop_ids_I[: len(request.stop_ids)] = request.stop_ids
         new = Admission(
             np.array(index, np.int32),
             tokens_S,
             np.array(length, np.int32),
+            np.array(len(request.tokens), np.int32),
             np.array(slot.total, np.int32),
             stop_ids_I,
             slot.inv_freq_F,
-            stack([request.sampling]),
+            stack([request.sampling], limits=self.limits),
+            np.array(bool(request.logprobs)),
         )
         self._state = self._admit(self._state, new)
         slot.drawing, slot.longest = True, length
@@ -407,15 +430,17 @@ class Engine:
 
     def _deliver(self, packed: jax.Array, drawing: dict[int, _Slot]) -> None:
         """Hands out the tokens of a block, and frees the slots of rows that are done."""
-        block = unpack(np.asarray(packed))
+        block = unpack(np.asarray(packed), num_tokens=self._tokens_per_dispatch)
         for index, slot in drawing.items():
             if self._slots[index] is not slot:
                 continue  # done or aborted before this block was read
-            count, finish = int(block.counts_B[index]), FINISH_NAMES[block.finish_B[index]]
-            ids = tuple(block.ids_Bn[index, :count].tolist())
-            logprobs = tuple(block.logprobs_Bn[index, :count].tolist()) if slot.handle.request.logprobs else None
-            if ids:
-                slot.handle.deliver(Event(ids, logprobs, None if finish == "error" else finish, None))
+            request, finish = slot.handle.request, FINISH_NAMES[block.finish_B[index]]
+            if block.counts_B[index]:
+                if request.prompt_logprobs is not None and not slot.prompt_delivered:
+                    chunks = [unpack_scores(np.asarray(scores)[:count]) for count, scores in slot.scores]
+                    slot.handle.deliver(prompt_event(request, chunks))
+                    slot.prompt_delivered, slot.scores = True, []
+                slot.handle.deliver(tokens_event(request, block, index, None if finish == "error" else finish))
             if finish == "error":
                 self._drop(index, "error", "the model's logits are not finite (NaN or infinite)")
             elif finish:
@@ -455,6 +480,11 @@ class Engine:
         self._in_flight.clear()
         while self._queue:
             self._queue.popleft().end(finish, error)
+
+
+def _chunk(tokens_C: np.ndarray, page_table_1M, start: int, end: int, inv_freq_F) -> PromptChunk:
+    starts_and_ends = np.array([[start], [end]], np.int32)
+    return PromptChunk(tokens_C[None], page_table_1M, *starts_and_ends, inv_freq_F[None])
 
 
 @contextlib.contextmanager
