@@ -22,8 +22,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from internjax.decode.request import RequestError
 from internjax.text.chat import CallEnd
-from serve.pipeline import Answer, ContextTooLong, Delta, Event, Params, Pipeline, Result
+from serve.pipeline import Answer, ContextTooLong, Delta, Event, Params, Pipeline, Prompt, Result, Token
 from serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -32,6 +33,7 @@ from serve.protocol import (
     completion_logprobs,
     envelope,
     messages_of,
+    param_of,
     params_of,
     refuse,
     tool_calls,
@@ -84,7 +86,9 @@ def create_app(pipeline: Pipeline, *, model_name: str, api_key: str | None = Non
             raise Refusal(f"{asked} are more than {MAX_ANSWERS} answers; send several requests", param="n")
         prompts = [prompt for prompt in body.prompt for _ in range(n)]
         answers = await _submit(
-            [lambda p=p, i=i: pipeline.complete(p, _nth(params, i % n)) for i, p in enumerate(prompts)], param="prompt"
+            [lambda p=p, i=i: pipeline.complete(p, _nth(params, i % n)) for i, p in enumerate(prompts)],
+            body,
+            param="prompt",
         )
         echoes = [_echo(prompt, pipeline) if body.echo else "" for prompt in prompts]
         job = _Job("cmpl-", body, answers, n)
@@ -104,7 +108,9 @@ def create_app(pipeline: Pipeline, *, model_name: str, api_key: str | None = Non
         if tools and not pipeline.calls_tools:
             raise Refusal("this model's tokenizer has no markers for tool calls; leave tools out", param="tools")
         answers = await _submit(
-            [lambda i=i: pipeline.chat(messages, _nth(params, i), tools=tools) for i in range(n)], param="messages"
+            [lambda i=i: pipeline.chat(messages, _nth(params, i), tools=tools) for i in range(n)],
+            body,
+            param="messages",
         )
         job = _Job("chatcmpl-", body, answers, n)
         if body.stream:
@@ -148,11 +154,20 @@ class _Job:
 def _completion(job: _Job, results: Sequence[Result], echoes: Sequence[str]) -> dict[str, Any]:
     choices = []
     for index, (result, echo) in enumerate(zip(results, echoes, strict=True)):
-        logprobs = completion_logprobs(result.tokens) if job.body.logprobs is not None else None
+        logprobs = _completion_logprobs(job.body, (*result.prompt, *_behind(echo, result.tokens)))
         choices.append(
             {"index": index, "text": echo + result.text, "logprobs": logprobs, "finish_reason": _finish(result)}
         )
     return job.object("text_completion", choices) | {"usage": usage(results, n=job.n)}
+
+
+def _behind(echo: str, tokens: Sequence[Token]) -> list[Token]:
+    """The tokens of an answer, as they stand behind the echo of its prompt."""
+    return [token._replace(offset=len(echo) + token.offset) for token in tokens]
+
+
+def _completion_logprobs(body: CompletionRequest, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    return None if body.logprobs is None else completion_logprobs(tokens, num_top=body.logprobs)
 
 
 def _chat_completion(job: _Job, results: Sequence[Result]) -> dict[str, Any]:
@@ -177,12 +192,14 @@ async def _completion_chunks(job: _Job, echoes: Sequence[str]) -> AsyncIterator[
         return job.object("text_completion", [choice])
 
     for index, echo in enumerate(echoes):
-        if echo:
+        if echo and job.body.logprobs is None:  # else with the log-probabilities, when they are there
             yield chunk(index, echo)
     async for index, event in _events(job):
         match event:
+            case Prompt(tokens):
+                yield chunk(index, echoes[index], _completion_logprobs(job.body, tokens))
             case Delta(text, tokens):
-                yield chunk(index, text, completion_logprobs(tokens) if job.body.logprobs is not None else None)
+                yield chunk(index, text, _completion_logprobs(job.body, _behind(echoes[index], tokens)))
             case Result():
                 yield chunk(index, "", finish=_finish(event))
 
@@ -292,7 +309,9 @@ async def _events(job: _Job) -> AsyncIterator[tuple[int, Event]]:
             answer.abort()
 
 
-async def _submit(starts: Sequence[Callable[[], Answer]], *, param: str) -> list[Answer]:
+async def _submit(
+    starts: Sequence[Callable[[], Answer]], body: ChatRequest | CompletionRequest, *, param: str
+) -> list[Answer]:
     """The answers, all of them or none."""
     answers: list[Answer] = []
     try:
@@ -303,6 +322,8 @@ async def _submit(starts: Sequence[Callable[[], Answer]], *, param: str) -> list
             answer.abort()
         if isinstance(error, ContextTooLong):
             raise Refusal(str(error), param=param, code="context_length_exceeded") from error
+        if isinstance(error, RequestError) and error.field != "tokens":
+            raise Refusal(str(error), param=param_of(error.field, body)) from error
         if isinstance(error, ValueError):
             raise Refusal(str(error), param=param) from error
         raise

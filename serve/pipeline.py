@@ -13,58 +13,96 @@ from __future__ import annotations
 import collections
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
 
 from internjax.decode.engine import Engine
-from internjax.decode.request import Handle, Request
+from internjax.decode.request import Handle, PromptLogprobs, Ranked, Request, RequestError
 from internjax.decode.sample import SamplingParams
 from internjax.decode.sizing import fitting_pages, page_bytes
 from internjax.hf.open import Model
 from internjax.model.cache import CacheDType
 from internjax.text import chat as protocol
-from internjax.text.chat import CallBroken, CallDelta, CallEnd, CallStart, TextDelta
+from internjax.text.chat import CallEnd
 from internjax.text.message import INTERPRETER_PROMPT, Chat, Message, ToolCall, tools_message
 from internjax.text.tokenizer import ACTION_END, ACTION_START, INTERPRETER, PLUGIN, StreamDecoder, Tokenizer
+from serve.readers import MARKER_OF, ChatReader, PlainReader, Reader, text_of
 from serve.stops import StopStrings
 
-_MARKER_OF = {"interpreter": INTERPRETER, "plugin": PLUGIN}
 _CALL_MARKERS = (ACTION_START, ACTION_END, PLUGIN, INTERPRETER)
 
 
 @dataclass(frozen=True)
 class Params:
-    """How one answer is generated. `max_tokens` None: until the context is full. `seed` None: a random one."""
+    """How one answer is generated; what the numbers do is in `SamplingParams`.
 
-    max_tokens: int | None = None
+    Log-probabilities are the model's at the answer's temperature (1 if greedy), before penalties, bias and truncation.
+    """
+
+    max_tokens: int | None = None  # None: until the context is full; 0: the prompt is only read
+    min_tokens: int = 0  # until so many are drawn, nothing stops the answer: no stop id is drawn, no stop string seen
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
-    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int | str, float] = field(default_factory=dict)  # by token id, also in decimal digits
+    bad_words: tuple[str, ...] = ()  # banned as they are tokenised at the start, behind a space, and behind a newline
+    seed: int | None = None  # None: a random one
     stop: tuple[str, ...] = ()
-    logprobs: bool = False
+    stop_token_ids: tuple[int, ...] = ()  # beside those of the model
+    ignore_eos: bool = False  # those of the model do not end the answer; a chat answer is then text, without calls
+    logprobs: int | None = None  # of the tokens drawn, with so many most likely ones in the place of each
+    prompt_logprobs: int | None = None  # likewise of the prompt
 
     def __post_init__(self):
+        if self.max_tokens is not None and not _is_count(self.max_tokens):
+            raise ValueError(f"max_tokens must be a whole number >= 0, or None, given {self.max_tokens!r}")
+        if not _is_count(self.min_tokens):
+            raise ValueError(f"min_tokens must be a whole number >= 0, given {self.min_tokens!r}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must not pass max_tokens, given {self.min_tokens} and {self.max_tokens}")
+        for name in ("stop", "bad_words"):
+            given = getattr(self, name)
+            if isinstance(given, str) or not all(given):
+                raise ValueError(f"{name} must be a tuple of strings that are not empty, given {given!r}")
+        for name in ("logprobs", "prompt_logprobs"):
+            given = getattr(self, name)
+            if given is not None and not _is_count(given):
+                raise ValueError(f"{name} must be a number of most likely tokens (0: none), or None, given {given!r}")
         _sampling_of(self)  # which refuses what cannot be sampled with
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, or None, given {self.max_tokens!r}")
-        if isinstance(self.stop, str) or not all(self.stop):
-            raise ValueError(f"stop must be a tuple of strings that are not empty, given {self.stop!r}")
 
 
-def _sampling_of(params: Params) -> SamplingParams:
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _sampling_of(params: Params, *, bad_words: tuple[tuple[int, ...], ...] = ()) -> SamplingParams:
     return SamplingParams(
         temperature=params.temperature,
         top_k=params.top_k,
         top_p=params.top_p,
         min_p=params.min_p,
+        typical_p=params.typical_p,
         repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=tuple((_token_id(token), bias) for token, bias in params.logit_bias.items()),
+        bad_words=bad_words,
+        min_new_tokens=params.min_tokens,
         seed=secrets.randbits(32) if params.seed is None else params.seed,
     )
+
+
+def _token_id(token: int | str) -> int:
+    if isinstance(token, str) and not (token.isascii() and token.isdigit()):
+        raise ValueError(f"logit_bias must be given by token ids, given {token!r}; encode a text to learn its ids")
+    return int(token)
 
 
 class ContextTooLong(ValueError):
@@ -72,13 +110,31 @@ class ContextTooLong(ValueError):
 
 
 class Token(NamedTuple):
-    """A generated token: `text` is what it added to the answer, from character `offset` on (the texts of all tokens
-    joined are the answer; a token that only begins a character adds nothing)."""
+    """A token: `text` is what it added to the answer (or the prompt), from character `offset` on. The texts of all
+    tokens joined are the whole; a token that only begins a character adds nothing."""
 
     id: int
     text: str
-    logprob: float
+    logprob: float | None  # None for a prompt's first token, which nothing stands before
     offset: int
+    top: tuple[Alternative, ...] = ()
+
+
+class Alternative(NamedTuple):
+    """One of the most likely tokens in a place, whether drawn there or not. `piece`: the bytes it adds to a text."""
+
+    id: int
+    piece: bytes
+    logprob: float
+
+
+class Prompt(NamedTuple):
+    """The prompt's tokens with their log-probabilities, if `Params.prompt_logprobs`: the first event of an answer.
+
+    Of a prompt that is a text, the token that begins every text is not one of them.
+    """
+
+    tokens: tuple[Token, ...]
 
 
 class Delta(NamedTuple):
@@ -98,13 +154,14 @@ class Result(NamedTuple):
     num_prompt_tokens: int
     ids: tuple[int, ...]
     tokens: tuple[Token, ...]
+    prompt: tuple[Token, ...] = ()  # with Params.prompt_logprobs
 
     @property
     def message(self) -> Message:
         return Message("assistant", self.text, call=self.call)
 
 
-Event = Delta | CallEnd | Result
+Event = Prompt | Delta | CallEnd | Result
 
 
 class Answer:
@@ -113,14 +170,15 @@ class Answer:
     However the iteration ends, the engine is told to drop the request.
     """
 
-    def __init__(
-        self, handle: Handle, reader: _Reader, *, num_prompt_tokens: int, stop_ids: frozenset[int], params: Params
-    ):
+    def __init__(self, handle: Handle, reader: Reader, request: Request, *, hidden: int, params: Params):
+        """`hidden`: tokens at the prompt's beginning that are no part of its text."""
         self._handle = handle
         self._reader = reader
-        self._num_prompt_tokens = num_prompt_tokens
-        self._stop_ids = stop_ids
-        self._logprobs = params.logprobs
+        self._prompt_ids = request.tokens
+        self._hidden = hidden
+        self._stop_ids = frozenset(request.stop_ids)
+        self._params = params
+        self._prompt: tuple[Token, ...] = ()
         self._stops = StopStrings(params.stop)
         self._text: list[str] = []
         self._num_shown = 0  # characters in _text
@@ -139,9 +197,10 @@ class Answer:
                 self._call,
                 finish,
                 self._stops.hit,
-                self._num_prompt_tokens,
+                len(self._prompt_ids),
                 tuple(self._ids),
                 tuple(self._tokens),
+                self._prompt,
             )
             yield self.last
         finally:
@@ -163,29 +222,51 @@ class Answer:
             if event.error is not None:
                 raise RuntimeError(f"the engine failed: {event.error}")
             finish = event.finish or finish
-            for token_id, logprob in zip(event.ids, event.logprobs or [0.0] * len(event.ids)):
+            if event.prompt is not None:
+                self._prompt = self._tokens_of_prompt(event.prompt)
+                yield Prompt(self._prompt)
+            if self._params.max_tokens == 0:
+                continue  # the engine draws one token at least
+            nothing = (None,) * len(event.ids)
+            for token_id, logprob, ranked in zip(event.ids, event.logprobs or nothing, event.top_logprobs or nothing):
                 self._ids.append(token_id)
                 if token_id in self._stop_ids:
                     break
-                yield from self._take(token_id, logprob)
+                yield from self._take(token_id, logprob, ranked or ())
                 if self._call is not None:
                     return "tool_calls"
                 if self._stops.hit is not None:
                     return "stop"
+        if self._params.max_tokens == 0:
+            return "aborted" if finish == "aborted" else "length"
         for part in self._reader.close():
-            yield from self._show(self._stops.push(_text_of(part)))
+            yield from self._show(self._stops.push(text_of(part)))
         if self._stops.hit is not None:
             return "stop"
         yield from self._show(self._stops.flush())
         return finish
 
-    def _take(self, token_id: int, logprob: float) -> Iterator[Event]:
+    def _tokens_of_prompt(self, prompt: PromptLogprobs) -> tuple[Token, ...]:
+        decoder, tokens, offset = StreamDecoder(self._reader.tokenizer), [], 0
+        for token_id, logprob, ranked in list(zip(self._prompt_ids, *prompt))[self._hidden :]:
+            text = decoder.push([token_id])
+            tokens.append(Token(token_id, text, logprob, offset, self._alternatives(ranked)))
+            offset += len(text)
+        if tokens and (rest := decoder.flush()):
+            tokens[-1] = tokens[-1]._replace(text=tokens[-1].text + rest)
+        return tuple(tokens)
+
+    def _alternatives(self, ranked: Ranked) -> tuple[Alternative, ...]:
+        return tuple(Alternative(token_id, self._reader.tokenizer.bytes_of(token_id), p) for token_id, p in ranked)
+
+    def _take(self, token_id: int, logprob: float | None, ranked: Ranked) -> Iterator[Event]:
         parts = self._reader.push([token_id])
-        text = "".join(_text_of(part) for part in parts)
-        if self._logprobs and self._reader.in_text:
-            self._pending.append(Token(token_id, text, logprob, self._num_read))
+        text = "".join(text_of(part) for part in parts)
+        if self._params.logprobs is not None and self._reader.in_text:
+            self._pending.append(Token(token_id, text, logprob, self._num_read, self._alternatives(ranked)))
         self._num_read += len(text)
-        yield from self._show(self._stops.push(text))
+        early = len(self._ids) <= self._params.min_tokens
+        yield from self._show(text if early else self._stops.push(text))
         for part in parts:
             if isinstance(part, CallEnd) and self._stops.hit is None:
                 yield from self._show(self._stops.flush())
@@ -306,8 +387,9 @@ class Pipeline:
     def complete(self, prompt: str | Sequence[int], params: Params | None = None) -> Answer:
         """The continuation of a text, or of token ids (taken as they are). Markers in a text are plain text."""
         params = Params() if params is None else params
-        ids = self._prompt_ids(prompt) if isinstance(prompt, str) else self._checked_ids(prompt)
-        return self._submit(ids, _PlainReader(self.tokenizer), params)
+        is_text = isinstance(prompt, str)
+        ids = self._prompt_ids(prompt) if is_text else self._checked_ids(prompt)
+        return self._submit(ids, PlainReader(self.tokenizer), params, hidden=int(is_text))
 
     def chat(
         self, messages: Sequence[Message], params: Params | None = None, *, tools: Sequence[Mapping] = ()
@@ -318,32 +400,57 @@ class Pipeline:
         """
         params = Params() if params is None else params
         messages = self._with_tools(messages, tools)
-        may_call = any(message.role == "system" and message.name in _MARKER_OF for message in messages)
+        may_call = any(message.role == "system" and message.name in MARKER_OF for message in messages)
         rendered = protocol.render(messages, self.tokenizer, add_generation_prompt=True)
-        return self._submit(rendered.ids, _ChatReader(self.tokenizer, may_call=may_call), params)
+        if params.ignore_eos and may_call:
+            raise ValueError("ignore_eos is set and tools are declared: past its end a turn holds no calls; give one")
+        if params.ignore_eos:
+            return self._submit(rendered.ids, PlainReader(self.tokenizer), params)
+        return self._submit(rendered.ids, ChatReader(self.tokenizer, may_call=may_call), params)
 
-    def _submit(self, ids: Sequence[int], reader: _Reader, params: Params) -> Answer:
+    def _submit(self, ids: Sequence[int], reader: Reader, params: Params, *, hidden: int = 0) -> Answer:
         room = self.max_context - len(ids)
-        wanted = max(1, room) if params.max_tokens is None else params.max_tokens
+        wanted = max(1, room if params.max_tokens is None else params.max_tokens)
         if wanted > room:
             raise ContextTooLong(
                 f"the context holds {self.max_context} tokens; the prompt has {len(ids)} and {wanted} are asked for, "
                 f"{len(ids) + wanted} together. Shorten the prompt or lower max_tokens"
             )
+        own_stops = () if params.ignore_eos else self.stop_ids
         request = Request(
             tokens=tuple(ids),
             max_new_tokens=wanted,
-            sampling=_sampling_of(params),
-            stop_ids=self.stop_ids,
+            sampling=_sampling_of(params, bad_words=self._bad_words(params.bad_words)),
+            stop_ids=tuple(dict.fromkeys((*own_stops, *params.stop_token_ids))),
             logprobs=params.logprobs,
+            prompt_logprobs=params.prompt_logprobs,
         )
-        return Answer(
-            self.engine.submit(request),
-            reader,
-            num_prompt_tokens=len(ids),
-            stop_ids=frozenset(self.stop_ids),
-            params=params,
-        )
+        return Answer(self.engine.submit(request), reader, request, hidden=hidden, params=params)
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The sequences of ids that the words have at the start of a text, behind a space and behind a newline."""
+        encode, newline = self.tokenizer.encode, self.tokenizer.encode("\n")
+        forms: dict[tuple[int, ...], None] = {}
+        for word in words:
+            behind = encode("\n" + word)
+            forms |= dict.fromkeys(tuple(ids) for ids in (encode(word), encode(" " + word)))
+            if behind[: len(newline)] == newline and len(behind) > len(newline):
+                forms[tuple(behind[len(newline) :])] = None
+        limits = self.engine.limits
+        if len(forms) > limits.bad_words:
+            raise RequestError(
+                "bad_words",
+                f"{len(words)} bad words are {len(forms)} sequences of tokens; this server takes up to "
+                f"{limits.bad_words}. Give fewer",
+            )
+        for word in words:
+            if len(encode(" " + word)) > limits.bad_word_length:
+                raise RequestError(
+                    "bad_words",
+                    f"the bad word {word!r} has {len(encode(' ' + word))} tokens; this server takes up to "
+                    f"{limits.bad_word_length}. Give its first words",
+                )
+        return tuple(forms)
 
     def _prompt_ids(self, text: str) -> list[int]:
         """Ids of a text behind the token that begins one, as evaluation scores it."""
@@ -399,73 +506,8 @@ def chat_callable(pipeline: Pipeline, params: Params | None = None) -> Chat:
 
 def with_sampling(params: Params, sampling: Mapping[str, Any] | None) -> Params:
     """`params` with the given fields replaced. Raises ValueError for a name that is none of them."""
-    known = [field.name for field in fields(Params)]
+    known = [each.name for each in fields(Params)]
     unknown = sorted(set(sampling or {}) - set(known))
     if unknown:
         raise ValueError(f"sampling has unknown fields {unknown}; give any of {known}")
     return replace(params, **(sampling or {}))
-
-
-class _PlainReader:
-    """Text of ids; special tokens are invisible."""
-
-    in_text = True  # whether the ids read last are part of the text
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._decoder = StreamDecoder(tokenizer)
-
-    def push(self, ids: Sequence[int]) -> list[protocol.Event]:
-        return [TextDelta(self._decoder.push(ids))]
-
-    def close(self) -> list[protocol.Event]:
-        return [TextDelta(self._decoder.flush())]
-
-
-class _ChatReader:
-    """Events of an assistant's turn; calls become text where nobody declared tools."""
-
-    def __init__(self, tokenizer: Tokenizer, *, may_call: bool):
-        self._parser = protocol.ToolParser(tokenizer)
-        self._may_call = may_call
-        self._opening = tokenizer.special.get(ACTION_START)
-        self._in_call = False
-        self.in_text = True
-
-    def push(self, ids: Sequence[int]) -> list[protocol.Event]:
-        parts = self._parser.push(ids)
-        if not self._may_call:
-            return [_as_text(part) for part in parts]
-        closed = False
-        for part in parts:
-            if isinstance(part, CallStart | CallEnd):
-                self._in_call = isinstance(part, CallStart)
-                closed = not self._in_call
-        self.in_text = not (self._in_call or closed or ids[-1] == self._opening)
-        return parts
-
-    def close(self) -> list[protocol.Event]:
-        # The body of a call that is not closed is text; if calls are text already, it has been shown as it came.
-        parts = self._parser.close()
-        return [_as_text(p) for p in parts if self._may_call or not isinstance(p, CallBroken)]
-
-
-_Reader = _PlainReader | _ChatReader
-
-
-def _text_of(part: protocol.Event) -> str:
-    return part.text if isinstance(part, TextDelta) else ""
-
-
-def _as_text(part: protocol.Event) -> TextDelta:
-    """The text that stands for a part of a turn when calls are nothing but text."""
-    match part:
-        case CallStart(name):
-            return TextDelta(ACTION_START + _MARKER_OF[name])
-        case CallDelta(text):
-            return TextDelta(text)
-        case CallEnd():
-            return TextDelta(ACTION_END)
-        case CallBroken(name, text):
-            return TextDelta(ACTION_START + _MARKER_OF[name] + text)
-        case _:
-            return part

@@ -98,6 +98,10 @@ Content = Annotated[
     BeforeValidator(_as_text),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}),
 ]
+Ids = list[Annotated[int, Field(ge=0, lt=2**31)]]
+Words = list[Annotated[str, Field(min_length=1)]]
+Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -109,30 +113,35 @@ class StreamOptions(_Fields):
 
 
 class _Sampled(_Fields):
-    """What both kinds of request share. The last three are not OpenAI's; its clients send them as `extra_body`."""
+    """What both kinds of request share. From `top_k` on it is not OpenAI's; its clients send it as `extra_body`."""
 
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Count | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: Stop = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     user: str | None = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    logit_bias: Any = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: Bias | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     min_p: Share | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    bad_words: Words | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    stop_token_ids: Ids | None = None
+    ignore_eos: bool | None = None
 
 
 class CompletionRequest(_Sampled):
     prompt: Prompts
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: Annotated[int, Field(ge=0)] | None = None
     best_of: int | None = None
     suffix: Any = None
 
@@ -176,7 +185,7 @@ class ChatRequest(_Sampled):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
     tools: list[DeclaredTool] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
@@ -206,18 +215,8 @@ class Refused(NamedTuple):
     neutral: tuple = ()
 
 
-_CHOSEN_ONLY = Refused("log-probabilities are given for the chosen tokens, not for alternatives", (0,))
-REFUSED_OF_ALL = {
-    "frequency_penalty": Refused("use repetition_penalty, or leave it at 0", (0,)),
-    "presence_penalty": Refused("use repetition_penalty, or leave it at 0", (0,)),
-    "logit_bias": Refused("logits cannot be biased", ({},)),
-}
-REFUSED_OF_COMPLETIONS = REFUSED_OF_ALL | {
-    "logprobs": _CHOSEN_ONLY,
-    "suffix": Refused("text is continued, not filled in", ("",)),
-}
-REFUSED_OF_CHATS = REFUSED_OF_ALL | {
-    "top_logprobs": _CHOSEN_ONLY,
+REFUSED_OF_COMPLETIONS = {"suffix": Refused("text is continued, not filled in", ("",))}
+REFUSED_OF_CHATS = {
     "response_format": Refused("answers are free text", ({"type": "text"},)),
     "modalities": Refused("answers are text", (["text"],)),
     "audio": Refused("answers are text"),
@@ -256,16 +255,23 @@ def refuse(request: CompletionRequest | ChatRequest) -> None:
                 "stream_options are for streams; set stream to true, or leave them out", param="stream_options"
             )
         _refuse_fields(request.stream_options, REFUSED_OF_STREAMS, "stream_options.")
+    most = max_tokens_of(request)
+    if most is not None and (request.min_tokens or 0) > most:
+        raise Refusal(f"min_tokens is {request.min_tokens}, more than max_tokens, {most}", param="min_tokens")
     if is_chat:
         _refuse_in_chat(request)
         return
     if request.best_of not in (None, request.n or 1):
         raise Refusal(f"best_of is {request.best_of}; all n = {request.n or 1} answers are returned", param="best_of")
-    if request.echo and request.logprobs is not None:
-        raise Refusal("echo with logprobs is refused: a prompt's own log-probabilities are not given", param="logprobs")
+    if request.max_tokens == 0 and not request.echo:
+        raise Refusal("max_tokens is 0: nothing is asked for without echo; give at least 1", param="max_tokens")
 
 
 def _refuse_in_chat(request: ChatRequest) -> None:
+    if request.max_tokens == 0:
+        raise Refusal("max_tokens is 0; give at least 1", param="max_tokens")
+    if request.ignore_eos and request.tools and request.tool_choice != "none":
+        raise Refusal("past its end a turn holds no calls; leave out ignore_eos, or tools", param="ignore_eos")
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise Refusal("max_tokens and max_completion_tokens are both given; give one", param="max_tokens")
     if request.top_logprobs is not None and not request.logprobs:
@@ -299,22 +305,51 @@ def _refuse_fields(values: BaseModel, refused: Mapping[str, Refused], place: str
             raise Refusal(f"{place}{name} is refused: {why}{known}", param=place + name)
 
 
+def max_tokens_of(request: CompletionRequest | ChatRequest) -> int | None:
+    """The most tokens that a request wants; None: what the context holds."""
+    if request.max_tokens is not None:
+        return request.max_tokens
+    return request.max_completion_tokens if isinstance(request, ChatRequest) else COMPLETION_MAX_TOKENS
+
+
 def params_of(request: CompletionRequest | ChatRequest) -> Params:
     """How an answer to the request is generated. Seeds of any sign and 64 bits are folded into 32."""
     if isinstance(request, ChatRequest):
-        max_tokens = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
-        logprobs = bool(request.logprobs)
+        logprobs, echoed = (request.top_logprobs or 0) if request.logprobs else None, False
     else:
-        max_tokens = COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
-        logprobs = request.logprobs is not None
-    given = {name: getattr(request, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+        logprobs, echoed = request.logprobs, bool(request.echo)
     return Params(
-        max_tokens=max_tokens,
+        max_tokens=max_tokens_of(request),
         seed=None if request.seed is None else request.seed % 2**32,
         stop=tuple(request.stop or ()),
+        bad_words=tuple(request.bad_words or ()),
+        stop_token_ids=tuple(request.stop_token_ids or ()),
         logprobs=logprobs,
-        **{name: value for name, value in given.items() if value is not None},
+        prompt_logprobs=logprobs if echoed else None,
+        **{name: value for name in _AS_GIVEN if (value := getattr(request, name)) is not None},
     )
+
+
+_AS_GIVEN = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "min_tokens",
+    "ignore_eos",
+)
+
+
+def param_of(field: str, request: CompletionRequest | ChatRequest) -> str:
+    """The name in the request of a field of the engine's."""
+    logprobs = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
+    names = {"stop_ids": "stop_token_ids", "min_new_tokens": "min_tokens"}
+    return (names | {"logprobs": logprobs, "prompt_logprobs": logprobs}).get(field, field)
 
 
 def messages_of(request: ChatRequest) -> list[Message]:
@@ -361,17 +396,37 @@ def tool_calls(result: Result, call_id: str) -> list[dict[str, Any]] | None:
 
 
 def chat_logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
-    """`token` and `bytes` are what the token added to the text: empty for one that only begins a character."""
+    """`token` and `bytes` are what the token added to the text: empty for one that only begins a character. Those of
+    `top_logprobs` are what each would add, in bytes."""
+
+    def entry(text: str, piece: bytes, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(piece)}
+
     content = [
-        {"token": t.text, "logprob": t.logprob, "bytes": list(t.text.encode()), "top_logprobs": []} for t in tokens
+        entry(t.text, t.text.encode(), t.logprob)
+        | {"top_logprobs": [entry(a.piece.decode(errors="replace"), a.piece, a.logprob) for a in t.top]}
+        for t in tokens
     ]
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokens: Sequence[Token], *, offset: int = 0) -> dict[str, Any]:
+def completion_logprobs(tokens: Sequence[Token], *, num_top: int) -> dict[str, Any]:
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": None,
-        "text_offset": [offset + token.offset for token in tokens],
+        "top_logprobs": [_by_text(token) for token in tokens] if num_top else None,
+        "text_offset": [token.offset for token in tokens],
     }
+
+
+def _by_text(token: Token) -> dict[str, float] | None:
+    """The most likely texts in a token's place, and its own, which OpenAI always adds. None at a prompt's beginning.
+
+    Where several tokens are the same text (parts of characters), the most likely counts.
+    """
+    if token.logprob is None:
+        return None
+    found = {a.piece.decode(errors="replace"): a.logprob for a in reversed(token.top)}
+    if all(a.id != token.id for a in token.top):
+        found = {token.text: token.logprob} | found
+    return found

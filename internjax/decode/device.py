@@ -33,8 +33,9 @@ from internjax.decode.programs import (
     load_pages,
     read_chunk,
     save_pages,
+    score_chunk,
 )
-from internjax.decode.sample import make_sampling
+from internjax.decode.sample import Limits, SamplingParams, stack
 from internjax.model import rope
 from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
@@ -71,7 +72,7 @@ class Device:
         tokens_per_dispatch: int,
         prefill_chunk: int,
         context_buckets: Sequence[int],
-        max_stop_ids: int,
+        limits: Limits,
         saves_pages: bool,
     ):
         """Compiles nothing yet.
@@ -80,7 +81,7 @@ class Device:
         saves_pages: contents of pages can be fetched to the host's memory and back.
         """
         self.config, self._max_context, self._num_slots, self._page_size = config, max_context, num_slots, page_size
-        self._num_pages, self._max_stop_ids, self._saves_pages = num_pages, max_stop_ids, saves_pages
+        self._num_pages, self._limits, self._saves_pages = num_pages, limits, saves_pages
         self.pages_per_row = -(-max_context // page_size)
         self.tokens_per_dispatch = tokens_per_dispatch
         self.widths = sorted({-(-bucket // page_size) for bucket in context_buckets} | {self.pages_per_row})
@@ -99,7 +100,7 @@ class Device:
             num_pages=num_pages,
             page_size=page_size,
             cache_dtype=cache_dtype,
-            max_stop_ids=max_stop_ids,
+            limits=limits,
         )
         self._mesh = sharding.mesh_of(self._params)
         placed = _placed(jax.eval_shape(begin), config, self._mesh)
@@ -112,6 +113,11 @@ class Device:
         self._copy_page = program(functools.partial(copy_page), donate_argnums=0)
         self._load_pages = program(functools.partial(load_pages), donate_argnums=0)
         self._save_pages = jax.jit(functools.partial(save_pages))
+        self._score_chunk = jax.jit(
+            functools.partial(score_chunk, config=config, num_top=limits.logprobs),
+            donate_argnums=1,
+            out_shardings=(placed, sharding.replicated(self._mesh)),
+        )
         self._decode_block = jax.jit(
             functools.partial(decode_block, config=config, num_tokens=tokens_per_dispatch),
             donate_argnums=1,
@@ -139,7 +145,7 @@ class Device:
     def num_compiled(self) -> int:
         """Programs compiled so far."""
         programs = (self._read_chunk, self._admit, self._clear_pages, self._copy_page, self._save_pages)
-        programs += (self._load_pages, self._decode_block)
+        programs += (self._load_pages, self._score_chunk, self._decode_block)
         own = 0 if self.adapters is None else self.adapters.num_compiled
         return own + sum(program._cache_size() for program in programs)
 
@@ -166,14 +172,31 @@ class Device:
         self._read(tokens_C, pages_M[:width], start, end, inv_freq_F, adapter)
 
     def _read(self, tokens_C: np.ndarray, pages_M: np.ndarray, start: int, end: int, inv_freq_F, adapter=-1) -> None:
-        chunk = PromptChunk(
-            tokens_C[None],
-            pages_M[None].copy(),
-            np.array([start], np.int32),
-            np.array([end], np.int32),
-            inv_freq_F[None],
-        )
+        chunk = _chunk(tokens_C, pages_M, start, end, inv_freq_F)
         self._state = self._run(self._read_chunk, self._params, self._state, chunk, self._rows([adapter]))
+
+    def score(
+        self,
+        tokens: Sequence[int],
+        following: Sequence[int],
+        pages_M: np.ndarray,
+        start: int,
+        *,
+        temperature: float,
+        inv_freq_F: np.ndarray,
+        adapter: int = -1,
+    ) -> jax.Array:
+        """Does what `read` does; returns the packed Scores of the tokens that follow each, on their way to the host."""
+        # One shape of its own, so that scoring costs one program more.
+        tokens_C, next_C = np.zeros((2, self.chunks[-1]), np.int32)
+        tokens_C[: len(tokens)], next_C[: len(tokens)] = tokens, following
+        chunk = _chunk(tokens_C, pages_M, start, start + len(tokens), inv_freq_F)
+        temperature_1, rows = np.array([temperature or 1.0], np.float32), self._rows([adapter])
+        self._state, packed = self._run(
+            self._score_chunk, self._params, self._state, chunk, next_C[None], temperature_1, rows
+        )
+        packed.copy_to_host_async()
+        return packed
 
     def admit(self, new: Admission) -> None:
         """Lets a slot draw for a row that was read."""
@@ -235,11 +258,11 @@ class Device:
         nothing = Admission(
             np.array(0, np.int32),
             np.zeros(self._max_context, np.int32),
-            np.array(1, np.int32),
-            np.array(1, np.int32),
-            np.full(self._max_stop_ids, -1, np.int32),
+            *[np.array(1, np.int32)] * 3,
+            np.full(self._limits.stop_ids, -1, np.int32),
             inv_freq_F,
-            make_sampling(1),
+            stack([SamplingParams()], limits=self._limits),
+            np.array(False),
         )
         # Twice: the first round may still change how the state's buffers are bound to their device.
         for report in (on_program, None):
@@ -247,6 +270,8 @@ class Device:
             for size, width in beginnings + [(self.chunks[-1], width) for width in self.widths]:
                 with _timed(f"read {size} prompt tokens, context {width * self._page_size}", report):
                     self._read(np.zeros(size, np.int32), table_BM[0, :width], 0, 0, inv_freq_F)
+            with _timed(f"score {self.chunks[-1]} prompt tokens", report):
+                self.score([0], [0], table_BM[0], 0, temperature=1.0, inv_freq_F=inv_freq_F)
             for width in self.widths:
                 with _timed(f"draw {self.tokens_per_dispatch} tokens, context {width * self._page_size}", report):
                     packed = self.block(table_BM[:, :width], nobody_B, adapters=no_adapters)
@@ -283,6 +308,12 @@ def _placed(state: DecodeState, config: ModelConfig, mesh: Mesh) -> DecodeState:
 
     everything = jax.tree.map(lambda leaf: sharding.replicated(mesh), state)
     return dataclasses.replace(everything, cache=jax.tree.map(place, state.cache))
+
+
+def _chunk(tokens_C: np.ndarray, pages_M: np.ndarray, start: int, end: int, inv_freq_F: np.ndarray) -> PromptChunk:
+    # A copy: the host changes its table while the device may still read what it was given.
+    ends = np.array([start], np.int32), np.array([end], np.int32)
+    return PromptChunk(tokens_C[None], pages_M[None].copy(), *ends, inv_freq_F[None])
 
 
 @contextlib.contextmanager

@@ -28,9 +28,9 @@ from internjax.decode.device import AdapterRoom, Device
 from internjax.decode.generate import FINISH_NAMES
 from internjax.decode.pages import PageAllocator
 from internjax.decode.prefix_tree import PrefixTree, num_common
-from internjax.decode.programs import Admission, unpack
-from internjax.decode.request import Event, Finish, Handle, Request, Session
-from internjax.decode.sample import stack
+from internjax.decode.programs import Admission, unpack, unpack_scores
+from internjax.decode.request import Finish, Handle, Request, Session, check_options, prompt_event, tokens_event
+from internjax.decode.sample import Limits, stack
 from internjax.model import rope
 from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
@@ -91,11 +91,21 @@ class _Row:
     """Upper bound of its length after all blocks dispatched so far."""
     num_turns: int = 0
     """How often it got a slot."""
+    scores: list[tuple[int, jax.Array]] = dataclasses.field(default_factory=list)
+    """How many prompt tokens each chunk scored, and their scores; not delivered yet."""
+    scored: bool = False
+    """Whether nobody waits for scores of the prompt (any more)."""
 
     @property
     def num_cached(self) -> int:
         """First tokens whose keys and values are in its pages for good. The last one drawn was not fed yet."""
         return len(self.tokens) - 1 if self.drawing else self.num_read
+
+    @property
+    def sharable(self) -> list[int]:
+        """First tokens that need not be read where pages hold them: not the last, which the step feeds, and none
+        while the prompt's scores are wanted."""
+        return self.tokens[:-1] if self.scored else []
 
 
 class Engine:
@@ -121,7 +131,7 @@ class Engine:
         tokens_per_dispatch: int = 4,
         prefill_chunk: int = 64,
         context_buckets: tuple[int, ...] = (),
-        max_stop_ids: int = 8,
+        limits: Limits = Limits(),
         mode: Mode = "fast",
     ):
         """Prepares the device state; compiles nothing yet.
@@ -132,17 +142,17 @@ class Engine:
         which each request may name one (`load_adapter`). prefill_chunk: prompt tokens read at once. context_buckets:
         shorter contexts, in tokens, for which attention is compiled too; while all rows fit into one, a step reads no
         more of the cache than that. A row's results then agree with those of another width up to rounding only; with
-        none, they do not depend on the other rows at all. mode: see Mode; "exact" wants no context_buckets and a
-        prefill_chunk of whole pages.
+        none, they do not depend on the other rows at all. limits: what one request may ask for. mode: see Mode;
+        "exact" wants no context_buckets and a prefill_chunk of whole pages.
         """
         sizes = {"max_context": max_context, "num_slots": num_slots, "page_size": page_size}
         sizes |= {"tokens_per_dispatch": tokens_per_dispatch, "prefill_chunk": prefill_chunk}
         wrong = [f"{name}={value}" for name, value in sizes.items() if value < 1]
         wrong += [f"{name}={value}" for name, value in {"num_host_pages": num_host_pages}.items() if value < 0]
-        if wrong or max_stop_ids < 0 or any(not 1 <= bucket <= max_context for bucket in context_buckets):
+        if wrong or min(limits) < 0 or any(not 1 <= bucket <= max_context for bucket in context_buckets):
             raise ValueError(
                 f"engine sizes must be positive and context_buckets in 1..{max_context} (max_context); "
-                f"given {', '.join(wrong)} max_stop_ids={max_stop_ids} context_buckets={context_buckets}"
+                f"given {', '.join(wrong)} {limits} context_buckets={context_buckets}"
             )
         if mode == "exact" and (context_buckets or prefill_chunk % page_size):
             raise ValueError(
@@ -155,7 +165,7 @@ class Engine:
             raise ValueError("a model with a scalar head scores and cannot generate; use one with head='lm'")
         self.config, self.max_context, self.num_slots, self.page_size = config, max_context, num_slots, page_size
         self.num_pages = num_slots * -(-max_context // page_size) if num_pages is None else num_pages
-        self.num_host_pages, self._max_stop_ids, self._mode = num_host_pages, max_stop_ids, mode
+        self.num_host_pages, self.limits, self._mode = num_host_pages, limits, mode
         self._inv_freq_F = np.asarray(rope.inv_freq(config))
         self._device = Device(
             params,
@@ -170,7 +180,7 @@ class Engine:
             tokens_per_dispatch=tokens_per_dispatch,
             prefill_chunk=prefill_chunk,
             context_buckets=context_buckets,
-            max_stop_ids=max_stop_ids,
+            limits=limits,
             saves_pages=num_host_pages > 0,
         )
         self._forget_all()
@@ -226,6 +236,7 @@ class Engine:
                 key=(adapter, inv_freq_F.tobytes()),
                 inv_freq_F=inv_freq_F,
                 adapter=adapter,
+                scored=request.prompt_logprobs is None,
             )
             self._queue.append(row)
             self._wake.notify_all()
@@ -299,7 +310,7 @@ class Engine:
         return -(-num_tokens // self.page_size)
 
     def _check(self, request: Request, tokens: list[int], session: Session | None) -> None:
-        total, vocab = len(tokens) + request.max_new_tokens, self.config.vocab_size
+        total = len(tokens) + request.max_new_tokens
         if not request.tokens:
             raise ValueError("the prompt is empty and has nothing to continue: begin it with the first token")
         if request.max_new_tokens < 1:
@@ -322,13 +333,7 @@ class Engine:
                 f"{total} tokens need {num_pages} pages of {self.page_size}; the whole cache has "
                 f"{self.num_pages}. Shorten the request or start the engine with more pages."
             )
-        if len(request.stop_ids) > self._max_stop_ids:
-            raise ValueError(
-                f"{len(request.stop_ids)} stop ids given; this engine takes up to {self._max_stop_ids} (max_stop_ids)"
-            )
-        foreign = [token for token in (*request.tokens, *request.stop_ids) if not 0 <= token < vocab]
-        if foreign:
-            raise ValueError(f"token ids must be in 0..{vocab - 1}, the model's vocabulary; given {foreign[:5]}")
+        check_options(request, self.limits, vocab_size=self.config.vocab_size)
 
     def _frequencies(self, length: int) -> np.ndarray:
         """Returns the rotary frequencies of what can become `length` tokens long."""
@@ -419,7 +424,7 @@ class Engine:
                 continue  # soon it need not be read; whoever came later may go first
             # One more page for every row that runs, or the next block might already have to stop one of them.
             others = 0 if self._mode == "exact" else sum(other is not None for other in self._slots)
-            needed = self._tree.num_needed(row.key, row.tokens[:-1], self._num_pages_at_first(row))
+            needed = self._tree.num_needed(row.key, row.sharable, self._num_pages_at_first(row))
             if needed + others > self._tree.num_available:
                 return  # in order: a small request does not overtake a large one for ever
             with self._wake:
@@ -435,9 +440,9 @@ class Engine:
         """Whether another row is reading more of what this one begins with than the tree holds."""
         for other in self._slots:
             if other is not None and not other.drawing and other.key == row.key:
-                common = num_common(row.tokens[:-1], other.tokens[:-1])
+                common = num_common(row.sharable, other.tokens[:-1])
                 common -= common % (self._device.chunks[-1] if self._mode == "exact" else self.page_size)
-                if common > self._tree.num_shared(row.key, row.tokens[:-1]):
+                if common > self._tree.num_shared(row.key, row.sharable):
                     return True
         return False
 
@@ -451,8 +456,8 @@ class Engine:
             self._fail(index, f"{type(error).__name__}: {error}")
 
     def _place(self, index: int, row: _Row) -> None:
-        """Gives a row its pages. The last token is the step's to feed, so it is never shared."""
-        taken = self._tree.take(row.key, row.tokens[:-1], self._num_pages_at_first(row))
+        """Gives a row its pages."""
+        taken = self._tree.take(row.key, row.sharable, self._num_pages_at_first(row))
         row.pages, row.num_read = taken.pages, taken.num_tokens
         row.num_turns += 1
         self._page_table_BM[index, : len(row.pages)] = row.pages
@@ -466,13 +471,14 @@ class Engine:
         start = row.num_read
         end = min(start + self._device.chunks[-1], len(row.tokens) - 1)
         if end > start:
-            self._device.read(
-                row.tokens[start:end],
-                self._page_table_BM[index],
-                start,
-                inv_freq_F=row.inv_freq_F,
-                adapter=row.adapter.index,
-            )
+            place = {"inv_freq_F": row.inv_freq_F, "adapter": row.adapter.index}
+            tokens, pages_M = row.tokens[start:end], self._page_table_BM[index]
+            if row.scored:
+                self._device.read(tokens, pages_M, start, **place)
+            else:
+                following, temperature = row.tokens[start + 1 : end + 1], row.handle.request.sampling.temperature
+                scores = self._device.score(tokens, following, pages_M, start, temperature=temperature, **place)
+                row.scores.append((end - start, scores))
             row.num_read = end
         if end == len(row.tokens) - 1:
             self._keep(index, whole_pages=True)
@@ -482,17 +488,19 @@ class Engine:
         request, length = row.handle.request, len(row.tokens)
         tokens_S = np.zeros(self.max_context, np.int32)
         tokens_S[:length] = row.tokens
-        stop_ids_I = np.full(self._max_stop_ids, -1, np.int32)
+        stop_ids_I = np.full(self.limits.stop_ids, -1, np.int32)
         stop_ids_I[: len(request.stop_ids)] = request.stop_ids
         self._device.admit(
             Admission(
-                np.array(index, np.int32),
-                tokens_S,
-                np.array(length, np.int32),
-                np.array(row.total, np.int32),
-                stop_ids_I,
-                row.inv_freq_F,
-                stack([request.sampling]),
+                slot=np.array(index, np.int32),
+                tokens_S=tokens_S,
+                length=np.array(length, np.int32),
+                prompt_length=np.array(row.num_prompt, np.int32),
+                max_length=np.array(row.total, np.int32),
+                stop_ids_I=stop_ids_I,
+                inv_freq_F=row.inv_freq_F,
+                sampling_1=stack([request.sampling], limits=self.limits),
+                top_asked=np.array(bool(request.logprobs)),
             )
         )
         row.drawing, row.longest = True, length
@@ -532,37 +540,41 @@ class Engine:
     def _preempt(self, index: int) -> None:
         row = self._slots[index]
         self._leave(index, whole_pages=True)
-        row.num_read, row.num_judged, row.drawing = 0, 0, False
+        row.num_read, row.num_judged, row.drawing, row.scores = 0, 0, False, []
         self._num_preempted += 1
         with self._wake:
             self._queue.appendleft(row)
 
     def _deliver(self, packed: jax.Array, drawing: dict[int, tuple[_Row, int]]) -> None:
         """Hands out the tokens of a block, and frees the slots of rows that are done."""
-        block = unpack(np.asarray(packed))
+        block = unpack(np.asarray(packed), num_tokens=self._device.tokens_per_dispatch)
         for index, (row, turn) in drawing.items():
             if self._slots[index] is not row or row.num_turns != turn:
                 continue  # done, aborted or preempted before this block was read
-            count, finish = int(block.counts_B[index]), FINISH_NAMES[block.finish_B[index]]
-            ids = tuple(block.ids_Bn[index, :count].tolist())
-            logprobs = tuple(block.logprobs_Bn[index, :count].tolist()) if row.handle.request.logprobs else None
-            row.tokens += ids
-            if ids:
+            finish = FINISH_NAMES[block.finish_B[index]]
+            event = tokens_event(row.handle.request, block, index, None if finish == "error" else finish)
+            row.tokens += event.ids
+            if event.ids:
                 judged = row.num_cached // self.page_size
                 self._device.judge(row.pages[row.num_judged : judged])
                 row.num_judged = judged
-            if finish == "error":
-                if ids:
-                    row.handle.deliver(Event(ids, logprobs, None, None))
-                self._fail(index, "the model's logits are not finite (NaN or infinite)")
-            elif finish:
+                self._deliver_scores(row)
+            if finish and finish != "error":
                 self._device.judge(row.pages)
                 self._leave(index, whole_pages=False)
                 if row.session is not None:
                     row.session.end(row.tokens)
-                row.handle.deliver(Event(ids, logprobs, finish, None))
-            elif ids:
-                row.handle.deliver(Event(ids, logprobs, None, None))
+            if event.ids:
+                row.handle.deliver(event)
+            if finish == "error":
+                self._fail(index, "the model's logits are not finite (NaN or infinite)")
+
+    def _deliver_scores(self, row: _Row) -> None:
+        """Hands out the scores of a prompt, before its first token."""
+        if not row.scored:
+            chunks = [unpack_scores(np.asarray(scores)[:count]) for count, scores in row.scores]
+            row.handle.deliver(prompt_event(row.handle.request, chunks))
+            row.scored, row.scores = True, []
 
     def _keep(self, index: int, *, whole_pages: bool) -> None:
         """Leaves what a row has read and drawn to later requests that begin with it."""

@@ -5,7 +5,8 @@
 The continuous-batching engine drives the same step. Prompts are right-padded; a row's tokens stand in one buffer, the
 token at index i has absolute position i, and a row is done when it draws a stop token (kept, and counted) or is full.
 
-B batch, T prompt time, S length of the buffer, C chunk, N new tokens, V vocabulary, F frequencies, I stop ids.
+B batch, T prompt time, S length of the buffer, C chunk, N new tokens, V vocabulary, F frequencies, I stop ids,
+K most likely tokens.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from internjax.decode.sample import Sampling, sample
+from internjax.decode.sample import Sampling, Written, of_rows, sample
 from internjax.model import decoder, rope
 from internjax.model.cache import CacheDType, KVCache, dense_cache
 from internjax.model.config import ModelConfig
@@ -34,6 +35,14 @@ FINISH_NAMES = (None, "stop", "length", "error")
 PREFILL_TOKENS = 4096
 
 
+class Top(NamedTuple):
+    """The most likely tokens at each row's last step, best first, found while any active row asks for them."""
+
+    asked_B: jax.Array
+    ids_BK: jax.Array
+    logprobs_BK: jax.Array
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
@@ -43,6 +52,7 @@ class DecodeState:
     """Prompt and continuation."""
     lengths_B: jax.Array
     """Tokens in the row. The last one is not in the cache yet: the next step feeds it."""
+    prompt_lengths_B: jax.Array
     max_lengths_B: jax.Array
     active_B: jax.Array
     finish_B: jax.Array
@@ -55,6 +65,10 @@ class DecodeState:
     inv_freq_BF: jax.Array
     sampling: Sampling
     cache: KVCache
+    counts_BV: jax.Array | None = None
+    """How often each token stands in the answer, for presence and frequency penalties; None: no row may have them."""
+    top: Top | None = None
+    """None: no row may ask for other tokens than those drawn."""
 
 
 def stop_table(batch: int, stop_ids: Sequence[int] | jax.Array) -> jax.Array:
@@ -75,32 +89,38 @@ def init_state(
     length: int,
     stop_ids: Sequence[int] | jax.Array = (),
     inv_freq_BF: jax.Array | None = None,
+    num_top: int = 0,
     cache: KVCache,
 ) -> DecodeState:
     """Returns the state before prefill: buffers `length` long that hold the prompts, and an empty cache.
 
     `max_new_tokens` is one number or one per row. `inv_freq` defaults to the frequencies of sequences declared to be at
-    most `length` long.
+    most `length` long. `num_top`: the most likely tokens that rows may ask for, up to the vocabulary.
     """
     B, T = prompts_BT.shape
+    V, K = config.vocab_size, min(num_top, config.vocab_size)
     lengths_B = jnp.asarray(lengths_B, jnp.int32)
     tokens_BS = jnp.pad(prompts_BT.astype(jnp.int32), ((0, 0), (0, length - T)))
     in_prompt_BT = jnp.arange(T) < lengths_B[:, None]
-    seen_ids_BT = jnp.where(in_prompt_BT, prompts_BT, config.vocab_size)
+    seen_ids_BT = jnp.where(in_prompt_BT, prompts_BT, V)
+    counted = sampling.presence_penalty is not None or sampling.frequency_penalty is not None
     if inv_freq_BF is None:
         inv_freq_BF = rope.inv_freq(config, length=length)[None]
     return DecodeState(
         tokens_BS=tokens_BS,
         lengths_B=lengths_B,
+        prompt_lengths_B=jnp.array(lengths_B),  # a buffer of its own: it is donated beside the other
         max_lengths_B=jnp.minimum(lengths_B + max_new_tokens, length),
         active_B=jnp.ones(B, bool),
         finish_B=jnp.full(B, RUNNING, jnp.int32),
         logprobs_BS=jnp.zeros((B, length), jnp.float32),
-        seen_BV=jnp.zeros((B, config.vocab_size), bool).at[jnp.arange(B)[:, None], seen_ids_BT].set(True, mode="drop"),
+        seen_BV=jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], seen_ids_BT].set(True, mode="drop"),
         stop_ids_BI=stop_table(B, stop_ids),
         inv_freq_BF=jnp.broadcast_to(inv_freq_BF, (B, config.head_dim // 2)),
-        sampling=Sampling(*map(jnp.asarray, sampling)),
+        sampling=jax.tree.map(jnp.asarray, sampling),
         cache=cache,
+        counts_BV=jnp.zeros((B, V), jnp.int32) if counted else None,
+        top=Top(jnp.zeros(B, bool), jnp.zeros((B, K), jnp.int32), jnp.zeros((B, K), jnp.float32)) if K else None,
     )
 
 
@@ -116,6 +136,30 @@ def prefill_chunk(
     lora: Lora | None = None,
 ) -> KVCache:
     """Returns the cache with the tokens at positions start .. start + C - 1 in it; those from `end` on are padding."""
+    return forward_chunk(
+        params,
+        cache,
+        tokens_BC,
+        start_B=start_B,
+        end_B=end_B,
+        inv_freq_BF=inv_freq_BF,
+        config=config,
+        lora=lora,
+    ).cache
+
+
+def forward_chunk(
+    params: dict,
+    cache: KVCache,
+    tokens_BC: jax.Array,
+    *,
+    start_B: jax.Array,
+    end_B: jax.Array,
+    inv_freq_BF: jax.Array,
+    config: ModelConfig,
+    lora: Lora | None = None,
+) -> decoder.Forward:
+    """Returns the hidden states of a chunk as well; arguments are those of `prefill_chunk`."""
     positions_BC = start_B[:, None] + jnp.arange(tokens_BC.shape[1], dtype=jnp.int32)
     segments_BC = (positions_BC < end_B[:, None]).astype(jnp.int32)
     return decoder.forward(
@@ -127,7 +171,7 @@ def prefill_chunk(
         inv_freq_BF=inv_freq_BF,
         lora=lora,
         cache=cache,
-    ).cache
+    )
 
 
 def prefill(
@@ -181,7 +225,16 @@ def step(params: dict, state: DecodeState, *, config: ModelConfig, lora: Lora | 
             cache=state.cache,
         )
         logits_BV = decoder.unembed(params, hidden_BTD, config=config, lora=lora)[:, 0]
-        drawn = sample(logits_BV, state.sampling, positions_B=state.lengths_B, seen_BV=state.seen_BV)
+        written = Written(state.seen_BV, state.counts_BV, state.tokens_BS, state.prompt_lengths_B, state.stop_ids_BI)
+        top = state.top
+        drawn = sample(
+            logits_BV,
+            of_rows(state.sampling, state.active_B),
+            written,
+            positions_B=state.lengths_B,
+            num_top=0 if top is None else top.ids_BK.shape[1],
+            top_B=None if top is None else top.asked_B & state.active_B,
+        )
 
     # The order is important: a row whose logits are broken draws nothing; a stop token in the last place is a stop.
     broken_B = state.active_B & ~jnp.isfinite(drawn.logprobs_B)
@@ -193,11 +246,15 @@ def step(params: dict, state: DecodeState, *, config: ModelConfig, lora: Lora | 
     finish_B = jnp.where(state.active_B, finish_B, state.finish_B)
 
     at = (rows_B, jnp.where(drawn_B, state.lengths_B, S))
+    new = (rows_B, jnp.where(drawn_B, drawn.ids_B, config.vocab_size))
+    counts_BV = state.counts_BV
     return dataclasses.replace(
         state,
         tokens_BS=state.tokens_BS.at[at].set(drawn.ids_B, mode="drop"),
         logprobs_BS=state.logprobs_BS.at[at].set(drawn.logprobs_B, mode="drop"),
-        seen_BV=state.seen_BV.at[rows_B, jnp.where(drawn_B, drawn.ids_B, config.vocab_size)].set(True, mode="drop"),
+        seen_BV=state.seen_BV.at[new].set(True, mode="drop"),
+        counts_BV=None if counts_BV is None else counts_BV.at[new].add(1, mode="drop"),
+        top=None if top is None else Top(top.asked_B, drawn.top_ids_BK, drawn.top_logprobs_BK),
         lengths_B=lengths_B,
         active_B=state.active_B & (finish_B == RUNNING),
         finish_B=finish_B,

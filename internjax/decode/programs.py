@@ -1,7 +1,7 @@
 """The compiled programs of the engine: pure functions on the DecodeState of all slots, shapes fixed by its settings.
 
 B slots, S longest context, M pages of a row, C prompt chunk, n tokens of a block, V vocabulary, F frequencies,
-I stop ids.
+I stop ids, K most likely tokens.
 """
 
 import dataclasses
@@ -13,8 +13,9 @@ import numpy as np
 from jax import lax
 
 from internjax.decode.adapters import RowAdapters, lora_of
-from internjax.decode.generate import RUNNING, DecodeState, init_state, prefill_chunk, step
-from internjax.decode.sample import Sampling, make_sampling
+from internjax.decode.generate import RUNNING, DecodeState, forward_chunk, init_state, prefill_chunk, step
+from internjax.decode.sample import Limits, Sampling, SamplingParams, most_likely, stack
+from internjax.model import decoder
 from internjax.model.cache import CacheDType, paged_cache
 from internjax.model.config import ModelConfig
 from internjax.model.lora import Lora
@@ -28,7 +29,7 @@ def empty_state(
     num_pages: int,
     page_size: int,
     cache_dtype: CacheDType,
-    max_stop_ids: int,
+    limits: Limits,
 ) -> DecodeState:
     """Returns the state in which no slot draws and no page is owned."""
     pages_per_row = -(-max_context // page_size)
@@ -37,10 +38,11 @@ def empty_state(
         jnp.zeros((num_slots, 1), jnp.int32),
         jnp.ones(num_slots, jnp.int32),
         config=config,
-        sampling=make_sampling(num_slots),
+        sampling=stack([SamplingParams()] * num_slots, limits=limits),
         max_new_tokens=1,
         length=max_context,
-        stop_ids=jnp.full(max_stop_ids, -1),
+        stop_ids=jnp.full(limits.stop_ids, -1),
+        num_top=limits.logprobs,
         cache=cache,
     )
     return dataclasses.replace(state, active_B=jnp.zeros(num_slots, bool))
@@ -58,15 +60,18 @@ class PromptChunk(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """The row of a request whose prompt is in the cache, up to its last token."""
+    """The row of a request whose tokens are in the cache, up to the last one."""
 
     slot: np.ndarray
     tokens_S: np.ndarray
     length: np.ndarray
+    prompt_length: np.ndarray
+    """Tokens from here on are the answer's."""
     max_length: np.ndarray
     stop_ids_I: np.ndarray
     inv_freq_F: np.ndarray
     sampling_1: Sampling
+    top_asked: np.ndarray
 
 
 def read_chunk(
@@ -86,23 +91,100 @@ def read_chunk(
     return dataclasses.replace(state, cache=dataclasses.replace(cache, page_table_BM=state.cache.page_table_BM))
 
 
+# Positions whose logits are held at once while a prompt is scored: 24 MB each for a vocabulary of 92,544.
+_SCORED_AT_ONCE = 64
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of the tokens after those of a chunk, and the most likely ones in their places, best first."""
+
+    logprobs_C: np.ndarray
+    top_ids_CK: np.ndarray
+    top_logprobs_CK: np.ndarray
+
+
+def score_chunk(
+    params,
+    state: DecodeState,
+    chunk: PromptChunk,
+    next_1C,
+    temperature_1,
+    adapters: Lora | RowAdapters | None,
+    *,
+    config: ModelConfig,
+    num_top: int,
+) -> tuple[DecodeState, jax.Array]:
+    """Returns what `read_chunk` does, and the Scores of the tokens that follow, packed into int32 `[C, 1 + 2 K]`.
+
+    `next` are those tokens; the log-probabilities are of logits / temperature.
+    """
+    lora = lora_of(adapters)
+    hidden_1CD, cache, _ = forward_chunk(
+        params,
+        dataclasses.replace(state.cache, page_table_BM=chunk.page_table_1M),
+        chunk.tokens_1C,
+        start_B=chunk.start_1,
+        end_B=chunk.end_1,
+        inv_freq_BF=chunk.inv_freq_1F,
+        config=config,
+        lora=lora,
+    )
+    cache = dataclasses.replace(cache, page_table_BM=state.cache.page_table_BM)
+    K, C = min(num_top, config.vocab_size), chunk.tokens_1C.shape[1]
+    R = min(C, _SCORED_AT_ONCE)
+
+    def cut(x_C):
+        return jnp.pad(x_C, ((0, -C % R), *((0, 0),) * (x_C.ndim - 1))).reshape(-1, R, *x_C.shape[1:])
+
+    def score(inputs):
+        hidden_RD, next_R = inputs
+        logits_RV = decoder.unembed(params, hidden_RD[None], config=config, lora=lora)[0]
+        temperature_R = jnp.broadcast_to(temperature_1, R)
+        policy_RV = logits_RV / temperature_R[:, None]
+        # Behind a barrier: a token drawn and the same one among the most likely get the same bits.
+        normaliser_R = lax.optimization_barrier(jax.nn.logsumexp(policy_RV, axis=-1))
+        logprobs_R = jnp.take_along_axis(policy_RV, next_R[:, None], axis=-1)[:, 0] - normaliser_R
+        ids_RK, top_RK = most_likely(logits_RV, temperature_R, normaliser_R, count=K)
+        bits = lax.bitcast_convert_type(jnp.concatenate([logprobs_R[:, None], top_RK], axis=1), jnp.int32)
+        return jnp.concatenate([bits, ids_RK], axis=1)
+
+    with jax.named_scope("score_prompt"):
+        inputs = (cut(hidden_1CD[0]), cut(next_1C[0]))
+        packed = lax.map(score, inputs) if C > R else score(jax.tree.map(lambda x: x[0], inputs))
+    return dataclasses.replace(state, cache=cache), packed.reshape(-1, 1 + 2 * K)[:C]
+
+
+def unpack_scores(packed: np.ndarray) -> Scores:
+    """Returns the Scores that `score_chunk` packed."""
+    K = packed.shape[1] // 2
+    values = packed[:, : 1 + K].view(np.float32)
+    return Scores(values[:, 0], packed[:, 1 + K :], values[:, 1:])
+
+
 def admit(state: DecodeState, new: Admission) -> DecodeState:
     """Returns the state in which the slot draws for a new request; nothing of its last one is left."""
     S, V = state.tokens_BS.shape[1], state.seen_BV.shape[1]
-    prompt_S = jnp.where(jnp.arange(S) < new.length, new.tokens_S, V)
+    index_S = jnp.arange(S)
+    written_S = jnp.where(index_S < new.length, new.tokens_S, V)
+    answer_S = jnp.where(index_S >= new.prompt_length, written_S, V)
     rows = {
         "tokens_BS": new.tokens_S,
         "lengths_B": new.length,
+        "prompt_lengths_B": new.prompt_length,
         "max_lengths_B": new.max_length,
         "active_B": True,
         "finish_B": RUNNING,
         "logprobs_BS": 0.0,
-        "seen_BV": jnp.zeros(V, bool).at[prompt_S].set(True, mode="drop"),
+        "seen_BV": jnp.zeros(V, bool).at[written_S].set(True, mode="drop"),
         "stop_ids_BI": new.stop_ids_I,
         "inv_freq_BF": new.inv_freq_F,
     }
     sampling = jax.tree.map(lambda all_B, new_1: all_B.at[new.slot].set(new_1[0]), state.sampling, new.sampling_1)
+    if state.counts_BV is not None:
+        rows["counts_BV"] = jnp.zeros(V, jnp.int32).at[answer_S].add(1, mode="drop")
     rows = {name: getattr(state, name).at[new.slot].set(row) for name, row in rows.items()}
+    if state.top is not None:
+        rows["top"] = state.top._replace(asked_B=state.top.asked_B.at[new.slot].set(new.top_asked))
     return dataclasses.replace(state, sampling=sampling, **rows)
 
 
@@ -113,6 +195,9 @@ class Block(NamedTuple):
     logprobs_Bn: np.ndarray
     counts_B: np.ndarray
     finish_B: np.ndarray
+    top_ids_BnK: np.ndarray
+    top_logprobs_BnK: np.ndarray
+    """Of rows that asked, at each of their new tokens: the most likely ones, best first."""
 
 
 def decode_block(
@@ -125,7 +210,8 @@ def decode_block(
     config: ModelConfig,
     num_tokens: int,
 ) -> tuple[DecodeState, jax.Array]:
-    """Returns the state after up to `num_tokens` steps, and the Block packed into one int32 array `[B, 2 n + 2]`.
+    """Returns the state after up to `num_tokens` steps, and the Block packed into one int32 array
+    `[B, 2 n + 2 + 2 n K]`.
 
     Slots outside `keep` draw nothing: the host knows them to be empty. One array, because every copy to the host has
     its own latency.
@@ -133,11 +219,19 @@ def decode_block(
     own_table = state.cache.page_table_BM
     cache = dataclasses.replace(state.cache, page_table_BM=page_table_BM)
     state = dataclasses.replace(state, active_B=state.active_B & keep_B, cache=cache)
-    start_B, lora = state.lengths_B, lora_of(adapters)
-    _, state = lax.while_loop(
-        lambda carry: (carry[0] < num_tokens) & carry[1].active_B.any(),
-        lambda carry: (carry[0] + 1, step(params, carry[1], config=config, lora=lora)),
-        (0, state),
+    start_B, top, lora = state.lengths_B, state.top, lora_of(adapters)
+    tops = () if top is None else (top.ids_BK, top.logprobs_BK)
+    tops = [jnp.zeros((x.shape[0], num_tokens, x.shape[1]), x.dtype) for x in tops]
+
+    def one_more(carry):
+        index, state, tops = carry
+        state = step(params, state, config=config, lora=lora)
+        if state.top is not None:  # a row draws one token in every turn until it is done
+            tops = [all_.at[:, index].set(new) for all_, new in zip(tops, state.top[1:])]
+        return index + 1, state, tops
+
+    _, state, tops = lax.while_loop(
+        lambda carry: (carry[0] < num_tokens) & carry[1].active_B.any(), one_more, (0, state, tops)
     )
     at_Bn = jnp.minimum(start_B[:, None] + jnp.arange(num_tokens), state.tokens_BS.shape[1] - 1)
     logprobs_Bn = jnp.take_along_axis(state.logprobs_BS, at_Bn, axis=1)
@@ -146,15 +240,18 @@ def decode_block(
         lax.bitcast_convert_type(logprobs_Bn, jnp.int32),
         (state.lengths_B - start_B)[:, None],
         state.finish_B[:, None],
+        *(lax.bitcast_convert_type(x, jnp.int32).reshape(x.shape[0], -1) for x in tops),
     ]
     cache = dataclasses.replace(state.cache, page_table_BM=own_table)
     return dataclasses.replace(state, cache=cache), jnp.concatenate(packed, axis=1)
 
 
-def unpack(packed: np.ndarray) -> Block:
+def unpack(packed: np.ndarray, *, num_tokens: int) -> Block:
     """Returns the Block that `decode_block` packed."""
-    n = (packed.shape[1] - 2) // 2
-    return Block(packed[:, :n], packed[:, n : 2 * n].view(np.float32), packed[:, -2], packed[:, -1])
+    B, n = packed.shape[0], num_tokens
+    ids_Bn, logprobs_Bn, ends, tops = np.split(packed, [n, 2 * n, 2 * n + 2], axis=1)
+    top_ids, top_logprobs = (half.reshape(B, n, -1) for half in np.split(tops, 2, axis=1))
+    return Block(ids_Bn, logprobs_Bn.view(np.float32), ends[:, 0], ends[:, 1], top_ids, top_logprobs.view(np.float32))
 
 
 def _on_pages(state: DecodeState, change) -> DecodeState:

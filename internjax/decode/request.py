@@ -2,29 +2,93 @@
 
 import dataclasses
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from internjax.decode.sample import SamplingParams
+from internjax.decode.programs import Block, Scores
+from internjax.decode.sample import Limits, SamplingParams
 
 Finish = Literal["stop", "length", "aborted", "error"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt, and how it is to be continued."""
+    """A prompt, and how it is to be continued.
+
+    Log-probabilities, of the answer and of the prompt, are those of the model at the request's temperature (1 for a
+    greedy one), before penalties, biases, bans and truncation.
+    """
 
     tokens: tuple[int, ...]
     max_new_tokens: int
     sampling: SamplingParams = SamplingParams()
     stop_ids: tuple[int, ...] = ()
     """Tokens that end the answer; the one drawn is its last id."""
-    logprobs: bool = False
-    """Report the log-probability of every token under the model at the request's temperature."""
+    logprobs: int | None = None
+    """Report the log-probability of every token drawn, and so many of the most likely ones in its place."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens, each given those before it."""
     adapter: str | None = None
     """Name of an adapter that the engine has loaded; None for the base model."""
+
+
+class RequestError(ValueError):
+    """A request that this engine cannot serve; `field` is the one at fault, of Request or of its sampling."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(message)
+        self.field = field
+
+
+def check_options(request: Request, limits: Limits, *, vocab_size: int) -> None:
+    """Raises RequestError where the options of a request pass the limits or name tokens that do not exist."""
+    sampling = request.sampling
+    sizes = {
+        "stop_ids": (len(request.stop_ids), limits.stop_ids, "stop ids"),
+        "logit_bias": (len(sampling.logit_bias), limits.logit_bias, "biased tokens"),
+        "bad_words": (len(sampling.bad_words), limits.bad_words, "bad words"),
+    }
+    for field, (given, most, what) in sizes.items():
+        if given > most:
+            raise RequestError(field, f"{given} {what} given; this engine takes up to {most} (limits.{field})")
+    longest = max(map(len, sampling.bad_words), default=0)
+    if longest > limits.bad_word_length:
+        most = f"{limits.bad_word_length} (limits.bad_word_length)"
+        raise RequestError("bad_words", f"a bad word of {longest} tokens given; this engine takes up to {most}")
+    for field in ("logprobs", "prompt_logprobs"):
+        given = getattr(request, field)
+        if given is not None and (isinstance(given, bool) or not 0 <= given <= limits.logprobs):
+            most = f"0 (the tokens that are there) to {limits.logprobs} most likely ones (limits.logprobs), or None"
+            raise RequestError(field, f"{field} must be {most}; given {given!r}")
+    if sampling.min_new_tokens > request.max_new_tokens:
+        given = f"{sampling.min_new_tokens} and {request.max_new_tokens}"
+        raise RequestError("min_new_tokens", f"min_new_tokens must not pass max_new_tokens; given {given}")
+    named = {
+        "tokens": request.tokens,
+        "stop_ids": request.stop_ids,
+        "logit_bias": [token for token, _ in sampling.logit_bias],
+        "bad_words": [token for word in sampling.bad_words for token in word],
+    }
+    for field, tokens in named.items():
+        foreign = [token for token in tokens if not 0 <= token < vocab_size]
+        if foreign:
+            what = f"token ids must be in 0..{vocab_size - 1}, the model's vocabulary; given {foreign[:5]} ({field})"
+            raise RequestError(field, what)
+    if len({word[-1] for word in sampling.bad_words} | {*request.stop_ids}) >= vocab_size:
+        raise RequestError("bad_words", "the bad words and stop ids leave no token of the vocabulary; give fewer")
+
+
+Ranked = tuple[tuple[int, float], ...]
+"""(token, log-probability) of the most likely tokens, best first."""
+
+
+class PromptLogprobs(NamedTuple):
+    """Log-probability of each token of the prompt, None for the first, and the most likely ones in its place."""
+
+    logprobs: tuple[float | None, ...]
+    top: tuple[Ranked, ...]
 
 
 class Event(NamedTuple):
@@ -34,6 +98,9 @@ class Event(NamedTuple):
     logprobs: tuple[float, ...] | None
     finish: Finish | None
     error: str | None
+    top_logprobs: tuple[Ranked, ...] | None = None
+    prompt: PromptLogprobs | None = None
+    """Once, before the first token, if the request asks for prompt_logprobs."""
 
 
 class Result(NamedTuple):
@@ -43,6 +110,31 @@ class Result(NamedTuple):
     logprobs: tuple[float, ...] | None
     finish: Finish
     error: str | None
+    top_logprobs: tuple[Ranked, ...] | None = None
+    prompt: PromptLogprobs | None = None
+
+
+def tokens_event(request: Request, block: Block, row: int, finish: Finish | None) -> Event:
+    """Returns the event with a row's tokens of a block, and what the request asks to be told of them."""
+    count = int(block.counts_B[row])
+    ids = tuple(block.ids_Bn[row, :count].tolist())
+    if request.logprobs is None:
+        return Event(ids, None, finish, None)
+    top = _ranked(block.top_ids_BnK[row, :count], block.top_logprobs_BnK[row, :count], request.logprobs)
+    return Event(ids, tuple(block.logprobs_Bn[row, :count].tolist()), finish, None, top)
+
+
+def prompt_event(request: Request, chunks: Sequence[Scores]) -> Event:
+    """Returns the event with the log-probabilities of a prompt; `chunks` are the scores of all but its first token."""
+    logprobs = [value for chunk in chunks for value in chunk.logprobs_C.tolist()]
+    top = [entry for c in chunks for entry in _ranked(c.top_ids_CK, c.top_logprobs_CK, request.prompt_logprobs)]
+    prompt = PromptLogprobs((None, *logprobs), ((), *top))
+    return Event((), None if request.logprobs is None else (), None, None, prompt=prompt)
+
+
+def _ranked(ids_nK: np.ndarray, logprobs_nK: np.ndarray, count: int) -> tuple[Ranked, ...]:
+    rows = zip(ids_nK[:, :count].tolist(), logprobs_nK[:, :count].tolist())
+    return tuple(tuple(zip(ids, values)) for ids, values in rows)
 
 
 class Handle:
@@ -70,8 +162,12 @@ class Handle:
         if not events:
             raise RuntimeError("the events of this request were read already, and each is delivered once")
         ids = tuple(token for event in events for token in event.ids)
-        logprobs = tuple(value for event in events for value in event.logprobs or ()) if self.request.logprobs else None
-        return Result(ids, logprobs, events[-1].finish, events[-1].error)
+        logprobs = top = None
+        if self.request.logprobs is not None:
+            logprobs = tuple(value for event in events for value in event.logprobs or ())
+            top = tuple(ranked for event in events for ranked in event.top_logprobs or ())
+        prompt = next((event.prompt for event in events if event.prompt is not None), None)
+        return Result(ids, logprobs, events[-1].finish, events[-1].error, top, prompt)
 
     @property
     def finished(self) -> bool:
@@ -90,7 +186,7 @@ class Handle:
 
     def end(self, finish: Finish, error: str | None = None) -> None:
         """Adds the last event of a request that ends without further tokens."""
-        self.deliver(Event((), () if self.request.logprobs else None, finish, error))
+        self.deliver(Event((), None if self.request.logprobs is None else (), finish, error))
 
 
 class Session:

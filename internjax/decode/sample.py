@@ -1,9 +1,16 @@
 """Drawing the next token: every row has its own settings, and its draw depends on its seed and position alone.
 
-B batch, V vocabulary, C blocks of the vocabulary, W width of a block.
+The order of processing, of which work that no row asks for is skipped at run time:
+1. repetition penalty, 2. presence and frequency penalties, 3. logit bias, 4. bans (bad words, early stop tokens),
+5. temperature, 6. top-k, 7. top-p of what is left, 8. min-p, 9. typical of what is left, 10. the draw.
+The log-probabilities reported are the policy's: of logits / temperature, before all else (`Sampled`).
+
+B batch, V vocabulary, C blocks of the vocabulary, W width of a block, S buffer of a row, I stop ids, J biased tokens,
+N bad words, L ids of the longest bad word, K most likely tokens.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -31,8 +38,21 @@ class SamplingParams:
     """Only the smallest set of most likely tokens whose probability reaches top_p can be drawn; 1 is off."""
     min_p: float = 0.0
     """Only tokens at least min_p times as likely as the most likely one can be drawn; 0 is off."""
+    typical_p: float = 1.0
+    """Only the smallest set of most typical tokens (whose -log p is nearest to the entropy) with at least this
+    probability can be drawn; 1 is off. Locally typical sampling, arXiv:2202.00666."""
     repetition_penalty: float = 1.0
     """Logits of tokens already in the prompt or the answer: divided by it if positive, else multiplied; 1 is off."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that stand in the answer so far; 0 is off."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit as often as it stands in the answer so far; 0 is off."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, number in -100 .. 100) pairs: the number is added to the token's logit."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of ids that the answer must not complete, be their beginning in the prompt or the answer."""
+    min_new_tokens: int = 0
+    """Before so many tokens are drawn, no stop token can be."""
     seed: int = 0
     """Same seed, prompt and settings: same tokens, whatever else runs beside."""
 
@@ -45,7 +65,23 @@ class SamplingParams:
             "top_k": (_is_int(self.top_k) and 0 <= self.top_k < 2**31, "an integer >= 0 (0 is off)"),
             "top_p": (0 < self.top_p <= 1, "a number in (0, 1] (1 is off)"),
             "min_p": (0 <= self.min_p <= 1, "a number in [0, 1] (0 is off)"),
+            "typical_p": (0 < self.typical_p <= 1, "a number in (0, 1] (1 is off)"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a finite number > 0 (1 is off)"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "a number in [-2, 2] (0 is off)"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "a number in [-2, 2] (0 is off)"),
+            "logit_bias": (
+                all(_is_id(token) and -100 <= bias <= 100 for token, bias in self.logit_bias)
+                and len({token for token, _ in self.logit_bias}) == len(self.logit_bias),
+                "pairs of a token id, each at most once, and a number in [-100, 100]",
+            ),
+            "bad_words": (
+                all(word and all(map(_is_id, word)) for word in self.bad_words),
+                "sequences of token ids, none empty",
+            ),
+            "min_new_tokens": (
+                _is_int(self.min_new_tokens) and 0 <= self.min_new_tokens < 2**31,
+                "an integer >= 0 (0 is off)",
+            ),
             "seed": (_is_int(self.seed) and 0 <= self.seed < 2**32, "an integer in 0 .. 2^32 - 1"),
         }
         wrong = [
@@ -61,8 +97,28 @@ def _is_int(value) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
+def _is_id(value) -> bool:
+    return _is_int(value) and 0 <= value < 2**31
+
+
+class Limits(NamedTuple):
+    """The most that one request may ask for, where the size is part of the compiled programs; 0 leaves it out."""
+
+    stop_ids: int = 8
+    logit_bias: int = 300
+    """Biased tokens."""
+    bad_words: int = 64
+    bad_word_length: int = 16
+    """Ids of one bad word."""
+    logprobs: int = 20
+    """Most likely tokens reported beside the one drawn."""
+
+
 class Sampling(NamedTuple):
-    """SamplingParams of every row as arrays `[B]`: data of the compiled step, so mixed settings cost no compilation."""
+    """SamplingParams of every row as arrays `[B]`: data of the compiled step, so mixed settings cost no compilation.
+
+    What is None is left out of the compiled program.
+    """
 
     temperature: jax.Array
     top_k: jax.Array
@@ -70,14 +126,76 @@ class Sampling(NamedTuple):
     min_p: jax.Array
     repetition_penalty: jax.Array
     seed: jax.Array
+    typical_p: jax.Array | None = None
+    presence_penalty: jax.Array | None = None
+    frequency_penalty: jax.Array | None = None
+    min_new_tokens: jax.Array | None = None
+    bias_ids_BJ: jax.Array | None = None
+    """Biased tokens; -1 pads."""
+    bias_BJ: jax.Array | None = None
+    bad_words_BNL: jax.Array | None = None
+    """Ids of the bad words, ending at the right; -1 pads on the left."""
 
 
-_DTYPES = Sampling("float32", "int32", "float32", "float32", "float32", "uint32")
+class _Field(NamedTuple):
+    """The dtype of a field of Sampling, and the value that asks for nothing (the seed's: any)."""
+
+    dtype: str
+    off: float
 
 
-def stack(rows: Sequence[SamplingParams]) -> Sampling:
-    """Returns the settings of `rows` as NumPy arrays `[B]`."""
-    return Sampling(*(np.array([getattr(row, f) for row in rows], getattr(_DTYPES, f)) for f in Sampling._fields))
+_FIELDS = Sampling(
+    temperature=_Field("float32", 0),  # greedy: the cheapest way to draw
+    top_k=_Field("int32", 0),
+    top_p=_Field("float32", 1),
+    min_p=_Field("float32", 0),
+    repetition_penalty=_Field("float32", 1),
+    seed=_Field("uint32", 0),
+    typical_p=_Field("float32", 1),
+    presence_penalty=_Field("float32", 0),
+    frequency_penalty=_Field("float32", 0),
+    min_new_tokens=_Field("int32", 0),
+    bias_ids_BJ=_Field("int32", -1),
+    bias_BJ=_Field("float32", 0),
+    bad_words_BNL=_Field("int32", -1),
+)
+_ALWAYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+_SOMETIMES = ("typical_p", "presence_penalty", "frequency_penalty", "min_new_tokens")
+
+
+def stack(rows: Sequence[SamplingParams], *, limits: Limits | None = None) -> Sampling:
+    """Returns the settings of `rows` as NumPy arrays.
+
+    With limits every field is there, at the same size for any rows that keep to them (`check_limits`): the settings of
+    an engine. Without, what no row uses is None, and lists are as long as the longest.
+    """
+    arrays = {
+        name: np.array([getattr(row, name) for row in rows], getattr(_FIELDS, name).dtype)
+        for name in _ALWAYS + _SOMETIMES
+    }
+    if limits is None:
+        words = [word for row in rows for word in row.bad_words]
+        limits = Limits(
+            logit_bias=max((len(row.logit_bias) for row in rows), default=0),
+            bad_words=max((len(row.bad_words) for row in rows), default=0),
+            bad_word_length=max(map(len, words), default=0),
+        )
+        unused = [name for name in _SOMETIMES if (arrays[name] == getattr(_FIELDS, name).off).all()]
+        arrays |= dict.fromkeys(unused)
+    if limits.logit_bias:
+        ids_BJ = np.full((len(rows), limits.logit_bias), -1, np.int32)
+        bias_BJ = np.zeros((len(rows), limits.logit_bias), np.float32)
+        for row, params in enumerate(rows):
+            for place, (token, bias) in enumerate(params.logit_bias):
+                ids_BJ[row, place], bias_BJ[row, place] = token, bias
+        arrays |= {"bias_ids_BJ": ids_BJ, "bias_BJ": bias_BJ}
+    if limits.bad_words and limits.bad_word_length:
+        words_BNL = np.full((len(rows), limits.bad_words, limits.bad_word_length), -1, np.int32)
+        for row, params in enumerate(rows):
+            for place, word in enumerate(params.bad_words):
+                words_BNL[row, place, -len(word) :] = word
+        arrays["bad_words_BNL"] = words_BNL
+    return Sampling(**arrays)
 
 
 def make_sampling(
@@ -89,27 +207,48 @@ def make_sampling(
     min_p: float | jax.Array = 0.0,
     repetition_penalty: float | jax.Array = 1.0,
     seed: int | Sequence[int] | jax.Array = 0,
+    typical_p: float | jax.Array | None = None,
+    presence_penalty: float | jax.Array | None = None,
+    frequency_penalty: float | jax.Array | None = None,
+    min_new_tokens: int | jax.Array | None = None,
 ) -> Sampling:
     """Returns the settings of `batch` rows; each may be one value for all rows or one per row.
 
-    One seed for all rows stands for different seeds, derived from (seed, row), so that equal prompts are answered
-    differently; row b's seed does not depend on `batch`. Raises ValueError when a value is out of range; values that
-    are traced cannot be checked.
+    What is None is left out of the compiled program; logit biases and bad words come through `stack`. One seed for all
+    rows stands for different seeds, derived from (seed, row), so that equal prompts are answered differently; row b's
+    seed does not depend on `batch`. Raises ValueError when a value is out of range; values that are traced cannot be
+    checked.
     """
     if _is_int(seed):
         SamplingParams(seed=seed)
         seed = np.random.SeedSequence(int(seed)).generate_state(batch, np.uint32)
-    values = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    for name, value in zip(Sampling._fields, values):
+    always = (temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    sometimes = (typical_p, presence_penalty, frequency_penalty, min_new_tokens)
+    named = dict(zip(_ALWAYS + _SOMETIMES, always + sometimes))
+    values = {name: value for name, value in named.items() if value is not None}
+    for name, value in values.items():
         if np.ndim(value) and np.shape(value) != (batch,):
             raise ValueError(f"{name} must be one value or {batch}, one per row; given shape {np.shape(value)}")
         if not isinstance(value, jax.core.Tracer):
             # tolist: Python numbers, as the range checks of a single row expect them.
             for number in np.unique(np.asarray(value)).tolist():
                 SamplingParams(**{name: number})
-    if not any(isinstance(value, jax.core.Tracer) for value in values):
-        return Sampling(*(np.broadcast_to(np.asarray(v, d), batch) for v, d in zip(values, _DTYPES)))
-    return Sampling(*(jnp.broadcast_to(jnp.asarray(v).astype(d), batch) for v, d in zip(values, _DTYPES)))
+    module = jnp if any(isinstance(value, jax.core.Tracer) for value in values.values()) else np
+    dtypes = {name: getattr(_FIELDS, name).dtype for name in values}
+    return Sampling(
+        **{n: module.broadcast_to(module.asarray(value).astype(dtypes[n]), batch) for n, value in values.items()}
+    )
+
+
+def of_rows(sampling: Sampling, active_B: jax.Array) -> Sampling:
+    """Returns the settings with those of inactive rows asking for nothing, so that no work is done for them."""
+
+    def masked(values, field):
+        if values is None:
+            return None
+        return jnp.where(active_B.reshape(-1, *(1,) * (values.ndim - 1)), values, jnp.array(field.off, field.dtype))
+
+    return Sampling(*map(masked, sampling, _FIELDS))
 
 
 class Sampled(NamedTuple):
@@ -121,6 +260,23 @@ class Sampled(NamedTuple):
     A greedy row's is taken at temperature 1."""
     processed_logprobs_B: jax.Array
     """Under the distribution that the token was really drawn from; 0 for a greedy row."""
+    top_ids_BK: jax.Array | None = None
+    """The most likely tokens under the distribution of `logprobs_B`, best first; no meaning where no row asks."""
+    top_logprobs_BK: jax.Array | None = None
+
+
+class Written(NamedTuple):
+    """What stands in the rows already, for penalties and bans."""
+
+    seen_BV: jax.Array
+    """Tokens of prompt and answer, which a repetition penalty lowers."""
+    counts_BV: jax.Array | None = None
+    """How often each token stands in the answer; needed with presence and frequency penalties."""
+    tokens_BS: jax.Array | None = None
+    """Prompt and answer; needed with bad words."""
+    prompt_lengths_B: jax.Array | None = None
+    """Needed with min_new_tokens."""
+    stop_ids_BI: jax.Array | None = None
 
 
 def first_true(mask: jax.Array) -> jax.Array:
@@ -160,47 +316,119 @@ def _ordered(x: jax.Array) -> jax.Array:
     return jnp.where(bits >= 0, bits, bits ^ jnp.int32(0x7FFFFFFF))
 
 
-def _keep_top(logits_BV: jax.Array, weigh: Callable, on_B: jax.Array) -> jax.Array:
-    """Returns the logits with all below the row's threshold at -inf, in the rows of `on`; nothing runs if none is."""
-
-    def cut(logits_BV):
-        ordered_BV = _ordered(logits_BV)
-        threshold_B = _threshold(ordered_BV, *weigh(logits_BV))
-        keep_BV = (ordered_BV >= threshold_B[:, None]) | ~on_B[:, None]
-        return jnp.where(keep_BV, logits_BV, -jnp.inf)
-
-    return lax.cond(on_B.any(), cut, lambda logits_BV: logits_BV, logits_BV)
-
-
 def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:
     """Returns the logits with those of seen tokens divided by the penalty if positive, else multiplied (CTRL)."""
+    penalty_B1 = penalty_B[:, None]
+    lowered_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    return jnp.where(seen_BV, lowered_BV, logits_BV)
 
-    def apply(logits_BV):
-        penalty_B1 = penalty_B[:, None]
-        lowered_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
-        return jnp.where(seen_BV, lowered_BV, logits_BV)
 
-    return lax.cond((penalty_B != 1).any(), apply, lambda logits_BV: logits_BV, logits_BV)
+def discount(logits_BV: jax.Array, counts_BV: jax.Array, presence_B: jax.Array, frequency_B: jax.Array) -> jax.Array:
+    """Returns logits - [count > 0] * presence - count * frequency, as OpenAI defines the two penalties."""
+    counts_BV = counts_BV.astype(jnp.float32)
+    return logits_BV - jnp.where(counts_BV > 0, presence_B[:, None], 0.0) - counts_BV * frequency_B[:, None]
+
+
+def bad_word_ends(bad_words_BNL: jax.Array, tokens_BS: jax.Array, lengths_B: jax.Array, *, none: int) -> jax.Array:
+    """Returns `[B, N]` the last id of every bad word whose other ids are the row's last ones; `none` elsewhere."""
+    before = bad_words_BNL.shape[-1] - 1
+    at_BL = lengths_B[:, None] - before + jnp.arange(before)
+    recent_BL = jnp.where(at_BL >= 0, jnp.take_along_axis(tokens_BS, jnp.maximum(at_BL, 0), axis=1), -2)
+    begins_BNL = bad_words_BNL[..., :-1]
+    matches_BN = ((begins_BNL == recent_BL[:, None]) | (begins_BNL < 0)).all(axis=-1)
+    last_BN = bad_words_BNL[..., -1]
+    return jnp.where(matches_BN & (last_BN >= 0), last_BN, none)
+
+
+def adjust(logits_BV: jax.Array, sampling: Sampling, written: Written, *, positions_B: jax.Array) -> jax.Array:
+    """Returns the logits after penalties, biases and bans, in the order of this file's first lines."""
+    V = logits_BV.shape[-1]
+    rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+
+    def banned(logits_BV, ids_BX):
+        return logits_BV.at[rows_B1, ids_BX].set(-jnp.inf, mode="drop")
+
+    changes = [
+        (sampling.repetition_penalty != 1, lambda x: penalise(x, written.seen_BV, sampling.repetition_penalty)),
+    ]
+    if written.counts_BV is not None:
+        zeros_B = jnp.zeros(positions_B.shape, jnp.float32)
+        presence_B = zeros_B if sampling.presence_penalty is None else sampling.presence_penalty
+        frequency_B = zeros_B if sampling.frequency_penalty is None else sampling.frequency_penalty
+        asked_B = (presence_B != 0) | (frequency_B != 0)
+        changes.append((asked_B, lambda x: discount(x, written.counts_BV, presence_B, frequency_B)))
+    if sampling.bias_ids_BJ is not None:
+        biased_BJ = sampling.bias_ids_BJ >= 0
+        ids_BJ = jnp.where(biased_BJ, sampling.bias_ids_BJ, V)
+        changes.append((biased_BJ, lambda x: x.at[rows_B1, ids_BJ].add(sampling.bias_BJ, mode="drop")))
+    if sampling.bad_words_BNL is not None:
+        words_BNL = sampling.bad_words_BNL
+        ends = functools.partial(bad_word_ends, words_BNL, written.tokens_BS, positions_B, none=V)
+        changes.append((words_BNL[..., -1] >= 0, lambda x: banned(x, ends())))
+    if sampling.min_new_tokens is not None:
+        early_B = positions_B - written.prompt_lengths_B < sampling.min_new_tokens
+        stops_BI = jnp.where(early_B[:, None] & (written.stop_ids_BI >= 0), written.stop_ids_BI, V)
+        changes.append((early_B, lambda x: banned(x, stops_BI)))
+    return _changed(logits_BV, changes)
+
+
+def _changed(logits_BV: jax.Array, changes: Sequence[tuple[jax.Array, Callable]]) -> jax.Array:
+    """Returns the logits after every change that is asked for; a batch that asks for none takes one decision."""
+
+    def each(logits_BV):
+        for asked, change in changes:
+            logits_BV = lax.cond(asked.any(), change, lambda logits_BV: logits_BV, logits_BV)
+        return logits_BV
+
+    if len(changes) == 1:
+        return each(logits_BV)
+    any_asked = functools.reduce(jnp.logical_or, [asked.any() for asked, _ in changes])
+    return lax.cond(any_asked, each, lambda logits_BV: logits_BV, logits_BV)
 
 
 def truncate(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Returns the logits with every token that cannot be drawn at -inf: top-k, then top-p of what is left, then min-p.
+    """Returns the logits with every token that cannot be drawn at -inf: top-k, top-p of what is left, min-p, typical.
 
-    Tokens as likely as the last one kept are kept too, so the set does not depend on their order.
+    Tokens ranked equal to the last one kept are kept too, so the set does not depend on their order.
     """
     V = logits_BV.shape[-1]
 
+    def above_floor(logits_BV):
+        floor_B = logits_BV.max(axis=-1) + jnp.log(sampling.min_p)
+        return jnp.where(logits_BV >= floor_B[:, None], logits_BV, -jnp.inf)
+
+    # Each gives (keys, weights, wanted): the tokens of the highest keys that weigh at least `wanted` together are kept.
     def count(logits_BV):
-        return jnp.ones_like(logits_BV), sampling.top_k.astype(jnp.float32)
+        return logits_BV, jnp.ones_like(logits_BV), sampling.top_k.astype(jnp.float32)
 
     def mass(logits_BV):
         weights_BV = jnp.exp(logits_BV - logits_BV.max(axis=-1, keepdims=True))
-        return weights_BV, sampling.top_p * weights_BV.sum(axis=-1)
+        return logits_BV, weights_BV, sampling.top_p * weights_BV.sum(axis=-1)
 
-    logits_BV = _keep_top(logits_BV, count, (sampling.top_k > 0) & (sampling.top_k < V))
-    logits_BV = _keep_top(logits_BV, mass, sampling.top_p < 1)
-    floor_B = logits_BV.max(axis=-1) + jnp.log(sampling.min_p)
-    return jnp.where(logits_BV >= floor_B[:, None], logits_BV, -jnp.inf)
+    def typicality(logits_BV):
+        logits_BV = above_floor(logits_BV)
+        logprobs_BV = logits_BV - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+        probs_BV = jnp.exp(logprobs_BV)
+        entropy_B = -jnp.where(probs_BV > 0, probs_BV * logprobs_BV, 0.0).sum(axis=-1)
+        return -jnp.abs(logprobs_BV + entropy_B[:, None]), probs_BV, sampling.typical_p * probs_BV.sum(axis=-1)
+
+    ranks, on = [count, mass], [(sampling.top_k > 0) & (sampling.top_k < V), sampling.top_p < 1]
+    if sampling.typical_p is not None:
+        ranks, on = [*ranks, typicality], [*on, sampling.typical_p < 1]
+    on_RB = jnp.stack(on)
+
+    def keep_highest(index, logits_BV):
+        keys_BV, weights_BV, wanted_B = lax.switch(index, ranks, logits_BV)
+        ordered_BV = _ordered(keys_BV)
+        keep_BV = ordered_BV >= _threshold(ordered_BV, weights_BV, wanted_B)[:, None]
+        return jnp.where(keep_BV | ~on_RB[index][:, None], logits_BV, -jnp.inf)
+
+    def one_rule(index, logits_BV):  # a loop, so that the search for a threshold is compiled once
+        return lax.cond(
+            on_RB[index].any(), functools.partial(keep_highest, index), lambda logits_BV: logits_BV, logits_BV
+        )
+
+    return above_floor(lax.fori_loop(0, len(ranks), one_rule, logits_BV))
 
 
 def _first_crossing(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -230,32 +458,60 @@ def draw(logits_BV: jax.Array, *, seed_B: jax.Array, positions_B: jax.Array) -> 
     return block_B * _BLOCK + within_B
 
 
-def _logprob(logits_BV: jax.Array, ids_B: jax.Array) -> jax.Array:
-    chosen_B = jnp.take_along_axis(logits_BV, ids_B[:, None], axis=-1)[:, 0]
-    return chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+def _logprob(logits_BV: jax.Array, ids_B: jax.Array, normaliser_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits_BV, ids_B[:, None], axis=-1)[:, 0] - normaliser_B
 
 
-def sample(logits_BV: jax.Array, sampling: Sampling, *, positions_B: jax.Array, seen_BV: jax.Array) -> Sampled:
+def most_likely(logits_BV: jax.Array, temperature_B: jax.Array, normaliser_B: jax.Array, *, count: int):
+    """Returns ids and log-probabilities `[B, count]` of the most likely tokens under logits / temperature, best first.
+
+    `normaliser_B` is the logsumexp of those: the same bits as in the log-probability of a token drawn.
+    """
+    values_BK, ids_BK = lax.top_k(logits_BV / temperature_B[:, None], count)
+    return ids_BK, values_BK - normaliser_B[:, None]
+
+
+def sample(
+    logits_BV: jax.Array,
+    sampling: Sampling,
+    written: Written,
+    *,
+    positions_B: jax.Array,
+    num_top: int = 0,
+    top_B: jax.Array | None = None,
+) -> Sampled:
     """Returns the next token of every row and its log-probabilities.
 
-    `positions` are the absolute positions that the tokens will stand at; `seen` marks the tokens a repetition penalty
-    lowers. Order: penalty, temperature, top-k, top-p, min-p. Work that no row asks for is skipped at run time.
+    `positions` are the absolute positions that the tokens will stand at, and so the rows' lengths. The `num_top` most
+    likely tokens are found while any row of `top_B` asks for them.
     """
     with jax.named_scope("sample"):
         logits_BV = logits_BV.astype(jnp.float32)
         greedy_B = sampling.temperature == 0
-        temperature_B1 = jnp.where(greedy_B, 1.0, sampling.temperature)[:, None]
-        policy_BV = logits_BV / temperature_B1
-        penalised_BV = penalise(logits_BV, seen_BV, sampling.repetition_penalty)
+        temperature_B = jnp.where(greedy_B, 1.0, sampling.temperature)
+        adjusted_BV = adjust(logits_BV, sampling, written, positions_B=positions_B)
 
         def drawn():
-            kept_BV = truncate(penalised_BV / temperature_B1, sampling)
+            kept_BV = truncate(adjusted_BV / temperature_B[:, None], sampling)
             drawn_B = draw(kept_BV, seed_B=sampling.seed, positions_B=positions_B)
-            ids_B = jnp.where(greedy_B, greedy(penalised_BV), drawn_B)
-            return ids_B, jnp.where(greedy_B, 0.0, _logprob(kept_BV, ids_B))
+            ids_B = jnp.where(greedy_B, greedy(adjusted_BV), drawn_B)
+            logprobs_B = _logprob(kept_BV, ids_B, jax.nn.logsumexp(kept_BV, axis=-1))
+            return ids_B, jnp.where(greedy_B, 0.0, logprobs_B)
 
-        def most_likely():
-            return greedy(penalised_BV), jnp.zeros(greedy_B.shape, jnp.float32)
+        def best():
+            return greedy(adjusted_BV), jnp.zeros(greedy_B.shape, jnp.float32)
 
-        ids_B, processed_logprobs_B = lax.cond(greedy_B.all(), most_likely, drawn)
-        return Sampled(ids_B, _logprob(policy_BV, ids_B), processed_logprobs_B)
+        ids_B, processed_logprobs_B = lax.cond(greedy_B.all(), best, drawn)
+        policy_BV = logits_BV / temperature_B[:, None]
+        normaliser_B = jax.nn.logsumexp(policy_BV, axis=-1)
+        found = Sampled(ids_B, _logprob(policy_BV, ids_B, normaliser_B), processed_logprobs_B)
+        if not num_top:
+            return found
+
+        def nothing():
+            shape = (logits_BV.shape[0], num_top)
+            return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+        # From the logits, not from `policy_BV`: as an operand of the decision it would be written out at every step.
+        top = functools.partial(most_likely, logits_BV, temperature_B, normaliser_B, count=num_top)
+        return found._replace(**dict(zip(("top_ids_BK", "top_logprobs_BK"), lax.cond(top_B.any(), top, nothing))))

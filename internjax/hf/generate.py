@@ -7,7 +7,7 @@ import numpy as np
 
 from internjax import sharding
 from internjax.decode import generate as decoding
-from internjax.decode.sample import SamplingParams, make_sampling
+from internjax.decode.sample import SamplingParams, stack
 from internjax.hf.open import Model
 from internjax.model import rope
 from internjax.text.chat import render
@@ -46,15 +46,7 @@ def generate(
             prompts_BT,
             np.array([len(ids)], np.int32),
             config=model.config,
-            sampling=make_sampling(
-                1,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                min_p=settings.min_p,
-                repetition_penalty=settings.repetition_penalty,
-                seed=[settings.seed],
-            ),
+            sampling=stack([settings]),
             max_new_tokens=count,
             stop_ids=model.generation.eos_ids,
             lora=model.lora,

@@ -150,6 +150,10 @@ class Tokenizer:
         decoder = StreamDecoder(self, skip_special=skip_special)
         return decoder.push(ids) + decoder.flush()
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """What an id adds to a text, wherever it stands; markers spelled out. Part of a character in some."""
+        return self._decoding.pieces[token_id] if token_id < len(self._decoding.pieces) else b""
+
     def __reduce__(self):  # a backend forgets in pickling that it treats markers as text
         return _build, (self.source, dict(self.config), self.chat_template)
 

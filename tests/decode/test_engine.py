@@ -17,11 +17,12 @@ from internjax.decode.engine import Engine
 from internjax.decode.generate import generate
 from internjax.decode.programs import decode_block, empty_state
 from internjax.decode.request import Event, Handle, Request, Result
-from internjax.decode.sample import SamplingParams, stack
+from internjax.decode.sample import Limits, SamplingParams, stack
 from internjax.decode.score import logprobs
 from internjax.model import decoder, rope
 from internjax.model.config import DynamicNTK, ModelConfig
 from internjax.model.lora import LoraConfig, apply_config, init_lora
+from tests.decode import numpy_sampling
 from tests.weights import random_params
 
 CONFIG = ModelConfig(
@@ -41,8 +42,19 @@ PARAMS = random_params(CONFIG, seed=1)
 # The longest context is 16 tokens: what is longer has frequencies of its own.
 SCALED = dataclasses.replace(CONFIG, max_position_embeddings=16, rope_scaling=DynamicNTK(2.0))
 _LOGPROBS = jax.jit(logprobs, static_argnames="config")
+_SCORES = jax.jit(lambda tokens_BT: decoder.logits(PARAMS, tokens_BT, config=CONFIG))
 GREEDY = SamplingParams(temperature=0.0)
 DRAWN = SamplingParams(temperature=0.9, top_k=30, top_p=0.95, repetition_penalty=1.1, seed=7)
+EVERYTHING = dataclasses.replace(
+    DRAWN,
+    min_p=0.01,
+    typical_p=0.95,
+    presence_penalty=0.6,
+    frequency_penalty=-0.2,
+    logit_bias=((3, 2.0), (11, -100.0)),
+    bad_words=(*((token,) for token in range(20, 30)), (40, 41), (5, 6, 7)),
+    min_new_tokens=4,
+)
 
 
 def build(params=PARAMS, config=CONFIG, **settings) -> Engine:
@@ -103,25 +115,82 @@ def generated(request, *, params=PARAMS, config=CONFIG, **inputs):
     return tuple(out.tokens_BN[0, :length].tolist()), np.asarray(out.logprobs_BN[0, :length])
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, EVERYTHING], ids=["greedy", "drawn", "everything"])
 def test_tokens_are_those_of_generate(engine, sampling):
     """Prompts of one token, within a chunk, exactly a chunk, and of several; more requests than slots."""
-    requests = [Request(prompt(n), 12, sampling, logprobs=True) for n in (1, 5, 16, 17, 18, 33, 50)]
+    stop_ids = tuple(range(0, 64, 8))[: 2 * (sampling is EVERYTHING)]
+    requests = [Request(prompt(n), 12, sampling, stop_ids, logprobs=0) for n in (1, 5, 16, 17, 18, 33, 50)]
     for request, result in zip(requests, answer(engine, *requests)):
         ids, values = generated(request)
-        assert result.ids == ids and result.finish == "length" and result.error is None
+        assert result.ids == ids and result.error is None
+        assert result.finish == ("stop" if ids[-1] in stop_ids else "length")
         np.testing.assert_allclose(result.logprobs, values, atol=2e-5)
 
 
+def test_greedy_answers_follow_the_reference_and_log_probabilities_are_the_policys(engine):
+    """Each token from NumPy on the full forward's logits; the log-probabilities know neither penalties nor bans."""
+    free = answer(engine, *[Request(prompt(n), 14, GREEDY) for n in (9, 30, 1)])
+    tried = {
+        "presence_penalty": 2.0,
+        "frequency_penalty": 0.7,
+        "repetition_penalty": 1.4,
+        "logit_bias": tuple((token, 0.1 * token) for token in range(8)),
+        # What the model says by itself: words of one, two and three ids, one of them begun by the prompt's last id.
+        "bad_words": (free[0].ids[:2], free[0].ids[3:6], (free[1].ids[2],), (prompt(30)[-1], free[1].ids[0])),
+        "min_new_tokens": 6,
+    }
+    rows = [dataclasses.replace(GREEDY, **tried), dataclasses.replace(GREEDY, **tried)]
+    rows += [dataclasses.replace(GREEDY, min_new_tokens=6)]
+    stops = [(), (), free[2].ids[2:4]]
+    requests = [
+        Request(prompt(n), 14, row, ids, logprobs=3, prompt_logprobs=2 if n > 1 else 0)
+        for n, row, ids in zip((9, 30, 1), rows, stops)
+    ]
+    for request, result, before in zip(requests, answer(engine, *requests), free):
+        assert result.ids != before.ids, "the settings changed nothing"
+        tokens = request.tokens + result.ids
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(tokens)] = tokens
+        logits_TV = np.asarray(_SCORES(padded))[0]
+        logprobs_TV = np.asarray(jax.nn.log_softmax(logits_TV))
+        start = len(request.tokens)
+        for place in range(start, len(tokens)):
+            written = {"prompt": request.tokens, "answer": list(tokens[start:place]), "stop_ids": request.stop_ids}
+            wanted_V = numpy_sampling.adjusted(logits_TV[place - 1], request.sampling, **written)
+            assert tokens[place] == wanted_V.argmax(), place - start
+        found = result.prompt.logprobs[1:] + result.logprobs
+        np.testing.assert_allclose(found, [logprobs_TV[i - 1, tokens[i]] for i in range(1, len(tokens))], atol=2e-5)
+        assert result.prompt.logprobs[0] is None and result.prompt.top[0] == ()
+        for place, ranked in enumerate((*result.prompt.top[1:], *result.top_logprobs), 1):
+            best = np.argsort(-logprobs_TV[place - 1])[: len(ranked)]
+            assert [token for token, _ in ranked] == best.tolist()
+            np.testing.assert_allclose([value for _, value in ranked], logprobs_TV[place - 1, best], atol=2e-5)
+            drawn = dict(ranked).get(tokens[place])
+            assert drawn in (None, found[place - 1]), "the same token has two log-probabilities"
+        assert {len(ranked) for ranked in result.top_logprobs} == {3}
+        assert {len(ranked) for ranked in result.prompt.top[1:]} <= {2}
+
+
+def test_prompt_logprobs_come_once_before_the_first_token(engine):
+    request = Request(prompt(40), 6, DRAWN, prompt_logprobs=0)
+    handle = engine.submit(request)
+    drive(engine)
+    events = list(handle.events())
+    assert [event.prompt is not None for event in events] == [True] + [False] * (len(events) - 1)
+    assert events[0].ids == () and events[0].logprobs is None and len(events[0].prompt.logprobs) == 40
+    scored = _LOGPROBS(PARAMS, jnp.array([request.tokens]), config=CONFIG, temperature=DRAWN.temperature)
+    np.testing.assert_allclose(events[0].prompt.logprobs[1:], scored[0, 1:], atol=2e-5)
+
+
 def test_logprobs_are_those_of_the_trainers_forward(engine):
-    request = Request(prompt(20), 10, dataclasses.replace(DRAWN, temperature=0.5), logprobs=True)
+    request = Request(prompt(20), 10, dataclasses.replace(DRAWN, temperature=0.5), logprobs=0)
     (result,) = answer(engine, request)
     scored = _LOGPROBS(PARAMS, jnp.array([request.tokens + result.ids]), config=CONFIG, temperature=0.5)
     np.testing.assert_allclose(result.logprobs, scored[0, 20:], atol=2e-5)
 
 
 def test_a_request_gets_the_same_bits_alone_and_beside_others_in_any_slot(engine):
-    request = Request(prompt(21), 14, DRAWN, logprobs=True)
+    request = Request(prompt(21), 14, DRAWN, logprobs=0)
     (alone,) = answer(engine, request)
     others = [Request(prompt(n, seed=1), m, GREEDY) for n, m in ((3, 30), (40, 4), (9, 9), (2, 20))]
     for place in range(5):
@@ -136,7 +205,7 @@ def test_exact_mode_gives_the_same_bits_after_any_history():
     """
     stem = prompt(40, seed=3)
     requests = [
-        Request((*stem[:n], *prompt(m, seed=n)), 9, dataclasses.replace(DRAWN, seed=n), logprobs=True)
+        Request((*stem[:n], *prompt(m, seed=n)), 9, dataclasses.replace(DRAWN, seed=n), logprobs=0)
         for n, m in ((40, 1), (40, 9), (33, 7), (17, 2), (5, 30), (0, 3))
     ]
     alone = [answer(build(mode="exact"), request)[0] for request in requests[:1]]
@@ -178,7 +247,7 @@ def test_stop_ids_end_a_request_and_are_kept(engine):
 
 
 def test_events_arrive_in_pieces_and_end_once(engine):
-    handle = engine.submit(Request(prompt(6), 10, GREEDY, logprobs=True))
+    handle = engine.submit(Request(prompt(6), 10, GREEDY, logprobs=0))
     drive(engine)
     events = list(handle.events())
     assert [len(event.ids) for event in events] == [4, 4, 2]
@@ -197,7 +266,7 @@ def test_logprobs_are_reported_only_on_request(engine):
 def test_rows_that_outgrow_the_pages_wait_and_draw_the_same_tokens():
     """14 pages of 4: three rows of up to 10 pages begin together; the youngest leave, and continue where they were."""
     engine = build(num_pages=14)
-    requests = [Request(prompt(10, seed=s), 30, dataclasses.replace(DRAWN, seed=s), logprobs=True) for s in range(4)]
+    requests = [Request(prompt(10, seed=s), 30, dataclasses.replace(DRAWN, seed=s), logprobs=0) for s in range(4)]
     handles = [engine.submit(request) for request in requests]
     done = []
     while len(done) < 4:
@@ -229,7 +298,7 @@ def test_a_large_request_is_not_overtaken_for_ever():
 def test_what_requests_begin_with_is_read_once(engine):
     """Whole pages are shared, the rest of a page is copied; at the same time, and later."""
     stem = prompt(22, seed=5)
-    requests = [Request((*stem, *prompt(n, seed=n)), 6, DRAWN, logprobs=True) for n in (9, 3, 1)]
+    requests = [Request((*stem, *prompt(n, seed=n)), 6, DRAWN, logprobs=0) for n in (9, 3, 1)]
     before = engine.stats()
     together = [engine.submit(request) for request in requests]
     drive(engine)
@@ -251,7 +320,7 @@ def test_a_session_sends_only_new_turns_and_answers_as_if_all_were_read(engine):
     session = engine.open_session(60)
     history = ()
     for turn, (length, count) in enumerate(((7, 6), (5, 9), (3, 11))):
-        request = Request(prompt(length, seed=turn), count, DRAWN, logprobs=True)
+        request = Request(prompt(length, seed=turn), count, DRAWN, logprobs=0)
         handle = engine.submit(request, session=session)
         with pytest.raises(RuntimeError, match="is not done"):
             engine.submit(request, session=session)
@@ -302,7 +371,7 @@ def test_pages_wait_in_the_hosts_memory():
     drive(engine)
     answer(engine, Request(prompt(20, seed=1), 10, GREEDY))
     assert engine.stats().num_saved_pages == 4
-    second = engine.submit(Request(prompt(3), 8, GREEDY, logprobs=True), session=session)
+    second = engine.submit(Request(prompt(3), 8, GREEDY, logprobs=0), session=session)
     drive(engine)
     history = prompt(9) + first.result().ids
     assert second.num_shared == len(history) - 1
@@ -323,6 +392,14 @@ def test_what_can_never_fit_is_refused_at_once():
         (Request((1, -1), 4), r"given \[-1\]"),
         (Request((1,), 4, stop_ids=(99,)), r"given \[99\]"),
         (Request((1,), 4, stop_ids=tuple(range(9))), "9 stop ids given; this engine takes up to 8"),
+        (Request((1,), 4, logprobs=21), r"logprobs must be 0 .* to 20 .*; given 21"),
+        (Request((1,), 4, prompt_logprobs=True), r"prompt_logprobs must be .*; given True"),
+        (Request((1,), 4, SamplingParams(min_new_tokens=5)), "must not pass max_new_tokens; given 5 and 4"),
+        (Request((1,), 4, SamplingParams(logit_bias=((64, 1.0),))), r"given \[64\] \(logit_bias\)"),
+        (Request((1,), 4, SamplingParams(bad_words=((2, 70),))), r"given \[70\] \(bad_words\)"),
+        (Request((1,), 4, SamplingParams(bad_words=((1,) * 17,))), "a bad word of 17 tokens given; .* up to 16"),
+        (Request((1,), 4, SamplingParams(bad_words=((1,),) * 65)), "65 bad words given; this engine takes up to 64"),
+        (Request((1,), 4, SamplingParams(bad_words=tuple((i,) for i in range(64)))), "leave no token"),
     ):
         with pytest.raises(ValueError, match=message):
             engine.submit(request)
@@ -333,7 +410,13 @@ def test_what_can_never_fit_is_refused_at_once():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"num_slots": 0}, {"page_size": 0}, {"context_buckets": (65,)}, {"prefill_chunk": 0}, {"max_stop_ids": -1}],
+    [
+        {"num_slots": 0},
+        {"page_size": 0},
+        {"context_buckets": (65,)},
+        {"prefill_chunk": 0},
+        {"limits": Limits(bad_words=-1)},
+    ],
 )
 def test_silly_settings_are_refused(settings):
     with pytest.raises(ValueError, match="engine sizes must be positive"):
@@ -352,7 +435,7 @@ def test_abort_while_waiting_reading_and_drawing(engine):
     for handle in (reading, drawing, waiting):
         handle.abort()
     drive(engine)
-    assert reading.result() == ((), None, "aborted", None) == waiting.result()
+    assert reading.result() == Result((), None, "aborted", None) == waiting.result()
     aborted = drawing.result()
     assert aborted.finish == "aborted" and 0 < len(aborted.ids) < 60
     assert stays.result().ids == generated(long)[0]
@@ -369,9 +452,9 @@ def test_a_failure_on_the_host_ends_one_request_only(engine, monkeypatch):
             raise RuntimeError("planted")
 
     monkeypatch.setattr(Engine, "_place", failing)
-    good, bad = Request(prompt(9), 12, DRAWN, logprobs=True), Request(prompt(9), 13, GREEDY)
+    good, bad = Request(prompt(9), 12, DRAWN, logprobs=0), Request(prompt(9), 13, GREEDY)
     first, failed, second = answer(engine, good, bad, good)
-    assert failed == ((), None, "error", "RuntimeError: planted")
+    assert failed == Result((), None, "error", "RuntimeError: planted")
     assert first == second and first.ids == generated(good)[0]
 
 
@@ -379,7 +462,7 @@ def test_broken_logits_end_one_request_and_poison_no_page():
     """Token 63 embeds to NaN. Its row's pages are used again at once by the next request in the queue."""
     params = PARAMS | {"embed": {"embedding": PARAMS["embed"]["embedding"].at[63].set(jnp.nan)}}
     engine = build(params, num_pages=14)
-    clean = [Request(tuple(token % 63 for token in prompt(n)), 8, GREEDY, logprobs=True) for n in (18, 19, 17)]
+    clean = [Request(tuple(token % 63 for token in prompt(n)), 8, GREEDY, logprobs=0) for n in (18, 19, 17)]
     wanted = [generated(request) for request in clean]
     assert all(63 not in ids for ids, _ in wanted), "the model drew the broken token by itself"
     poison = Request((63,) * 18, 8, GREEDY)
@@ -394,7 +477,7 @@ def test_broken_logits_end_one_request_and_poison_no_page():
         assert result.ids == ids
         np.testing.assert_allclose(result.logprobs, values, atol=2e-5)
     for result in results[1::2]:
-        assert result == ((), None, "error", "the model's logits are not finite (NaN or infinite)")
+        assert result == Result((), None, "error", "the model's logits are not finite (NaN or infinite)")
     assert engine.stats().num_free_pages == 14
 
 
@@ -464,17 +547,20 @@ def bucketed():
 def test_nothing_compiles_after_warm_up(bucketed):
     engine, reported, names = bucketed
     assert names, "the counter sees nothing"
-    # A small chunk; a full chunk and a block for each of three contexts; admission with clearing and copying.
-    assert len(reported) == len(set(reported)) == 1 + 3 + 3 + 1
+    # A small chunk; a full chunk and a block for each of three contexts; a scored chunk; admission, clearing, copying.
+    assert len(reported) == len(set(reported)) == 1 + 3 + 3 + 1 + 1
     warm = engine.stats().num_compiled
-    assert warm == 1 + 3 + 3 + 3
+    assert warm == 1 + 3 + 3 + 1 + 3
     rng = random.Random(0)
     with CompileCounter() as compiled:
         handles = []
         for i in range(30):
             length = rng.randint(1, 50)
             sampling = SamplingParams(rng.choice([0.0, 0.7]), rng.choice([0, 5]), rng.choice([1.0, 0.9]), seed=i)
-            request = Request(prompt(length), rng.randint(1, 64 - length), sampling, (3,) * (i % 3), i % 2 == 0)
+            if i % 5 == 4:
+                sampling = dataclasses.replace(EVERYTHING, seed=i, min_new_tokens=1)
+            asked = {"logprobs": (None, 0, 3)[i % 3], "prompt_logprobs": (None, None, None, 4)[i % 4]}
+            request = Request(prompt(length), rng.randint(1, 64 - length), sampling, (3,) * (i % 3), **asked)
             handles.append(engine.submit(request))
             for _ in range(rng.randint(0, 3)):
                 engine.tick()
@@ -507,7 +593,7 @@ def test_cache_dtypes_and_adapters_reach_the_model():
     zero = jax.device_get(make(PARAMS, jax.random.key(1)))
     lora = apply_config(jax.tree.map(lambda x: x + np.float32(0.1), zero), lora_config)
     engine = build(cache_dtype="int8", lora=lora)
-    request = Request(prompt(20), 16, GREEDY, logprobs=True)
+    request = Request(prompt(20), 16, GREEDY, logprobs=0)
     (result,) = answer(engine, request)
     ids, values = generated(request, cache_dtype="int8", lora=lora)
     assert result.ids == ids
@@ -578,9 +664,7 @@ def test_a_model_cut_over_devices_answers_the_same():
         engine = build(params, num_pages=14, num_host_pages=12)
         engine.warmup()
         warm = engine.stats().num_compiled
-        requests = [
-            Request(prompt(n, seed=s), 6, DRAWN, logprobs=True) for n, s in ((30, 1), (12, 2), (33, 3), (30, 1))
-        ]
+        requests = [Request(prompt(n, seed=s), 6, DRAWN, logprobs=0) for n, s in ((30, 1), (12, 2), (33, 3), (30, 1))]
         results = [answer(engine, request)[0] for request in requests]
         stats = engine.stats()
         assert stats.num_shared_tokens >= 29 and stats.num_saved_pages > 0 and stats.num_compiled == warm
@@ -684,7 +768,7 @@ def test_a_block_of_the_engine_keeps_the_cache_in_place():
             num_pages=B * S // 16,
             page_size=16,
             cache_dtype="float32",
-            max_stop_ids=4,
+            limits=Limits(stop_ids=4),
         )
     )
     arguments = (jax.ShapeDtypeStruct((B, S // 16), jnp.int32), jax.ShapeDtypeStruct((B,), bool), None)

@@ -10,32 +10,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internjax.decode.sample import (
+    Limits,
     Sampling,
     SamplingParams,
+    Written,
     first_true,
     greedy,
     make_sampling,
+    of_rows,
     penalise,
     stack,
 )
+from internjax.decode.sample import adjust as eager_adjust
 from internjax.decode.sample import draw as eager_draw
 from internjax.decode.sample import sample as eager_sample
 from internjax.decode.sample import truncate as eager_truncate
+from tests.decode import numpy_sampling
 
 # Compiled once per shape; called as they are, each call would compile its branches anew.
-draw, sample, truncate = map(jax.jit, (eager_draw, eager_sample, eager_truncate))
-
-
-def reference_kept(logits_V, *, top_k=0, top_p=1.0, min_p=0.0):
-    """Returns the set of tokens that can be drawn, by sorting; logits without ties."""
-    kept = list(np.argsort(-logits_V))
-    if top_k:
-        kept = kept[:top_k]
-    probabilities = np.exp(logits_V[kept] - logits_V.max())
-    probabilities /= probabilities.sum()
-    reached = np.searchsorted(np.cumsum(probabilities), top_p) + 1
-    kept = kept[: min(reached, len(kept))]
-    return {token for token in kept if np.exp(logits_V[token] - logits_V.max()) >= min_p}
+adjust, draw, truncate = map(jax.jit, (eager_adjust, eager_draw, eager_truncate))
+sample = jax.jit(eager_sample, static_argnames="num_top")
 
 
 def random_logits(seed, batch, vocab):
@@ -51,12 +45,21 @@ def test_truncation_equals_sorting(vocab):
             "top_k": int(rng.choice([0, 1, 3, vocab // 2, vocab, 2 * vocab])),
             "top_p": float(rng.choice([1.0, 0.3, 0.9, 0.999])),
             "min_p": float(rng.choice([0.0, 0.05, 0.5])),
+            "typical_p": float(rng.choice([1.0, 0.2, 0.7])),
         }
         for _ in logits_BV
     ]
     kept_BV = np.isfinite(truncate(jnp.asarray(logits_BV), stack([SamplingParams(**row) for row in rows])))
     for logits_V, kept_V, row in zip(logits_BV, kept_BV, rows):
-        assert set(np.flatnonzero(kept_V)) == reference_kept(logits_V, **row), row
+        assert set(np.flatnonzero(kept_V)) == numpy_sampling.kept(logits_V, SamplingParams(**row)), row
+
+
+@pytest.mark.parametrize(("typical_p", "kept"), [(0.2, [1]), (0.3, [0, 1]), (0.74, [0, 1]), (0.8, [0, 1, 2, 3])])
+def test_typical_by_hand(typical_p, kept):
+    """Entropy 1.75 bits; the tokens carry 1, 2, 3 and 3: the order is 1 (0.25 away), 0 (0.75), 2 and 3 (1.25)."""
+    logits_BV = jnp.log(jnp.array([[0.5, 0.25, 0.125, 0.125]]))
+    found_BV = truncate(logits_BV, stack([SamplingParams(typical_p=typical_p)]))
+    assert np.flatnonzero(np.isfinite(found_BV[0])).tolist() == kept
 
 
 @settings(max_examples=60, deadline=None)
@@ -86,11 +89,90 @@ def test_repetition_penalty_by_hand():
     )
 
 
+LIMITS = Limits(stop_ids=2, logit_bias=3, bad_words=4, bad_word_length=3)
+EVERYTHING = SamplingParams(
+    temperature=0.8,
+    top_k=30,
+    top_p=0.95,
+    min_p=0.01,
+    typical_p=0.9,
+    repetition_penalty=1.3,
+    presence_penalty=0.5,
+    frequency_penalty=-0.25,
+    logit_bias=((3, 5.0), (7, -100.0)),
+    bad_words=((1,), (4, 5, 6), (5, 2)),
+    min_new_tokens=3,
+    seed=9,
+)
+
+
+def written(rows, *, vocab, length=8):
+    """Returns what stands in rows given as (prompt, answer)."""
+    tokens_BS = np.full((len(rows), length), 9, np.int32)  # what stands behind a row's end must not matter
+    seen_BV, counts_BV = np.zeros((len(rows), vocab), bool), np.zeros((len(rows), vocab), np.int32)
+    for row, (prompt, answer) in enumerate(rows):
+        tokens_BS[row, : len(prompt) + len(answer)] = [*prompt, *answer]
+        seen_BV[row, [*prompt, *answer]] = True
+        np.add.at(counts_BV[row], list(answer), 1)
+    prompts_B = np.array([len(prompt) for prompt, _ in rows], np.int32)
+    return Written(seen_BV, counts_BV, tokens_BS, prompts_B, np.full((len(rows), 2), [0, -1], np.int32))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_penalties_biases_and_bans_equal_the_reference(data):
+    """Rows of any settings in one batch; few tokens, so that words begin, repeat and cross from prompt to answer."""
+    token = st.integers(0, 9)
+    words = st.lists(st.lists(token, min_size=1, max_size=3).map(tuple), max_size=4).map(tuple)
+    bias = st.dictionaries(token, st.floats(-100, 100, width=32), max_size=3).map(lambda d: tuple(d.items()))
+    penalty, factor = st.floats(-2, 2, width=32), st.floats(0.5, 2, width=32)
+    params = st.builds(
+        lambda *a: SamplingParams(**dict(zip(FIELDS, a))), factor, penalty, penalty, bias, words, st.integers(0, 4)
+    )
+    texts = st.tuples(st.lists(token, min_size=1, max_size=3), st.lists(token, max_size=4))
+    rows, texts = data.draw(st.tuples(*[params] * 3)), data.draw(st.tuples(*[texts] * 3))
+    logits_BV = random_logits(data.draw(st.integers(0, 99)), 3, 10)
+    lengths_B = np.array([len(prompt) + len(answer) for prompt, answer in texts], np.int32)
+    found_BV = adjust(logits_BV, stack(rows, limits=LIMITS), written(texts, vocab=10), positions_B=lengths_B)
+    for logits_V, found_V, row, (prompt, answer) in zip(logits_BV, found_BV, rows, texts):
+        wanted_V = numpy_sampling.adjusted(logits_V, row, prompt=prompt, answer=answer, stop_ids=[0])
+        np.testing.assert_allclose(found_V, wanted_V, rtol=1e-4, atol=1e-4)
+
+
+FIELDS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words", "min_new_tokens")
+
+
+def test_penalties_of_openai_by_hand():
+    """mu[j] - c[j] * frequency - [c[j] > 0] * presence, of the answer alone."""
+    logits_BV = np.array([[1.0, 2.0, 3.0, 4.0]], np.float32)
+    row = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    texts = [([3], [1, 2, 1])]
+    found_BV = adjust(logits_BV, stack([row]), written(texts, vocab=4), positions_B=np.array([4]))
+    np.testing.assert_allclose(found_BV, [[1.0, 2.0 - 0.5 - 0.5, 3.0 - 0.5 - 0.25, 4.0]])
+
+
+def test_the_most_likely_tokens_are_the_policys_with_the_bits_of_the_token_drawn():
+    """Before penalties and truncation, at the row's temperature; nothing for rows when none asks."""
+    logits_BV = random_logits(8, 2, 50)
+    sampling = make_sampling(2, temperature=[0.5, 0.0], top_k=3, repetition_penalty=4.0, seed=[1, 2])
+    inputs = (logits_BV, sampling, Written(np.ones((2, 50), bool)))
+    drawn = sample(*inputs, positions_B=np.arange(2), num_top=5, top_B=np.array([True, False]))
+    for row, temperature in enumerate((0.5, 1.0)):
+        logprobs_V = np.asarray(jax.nn.log_softmax(logits_BV[row] / temperature))
+        assert drawn.top_ids_BK[row].tolist() == np.argsort(-logprobs_V)[:5].tolist()
+        np.testing.assert_allclose(drawn.top_logprobs_BK[row], np.sort(logprobs_V)[::-1][:5], atol=1e-5)
+        place = drawn.top_ids_BK[row].tolist().index(int(drawn.ids_B[row]))
+        assert drawn.top_logprobs_BK[row, place] == drawn.logprobs_B[row]
+    nobody = sample(*inputs, positions_B=np.arange(2), num_top=5, top_B=np.zeros(2, bool))
+    assert not np.asarray(nobody.top_logprobs_BK).any() and nobody.ids_B.tolist() == drawn.ids_B.tolist()
+    assert sample(*inputs, positions_B=np.arange(2)).top_ids_BK is None
+
+
 def test_temperature_zero_is_the_most_likely_token_and_the_first_of_equals():
     logits_BV = random_logits(1, 12, 200)
     logits_BV[3, [7, 150]] = 50.0
     sampling = make_sampling(12, temperature=0.0, top_k=5, top_p=0.5, seed=3)
-    drawn = sample(logits_BV, sampling, positions_B=np.arange(12), seen_BV=np.zeros((12, 200), bool))
+    drawn = sample(logits_BV, sampling, Written(np.zeros((12, 200), bool)), positions_B=np.arange(12))
     np.testing.assert_array_equal(drawn.ids_B, logits_BV.argmax(axis=-1))
     assert drawn.ids_B[3] == 7
     np.testing.assert_array_equal(drawn.processed_logprobs_B, 0.0)
@@ -100,7 +182,7 @@ def test_greedy_rows_and_drawn_rows_share_a_batch():
     logits_BV = random_logits(2, 12, 200)
     mixed = make_sampling(12, temperature=np.arange(12) % 2, seed=np.arange(12))
     seen_BV = np.zeros((12, 200), bool)
-    ids_PB = [sample(logits_BV, mixed, positions_B=np.full(12, p), seen_BV=seen_BV).ids_B for p in range(20)]
+    ids_PB = [sample(logits_BV, mixed, Written(seen_BV), positions_B=np.full(12, p)).ids_B for p in range(20)]
     ids_BP = np.asarray(ids_PB).T
     for row, (logits_V, ids_P) in enumerate(zip(logits_BV, ids_BP)):
         assert len(set(ids_P.tolist())) > 1 if row % 2 else set(ids_P.tolist()) == {int(logits_V.argmax())}
@@ -113,7 +195,7 @@ def test_logprobs_raw_and_processed_by_hand():
     seen_BV = jnp.array([[True, False, False, False]])
     found = {}
     for position in range(64):
-        drawn = sample(logits_BV, sampling, positions_B=np.array([position]), seen_BV=seen_BV)
+        drawn = sample(logits_BV, sampling, Written(seen_BV), positions_B=np.array([position]))
         found[int(drawn.ids_B[0])] = (float(drawn.logprobs_B[0]), float(drawn.processed_logprobs_B[0]))
     raw = np.array([256.0, 4.0, 1.0, 0.25]) / 261.25
     processed = np.array([16.0, 4.0]) / 20
@@ -152,7 +234,7 @@ def test_draws_follow_the_seed_and_not_the_row():
     def ids(order):
         order = np.array(order)
         sampling = stack([rows[b] for b in order])
-        drawn = sample(logits_BV[order], sampling, positions_B=positions_B[order], seen_BV=seen_BV[order])
+        drawn = sample(logits_BV[order], sampling, Written(seen_BV[order]), positions_B=positions_B[order])
         return np.asarray(drawn.ids_B)
 
     together = ids(range(12))
@@ -179,7 +261,7 @@ def test_broken_logits_give_valid_ids_and_a_logprob_that_says_so():
     logits_BV = np.full((12, 200), np.nan, np.float32)
     kinds = np.arange(12) % 3
     sampling = make_sampling(12, temperature=np.minimum(kinds, 1), top_p=np.where(kinds == 2, 0.5, 1.0))
-    drawn = sample(logits_BV, sampling, positions_B=np.zeros(12, int), seen_BV=np.zeros((12, 200), bool))
+    drawn = sample(logits_BV, sampling, Written(np.zeros((12, 200), bool)), positions_B=np.zeros(12, int))
     assert ((drawn.ids_B >= 0) & (drawn.ids_B < 200)).all()
     assert np.isnan(drawn.logprobs_B).all()
 
@@ -191,11 +273,24 @@ def test_small_pieces():
 
 
 def test_sampling_survives_jit_and_scalars_broadcast():
-    sampling = make_sampling(3, temperature=0.7, top_k=[1, 2, 3], seed=[4, 5, 6])
+    sampling = make_sampling(3, temperature=0.7, top_k=[1, 2, 3], seed=[4, 5, 6], presence_penalty=1)
     np.testing.assert_allclose(sampling.temperature, np.float32([0.7] * 3))
-    assert [value.dtype.name for value in sampling] == ["float32", "int32", "float32", "float32", "float32", "uint32"]
-    traced = jax.jit(lambda t: make_sampling(3, temperature=t, top_k=jnp.array([1, 2, 3]), seed=jnp.array([4, 5, 6])))
+    dtypes = [value.dtype.name for value in sampling if value is not None]
+    assert dtypes == ["float32", "int32", "float32", "float32", "float32", "uint32", "float32"]
+    traced = jax.jit(
+        lambda t: make_sampling(
+            3, temperature=t, top_k=jnp.array([1, 2, 3]), seed=jnp.array([4, 5, 6]), presence_penalty=1
+        )
+    )
     jax.tree.map(np.testing.assert_array_equal, Sampling(*traced(jnp.float32(0.7))), sampling)
+
+
+def test_rows_that_are_done_ask_for_nothing():
+    masked = of_rows(stack([EVERYTHING, EVERYTHING], limits=LIMITS), jnp.array([True, False]))
+    nothing = stack([SamplingParams(temperature=0.0)], limits=LIMITS)
+    for name, wanted, values in zip(Sampling._fields, nothing, masked):
+        np.testing.assert_array_equal(values[1], wanted[0], err_msg=name)
+        assert name == "seed" or (np.asarray(values[0]) != np.asarray(values[1])).any(), name
 
 
 @pytest.mark.parametrize(
@@ -211,6 +306,10 @@ def test_sampling_survives_jit_and_scalars_broadcast():
         ("top_p", 1.1),
         ("min_p", -0.1),
         ("repetition_penalty", 0.0),
+        ("typical_p", 0.0),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", float("nan")),
+        ("min_new_tokens", -1),
         ("seed", -1),
         ("seed", 2**32),
         ("seed", True),
@@ -228,7 +327,31 @@ def test_a_list_of_another_length_is_refused():
         make_sampling(3, top_p=[0.5, 0.6])
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("logit_bias", ((1, 100.5),)),
+        ("logit_bias", ((1, 1.0), (1, 2.0))),
+        ("logit_bias", ((-1, 1.0),)),
+        ("bad_words", ((),)),
+        ("bad_words", ((1, 2.5),)),
+    ],
+)
+def test_lists_that_mean_nothing_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be .*given"):
+        SamplingParams(**{field: value})
+
+
 def test_stack_keeps_every_field():
-    row = SamplingParams(temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, repetition_penalty=1.5, seed=2**32 - 1)
-    stacked = stack([SamplingParams(), row])
-    assert {name: getattr(stacked, name)[1].item() for name in Sampling._fields} == dataclasses.asdict(row)
+    stacked = stack([SamplingParams(), EVERYTHING], limits=LIMITS)
+    found = {name: values[1].tolist() for name, values in stacked._asdict().items()}
+    lists = {"bias_ids_BJ": [3, 7, -1], "bias_BJ": [5.0, -100.0, 0.0]}
+    lists["bad_words_BNL"] = [[-1, -1, 1], [4, 5, 6], [-1, 5, 2], [-1, -1, -1]]
+    wanted = {name: value for name, value in dataclasses.asdict(EVERYTHING).items() if name in Sampling._fields}
+    assert {name: value for name, value in found.items() if name in lists} == lists
+    np.testing.assert_allclose([found[name] for name in wanted], list(wanted.values()), rtol=1e-6)
+    assert set(wanted) | set(lists) == set(Sampling._fields)
+    few = stack([SamplingParams(), SamplingParams(min_new_tokens=2)])
+    assert [name for name, values in few._asdict().items() if values is None] == [
+        name for name in Sampling._fields[6:] if name != "min_new_tokens"
+    ]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from internjax.decode.programs import PromptChunk, decode_block, empty_state, read_chunk
+from internjax.decode.sample import Limits
 from internjax.decode.sizing import fitting_pages, page_bytes, work_bytes
 from internjax.model import decoder
 from internjax.model.config import INTERNLM2_7B, TINY
@@ -21,7 +22,7 @@ def test_the_work_is_not_more_than_foretold(dtype):
     B, S, C, page_size = 4, 1024, 64, 16
     sizes = {"num_slots": B, "max_context": S}
     make = functools.partial(
-        empty_state, config=CONFIG, num_pages=B * S // 16, page_size=16, cache_dtype=dtype, max_stop_ids=2, **sizes
+        empty_state, config=CONFIG, num_pages=B * S // 16, page_size=16, cache_dtype=dtype, limits=Limits(), **sizes
     )
     state, params = jax.eval_shape(make), decoder.abstract_params(CONFIG)
     table = jax.ShapeDtypeStruct((B, S // page_size), jnp.int32)

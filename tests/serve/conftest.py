@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
+from internjax.decode.request import PromptLogprobs
+from internjax.decode.sample import Limits
 from internjax.hf.generation import GenerationConfig
 from internjax.hf.open import Model
 from internjax.model.config import ModelConfig
@@ -24,6 +26,14 @@ class ScriptedEvent(NamedTuple):
     logprobs: tuple[float, ...] | None
     finish: str | None
     error: str | None = None
+    top_logprobs: tuple | None = None
+    prompt: PromptLogprobs | None = None
+
+
+def scores_of(ids, num_top: int):
+    """Log-probabilities that depend on the id alone, and most likely tokens: the one drawn, then those behind it."""
+    top = [tuple(((token + i) % 340, -token / 1000 - i) for i in range(num_top)) for token in ids]
+    return tuple(-token / 1000 for token in ids), tuple(top)
 
 
 class ScriptedHandle:
@@ -39,7 +49,12 @@ class ScriptedHandle:
                 ids, finish = ids[: index + 1], "stop"
                 break
         sizes = itertools.cycle(self._engine.chunks)
+        asked = self._request.logprobs
         try:
+            if self._request.prompt_logprobs is not None:
+                values, top = scores_of(self._request.tokens, self._request.prompt_logprobs)
+                prompt = PromptLogprobs((None, *values[1:]), ((), *top[1:]))
+                yield ScriptedEvent((), None, None, prompt=prompt)
             while True:
                 if self._engine.seconds_per_event:
                     self._aborted.wait(self._engine.seconds_per_event)
@@ -48,11 +63,11 @@ class ScriptedHandle:
                     return
                 size = next(sizes)
                 now, ids = tuple(ids[:size]), ids[size:]
-                logprobs = tuple(-token_id / 1000 for token_id in now) if self._request.logprobs else None
+                logprobs, top = (None, None) if asked is None else scores_of(now, asked)
                 if not ids and finish is None:  # the script is at its end and says neither stop nor length
-                    yield ScriptedEvent(now, logprobs, "error", "the script ran out")
+                    yield ScriptedEvent(now, logprobs, "error", "the script ran out", top)
                     return
-                yield ScriptedEvent(now, logprobs, None if ids else finish)
+                yield ScriptedEvent(now, logprobs, None if ids else finish, None, top)
                 if not ids:
                     return
         finally:
@@ -66,7 +81,7 @@ class ScriptedHandle:
 class ScriptedEngine:
     """`script(request) -> ids`; `chunks` are the numbers of ids in successive events."""
 
-    max_context, num_pages, page_size = MAX_CONTEXT, 1000, 16
+    max_context, num_pages, page_size, limits = MAX_CONTEXT, 1000, 16, Limits()
 
     def __init__(self, script: Callable, *, chunks=(1,), seconds_per_event=0.0):
         self.script, self.chunks, self.seconds_per_event = script, chunks, seconds_per_event

@@ -11,6 +11,8 @@ import pytest
 from openai.types import completion_create_params as completion_fields
 from openai.types.chat import completion_create_params as chat_fields
 
+from internjax.decode.request import check_options
+from internjax.decode.sample import Limits
 from internjax.text.chat import render
 from internjax.text.message import Message, ToolCall
 from serve.client import remote_chat
@@ -129,6 +131,49 @@ def test_logprobs_of_both_kinds(serve, tokenizer):
     assert client.chat.completions.create(model="tiny", messages=USER).choices[0].logprobs is None
 
 
+def test_most_likely_tokens_of_both_kinds(serve, tokenizer):
+    client, _ = serve()
+    said = tokenizer.encode(TEXT)
+    logprobs = client.completions.create(model="tiny", prompt="x", logprobs=2, max_tokens=99).choices[0].logprobs
+    assert [max(top.values()) for top in logprobs.top_logprobs] == logprobs.token_logprobs
+    assert all(1 <= len(top) <= 2 for top in logprobs.top_logprobs)
+    chat = client.chat.completions.create(model="tiny", messages=USER, logprobs=True, top_logprobs=3)
+    content = chat.choices[0].logprobs.content
+    for token_id, entry in zip(said, content, strict=True):
+        assert [top.logprob for top in entry.top_logprobs] == [entry.logprob - i for i in range(3)]
+        assert [bytes(top.bytes) for top in entry.top_logprobs] == [tokenizer.bytes_of(token_id + i) for i in range(3)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("as_ids", "max_tokens"), [(False, 5), (True, 5), (True, 1), (True, 0)])
+def test_echo_with_the_prompts_log_probabilities(serve, tokenizer, as_ids, max_tokens, stream):
+    """What scoring clients ask for: one list over prompt and answer, offsets into the text they are in."""
+    client, pipeline = serve(chunks=(2,))
+    text = "say héllo: "
+    ids, said = tokenizer.encode(text), tokenizer.encode(TEXT)[:max_tokens]
+    asked = {"model": "tiny", "prompt": ids if as_ids else text, "echo": True, "logprobs": 1, "max_tokens": max_tokens}
+    if stream:
+        choices = [chunk.choices[0] for chunk in client.completions.create(**asked, stream=True)]
+        parts = [choice.logprobs for choice in choices if choice.logprobs]
+        whole, finish = "".join(choice.text for choice in choices), choices[-1].finish_reason
+        found = {name: [x for part in parts for x in getattr(part, name)] for name in FIELDS_OF_LOGPROBS}
+    else:
+        answer = client.completions.create(**asked)
+        whole, finish = answer.choices[0].text, answer.choices[0].finish_reason
+        found = {name: getattr(answer.choices[0].logprobs, name) for name in FIELDS_OF_LOGPROBS}
+        assert answer.usage.completion_tokens == max_tokens
+    assert whole == text + tokenizer.decode(said) and finish == "length"
+    first = [None] if as_ids else [-ids[0] / 1000]  # behind the token that begins a text
+    assert found["token_logprobs"] == pytest.approx([*first, *[-token_id / 1000 for token_id in (*ids[1:], *said)]])
+    assert [None if t is None else max(t.values()) for t in found["top_logprobs"]] == found["token_logprobs"]
+    assert all(whole[o:].startswith(t) for o, t in zip(found["text_offset"], found["tokens"], strict=True))
+    assert "".join(found["tokens"]) == whole
+    assert pipeline.engine.requests == [] or pipeline.engine.requests[-1].tokens[-len(ids) :] == tuple(ids)
+
+
+FIELDS_OF_LOGPROBS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+
+
 def test_chat(serve, tokenizer):
     client, pipeline = serve()
     messages = [
@@ -179,10 +224,17 @@ def test_length(serve, name):
 
 def test_more_sampling_options_come_as_extra_body(serve):
     client, pipeline = serve()
-    extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1}
-    client.completions.create(model="tiny", prompt="x", extra_body=extra)
-    sampling = pipeline.engine.requests[0].sampling
-    assert {name: getattr(sampling, name) for name in extra} == extra
+    own = {"frequency_penalty": 0.5, "presence_penalty": -1.5}
+    extra = {"top_k": 5, "min_p": 0.1, "typical_p": 0.5, "repetition_penalty": 1.1}
+    more = {"min_tokens": 4, "bad_words": ["answer"], "stop_token_ids": [77, 2], "ignore_eos": True}
+    client.completions.create(model="tiny", prompt="x", **own, logit_bias={"5": -100}, extra_body=extra | more)
+    chat = {"messages": USER, "max_completion_tokens": 9, "logit_bias": {"5": -100}}
+    client.chat.completions.create(model="tiny", **chat, **own, extra_body=extra | more)
+    for request in pipeline.engine.requests:
+        assert {name: getattr(request.sampling, name) for name in own | extra} == own | extra
+        assert (request.sampling.logit_bias, request.sampling.min_new_tokens) == (((5, -100),), 4)
+        assert tuple(pipeline.tokenizer.encode(" answer")) in request.sampling.bad_words
+        assert request.stop_ids == (77, 2)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -237,10 +289,15 @@ def test_every_documented_field_is_known():
 
 
 BAD_CHATS = {
-    "frequency_penalty": 0.5,
-    "presence_penalty": -0.5,
-    "logit_bias": {"5": 1},
-    "top_logprobs": 3,
+    "frequency_penalty": 2.5,
+    "presence_penalty": -2.5,
+    "logit_bias": {"5": 101},
+    "top_logprobs": 3,  # without logprobs
+    "typical_p": 0,
+    "bad_words": [""],
+    "min_tokens": -1,
+    "stop_token_ids": [-1],
+    "ignore_eos": 1,
     "response_format": {"type": "json_object"},
     "modalities": ["audio"],
     "audio": {"voice": "alloy", "format": "wav"},
@@ -281,13 +338,16 @@ BAD_CHATS = {
 BAD_COMPLETIONS = {
     "best_of": 4,
     "suffix": "end",
-    "logprobs": 2,
+    "logprobs": 21,
     "echo": "yes",
     "prompt": [],
-    "logit_bias": {"5": 1},
-    "frequency_penalty": 1,
-    "presence_penalty": 1,
-    "max_tokens": -1,
+    "logit_bias": {"340": 1},
+    "frequency_penalty": "1",
+    "presence_penalty": 3,
+    "max_tokens": 0,  # without echo
+    "min_tokens": 17,
+    "stop_token_ids": list(range(20)),
+    "bad_words": [f"{i}{i}" for i in range(10, 80)],
     "temperature": -0.1,
     "stream_options": {},
     "no_such_field": 1,
@@ -304,9 +364,10 @@ def refusing(tokenizer):
             pass
 
     class NoEngine:
-        max_context, num_pages, page_size = 1024, 64, 16
+        max_context, num_pages, page_size, limits = 1024, 64, 16, Limits()
 
         def submit(self, request):
+            check_options(request, self.limits, vocab_size=340)
             assert request.max_new_tokens == 1, "a bad request reached the engine"
             return NoHandle()  # for the health check
 
@@ -330,7 +391,8 @@ def test_what_a_chat_cannot_honour_is_refused_by_name(refusing, field):
     assert field.split("_")[0] in error["message"]
 
 
-PARAM_OF = {"stop": "stop[0]", "tools": "tools[0].type"}
+PARAM_OF = {"stop": "stop[0]", "tools": "tools[0].type", "logit_bias": "logit_bias.5"}
+PARAM_OF |= {"bad_words": "bad_words[0]", "stop_token_ids": "stop_token_ids[0]"}
 
 
 @pytest.mark.parametrize("field", BAD_COMPLETIONS)
@@ -354,6 +416,7 @@ def test_no_field_is_ignored():
         "stream": test_chat_stream,
         "stream_options": test_completion_stream_with_usage,
         "logprobs": test_logprobs_of_both_kinds,
+        "top_logprobs": test_most_likely_tokens_of_both_kinds,
         "tools": test_tool_calls,
         "tool_choice": test_tools_are_not_told_when_none_may_be_called,
         "parallel_tool_calls": test_tool_calls,  # a turn holds one call, whether or not more are allowed
@@ -365,6 +428,14 @@ def test_no_field_is_ignored():
         "top_k": test_more_sampling_options_come_as_extra_body,
         "min_p": test_more_sampling_options_come_as_extra_body,
         "repetition_penalty": test_more_sampling_options_come_as_extra_body,
+        "typical_p": test_more_sampling_options_come_as_extra_body,
+        "frequency_penalty": test_more_sampling_options_come_as_extra_body,
+        "presence_penalty": test_more_sampling_options_come_as_extra_body,
+        "logit_bias": test_more_sampling_options_come_as_extra_body,
+        "bad_words": test_more_sampling_options_come_as_extra_body,
+        "min_tokens": test_more_sampling_options_come_as_extra_body,
+        "stop_token_ids": test_more_sampling_options_come_as_extra_body,
+        "ignore_eos": test_more_sampling_options_come_as_extra_body,
     }
     assert set(ChatRequest.model_fields) - set(BAD_CHATS) - set(honoured) == set()
     assert set(CompletionRequest.model_fields) - set(BAD_COMPLETIONS) - set(honoured) == set()
@@ -388,6 +459,10 @@ def test_neutral_values_pass(serve):
         "tool_choice": "none",
         "logprobs": True,
         "top_logprobs": 0,
+        "bad_words": [],
+        "min_tokens": 0,
+        "stop_token_ids": [],
+        "ignore_eos": False,
     }
     del neutral["no_such_field"]
     response = raw(client, "chat/completions", neutral | {"model": "tiny", "messages": USER})
@@ -466,8 +541,8 @@ def test_other_models_other_paths_other_methods(refusing):
     assert check_refused(raw(refusing, "chat/completions", body), "model", 404)["code"] == "model_not_found"
     check_refused(raw(refusing, "embeddings", {}), None, 404)
     check_refused(httpx.get(f"{refusing.base_url}completions"), None, 405)
-    with pytest.raises(openai.BadRequestError, match="frequency_penalty is refused: use repetition_penalty"):
-        refusing.completions.create(model="tiny", prompt="x", frequency_penalty=1)
+    with pytest.raises(openai.BadRequestError, match="suffix is refused: text is continued, not filled in"):
+        refusing.completions.create(model="tiny", prompt="x", suffix="end")
 
 
 def test_what_is_longer_than_the_context_is_refused_with_the_numbers(refusing):

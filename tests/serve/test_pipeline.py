@@ -6,7 +6,7 @@ import pytest
 
 from internjax.text.chat import CallEnd, render
 from internjax.text.message import INTERPRETER_PROMPT, Message, ToolCall
-from serve.pipeline import ContextTooLong, Delta, Params, Pipeline, Result, chat_callable, with_sampling
+from serve.pipeline import ContextTooLong, Delta, Params, Pipeline, Prompt, Result, chat_callable, with_sampling
 
 TEXT = "The answer is 6, héllo 你好."
 CALL = (
@@ -19,7 +19,7 @@ PYTHON = {"name": "interpreter", "description": "", "parameters": {}}
 @pytest.mark.parametrize("chunks", [(1,), (2,), (3, 1), (100,)])
 def test_deltas_join_to_the_text(scripted, tokenizer, chunks):
     pipeline = scripted(TEXT, chunks=chunks)
-    *deltas, result = pipeline.complete("say it", Params(logprobs=True))
+    *deltas, result = pipeline.complete("say it", Params(logprobs=0))
     said = tokenizer.encode(TEXT)
     assert "".join(delta.text for delta in deltas) == result.text == TEXT
     assert (result.finish, result.call, result.stop) == ("stop", None, None)
@@ -40,7 +40,7 @@ def test_tokens_come_only_when_asked_for(scripted):
 @pytest.mark.parametrize("chunks", [(1,), (4,)])
 def test_stop_strings_across_token_borders(scripted, tokenizer, stop, chunks):
     pipeline = scripted(TEXT, chunks=chunks)
-    *deltas, result = pipeline.complete("x", Params(stop=(stop,), logprobs=True))
+    *deltas, result = pipeline.complete("x", Params(stop=(stop,), logprobs=0))
     cut = TEXT.index(stop)
     assert "".join(delta.text for delta in deltas) == result.text == TEXT[:cut]
     assert (result.finish, result.stop) == ("stop", stop)
@@ -81,7 +81,15 @@ def test_wrong_token_ids_are_refused(scripted, ids, reason):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("max_tokens", 2.5),
+        ("min_tokens", -1),
+        ("typical_p", 0),
+        ("presence_penalty", 3),
+        ("logit_bias", {5: 101}),
+        ("logit_bias", {"five": 1}),
+        ("bad_words", ("",)),
+        ("logprobs", True),
         ("temperature", -1.0),
         ("temperature", float("nan")),
         ("top_p", 0.0),
@@ -96,10 +104,15 @@ def test_params_that_mean_nothing_are_refused(field, value):
 
 def test_sampling_options_reach_the_engine(scripted):
     pipeline = scripted(TEXT)
-    pipeline.complete("x", Params(temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, repetition_penalty=1.2, seed=11))
-    sampling = pipeline.engine.requests[-1].sampling
-    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 7)
-    assert (sampling.min_p, sampling.repetition_penalty, sampling.seed) == (0.1, 1.2, 11)
+    same = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "typical_p": 0.8, "repetition_penalty": 1.2}
+    same |= {"presence_penalty": 0.5, "frequency_penalty": -0.5, "seed": 11}
+    pipeline.complete("x", Params(**same, logit_bias={5: 1.5, "6": -2}, min_tokens=3, stop_token_ids=(9, 2)))
+    request = pipeline.engine.requests[-1]
+    assert {name: getattr(request.sampling, name) for name in same} == same
+    assert (request.sampling.logit_bias, request.sampling.min_new_tokens) == (((5, 1.5), (6, -2)), 3)
+    assert request.stop_ids == (*pipeline.stop_ids, 9) and 2 in pipeline.stop_ids
+    pipeline.complete("x", Params(ignore_eos=True, stop_token_ids=(9,)))
+    assert pipeline.engine.requests[-1].stop_ids == (9,)
     seeds = set()
     for _ in range(3):
         pipeline.complete("x")
@@ -134,7 +147,7 @@ def test_leaving_the_iteration_aborts(scripted):
 @pytest.mark.parametrize("chunks", [(1,), (2,), (5,), (100,)])
 def test_a_call_is_an_event_and_ends_the_answer(scripted, chunks):
     pipeline = scripted(CALL + "and never this", chunks=chunks)
-    *events, result = pipeline.chat(USER, Params(logprobs=True), tools=[PYTHON])
+    *events, result = pipeline.chat(USER, Params(logprobs=0), tools=[PYTHON])
     call = ToolCall("interpreter", "import math\nmath.gcd(12, 18)")
     assert [event for event in events if isinstance(event, CallEnd)] == [CallEnd(call)]
     assert "".join(event.text for event in events if isinstance(event, Delta)) == "Let me see."
@@ -217,3 +230,58 @@ def test_results_are_the_last_event(scripted):
     answer = scripted(TEXT).complete("x")
     *_, last = answer
     assert isinstance(last, Result) and answer.last is last
+
+
+def test_most_likely_tokens_come_with_each_token(scripted, tokenizer):
+    result = scripted(TEXT, chunks=(3,)).complete("x", Params(logprobs=2)).result()
+    for token in result.tokens:
+        assert [(a.id, a.logprob) for a in token.top] == [(token.id, token.logprob), (token.id + 1, token.logprob - 1)]
+        assert [a.piece for a in token.top] == [tokenizer.bytes_of(a.id) for a in token.top]
+    assert b"".join(token.top[0].piece for token in result.tokens).decode() == TEXT
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_the_prompts_own_tokens(scripted, tokenizer, as_ids, max_tokens):
+    """Of a text without the token that begins every text; of ids all, the first without a log-probability."""
+    text = "héllo 你好"
+    prompt = tokenizer.encode(text) if as_ids else text
+    first, *_, last = scripted(TEXT).complete(prompt, Params(max_tokens=max_tokens, prompt_logprobs=1))
+    assert first == Prompt(last.prompt)
+    assert [token.id for token in last.prompt] == tokenizer.encode(text)
+    assert "".join(token.text for token in last.prompt) == text
+    assert all(text[token.offset :].startswith(token.text) for token in last.prompt)
+    assert [token.logprob is None for token in last.prompt] == [as_ids] + [False] * (len(last.prompt) - 1)
+    assert [len(token.top) for token in last.prompt[1:]] == [1] * (len(last.prompt) - 1)
+    assert (len(last.ids), last.finish, bool(last.text)) == (max_tokens, "length", max_tokens > 0)
+
+
+def test_before_min_tokens_no_stop_string_is_seen(scripted, tokenizer):
+    said = tokenizer.encode(TEXT)
+    first = next(n for n in range(1, 99) if "is" in tokenizer.decode(said[:n]))
+    for min_tokens, cut in ((0, "The answer "), (first - 1, "The answer "), (first, TEXT)):
+        result = scripted(TEXT, chunks=(2,)).complete("x", Params(stop=("is",), min_tokens=min_tokens)).result()
+        assert result.text == cut and result.stop == ("is" if cut != TEXT else None)
+
+
+def test_an_end_that_is_ignored_is_no_end(scripted, tokenizer):
+    said = [*tokenizer.encode("one"), tokenizer.eos_id, *tokenizer.encode(" two")]
+    params = Params(max_tokens=len(said), ignore_eos=True)
+    for start in (lambda p: p.complete("x", params), lambda p: p.chat(USER, params)):
+        result = start(scripted(lambda request: said)).result()
+        assert (result.text, result.ids, result.finish) == ("one two", tuple(said), "length")
+    with pytest.raises(ValueError, match="ignore_eos is set and tools are declared"):
+        scripted(TEXT).chat(USER, params, tools=[PYTHON])
+
+
+def test_bad_words_are_banned_in_every_form_they_take(scripted, tokenizer):
+    """At the start, behind a space and behind a newline; equal forms count once."""
+    pipeline = scripted(TEXT)
+    pipeline.complete("x", Params(bad_words=("answer", "gcd of")))
+    words = pipeline.engine.requests[-1].sampling.bad_words
+    forms = [tokenizer.encode(text) for text in ("answer", " answer", "gcd of", " gcd of")]
+    assert set(words) == set(map(tuple, forms)) and len(words) == len(set(words))
+    with pytest.raises(ValueError, match="40 bad words are 80 sequences of tokens; this server takes up to 64"):
+        pipeline.complete("x", Params(bad_words=tuple(f"a{i}" for i in range(10, 50))))
+    with pytest.raises(ValueError, match="the bad word 'zqzq.*' has .* tokens; this server takes up to 16"):
+        pipeline.complete("x", Params(bad_words=("zq" * 20,)))

@@ -1,12 +1,16 @@
 """The whole way with the real engine and a random model: client, HTTP, pipeline, slots, pages, and back."""
 
 import dataclasses
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
+import numpy as np
 import openai
 import pytest
 
+from internjax.model import decoder
 from internjax.text.message import Message
 from serve.pipeline import ContextTooLong, Params, Pipeline, chat_callable
 from serve.server import start_server
@@ -70,7 +74,7 @@ def test_a_stream_that_is_left_frees_its_pages(client, pipeline, eventually):
 
 
 def test_stop_strings_end_real_answers(pipeline, eventually):
-    params = Params(max_tokens=60, temperature=0.0, logprobs=True)
+    params = Params(max_tokens=60, temperature=0.0, logprobs=0)
     whole = pipeline.complete("The answer is", params).result()
     assert len(whole.text) > 10 and whole.finish in ("length", "stop")
     assert "".join(token.text for token in whole.tokens) == whole.text
@@ -79,6 +83,34 @@ def test_stop_strings_end_real_answers(pipeline, eventually):
     cut = pipeline.complete("The answer is", dataclasses.replace(params, stop=(stop,))).result()
     assert (cut.text, cut.stop, cut.finish) == (whole.text[: whole.text.index(stop)], stop, "stop")
     eventually(lambda: is_idle(pipeline))
+
+
+def test_scoring_clients_get_the_models_own_log_probabilities(client, pipeline, tiny_model):
+    """As lm-eval's local-completions asks: ids, echo, one token more, and is the continuation what greedy draws."""
+    ids = np.random.default_rng(0).integers(0, tiny_model.config.vocab_size, 90).tolist()
+    answer = client.completions.create(
+        model="tiny", prompt=[ids, ids[:3]], temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True
+    )
+    logits_TV = jax.jit(functools.partial(decoder.logits, config=tiny_model.config))(tiny_model.params, np.array([ids]))
+    logprobs_TV = np.asarray(jax.nn.log_softmax(logits_TV[0]))
+    for choice, length in zip(answer.choices, (90, 3)):
+        found = choice.logprobs
+        assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+        wanted = [logprobs_TV[i, ids[i + 1]] for i in range(length - 1)]
+        np.testing.assert_allclose(found.token_logprobs[1:length], wanted, atol=1e-4)
+        best = [max(top.values()) for top in found.top_logprobs[1:]]
+        np.testing.assert_allclose(best, logprobs_TV[:length].max(axis=-1), atol=1e-4)
+        assert found.token_logprobs[-1] == best[-1], "a greedy token is not the most likely one to the last bit"
+
+
+def test_banned_and_biased_tokens(pipeline):
+    params = Params(max_tokens=30, temperature=0.0)
+    free = pipeline.complete("The answer is", params).result()
+    word = free.text.split()[1][:3]
+    banned = dataclasses.replace(params, bad_words=(word,), logit_bias={free.ids[0]: -100})
+    held = pipeline.complete("The answer is", banned).result()
+    assert held.ids[0] != free.ids[0] and f" {word}" not in held.text
+    assert pipeline.complete("x", dataclasses.replace(params, logit_bias={70: 100})).result().ids == (70,) * 30
 
 
 def test_the_context_is_the_limit(pipeline):
