@@ -25,7 +25,9 @@ from internjax.decode.prefix_tree import Moves
 from internjax.decode.programs import (
     Admission,
     PromptChunk,
+    Weights,
     admit,
+    block_tokens,
     clear_pages,
     copy_page,
     decode_block,
@@ -36,6 +38,7 @@ from internjax.decode.programs import (
     score_chunk,
 )
 from internjax.decode.sample import Limits, SamplingParams, stack
+from internjax.decode.speculate import DraftModel, Speculation
 from internjax.model import rope
 from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
@@ -74,24 +77,31 @@ class Device:
         context_buckets: Sequence[int],
         limits: Limits,
         saves_pages: bool,
+        speculation: Speculation | None,
+        draft_params: dict | None,
     ):
         """Compiles nothing yet.
 
         lora: one adapter for all rows. adapter_room: places for several, each row having its own (`adapters`).
-        saves_pages: contents of pages can be fetched to the host's memory and back.
+        saves_pages: contents of pages can be fetched to the host's memory and back. draft_params: of a DraftModel.
         """
         self.config, self._max_context, self._num_slots, self._page_size = config, max_context, num_slots, page_size
         self._num_pages, self._limits, self._saves_pages = num_pages, limits, saves_pages
         self.pages_per_row = -(-max_context // page_size)
-        self.tokens_per_dispatch = tokens_per_dispatch
+        self.tokens_per_block = block_tokens(tokens_per_dispatch, speculation)
+        """The most that a row can grow by in one block."""
         self.widths = sorted({-(-bucket // page_size) for bucket in context_buckets} | {self.pages_per_row})
         smaller = (_SMALLEST_CHUNK << i for i in range(20))
         self.chunks = [*(size for size in smaller if size < prefill_chunk), prefill_chunk]
-        self._params = jax.tree.map(jnp.asarray, decoding_params(params, config))
-        self._lora = lora
+        params = jax.tree.map(jnp.asarray, decoding_params(params, config))
+        self._mesh, self._lora = sharding.mesh_of(params), lora
+        draft = speculation if isinstance(speculation, DraftModel) else None
+        if draft is not None:
+            draft_params = jax.device_put(decoding_params(draft_params, draft.config), sharding.replicated(self._mesh))
+        self._weights = Weights(params, draft_params)
         self.adapters = None
         if adapter_room is not None:
-            self.adapters = AdapterPlaces(self._params, **adapter_room._asdict(), dtype=config.dtype)
+            self.adapters = AdapterPlaces(params, **adapter_room._asdict(), dtype=config.dtype)
         begin = functools.partial(
             empty_state,
             config=config,
@@ -101,25 +111,25 @@ class Device:
             page_size=page_size,
             cache_dtype=cache_dtype,
             limits=limits,
+            draft=draft,
         )
-        self._mesh = sharding.mesh_of(self._params)
         placed = _placed(jax.eval_shape(begin), config, self._mesh)
         # Partials of nothing: jit shares the cache of one function, and these programs are counted.
         program = functools.partial(jax.jit, out_shardings=placed)
         self._empty_state = program(begin)
-        self._read_chunk = program(functools.partial(read_chunk, config=config), donate_argnums=1)
+        self._read_chunk = program(functools.partial(read_chunk, config=config, draft=draft), donate_argnums=1)
         self._admit = program(functools.partial(admit), donate_argnums=0)
         self._clear_pages = program(functools.partial(clear_pages), donate_argnums=0)
         self._copy_page = program(functools.partial(copy_page), donate_argnums=0)
         self._load_pages = program(functools.partial(load_pages), donate_argnums=0)
         self._save_pages = jax.jit(functools.partial(save_pages))
         self._score_chunk = jax.jit(
-            functools.partial(score_chunk, config=config, num_top=limits.logprobs),
+            functools.partial(score_chunk, config=config, num_top=limits.logprobs, draft=draft),
             donate_argnums=1,
             out_shardings=(placed, sharding.replicated(self._mesh)),
         )
         self._decode_block = jax.jit(
-            functools.partial(decode_block, config=config, num_tokens=tokens_per_dispatch),
+            functools.partial(decode_block, config=config, num_turns=tokens_per_dispatch, speculation=speculation),
             donate_argnums=1,
             out_shardings=(placed, sharding.replicated(self._mesh)),
         )
@@ -173,7 +183,7 @@ class Device:
 
     def _read(self, tokens_C: np.ndarray, pages_M: np.ndarray, start: int, end: int, inv_freq_F, adapter=-1) -> None:
         chunk = _chunk(tokens_C, pages_M, start, end, inv_freq_F)
-        self._state = self._run(self._read_chunk, self._params, self._state, chunk, self._rows([adapter]))
+        self._state = self._run(self._read_chunk, self._weights, self._state, chunk, self._rows([adapter]))
 
     def score(
         self,
@@ -193,7 +203,7 @@ class Device:
         chunk = _chunk(tokens_C, pages_M, start, start + len(tokens), inv_freq_F)
         temperature_1, rows = np.array([temperature or 1.0], np.float32), self._rows([adapter])
         self._state, packed = self._run(
-            self._score_chunk, self._params, self._state, chunk, next_C[None], temperature_1, rows
+            self._score_chunk, self._weights, self._state, chunk, next_C[None], temperature_1, rows
         )
         packed.copy_to_host_async()
         return packed
@@ -206,7 +216,7 @@ class Device:
         """Draws for the slots in `keep`; returns the packed Block, on its way to the host."""
         # A copy: the host changes its table while the device may still read what it was given.
         table_BM, rows = page_table_BM.copy(), self._rows(adapters)
-        self._state, packed = self._run(self._decode_block, self._params, self._state, table_BM, keep_B, rows)
+        self._state, packed = self._run(self._decode_block, self._weights, self._state, table_BM, keep_B, rows)
         packed.copy_to_host_async()
         return packed
 
@@ -273,7 +283,7 @@ class Device:
             with _timed(f"score {self.chunks[-1]} prompt tokens", report):
                 self.score([0], [0], table_BM[0], 0, temperature=1.0, inv_freq_F=inv_freq_F)
             for width in self.widths:
-                with _timed(f"draw {self.tokens_per_dispatch} tokens, context {width * self._page_size}", report):
+                with _timed(f"draw {self.tokens_per_block} tokens, context {width * self._page_size}", report):
                     packed = self.block(table_BM[:, :width], nobody_B, adapters=no_adapters)
             with _timed("admit, clear and copy", report):
                 self.admit(nothing)
@@ -306,6 +316,7 @@ def _placed(state: DecodeState, config: ModelConfig, mesh: Mesh) -> DecodeState:
     def place(leaf):
         return NamedSharding(mesh, PartitionSpec(*(None,) * 3, "tensor") if leaf.ndim > 3 else PartitionSpec())
 
+    # The model that drafts is small: every device has all of it.
     everything = jax.tree.map(lambda leaf: sharding.replicated(mesh), state)
     return dataclasses.replace(everything, cache=jax.tree.map(place, state.cache))
 

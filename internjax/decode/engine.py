@@ -31,6 +31,7 @@ from internjax.decode.prefix_tree import PrefixTree, num_common
 from internjax.decode.programs import Admission, unpack, unpack_scores
 from internjax.decode.request import Finish, Handle, Request, Session, check_options, prompt_event, tokens_event
 from internjax.decode.sample import Limits, stack
+from internjax.decode.speculate import DraftModel, Speculation
 from internjax.model import rope
 from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
@@ -63,6 +64,9 @@ class Stats(NamedTuple):
     """Of those, tokens that did not have to be read."""
     num_preempted: int
     """How often a row gave up its pages."""
+    num_drawn_tokens: int
+    num_turns: int
+    """How often the model was asked for them, counted for every row: fewer, where drafts came true."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -89,6 +93,8 @@ class _Row:
     drawing: bool = False
     longest: int = 0
     """Upper bound of its length after all blocks dispatched so far."""
+    num_in_flight: int = 0
+    """Blocks of this turn that were dispatched and not read yet."""
     num_turns: int = 0
     """How often it got a slot."""
     scores: list[tuple[int, jax.Array]] = dataclasses.field(default_factory=list)
@@ -132,6 +138,8 @@ class Engine:
         prefill_chunk: int = 64,
         context_buckets: tuple[int, ...] = (),
         limits: Limits = Limits(),
+        speculation: Speculation | None = None,
+        draft_params: dict | None = None,
         mode: Mode = "fast",
     ):
         """Prepares the device state; compiles nothing yet.
@@ -142,8 +150,9 @@ class Engine:
         which each request may name one (`load_adapter`). prefill_chunk: prompt tokens read at once. context_buckets:
         shorter contexts, in tokens, for which attention is compiled too; while all rows fit into one, a step reads no
         more of the cache than that. A row's results then agree with those of another width up to rounding only; with
-        none, they do not depend on the other rows at all. limits: what one request may ask for. mode: see Mode;
-        "exact" wants no context_buckets and a prefill_chunk of whole pages.
+        none, they do not depend on the other rows at all. limits: what one request may ask for. speculation: drafts
+        that are tried together, looked up in the row or drawn by a model with `draft_params`. mode: see Mode; "exact"
+        wants no context_buckets and a prefill_chunk of whole pages.
         """
         sizes = {"max_context": max_context, "num_slots": num_slots, "page_size": page_size}
         sizes |= {"tokens_per_dispatch": tokens_per_dispatch, "prefill_chunk": prefill_chunk}
@@ -161,6 +170,13 @@ class Engine:
             )
         if lora is not None and adapter_room is not None:
             raise ValueError("give one adapter for all requests (lora) or room for several (adapter_room), not both")
+        if isinstance(speculation, DraftModel) != (draft_params is not None):
+            raise ValueError("a DraftModel and its draft_params are given together")
+        if isinstance(speculation, DraftModel) and speculation.config.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"the draft model has {speculation.config.vocab_size} tokens and the model {config.vocab_size}; take "
+                "one with the same tokenizer"
+            )
         if config.head != "lm":
             raise ValueError("a model with a scalar head scores and cannot generate; use one with head='lm'")
         self.config, self.max_context, self.num_slots, self.page_size = config, max_context, num_slots, page_size
@@ -182,11 +198,14 @@ class Engine:
             context_buckets=context_buckets,
             limits=limits,
             saves_pages=num_host_pages > 0,
+            speculation=speculation,
+            draft_params=draft_params,
         )
         self._forget_all()
         self._queue: collections.deque[_Row] = collections.deque()
         self._arrivals = itertools.count()
         self._num_prompt_tokens = self._num_shared_tokens = self._num_preempted = 0
+        self._num_drawn_tokens = self._num_turns = 0
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed: str | None = None
@@ -300,6 +319,8 @@ class Engine:
             num_prompt_tokens=self._num_prompt_tokens,
             num_shared_tokens=self._num_shared_tokens,
             num_preempted=self._num_preempted,
+            num_drawn_tokens=self._num_drawn_tokens,
+            num_turns=self._num_turns,
         )
 
     def _notify(self) -> None:
@@ -422,10 +443,11 @@ class Engine:
                 return
             if self._is_read_elsewhere(row):
                 continue  # soon it need not be read; whoever came later may go first
-            # One more page for every row that runs, or the next block might already have to stop one of them.
-            others = 0 if self._mode == "exact" else sum(other is not None for other in self._slots)
+            # With what all rows want for their next block, or that would already stop one of them.
+            others = [other for other in self._slots if other is not None]
+            growth = sum(self._growth(each) for each in (*others, row)) if others else 0
             needed = self._tree.num_needed(row.key, row.sharable, self._num_pages_at_first(row))
-            if needed + others > self._tree.num_available:
+            if needed + growth > self._tree.num_available:
                 return  # in order: a small request does not overtake a large one for ever
             with self._wake:
                 self._queue.remove(row)
@@ -435,6 +457,12 @@ class Engine:
 
     def _num_pages_at_first(self, row: _Row) -> int:
         return self._num_pages_for(row.total - 1 if self._mode == "exact" else len(row.tokens))
+
+    def _growth(self, row: _Row) -> int:
+        """Returns the pages that a row needs for its next block, beside those that it has or begins with."""
+        return max(
+            self._num_pages_for(self._longest_next(row) - 1) - (len(row.pages) or self._num_pages_at_first(row)), 0
+        )
 
     def _is_read_elsewhere(self, row: _Row) -> bool:
         """Whether another row is reading more of what this one begins with than the tree holds."""
@@ -503,17 +531,17 @@ class Engine:
                 top_asked=np.array(bool(request.logprobs)),
             )
         )
-        row.drawing, row.longest = True, length
+        row.drawing, row.longest, row.num_in_flight = True, length, 0
 
     def _dispatch(self) -> bool:
         """Sends off one block for all slots that draw; returns whether there were any."""
         self._grow()
-        rows = enumerate(self._slots)
-        drawing = {i: row for i, row in rows if row is not None and row.drawing and row.longest < row.total}
-        if not drawing:
-            return False
+        drawing = {index: row for index, row in enumerate(self._slots) if row is not None and row.drawing}
+        if all(row.longest == row.total for row in drawing.values()):
+            return False  # what is under way may be all that they need
         for row in drawing.values():
             row.longest = self._longest_next(row)
+            row.num_in_flight += 1
         keep_B = np.array([index in drawing for index in range(self.num_slots)])
         width = self._device.width(max(row.longest for row in drawing.values()))
         adapters = [-1 if row is None else row.adapter.index for row in self._slots]
@@ -522,15 +550,14 @@ class Engine:
         return True
 
     def _longest_next(self, row: _Row) -> int:
-        return min(row.longest + self._device.tokens_per_dispatch, row.total)
+        return min((row.longest if row.drawing else len(row.tokens)) + self._device.tokens_per_block, row.total)
 
     def _grow(self) -> None:
         """Gives every row that draws the pages of its next block, the oldest first; the youngest may have to leave."""
         rows = [(row.order, index) for index, row in enumerate(self._slots) if row is not None]
         for _, index in sorted(rows):
             while (row := self._slots[index]) is not None and row.drawing:
-                count = self._num_pages_for(self._longest_next(row) - 1) - len(row.pages)
-                pages = self._tree.allocate(max(count, 0))
+                pages = self._tree.allocate(self._growth(row))
                 if pages is not None:
                     self._page_table_BM[index, len(row.pages) : len(row.pages) + len(pages)] = pages
                     row.pages += pages
@@ -547,13 +574,18 @@ class Engine:
 
     def _deliver(self, packed: jax.Array, drawing: dict[int, tuple[_Row, int]]) -> None:
         """Hands out the tokens of a block, and frees the slots of rows that are done."""
-        block = unpack(np.asarray(packed), num_tokens=self._device.tokens_per_dispatch)
+        block = unpack(np.asarray(packed), num_tokens=self._device.tokens_per_block)
         for index, (row, turn) in drawing.items():
             if self._slots[index] is not row or row.num_turns != turn:
                 continue  # done, aborted or preempted before this block was read
             finish = FINISH_NAMES[block.finish_B[index]]
             event = tokens_event(row.handle.request, block, index, None if finish == "error" else finish)
             row.tokens += event.ids
+            row.num_in_flight -= 1
+            # Where drafts did not come true it is shorter than it could have been.
+            row.longest = min(len(row.tokens) + row.num_in_flight * self._device.tokens_per_block, row.total)
+            self._num_drawn_tokens += len(event.ids)
+            self._num_turns += int(block.turns_B[index])
             if event.ids:
                 judged = row.num_cached // self.page_size
                 self._device.judge(row.pages[row.num_judged : judged])
@@ -579,7 +611,9 @@ class Engine:
     def _keep(self, index: int, *, whole_pages: bool) -> None:
         """Leaves what a row has read and drawn to later requests that begin with it."""
         row = self._slots[index]
-        num_tokens = min(row.num_cached, row.num_prompt) if self._mode == "exact" else row.num_cached
+        num_tokens = row.num_cached
+        if self._mode == "exact":  # what was drawn, or read to be scored, was computed in other pieces
+            num_tokens = min(num_tokens, row.num_prompt) if row.handle.request.prompt_logprobs is None else 0
         if whole_pages or self._mode == "exact":  # a block under way may still write into the last one
             num_tokens -= num_tokens % self.page_size
         row.pages = self._tree.insert(row.key, row.tokens[:num_tokens], row.pages)

@@ -67,6 +67,8 @@ class DecodeState:
     cache: KVCache
     counts_BV: jax.Array | None = None
     """How often each token stands in the answer, for presence and frequency penalties; None: no row may have them."""
+    draft_cache: KVCache | None = None
+    """Of the model that drafts, with the pages of `cache`."""
     top: Top | None = None
     """None: no row may ask for other tokens than those drawn."""
 
@@ -208,45 +210,68 @@ def prefill(
     return dataclasses.replace(state, cache=cache)
 
 
-def step(params: dict, state: DecodeState, *, config: ModelConfig, lora: Lora | None = None) -> DecodeState:
-    """Returns the state with one more token in every active row; rows that are done stay as they are."""
-    B, S = state.tokens_BS.shape
-    rows_B = jnp.arange(B)
-    last_B = state.tokens_BS[rows_B, state.lengths_B - 1]
+def next_logits(
+    params: dict,
+    state: DecodeState,
+    drafts_Bk: jax.Array | None = None,
+    *,
+    config: ModelConfig,
+    lora: Lora | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """Returns the logits `[B, 1 + k, V]` after every row's last token and after each of the k drafts that may follow
+    it, and the cache with them in it; what is cached for drafts that are not taken is written over later."""
+    rows_B = jnp.arange(state.tokens_BS.shape[0])
+    fed_BT = state.tokens_BS[rows_B, state.lengths_B - 1][:, None]
+    if drafts_Bk is not None:
+        fed_BT = jnp.concatenate([fed_BT, jnp.maximum(drafts_Bk, 0)], axis=1)
+    T = fed_BT.shape[1]
     with jax.named_scope("decode_step"):
         hidden_BTD, cache, _ = decoder.forward(
             params,
-            last_B[:, None],
+            fed_BT,
             config=config,
-            positions_BT=(state.lengths_B - 1)[:, None],
-            segments_BT=state.active_B.astype(jnp.int32)[:, None],
+            positions_BT=(state.lengths_B - 1)[:, None] + jnp.arange(T),
+            segments_BT=jnp.broadcast_to(state.active_B.astype(jnp.int32)[:, None], fed_BT.shape),
             inv_freq_BF=state.inv_freq_BF,
             lora=lora,
             cache=state.cache,
         )
-        logits_BV = decoder.unembed(params, hidden_BTD, config=config, lora=lora)[:, 0]
+        return decoder.unembed(params, hidden_BTD, config=config, lora=lora), cache
+
+
+def advance(
+    state: DecodeState, logits_BV: jax.Array, *, on_B: jax.Array, forced_B: jax.Array | None = None
+) -> DecodeState:
+    """Returns the state with one more token, drawn from the logits, in every active row of `on`; the others stay.
+
+    `forced` are tokens to take instead of those drawn: their log-probabilities are those of a draw, bit by bit.
+    """
+    S, V = state.tokens_BS.shape[1], logits_BV.shape[-1]
+    rows_B, on_B = jnp.arange(on_B.shape[0]), on_B & state.active_B
+    with jax.named_scope("draw"):
         written = Written(state.seen_BV, state.counts_BV, state.tokens_BS, state.prompt_lengths_B, state.stop_ids_BI)
         top = state.top
         drawn = sample(
             logits_BV,
-            of_rows(state.sampling, state.active_B),
+            of_rows(state.sampling, on_B),
             written,
             positions_B=state.lengths_B,
             num_top=0 if top is None else top.ids_BK.shape[1],
-            top_B=None if top is None else top.asked_B & state.active_B,
+            top_B=None if top is None else top.asked_B & on_B,
+            forced_B=forced_B,
         )
 
     # The order is important: a row whose logits are broken draws nothing; a stop token in the last place is a stop.
-    broken_B = state.active_B & ~jnp.isfinite(drawn.logprobs_B)
-    drawn_B = state.active_B & ~broken_B
+    broken_B = on_B & ~jnp.isfinite(drawn.logprobs_B)
+    drawn_B = on_B & ~broken_B
     stopped_B = (drawn.ids_B[:, None] == state.stop_ids_BI).any(axis=-1)
     lengths_B = state.lengths_B + drawn_B
     full_B = lengths_B >= state.max_lengths_B
     finish_B = jnp.where(broken_B, ERROR, jnp.where(stopped_B, STOP, jnp.where(full_B, LENGTH, RUNNING)))
-    finish_B = jnp.where(state.active_B, finish_B, state.finish_B)
+    finish_B = jnp.where(on_B, finish_B, state.finish_B)
 
     at = (rows_B, jnp.where(drawn_B, state.lengths_B, S))
-    new = (rows_B, jnp.where(drawn_B, drawn.ids_B, config.vocab_size))
+    new = (rows_B, jnp.where(drawn_B, drawn.ids_B, V))
     counts_BV = state.counts_BV
     return dataclasses.replace(
         state,
@@ -258,8 +283,21 @@ def step(params: dict, state: DecodeState, *, config: ModelConfig, lora: Lora | 
         lengths_B=lengths_B,
         active_B=state.active_B & (finish_B == RUNNING),
         finish_B=finish_B,
-        cache=cache,
     )
+
+
+def step(
+    params: dict,
+    state: DecodeState,
+    *,
+    config: ModelConfig,
+    lora: Lora | None = None,
+    forced_B: jax.Array | None = None,
+) -> DecodeState:
+    """Returns the state with one more token in every active row; rows that are done stay as they are."""
+    logits_BTV, cache = next_logits(params, state, config=config, lora=lora)
+    state = dataclasses.replace(state, cache=cache)
+    return advance(state, logits_BTV[:, 0], on_B=state.active_B, forced_B=forced_B)
 
 
 def decoding_params(params: dict, config: ModelConfig) -> dict:
@@ -391,6 +429,65 @@ def generate(
         lora,
         config=config,
         max_new_tokens=max_new_tokens,
+        cache_dtype=cache_dtype or config.dtype,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "cache_dtype"))
+def _replay(
+    params, prompts_BT, lengths_B, answers_BN, answer_lengths_B, sampling, inv_freq_BF, lora, *, config, cache_dtype
+) -> jax.Array:
+    N = answers_BN.shape[1]
+    params = decoding_params(params, config)
+    settings = {"config": config, "max_new_tokens": N, "cache_dtype": cache_dtype}
+    nothing_I = jnp.zeros(0, jnp.int32)
+    state = _start(params, prompts_BT, lengths_B, sampling, nothing_I, inv_freq_BF, lora, **settings)
+    start_B = state.lengths_B
+    state = dataclasses.replace(
+        state, max_lengths_B=start_B + answer_lengths_B, active_B=state.active_B & (answer_lengths_B > 0)
+    )
+    lora = None if lora is None else with_gains(lora, params)
+
+    def one_more(carry):
+        index, state = carry
+        forced_B = lax.dynamic_index_in_dim(answers_BN, index, axis=1, keepdims=False)
+        return index + 1, step(params, state, config=config, lora=lora, forced_B=forced_B)
+
+    _, state = lax.while_loop(lambda carry: carry[1].active_B.any(), one_more, (0, state))
+    index_BN = jnp.arange(N)
+    values_BN = jnp.take_along_axis(state.logprobs_BS, start_B[:, None] + index_BN, axis=1)
+    return jnp.where(index_BN < answer_lengths_B[:, None], values_BN, 0)
+
+
+def replay(
+    params: dict,
+    prompts_BT: jax.Array,
+    lengths_B: jax.Array,
+    answers_BN: jax.Array,
+    answer_lengths_B: jax.Array,
+    *,
+    config: ModelConfig,
+    sampling: Sampling,
+    lora: Lora | None = None,
+    cache_dtype: CacheDType | None = None,
+    inv_freq_BF: jax.Array | None = None,
+) -> jax.Array:
+    """Returns the log-probabilities `[B, N]` of given answers by the step that draws them; 0 past a row's length.
+
+    For the answers of a `generate` with as many rows, prompts as wide and max_new_tokens = N they are its own, bit by
+    bit. The forward pass of training agrees up to rounding (`decode.score.logprobs`).
+    """
+    _check(prompts_BT, lengths_B, config, np.shape(answers_BN)[1])
+    return _replay(
+        params,
+        prompts_BT,
+        lengths_B,
+        answers_BN,
+        answer_lengths_B,
+        sampling,
+        inv_freq_BF,
+        lora,
+        config=config,
         cache_dtype=cache_dtype or config.dtype,
     )
 

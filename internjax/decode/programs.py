@@ -15,8 +15,9 @@ from jax import lax
 from internjax.decode.adapters import RowAdapters, lora_of
 from internjax.decode.generate import RUNNING, DecodeState, forward_chunk, init_state, prefill_chunk, step
 from internjax.decode.sample import Limits, Sampling, SamplingParams, most_likely, stack
-from internjax.model import decoder
-from internjax.model.cache import CacheDType, paged_cache
+from internjax.decode.speculate import DraftModel, Speculation, draw_drafts, look_up, verify
+from internjax.model import decoder, rope
+from internjax.model.cache import CacheDType, KVCache, paged_cache
 from internjax.model.config import ModelConfig
 from internjax.model.lora import Lora
 
@@ -30,6 +31,7 @@ def empty_state(
     page_size: int,
     cache_dtype: CacheDType,
     limits: Limits,
+    draft: DraftModel | None = None,
 ) -> DecodeState:
     """Returns the state in which no slot draws and no page is owned."""
     pages_per_row = -(-max_context // page_size)
@@ -45,7 +47,52 @@ def empty_state(
         num_top=limits.logprobs,
         cache=cache,
     )
-    return dataclasses.replace(state, active_B=jnp.zeros(num_slots, bool))
+    state = dataclasses.replace(state, active_B=jnp.zeros(num_slots, bool))
+    if draft is None:
+        return state
+    like = draft.config
+    cache = paged_cache(like, num_pages, page_size, batch=num_slots, pages_per_row=pages_per_row, dtype=cache_dtype)
+    return dataclasses.replace(state, draft_cache=cache)
+
+
+class Weights(NamedTuple):
+    """Parameters of the model, and of the one that drafts for it."""
+
+    model: dict
+    draft: dict | None = None
+
+
+def _with_table(state: DecodeState, page_table_BM) -> DecodeState:
+    """Returns the state whose caches are read and written through another page table."""
+    cache, draft_cache = (
+        None if cache is None else dataclasses.replace(cache, page_table_BM=page_table_BM) for cache in _caches(state)
+    )
+    return dataclasses.replace(state, cache=cache, draft_cache=draft_cache)
+
+
+def _with_own_tables(state: DecodeState, before: DecodeState) -> DecodeState:
+    """Returns the state with the page tables of `before`: what a program is given is not part of the state."""
+    cache, draft_cache = (
+        None if now is None else dataclasses.replace(now, page_table_BM=then.page_table_BM)
+        for now, then in zip(_caches(state), _caches(before))
+    )
+    return dataclasses.replace(state, cache=cache, draft_cache=draft_cache)
+
+
+def _draft_reads(weights: Weights, state: DecodeState, chunk: "PromptChunk", draft: DraftModel | None) -> DecodeState:
+    """Returns the state with a chunk in the cache of the draft model too, if there is one."""
+    if draft is None:
+        return state
+    cache = prefill_chunk(
+        weights.draft,
+        state.draft_cache,
+        chunk.tokens_1C,
+        start_B=chunk.start_1,
+        end_B=chunk.end_1,
+        inv_freq_BF=rope.inv_freq(draft.config)[None],
+        config=draft.config,
+    )
+    return dataclasses.replace(state, draft_cache=cache)
 
 
 class PromptChunk(NamedTuple):
@@ -75,12 +122,19 @@ class Admission(NamedTuple):
 
 
 def read_chunk(
-    params, state: DecodeState, chunk: PromptChunk, adapters: Lora | RowAdapters | None, *, config: ModelConfig
+    weights: Weights,
+    state: DecodeState,
+    chunk: PromptChunk,
+    adapters: Lora | RowAdapters | None,
+    *,
+    config: ModelConfig,
+    draft: DraftModel | None = None,
 ) -> DecodeState:
     """Returns the state with one chunk of one prompt in the pages that its table names."""
+    placed = _draft_reads(weights, _with_table(state, chunk.page_table_1M), chunk, draft)
     cache = prefill_chunk(
-        params,
-        dataclasses.replace(state.cache, page_table_BM=chunk.page_table_1M),
+        weights.model,
+        placed.cache,
         chunk.tokens_1C,
         start_B=chunk.start_1,
         end_B=chunk.end_1,
@@ -88,7 +142,7 @@ def read_chunk(
         config=config,
         lora=lora_of(adapters),
     )
-    return dataclasses.replace(state, cache=dataclasses.replace(cache, page_table_BM=state.cache.page_table_BM))
+    return _with_own_tables(dataclasses.replace(placed, cache=cache), state)
 
 
 # Positions whose logits are held at once while a prompt is scored: 24 MB each for a vocabulary of 92,544.
@@ -104,7 +158,7 @@ class Scores(NamedTuple):
 
 
 def score_chunk(
-    params,
+    weights: Weights,
     state: DecodeState,
     chunk: PromptChunk,
     next_1C,
@@ -113,15 +167,17 @@ def score_chunk(
     *,
     config: ModelConfig,
     num_top: int,
+    draft: DraftModel | None = None,
 ) -> tuple[DecodeState, jax.Array]:
     """Returns what `read_chunk` does, and the Scores of the tokens that follow, packed into int32 `[C, 1 + 2 K]`.
 
     `next` are those tokens; the log-probabilities are of logits / temperature.
     """
-    lora = lora_of(adapters)
+    params, lora = weights.model, lora_of(adapters)
+    placed = _draft_reads(weights, _with_table(state, chunk.page_table_1M), chunk, draft)
     hidden_1CD, cache, _ = forward_chunk(
         params,
-        dataclasses.replace(state.cache, page_table_BM=chunk.page_table_1M),
+        placed.cache,
         chunk.tokens_1C,
         start_B=chunk.start_1,
         end_B=chunk.end_1,
@@ -129,7 +185,7 @@ def score_chunk(
         config=config,
         lora=lora,
     )
-    cache = dataclasses.replace(cache, page_table_BM=state.cache.page_table_BM)
+    after = _with_own_tables(dataclasses.replace(placed, cache=cache), state)
     K, C = min(num_top, config.vocab_size), chunk.tokens_1C.shape[1]
     R = min(C, _SCORED_AT_ONCE)
 
@@ -151,7 +207,7 @@ def score_chunk(
     with jax.named_scope("score_prompt"):
         inputs = (cut(hidden_1CD[0]), cut(next_1C[0]))
         packed = lax.map(score, inputs) if C > R else score(jax.tree.map(lambda x: x[0], inputs))
-    return dataclasses.replace(state, cache=cache), packed.reshape(-1, 1 + 2 * K)[:C]
+    return after, packed.reshape(-1, 1 + 2 * K)[:C]
 
 
 def unpack_scores(packed: np.ndarray) -> Scores:
@@ -195,69 +251,93 @@ class Block(NamedTuple):
     logprobs_Bn: np.ndarray
     counts_B: np.ndarray
     finish_B: np.ndarray
+    turns_B: np.ndarray
+    """How often the model was asked; less than `counts` where drafts came true."""
     top_ids_BnK: np.ndarray
     top_logprobs_BnK: np.ndarray
     """Of rows that asked, at each of their new tokens: the most likely ones, best first."""
 
 
+def block_tokens(num_turns: int, speculation: Speculation | None) -> int:
+    """Returns the most tokens n that a block of `num_turns` turns gives a row."""
+    return num_turns * (1 if speculation is None else 1 + speculation.num_drafts)
+
+
 def decode_block(
-    params,
+    weights: Weights,
     state: DecodeState,
     page_table_BM,
     keep_B,
     adapters: Lora | RowAdapters | None,
     *,
     config: ModelConfig,
-    num_tokens: int,
+    num_turns: int,
+    speculation: Speculation | None = None,
 ) -> tuple[DecodeState, jax.Array]:
-    """Returns the state after up to `num_tokens` steps, and the Block packed into one int32 array
-    `[B, 2 n + 2 + 2 n K]`.
+    """Returns the state after up to `num_turns` turns, and the Block packed into one int32 array
+    `[B, 2 n + 3 + 2 n K]`.
 
     Slots outside `keep` draw nothing: the host knows them to be empty. One array, because every copy to the host has
     its own latency.
     """
-    own_table = state.cache.page_table_BM
-    cache = dataclasses.replace(state.cache, page_table_BM=page_table_BM)
-    state = dataclasses.replace(state, active_B=state.active_B & keep_B, cache=cache)
-    start_B, top, lora = state.lengths_B, state.top, lora_of(adapters)
+    before, lora, n = state, lora_of(adapters), block_tokens(num_turns, speculation)
+    state = _with_table(dataclasses.replace(state, active_B=state.active_B & keep_B), page_table_BM)
+    start_B, top = state.lengths_B, state.top
+    rows_B = jnp.arange(start_B.shape[0])
     tops = () if top is None else (top.ids_BK, top.logprobs_BK)
-    tops = [jnp.zeros((x.shape[0], num_tokens, x.shape[1]), x.dtype) for x in tops]
+    tops = [jnp.zeros((x.shape[0], n, x.shape[1]), x.dtype) for x in tops]
 
-    def one_more(carry):
-        index, state, tops = carry
-        state = step(params, state, config=config, lora=lora)
-        if state.top is not None:  # a row draws one token in every turn until it is done
-            tops = [all_.at[:, index].set(new) for all_, new in zip(tops, state.top[1:])]
-        return index + 1, state, tops
+    def note(before: DecodeState, after: DecodeState, tops):
+        if after.top is None:
+            return tops
+        place_B = jnp.where(after.lengths_B > before.lengths_B, before.lengths_B - start_B, n)
+        return [all_.at[rows_B, place_B].set(new, mode="drop") for all_, new in zip(tops, after.top[1:])]
 
-    _, state, tops = lax.while_loop(
-        lambda carry: (carry[0] < num_tokens) & carry[1].active_B.any(), one_more, (0, state, tops)
+    def one_turn(carry):
+        index, state, turns_B, tops = carry
+        turns_B += state.active_B
+        if speculation is None:
+            after = step(weights.model, state, config=config, lora=lora)
+            return index + 1, after, turns_B, note(state, after, tops)
+        if isinstance(speculation, DraftModel):
+            drafts_Bk, state = draw_drafts(weights.draft, state, draft=speculation)
+        else:
+            drafts_Bk = look_up(state.tokens_BS, state.lengths_B, lookup=speculation)
+        after, tops = verify(weights.model, state, drafts_Bk, tops, note=note, config=config, lora=lora)
+        return index + 1, after, turns_B, tops
+
+    _, state, turns_B, tops = lax.while_loop(
+        lambda carry: (carry[0] < num_turns) & carry[1].active_B.any(),
+        one_turn,
+        (0, state, jnp.zeros_like(start_B), tops),
     )
-    at_Bn = jnp.minimum(start_B[:, None] + jnp.arange(num_tokens), state.tokens_BS.shape[1] - 1)
+    at_Bn = jnp.minimum(start_B[:, None] + jnp.arange(n), state.tokens_BS.shape[1] - 1)
     logprobs_Bn = jnp.take_along_axis(state.logprobs_BS, at_Bn, axis=1)
     packed = [
         jnp.take_along_axis(state.tokens_BS, at_Bn, axis=1),
         lax.bitcast_convert_type(logprobs_Bn, jnp.int32),
-        (state.lengths_B - start_B)[:, None],
-        state.finish_B[:, None],
+        jnp.stack([state.lengths_B - start_B, state.finish_B, turns_B], axis=1),
         *(lax.bitcast_convert_type(x, jnp.int32).reshape(x.shape[0], -1) for x in tops),
     ]
-    cache = dataclasses.replace(state.cache, page_table_BM=own_table)
-    return dataclasses.replace(state, cache=cache), jnp.concatenate(packed, axis=1)
+    return _with_own_tables(state, before), jnp.concatenate(packed, axis=1)
 
 
 def unpack(packed: np.ndarray, *, num_tokens: int) -> Block:
-    """Returns the Block that `decode_block` packed."""
+    """Returns the Block that `decode_block` packed; `num_tokens` is its n (`block_tokens`)."""
     B, n = packed.shape[0], num_tokens
-    ids_Bn, logprobs_Bn, ends, tops = np.split(packed, [n, 2 * n, 2 * n + 2], axis=1)
+    ids_Bn, logprobs_Bn, ends_B3, tops = np.split(packed, [n, 2 * n, 2 * n + 3], axis=1)
     top_ids, top_logprobs = (half.reshape(B, n, -1) for half in np.split(tops, 2, axis=1))
-    return Block(ids_Bn, logprobs_Bn.view(np.float32), ends[:, 0], ends[:, 1], top_ids, top_logprobs.view(np.float32))
+    return Block(ids_Bn, logprobs_Bn.view(np.float32), *ends_B3.T, top_ids, top_logprobs.view(np.float32))
+
+
+def _caches(state: DecodeState) -> tuple[KVCache, KVCache | None]:
+    return state.cache, state.draft_cache
 
 
 def _on_pages(state: DecodeState, change) -> DecodeState:
-    """Returns the state with `change` applied to every array of the cache that is laid out by pages, `[L, P, ...]`."""
-    cache = jax.tree.map(lambda pages: change(pages) if pages.ndim > 2 else pages, state.cache)
-    return dataclasses.replace(state, cache=cache)
+    """Returns the state with `change` applied to every array of the caches that is laid out by pages, `[L, P, ...]`."""
+    cache, draft_cache = jax.tree.map(lambda pages: change(pages) if pages.ndim > 2 else pages, _caches(state))
+    return dataclasses.replace(state, cache=cache, draft_cache=draft_cache)
 
 
 def clear_pages(state: DecodeState, pages_M: jax.Array) -> DecodeState:
@@ -277,8 +357,8 @@ def copy_page(state: DecodeState, source: jax.Array, target: jax.Array, count: j
 
 
 def page_arrays(state: DecodeState) -> list[jax.Array]:
-    """Returns the arrays of the cache that are laid out by pages, `[L, P, ...]`."""
-    return [leaf for leaf in jax.tree.leaves(state.cache) if leaf.ndim > 2]
+    """Returns the arrays of the caches that are laid out by pages, `[L, P, ...]`."""
+    return [leaf for leaf in jax.tree.leaves(_caches(state)) if leaf.ndim > 2]
 
 
 def save_pages(state: DecodeState, pages_W: jax.Array) -> list[jax.Array]:

@@ -479,29 +479,34 @@ def sample(
     positions_B: jax.Array,
     num_top: int = 0,
     top_B: jax.Array | None = None,
+    forced_B: jax.Array | None = None,
 ) -> Sampled:
     """Returns the next token of every row and its log-probabilities.
 
     `positions` are the absolute positions that the tokens will stand at, and so the rows' lengths. The `num_top` most
-    likely tokens are found while any row of `top_B` asks for them.
+    likely tokens are found while any row of `top_B` asks for them. `forced` tokens are taken instead of drawing; their
+    processed log-probability is 0.
     """
     with jax.named_scope("sample"):
         logits_BV = logits_BV.astype(jnp.float32)
         greedy_B = sampling.temperature == 0
         temperature_B = jnp.where(greedy_B, 1.0, sampling.temperature)
-        adjusted_BV = adjust(logits_BV, sampling, written, positions_B=positions_B)
 
-        def drawn():
+        def drawn(adjusted_BV):
             kept_BV = truncate(adjusted_BV / temperature_B[:, None], sampling)
             drawn_B = draw(kept_BV, seed_B=sampling.seed, positions_B=positions_B)
             ids_B = jnp.where(greedy_B, greedy(adjusted_BV), drawn_B)
             logprobs_B = _logprob(kept_BV, ids_B, jax.nn.logsumexp(kept_BV, axis=-1))
             return ids_B, jnp.where(greedy_B, 0.0, logprobs_B)
 
-        def best():
+        def best(adjusted_BV):
             return greedy(adjusted_BV), jnp.zeros(greedy_B.shape, jnp.float32)
 
-        ids_B, processed_logprobs_B = lax.cond(greedy_B.all(), best, drawn)
+        if forced_B is None:
+            adjusted_BV = adjust(logits_BV, sampling, written, positions_B=positions_B)
+            ids_B, processed_logprobs_B = lax.cond(greedy_B.all(), best, drawn, adjusted_BV)
+        else:
+            ids_B, processed_logprobs_B = forced_B, jnp.zeros(greedy_B.shape, jnp.float32)
         policy_BV = logits_BV / temperature_B[:, None]
         normaliser_B = jax.nn.logsumexp(policy_BV, axis=-1)
         found = Sampled(ids_B, _logprob(policy_BV, ids_B, normaliser_B), processed_logprobs_B)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internjax.decode.programs import PromptChunk, decode_block, empty_state, read_chunk
+from internjax.decode.programs import PromptChunk, Weights, decode_block, empty_state, read_chunk
 from internjax.decode.sample import Limits
 from internjax.decode.sizing import fitting_pages, page_bytes, work_bytes
 from internjax.model import decoder
@@ -24,7 +24,7 @@ def test_the_work_is_not_more_than_foretold(dtype):
     make = functools.partial(
         empty_state, config=CONFIG, num_pages=B * S // 16, page_size=16, cache_dtype=dtype, limits=Limits(), **sizes
     )
-    state, params = jax.eval_shape(make), decoder.abstract_params(CONFIG)
+    state, params = jax.eval_shape(make), Weights(decoder.abstract_params(CONFIG))
     table = jax.ShapeDtypeStruct((B, S // page_size), jnp.int32)
     chunk = PromptChunk(
         jax.ShapeDtypeStruct((1, C), jnp.int32),
@@ -32,8 +32,8 @@ def test_the_work_is_not_more_than_foretold(dtype):
         *[jax.ShapeDtypeStruct((1,), jnp.int32)] * 2,
         jax.ShapeDtypeStruct((1, CONFIG.head_dim // 2), jnp.float32),
     )
-    block = jax.jit(lambda p, s, t, k: decode_block(p, s, t, k, None, config=CONFIG, num_tokens=2), donate_argnums=1)
-    read = jax.jit(lambda p, s, c: read_chunk(p, s, c, None, config=CONFIG), donate_argnums=1)
+    block = jax.jit(lambda *args: decode_block(*args, None, config=CONFIG, num_turns=2), donate_argnums=1)
+    read = jax.jit(lambda *args: read_chunk(*args, None, config=CONFIG), donate_argnums=1)
     lowered = block.lower(params, state, table, jax.ShapeDtypeStruct((B,), bool)), read.lower(params, state, chunk)
     temporaries = max(each.compile().memory_analysis().temp_size_in_bytes for each in lowered)
     foretold = work_bytes(CONFIG, prefill_chunk=C, **sizes)
