@@ -15,7 +15,7 @@ from internjax import sharding
 from internjax.decode.device import AdapterRoom
 from internjax.decode.engine import Engine
 from internjax.decode.generate import generate
-from internjax.decode.programs import Weights, decode_block, empty_state
+from internjax.decode.programs import Admission, Weights, decode_block, empty_state
 from internjax.decode.request import Event, Handle, Request, Result
 from internjax.decode.sample import Limits, SamplingParams, stack
 from internjax.decode.score import logprobs
@@ -170,6 +170,21 @@ def test_greedy_answers_follow_the_reference_and_log_probabilities_are_the_polic
             assert drawn in (None, found[place - 1]), "the same token has two log-probabilities"
         assert {len(ranked) for ranked in result.top_logprobs} == {3}
         assert {len(ranked) for ranked in result.prompt.top[1:]} <= {2}
+
+
+def test_a_row_admitted_in_the_midst_of_its_answer_knows_what_the_answer_is(engine):
+    """Five tokens, of which the last three are the answer's and are counted for the penalties."""
+    tokens_S = np.zeros(64, np.int32)
+    tokens_S[:5] = [9, 8, 8, 9, 8]
+    sizes = [np.array(size, np.int32) for size in (1, 5, 2, 40)]
+    sampling_1 = stack([EVERYTHING], limits=engine.limits)
+    row = Admission(sizes[0], tokens_S, *sizes[1:], np.full(8, -1, np.int32), engine._inv_freq_F, sampling_1, np.True_)
+    engine._device.admit(row)  # the host knows nothing of it: it will draw nothing
+    state = engine._device._state
+    wanted_V = np.bincount([8, 9, 8], minlength=64)
+    np.testing.assert_array_equal(state.counts_BV[1], wanted_V)
+    np.testing.assert_array_equal(state.seen_BV[1], wanted_V > 0)
+    assert state.prompt_lengths_B[1] == 2 and state.lengths_B[1] == 5 and bool(state.top.asked_B[1])
 
 
 def test_prompt_logprobs_come_once_before_the_first_token(engine):

@@ -19,6 +19,7 @@ from internjax.decode.generate import (
     generate,
     init_state,
     prefill,
+    replay,
     step,
     stop_table,
     stream,
@@ -421,6 +422,42 @@ def test_draws_are_keyed_by_absolute_position():
     longer = np.concatenate([PROMPTS[0, :5], whole.tokens_BN[0, :4]])[None]
     rest = run(longer, np.array([9], np.int32), params=flat, sampling=sampling)
     assert rest.tokens_BN[0, : N - 4].tolist() == whole.tokens_BN[0, 4:].tolist()
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+def test_replayed_answers_have_the_bits_of_the_draw(cache_dtype):
+    """Ragged prompts, answers that stop early, settings of every kind; one answer that nobody drew."""
+    sampling = make_sampling(
+        4,
+        temperature=np.array([1.0, 0.7, 0.0, 1.3]),
+        top_p=0.9,
+        repetition_penalty=np.array([1.0, 1.2, 1.0, 0.8]),
+        seed=5,
+    )
+    out = run(sampling=sampling, stop_ids=(41, 46, 25), cache_dtype=cache_dtype)
+    again = functools.partial(
+        replay,
+        PARAMS,
+        PROMPTS,
+        LENGTHS,
+        config=CONFIG,
+        sampling=sampling,
+        cache_dtype=cache_dtype,
+        inv_freq_BF=FREQUENCIES,
+    )
+    values_BN = again(out.tokens_BN, out.lengths_B)
+    np.testing.assert_array_equal(values_BN, out.logprobs_BN)
+    assert len(set(np.asarray(out.lengths_B).tolist())) > 1 and (np.asarray(values_BN) != 0).any()
+    other_BN = (np.asarray(out.tokens_BN) + 1) % CONFIG.vocab_size
+    lengths_B = np.array([N, 3, 0, N])
+    values_BN = np.asarray(again(other_BN, lengths_B))
+    assert (values_BN[np.arange(N) >= lengths_B[:, None]] == 0).all()
+    rows_BT = whole_rows(out._replace(tokens_BN=other_BN))
+    temperatures = jnp.array([1.0, 0.7, 1.0, 1.3])
+    scored_BT = _LOGPROBS(PARAMS, rows_BT, config=CONFIG, inv_freq_BF=FREQUENCIES, temperature=temperatures)
+    scored_BN = generated_part(scored_BT)
+    bound = 2e-5 if cache_dtype == "float32" else 0.3
+    assert np.abs(values_BN - scored_BN)[np.arange(N) < lengths_B[:, None]].max() < bound
 
 
 def test_generation_on_a_mesh_draws_the_same_tokens():
