@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +37,7 @@ from internjax.decode.programs import (
     save_pages,
     score_chunk,
 )
-from internjax.decode.sample import Limits, SamplingParams, stack
+from internjax.decode.sample import Allowed, Limits, SamplingParams, stack
 from internjax.decode.speculate import DraftModel, Speculation
 from internjax.model import rope
 from internjax.model.cache import CacheDType
@@ -88,6 +88,7 @@ class Device:
         self.config, self._max_context, self._num_slots, self._page_size = config, max_context, num_slots, page_size
         self._num_pages, self._limits, self._saves_pages = num_pages, limits, saves_pages
         self.pages_per_row = -(-max_context // page_size)
+        self.turns_per_block = tokens_per_dispatch
         self.tokens_per_block = block_tokens(tokens_per_dispatch, speculation)
         """The most that a row can grow by in one block."""
         self.widths = sorted({-(-bucket // page_size) for bucket in context_buckets} | {self.pages_per_row})
@@ -132,6 +133,11 @@ class Device:
             functools.partial(decode_block, config=config, num_turns=tokens_per_dispatch, speculation=speculation),
             donate_argnums=1,
             out_shardings=(placed, sharding.replicated(self._mesh)),
+        )
+        # On the device: most blocks have no guide in them.
+        words_BW = jnp.full((num_slots, -(-config.vocab_size // 32)), 0xFFFFFFFF, jnp.uint32)
+        self._all_allowed = jax.device_put(
+            Allowed(words_BW, jnp.zeros(num_slots, bool)), sharding.replicated(self._mesh)
         )
         self.moves = Moves(self._renew, self._copy, self._save, self._load)
         self.reset()
@@ -212,11 +218,30 @@ class Device:
         """Lets a slot draw for a row that was read."""
         self._state = self._run(self._admit, self._state, new)
 
-    def block(self, page_table_BM: np.ndarray, keep_B: np.ndarray, *, adapters: Sequence[int]) -> jax.Array:
-        """Draws for the slots in `keep`; returns the packed Block, on its way to the host."""
+    def block(
+        self,
+        page_table_BM: np.ndarray,
+        turns_B: np.ndarray,
+        *,
+        adapters: Sequence[int],
+        masks: Mapping[int, np.ndarray],
+    ) -> jax.Array:
+        """Draws for the slots with turns (`decode_block`); returns the packed Block, on its way to the host.
+
+        masks: of slots with a guide, the words of their Allowed.
+        """
+        allowed = self._all_allowed
+        if masks:
+            words_BW = np.full(self._all_allowed.words_BW.shape, 0xFFFFFFFF, np.uint32)
+            guided_B = np.zeros(self._num_slots, bool)
+            for index, words_W in masks.items():
+                words_BW[index], guided_B[index] = words_W, True
+            allowed = Allowed(words_BW, guided_B)
         # A copy: the host changes its table while the device may still read what it was given.
         table_BM, rows = page_table_BM.copy(), self._rows(adapters)
-        self._state, packed = self._run(self._decode_block, self._weights, self._state, table_BM, keep_B, rows)
+        self._state, packed = self._run(
+            self._decode_block, self._weights, self._state, table_BM, turns_B, allowed, rows
+        )
         packed.copy_to_host_async()
         return packed
 
@@ -262,7 +287,7 @@ class Device:
 
     def warmup(self, on_program: Callable[[str, float], None] | None = None) -> None:
         """Compiles every program by running it without effect; `on_program` is told its name and seconds."""
-        nobody_B, no_adapters = np.zeros(self._num_slots, bool), [-1] * self._num_slots
+        nobody_B, no_adapters = np.full(self._num_slots, -1, np.int32), [-1] * self._num_slots
         table_BM = np.full((self._num_slots, self.pages_per_row), self._num_pages, np.int32)
         inv_freq_F = np.asarray(rope.inv_freq(self.config))
         nothing = Admission(
@@ -284,7 +309,7 @@ class Device:
                 self.score([0], [0], table_BM[0], 0, temperature=1.0, inv_freq_F=inv_freq_F)
             for width in self.widths:
                 with _timed(f"draw {self.tokens_per_block} tokens, context {width * self._page_size}", report):
-                    packed = self.block(table_BM[:, :width], nobody_B, adapters=no_adapters)
+                    packed = self.block(table_BM[:, :width], nobody_B, adapters=no_adapters, masks={})
             with _timed("admit, clear and copy", report):
                 self.admit(nothing)
                 self._state = self._run(self._clear_pages, self._state, table_BM[0])
@@ -295,7 +320,7 @@ class Device:
             if self.adapters is not None:
                 with _timed("load an adapter", report):
                     self.adapters.warmup()
-            self.block(table_BM, nobody_B, adapters=no_adapters)
+            self.block(table_BM, nobody_B, adapters=no_adapters, masks={})
             np.asarray(packed)
 
 

@@ -15,9 +15,10 @@ B slots, M pages of a row, F frequencies.
 
 import collections
 import dataclasses
+import functools
 import itertools
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ from internjax.decode.generate import FINISH_NAMES
 from internjax.decode.pages import PageAllocator
 from internjax.decode.prefix_tree import PrefixTree, num_common
 from internjax.decode.programs import Admission, unpack, unpack_scores
-from internjax.decode.request import Finish, Handle, Request, Session, check_options, prompt_event, tokens_event
+from internjax.decode.request import Finish, Guide, Handle, Request, Session, check_options, prompt_event, tokens_event
 from internjax.decode.sample import Limits, stack
 from internjax.decode.speculate import DraftModel, Speculation
 from internjax.model import rope
@@ -99,6 +100,7 @@ class _Row:
     """How often it got a slot."""
     scores: list[tuple[int, jax.Array]] = dataclasses.field(default_factory=list)
     """How many prompt tokens each chunk scored, and their scores; not delivered yet."""
+    guide: Guide | None = None
     scored: bool = False
     """Whether nobody waits for scores of the prompt (any more)."""
 
@@ -256,6 +258,7 @@ class Engine:
                 inv_freq_F=inv_freq_F,
                 adapter=adapter,
                 scored=request.prompt_logprobs is None,
+                guide=None if request.guide is None else request.guide(),
             )
             self._queue.append(row)
             self._wake.notify_all()
@@ -537,20 +540,42 @@ class Engine:
         """Sends off one block for all slots that draw; returns whether there were any."""
         self._grow()
         drawing = {index: row for index, row in enumerate(self._slots) if row is not None and row.drawing}
-        if all(row.longest == row.total for row in drawing.values()):
-            return False  # what is under way may be all that they need
-        for row in drawing.values():
+        # What is under way may be all that a row needs; and a guide has to see a token before it knows the next.
+        going = {index: row for index, row in drawing.items() if self._longest_next(row) > row.longest}
+        masks = self._masks(going)
+        going = {index: row for index, row in going.items() if self._slots[index] is row}
+        if not going:
+            return False
+        turns_B = np.full(self.num_slots, -1, np.int32)
+        turns_B[[*drawing]] = 0
+        for index, row in going.items():
+            turns_B[index] = self._device.turns_per_block if row.guide is None else 1
             row.longest = self._longest_next(row)
             row.num_in_flight += 1
-        keep_B = np.array([index in drawing for index in range(self.num_slots)])
         width = self._device.width(max(row.longest for row in drawing.values()))
         adapters = [-1 if row is None else row.adapter.index for row in self._slots]
-        packed = self._device.block(self._page_table_BM[:, :width], keep_B, adapters=adapters)
-        self._in_flight.append((packed, {index: (row, row.num_turns) for index, row in drawing.items()}))
+        packed = self._device.block(self._page_table_BM[:, :width], turns_B, adapters=adapters, masks=masks)
+        self._in_flight.append((packed, {index: (row, row.num_turns) for index, row in going.items()}))
         return True
 
+    def _masks(self, rows: dict[int, _Row]) -> dict[int, np.ndarray]:
+        """Returns what guides allow next; a row whose guide fails ends."""
+        masks = {}
+
+        def ask(index: int, row: _Row) -> None:
+            masks[index] = row.guide.mask()
+
+        for index, row in rows.items():
+            if row.guide is not None:
+                self._guarded(index, row, ask)
+        return masks
+
     def _longest_next(self, row: _Row) -> int:
-        return min((row.longest if row.drawing else len(row.tokens)) + self._device.tokens_per_block, row.total)
+        """Returns how long a row may be after one more block."""
+        longest = row.longest if row.drawing else len(row.tokens)
+        if row.guide is None:
+            return min(longest + self._device.tokens_per_block, row.total)
+        return min(len(row.tokens) + 1, row.total)
 
     def _grow(self) -> None:
         """Gives every row that draws the pages of its next block, the oldest first; the youngest may have to leave."""
@@ -583,7 +608,8 @@ class Engine:
             row.tokens += event.ids
             row.num_in_flight -= 1
             # Where drafts did not come true it is shorter than it could have been.
-            row.longest = min(len(row.tokens) + row.num_in_flight * self._device.tokens_per_block, row.total)
+            most = 1 if row.guide is not None else self._device.tokens_per_block
+            row.longest = min(len(row.tokens) + row.num_in_flight * most, row.total)
             self._num_drawn_tokens += len(event.ids)
             self._num_turns += int(block.turns_B[index])
             if event.ids:
@@ -600,6 +626,8 @@ class Engine:
                 row.handle.deliver(event)
             if finish == "error":
                 self._fail(index, "the model's logits are not finite (NaN or infinite)")
+            elif not finish and row.guide is not None:
+                self._guarded(index, row, functools.partial(_guide_on, event.ids))
 
     def _deliver_scores(self, row: _Row) -> None:
         """Hands out the scores of a prompt, before its first token."""
@@ -667,3 +695,8 @@ class Engine:
         self._in_flight.clear()
         while self._queue:
             self._end(self._queue.popleft(), finish, error)
+
+
+def _guide_on(ids: Sequence[int], index: int, row: _Row) -> None:
+    for token in ids:
+        row.guide.take(token)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from internjax.decode.sample import Sampling, Written, of_rows, sample
+from internjax.decode.sample import Allowed, Sampling, Written, of_rows, sample
 from internjax.model import decoder, rope
 from internjax.model.cache import CacheDType, KVCache, dense_cache
 from internjax.model.config import ModelConfig
@@ -240,16 +240,24 @@ def next_logits(
 
 
 def advance(
-    state: DecodeState, logits_BV: jax.Array, *, on_B: jax.Array, forced_B: jax.Array | None = None
+    state: DecodeState,
+    logits_BV: jax.Array,
+    *,
+    on_B: jax.Array,
+    forced_B: jax.Array | None = None,
+    allowed: Allowed | None = None,
 ) -> DecodeState:
     """Returns the state with one more token, drawn from the logits, in every active row of `on`; the others stay.
 
-    `forced` are tokens to take instead of those drawn: their log-probabilities are those of a draw, bit by bit.
+    `allowed` are the tokens that guides let come next. `forced` are taken instead of those drawn: their
+    log-probabilities are those of a draw, bit by bit.
     """
     S, V = state.tokens_BS.shape[1], logits_BV.shape[-1]
     rows_B, on_B = jnp.arange(on_B.shape[0]), on_B & state.active_B
     with jax.named_scope("draw"):
-        written = Written(state.seen_BV, state.counts_BV, state.tokens_BS, state.prompt_lengths_B, state.stop_ids_BI)
+        written = Written(
+            state.seen_BV, state.counts_BV, state.tokens_BS, state.prompt_lengths_B, state.stop_ids_BI, allowed
+        )
         top = state.top
         drawn = sample(
             logits_BV,
@@ -293,11 +301,14 @@ def step(
     config: ModelConfig,
     lora: Lora | None = None,
     forced_B: jax.Array | None = None,
+    on_B: jax.Array | None = None,
+    allowed: Allowed | None = None,
 ) -> DecodeState:
-    """Returns the state with one more token in every active row; rows that are done stay as they are."""
+    """Returns the state with one more token in every active row (of `on`); rows that are done stay as they are."""
     logits_BTV, cache = next_logits(params, state, config=config, lora=lora)
     state = dataclasses.replace(state, cache=cache)
-    return advance(state, logits_BTV[:, 0], on_B=state.active_B, forced_B=forced_B)
+    on_B = state.active_B if on_B is None else on_B
+    return advance(state, logits_BTV[:, 0], on_B=on_B, forced_B=forced_B, allowed=allowed)
 
 
 def decoding_params(params: dict, config: ModelConfig) -> dict:

@@ -14,7 +14,7 @@ from jax import lax
 
 from internjax.decode.adapters import RowAdapters, lora_of
 from internjax.decode.generate import RUNNING, DecodeState, forward_chunk, init_state, prefill_chunk, step
-from internjax.decode.sample import Limits, Sampling, SamplingParams, most_likely, stack
+from internjax.decode.sample import Allowed, Limits, Sampling, SamplingParams, most_likely, stack
 from internjax.decode.speculate import DraftModel, Speculation, draw_drafts, look_up, verify
 from internjax.model import decoder, rope
 from internjax.model.cache import CacheDType, KVCache, paged_cache
@@ -267,7 +267,8 @@ def decode_block(
     weights: Weights,
     state: DecodeState,
     page_table_BM,
-    keep_B,
+    turns_B,
+    allowed: Allowed,
     adapters: Lora | RowAdapters | None,
     *,
     config: ModelConfig,
@@ -277,11 +278,11 @@ def decode_block(
     """Returns the state after up to `num_turns` turns, and the Block packed into one int32 array
     `[B, 2 n + 3 + 2 n K]`.
 
-    Slots outside `keep` draw nothing: the host knows them to be empty. One array, because every copy to the host has
-    its own latency.
+    turns: how many of them each slot takes part in; 0 lets it wait, -1 says that it is empty. allowed: which tokens a
+    guide lets a row begin with. One array, because every copy to the host has its own latency.
     """
     before, lora, n = state, lora_of(adapters), block_tokens(num_turns, speculation)
-    state = _with_table(dataclasses.replace(state, active_B=state.active_B & keep_B), page_table_BM)
+    state = _with_table(dataclasses.replace(state, active_B=state.active_B & (turns_B >= 0)), page_table_BM)
     start_B, top = state.lengths_B, state.top
     rows_B = jnp.arange(start_B.shape[0])
     tops = () if top is None else (top.ids_BK, top.logprobs_BK)
@@ -294,20 +295,31 @@ def decode_block(
         return [all_.at[rows_B, place_B].set(new, mode="drop") for all_, new in zip(tops, after.top[1:])]
 
     def one_turn(carry):
-        index, state, turns_B, tops = carry
-        turns_B += state.active_B
+        index, state, taken_B, tops = carry
+        on_B = state.active_B & (index < turns_B)
+        taken_B += on_B
         if speculation is None:
-            after = step(weights.model, state, config=config, lora=lora)
-            return index + 1, after, turns_B, note(state, after, tops)
+            after = step(weights.model, state, config=config, lora=lora, on_B=on_B, allowed=allowed)
+            return index + 1, after, taken_B, note(state, after, tops)
         if isinstance(speculation, DraftModel):
             drafts_Bk, state = draw_drafts(weights.draft, state, draft=speculation)
         else:
             drafts_Bk = look_up(state.tokens_BS, state.lengths_B, lookup=speculation)
-        after, tops = verify(weights.model, state, drafts_Bk, tops, note=note, config=config, lora=lora)
-        return index + 1, after, turns_B, tops
+        after, tops = verify(
+            weights.model,
+            state,
+            drafts_Bk,
+            tops,
+            note=note,
+            on_B=on_B,
+            allowed=allowed,
+            config=config,
+            lora=lora,
+        )
+        return index + 1, after, taken_B, tops
 
-    _, state, turns_B, tops = lax.while_loop(
-        lambda carry: (carry[0] < num_turns) & carry[1].active_B.any(),
+    _, state, taken_B, tops = lax.while_loop(
+        lambda carry: (carry[0] < num_turns) & (carry[1].active_B & (carry[0] < turns_B)).any(),
         one_turn,
         (0, state, jnp.zeros_like(start_B), tops),
     )
@@ -316,7 +328,7 @@ def decode_block(
     packed = [
         jnp.take_along_axis(state.tokens_BS, at_Bn, axis=1),
         lax.bitcast_convert_type(logprobs_Bn, jnp.int32),
-        jnp.stack([state.lengths_B - start_B, state.finish_B, turns_B], axis=1),
+        jnp.stack([state.lengths_B - start_B, state.finish_B, taken_B], axis=1),
         *(lax.bitcast_convert_type(x, jnp.int32).reshape(x.shape[0], -1) for x in tops),
     ]
     return _with_own_tables(state, before), jnp.concatenate(packed, axis=1)

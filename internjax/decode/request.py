@@ -3,7 +3,7 @@
 import dataclasses
 import queue
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,6 +11,16 @@ from internjax.decode.programs import Block, Scores
 from internjax.decode.sample import Limits, SamplingParams
 
 Finish = Literal["stop", "length", "aborted", "error"]
+
+
+class Guide(Protocol):
+    """Follows one answer; called in the engine's thread, between its tokens."""
+
+    def mask(self) -> np.ndarray:
+        """Returns uint32 `[ceil(V / 32)]`: bit i % 32 of word i // 32 is set if token i may come next."""
+
+    def take(self, token: int) -> None:
+        """Goes on with the token that was drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +42,8 @@ class Request:
     """The same of the prompt's tokens, each given those before it."""
     adapter: str | None = None
     """Name of an adapter that the engine has loaded; None for the base model."""
+    guide: Callable[[], Guide] | None = None
+    """Makes what says, token by token, which may come next."""
 
 
 class RequestError(ValueError):

@@ -265,6 +265,13 @@ class Sampled(NamedTuple):
     top_logprobs_BK: jax.Array | None = None
 
 
+class Allowed(NamedTuple):
+    """Which tokens may come next: bit i % 32 of word i // 32 stands for token i. Rows without a guide allow all."""
+
+    words_BW: jax.Array
+    guided_B: jax.Array
+
+
 class Written(NamedTuple):
     """What stands in the rows already, for penalties and bans."""
 
@@ -277,6 +284,8 @@ class Written(NamedTuple):
     prompt_lengths_B: jax.Array | None = None
     """Needed with min_new_tokens."""
     stop_ids_BI: jax.Array | None = None
+    allowed: Allowed | None = None
+    """What may follow it, by a guide; None: everything, in all rows."""
 
 
 def first_true(mask: jax.Array) -> jax.Array:
@@ -369,7 +378,15 @@ def adjust(logits_BV: jax.Array, sampling: Sampling, written: Written, *, positi
         early_B = positions_B - written.prompt_lengths_B < sampling.min_new_tokens
         stops_BI = jnp.where(early_B[:, None] & (written.stop_ids_BI >= 0), written.stop_ids_BI, V)
         changes.append((early_B, lambda x: banned(x, stops_BI)))
+    if written.allowed is not None:
+        changes.append((written.allowed.guided_B, lambda x: jnp.where(_bits(written.allowed.words_BW, V), x, -jnp.inf)))
     return _changed(logits_BV, changes)
+
+
+def _bits(words_BW: jax.Array, count: int) -> jax.Array:
+    """Returns the first `count` bits of every row of words, `[B, count]`."""
+    bits_BWb = (words_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits_BWb.reshape(words_BW.shape[0], -1)[:, :count] == 1
 
 
 def _changed(logits_BV: jax.Array, changes: Sequence[tuple[jax.Array, Callable]]) -> jax.Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from internjax.decode.generate import DecodeState, advance, next_logits
-from internjax.decode.sample import Written, of_rows, sample
+from internjax.decode.sample import Allowed, Written, of_rows, sample
 from internjax.model import decoder
 from internjax.model.config import ModelConfig
 from internjax.model.lora import Lora
@@ -112,12 +112,15 @@ def verify(
     noted: Any,
     *,
     note: Callable[[DecodeState, DecodeState, Any], Any],
+    on_B: jax.Array,
+    allowed: Allowed,
     config: ModelConfig,
     lora: Lora | None = None,
 ) -> tuple[DecodeState, Any]:
-    """Returns the state with one token more in every active row, and one more for every draft that came true.
+    """Returns the state with one token more in every row of `on`, and one more for every draft that came true.
 
-    note(before, after, noted) sees every token taken and returns what is noted from then on.
+    A guide knows what may come next and not what after that, so its row takes one token. note(before, after, noted)
+    sees every token taken and returns what is noted from then on.
     """
     logits_BTV, cache = next_logits(params, state, drafts_Bk, config=config, lora=lora)
     state = dataclasses.replace(state, cache=cache)
@@ -128,12 +131,14 @@ def verify(
     def one_more(carry, inputs):
         state, on_B, noted = carry
         logits_BV, wanted_B = inputs
-        after = advance(state, logits_BV, on_B=on_B)
+        after = advance(state, logits_BV, on_B=on_B, allowed=allowed)
         came_true_B = after.tokens_BS[rows_B, after.lengths_B - 1] == wanted_B
-        return (after, on_B & after.active_B & came_true_B, note(state, after, noted)), None
+        return (after, on_B & after.active_B & came_true_B & ~allowed.guided_B, note(state, after, noted)), None
 
     # Without the caches, which do not change: the loop would carry them.
     caches = {name: getattr(state, name) for name in ("cache", "draft_cache")}
     bare = dataclasses.replace(state, **dict.fromkeys(caches))
-    (after, _, noted), _ = lax.scan(one_more, (bare, state.active_B, noted), (logits_BTV.swapaxes(0, 1), wanted_TB))
+    (after, _, noted), _ = lax.scan(
+        one_more, (bare, on_B & state.active_B, noted), (logits_BTV.swapaxes(0, 1), wanted_TB)
+    )
     return dataclasses.replace(after, **caches), noted

@@ -17,7 +17,7 @@ from internjax.decode.engine import Engine
 from internjax.decode.generate import generate
 from internjax.decode.programs import Admission, Weights, decode_block, empty_state
 from internjax.decode.request import Event, Handle, Request, Result
-from internjax.decode.sample import Limits, SamplingParams, stack
+from internjax.decode.sample import Allowed, Limits, SamplingParams, stack
 from internjax.decode.score import logprobs
 from internjax.decode.speculate import DraftModel, PromptLookup, look_up
 from internjax.model import decoder, rope
@@ -696,6 +696,48 @@ def test_a_model_cut_over_devices_answers_the_same():
         np.testing.assert_allclose(result.logprobs, values, atol=2e-5)
 
 
+class OnlySteps:
+    """A guide that allows the last token + 1 or + 7, the stop token 63 from the fifth on, and fails at token 13."""
+
+    def __init__(self):
+        self.taken = [0]
+
+    def mask(self):
+        allowed = {(self.taken[-1] + step) % 64 for step in (1, 7)} | ({63} if len(self.taken) > 4 else set())
+        words = np.zeros(2, np.uint32)
+        for token in allowed:
+            words[token // 32] |= np.uint32(1) << np.uint32(token % 32)
+        return words
+
+    def take(self, token):
+        assert token != 13, "planted"
+        self.taken.append(token)
+
+
+@pytest.mark.parametrize("speculation", [None, PromptLookup(3)], ids=["plain", "lookup"])
+def test_a_guide_has_the_say_over_its_row_alone(engine, speculation):
+    """Guided and free rows in one batch: by a NumPy reference of the masks; the free ones as if alone."""
+    if speculation is not None:
+        engine = build(speculation=speculation)
+    free = [Request(prompt(9), 20, DRAWN, logprobs=0), Request(REPEATING, 20, GREEDY)]
+    guided = [Request(prompt(5), 15, GREEDY, (63,), guide=OnlySteps), Request(prompt(3), 9, DRAWN, guide=OnlySteps)]
+    first, a, b, second = answer(engine, free[0], *guided, free[1])
+    assert first.ids == generated(free[0])[0] and second.ids == generated(free[1])[0]
+    for request, result in zip(guided, (a, b)):
+        if result.finish == "error":
+            assert result.error == "AssertionError: planted" and result.ids[-1] == 13
+        follower = OnlySteps()
+        for place, token in enumerate(result.ids):
+            words = follower.mask()
+            assert words[token // 32] >> np.uint32(token % 32) & 1
+            if request.sampling == GREEDY:
+                scores = np.asarray(_SCORES(np.pad([*request.tokens, *result.ids[:place]], (0, 59 - place))[None]))
+                allowed = [t for t in range(64) if words[t // 32] >> np.uint32(t % 32) & 1]
+                logits = scores[0, len(request.tokens) + place - 1]
+                assert token == max(allowed, key=lambda t: logits[t])
+            follower.taken.append(token)
+
+
 REPEATING = tuple([5, 9, 41, 17, 30, 2] * 5)
 
 
@@ -857,7 +899,8 @@ def test_a_block_of_the_engine_keeps_the_cache_in_place():
             limits=Limits(stop_ids=4),
         )
     )
-    arguments = (jax.ShapeDtypeStruct((B, S // 16), jnp.int32), jax.ShapeDtypeStruct((B,), bool), None)
+    allowed = Allowed(jax.ShapeDtypeStruct((B, 4), jnp.uint32), jax.ShapeDtypeStruct((B,), bool))
+    arguments = *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((B, S // 16), (B,))), allowed, None
     run = jax.jit(lambda p, s, *rest: decode_block(Weights(p), s, *rest, config=config, num_turns=4), donate_argnums=1)
     memory = run.lower(decoder.abstract_params(config), state, *arguments).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= 8 * one_layer

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from internjax.decode.programs import PromptChunk, Weights, decode_block, empty_state, read_chunk
-from internjax.decode.sample import Limits
+from internjax.decode.sample import Allowed, Limits
 from internjax.decode.sizing import fitting_pages, page_bytes, work_bytes
 from internjax.model import decoder
 from internjax.model.config import INTERNLM2_7B, TINY
@@ -34,7 +34,9 @@ def test_the_work_is_not_more_than_foretold(dtype):
     )
     block = jax.jit(lambda *args: decode_block(*args, None, config=CONFIG, num_turns=2), donate_argnums=1)
     read = jax.jit(lambda *args: read_chunk(*args, None, config=CONFIG), donate_argnums=1)
-    lowered = block.lower(params, state, table, jax.ShapeDtypeStruct((B,), bool)), read.lower(params, state, chunk)
+    words = jax.ShapeDtypeStruct((B, CONFIG.vocab_size // 32), jnp.uint32)
+    turns = jax.ShapeDtypeStruct((B,), jnp.int32), Allowed(words, jax.ShapeDtypeStruct((B,), bool))
+    lowered = block.lower(params, state, table, *turns), read.lower(params, state, chunk)
     temporaries = max(each.compile().memory_analysis().temp_size_in_bytes for each in lowered)
     foretold = work_bytes(CONFIG, prefill_chunk=C, **sizes)
     assert temporaries <= foretold + (1 << 20)
