@@ -14,12 +14,11 @@ B slots, M pages of a row, F frequencies.
 """
 
 import collections
-import dataclasses
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -27,21 +26,15 @@ import numpy as np
 from internjax.decode.adapters import NO_ADAPTER, AdapterPlaces, Place
 from internjax.decode.device import AdapterRoom, Device
 from internjax.decode.generate import FINISH_NAMES
-from internjax.decode.pages import PageAllocator
-from internjax.decode.prefix_tree import PrefixTree, num_common
 from internjax.decode.programs import Admission, unpack, unpack_scores
-from internjax.decode.request import Finish, Guide, Handle, Request, Session, check_options, prompt_event, tokens_event
+from internjax.decode.request import Finish, Handle, Request, Session, check_options, prompt_event, tokens_event
 from internjax.decode.sample import Limits, stack
+from internjax.decode.seats import Mode, Row, Seats
 from internjax.decode.speculate import DraftModel, Speculation
 from internjax.model import rope
 from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
 from internjax.model.lora import Lora
-
-Mode = Literal["fast", "exact"]
-"""fast: a request draws the same tokens in any company, up to rounding of keys and values that were computed in other
-pieces. exact: bit by bit. Then only prompts are shared, in whole chunks as every request reads them; all pages of a
-request are reserved before it begins, so none is ever read again; and attention has one width."""
 
 
 class Stats(NamedTuple):
@@ -68,52 +61,6 @@ class Stats(NamedTuple):
     num_drawn_tokens: int
     num_turns: int
     """How often the model was asked for them, counted for every row: fewer, where drafts came true."""
-
-
-@dataclasses.dataclass(eq=False)
-class _Row:
-    """A request as the host knows it: waiting, reading its prompt, or drawing."""
-
-    handle: Handle
-    session: Session | None
-    order: int
-    """Of arrival."""
-    tokens: list[int]
-    """What it begins with and what was delivered."""
-    num_prompt: int
-    total: int
-    """The longest that it can become."""
-    key: Hashable
-    inv_freq_F: np.ndarray
-    adapter: Place
-    pages: list[int] = dataclasses.field(default_factory=list)
-    num_read: int = 0
-    """First tokens that are in the cache, while it reads."""
-    num_judged: int = 0
-    """First pages that led to tokens."""
-    drawing: bool = False
-    longest: int = 0
-    """Upper bound of its length after all blocks dispatched so far."""
-    num_in_flight: int = 0
-    """Blocks of this turn that were dispatched and not read yet."""
-    num_turns: int = 0
-    """How often it got a slot."""
-    scores: list[tuple[int, jax.Array]] = dataclasses.field(default_factory=list)
-    """How many prompt tokens each chunk scored, and their scores; not delivered yet."""
-    guide: Guide | None = None
-    scored: bool = False
-    """Whether nobody waits for scores of the prompt (any more)."""
-
-    @property
-    def num_cached(self) -> int:
-        """First tokens whose keys and values are in its pages for good. The last one drawn was not fed yet."""
-        return len(self.tokens) - 1 if self.drawing else self.num_read
-
-    @property
-    def sharable(self) -> list[int]:
-        """First tokens that need not be read where pages hold them: not the last, which the step feeds, and none
-        while the prompt's scores are wanted."""
-        return self.tokens[:-1] if self.scored else []
 
 
 class Engine:
@@ -204,7 +151,7 @@ class Engine:
             draft_params=draft_params,
         )
         self._forget_all()
-        self._queue: collections.deque[_Row] = collections.deque()
+        self._queue: collections.deque[Row] = collections.deque()
         self._arrivals = itertools.count()
         self._num_prompt_tokens = self._num_shared_tokens = self._num_preempted = 0
         self._num_drawn_tokens = self._num_turns = 0
@@ -215,16 +162,18 @@ class Engine:
 
     def _forget_all(self) -> None:
         """Begins with empty slots and pages, as far as the host is concerned."""
-        self._slots: list[_Row | None] = [None] * self.num_slots
-        self._page_table_BM = np.full((self.num_slots, self._device.pages_per_row), self.num_pages, np.int32)
         # Blocks that were dispatched and not read yet, with the rows in their slots and the turn of each.
-        self._in_flight: collections.deque[tuple[jax.Array, dict[int, tuple[_Row, int]]]] = collections.deque()
-        self._tree = PrefixTree(
-            PageAllocator(self.num_pages),
-            self.page_size,
+        self._in_flight: collections.deque[tuple[jax.Array, dict[int, tuple[Row, int]]]] = collections.deque()
+        self._seats = Seats(
             self._device.moves,
-            num_saved=self.num_host_pages,
-            grid=self._device.chunks[-1] if self._mode == "exact" else None,
+            num_slots=self.num_slots,
+            num_pages=self.num_pages,
+            num_host_pages=self.num_host_pages,
+            page_size=self.page_size,
+            pages_per_row=self._device.pages_per_row,
+            chunk=self._device.chunks[-1],
+            tokens_per_block=self._device.tokens_per_block,
+            mode=self._mode,
         )
 
     # From any thread.
@@ -247,7 +196,7 @@ class Engine:
             adapter = self._find_adapter(request.adapter)
             if session is not None:
                 session.take(handle)
-            row = _Row(
+            row = Row(
                 handle,
                 session,
                 next(self._arrivals),
@@ -290,7 +239,7 @@ class Engine:
         """Frees the place of an adapter; raises RuntimeError while requests use it."""
         with self._wake:
             place = self._room_for_adapters().find(name)
-            num_users = sum(row is not None and row.adapter == place for row in (*self._slots, *self._queue))
+            num_users = sum(row.adapter == place for row in (*self._seats.taken.values(), *self._queue))
             if num_users:
                 raise RuntimeError(f"{num_users} requests use adapter {name!r}; wait until they are done or abort them")
             self._device.adapters.unload(name)
@@ -312,12 +261,12 @@ class Engine:
         """Returns counts of slots, requests, pages and compiled programs."""
         return Stats(
             num_slots=self.num_slots,
-            num_active=sum(row is not None for row in self._slots),
+            num_active=len(self._seats.taken),
             num_waiting=len(self._queue),
             num_pages=self.num_pages,
-            num_free_pages=self._tree.num_available,
-            num_cached_pages=self._tree.num_idle,
-            num_saved_pages=self._tree.num_saved,
+            num_free_pages=self._seats.tree.num_available,
+            num_cached_pages=self._seats.tree.num_idle,
+            num_saved_pages=self._seats.tree.num_saved,
             num_compiled=self._device.num_compiled,
             num_prompt_tokens=self._num_prompt_tokens,
             num_shared_tokens=self._num_shared_tokens,
@@ -329,9 +278,6 @@ class Engine:
     def _notify(self) -> None:
         with self._wake:
             self._wake.notify_all()
-
-    def _num_pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
 
     def _check(self, request: Request, tokens: list[int], session: Session | None) -> None:
         total = len(tokens) + request.max_new_tokens
@@ -351,7 +297,7 @@ class Engine:
                 "Ask for fewer tokens, or lengthen the session."
             )
         # The last token drawn is never fed, so it needs no place in the cache.
-        num_pages = self._num_pages_for(total - 1)
+        num_pages = self._seats.num_pages_for(total - 1)
         if num_pages > self.num_pages:
             raise ValueError(
                 f"{total} tokens need {num_pages} pages of {self.page_size}; the whole cache has "
@@ -372,7 +318,7 @@ class Engine:
 
         `on_program` is told the name of each and the seconds it took.
         """
-        assert all(row is None for row in self._slots), "warm-up runs before requests are served"
+        assert not self._seats.taken, "warm-up runs before requests are served"
         self._device.warmup(on_program)
         self._warm = True
 
@@ -405,7 +351,7 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._closed or self._queue or self._in_flight or any(self._slots))
+                self._wake.wait_for(lambda: self._closed or self._queue or self._in_flight or any(self._seats.rows))
                 if self._closed:
                     return
             self.tick()
@@ -417,8 +363,8 @@ class Engine:
         try:
             self._drop_aborted()
             self._admit_waiting()
-            for index, row in enumerate(self._slots):
-                if row is not None and not row.drawing:
+            for index, row in self._seats.taken.items():
+                if not row.drawing:
                     self._guarded(index, row, self._read_prompt)
             # The next block is dispatched before the last one is read, so the device never waits for the host.
             dispatched = self._dispatch()
@@ -426,11 +372,11 @@ class Engine:
                 self._deliver(*self._in_flight.popleft())
         except Exception as error:
             self._recover(error)
-        return bool(self._queue or self._in_flight or any(self._slots))
+        return bool(self._queue or self._in_flight or any(self._seats.rows))
 
     def _drop_aborted(self) -> None:
-        for index, row in enumerate(self._slots):
-            if row is not None and row.handle.aborted:
+        for index, row in self._seats.taken.items():
+            if row.handle.aborted:
                 self._leave(index, whole_pages=True)
                 self._end(row, "aborted")
         with self._wake:
@@ -442,42 +388,17 @@ class Engine:
 
     def _admit_waiting(self) -> None:
         for row in list(self._queue):
-            if None not in self._slots:
+            if None not in self._seats.rows:
                 return
-            if self._is_read_elsewhere(row):
+            if self._seats.is_read_elsewhere(row):
                 continue  # soon it need not be read; whoever came later may go first
-            # With what all rows want for their next block, or that would already stop one of them.
-            others = [other for other in self._slots if other is not None]
-            growth = sum(self._growth(each) for each in (*others, row)) if others else 0
-            needed = self._tree.num_needed(row.key, row.sharable, self._num_pages_at_first(row))
-            if needed + growth > self._tree.num_available:
+            if not self._seats.has_pages_for(row):
                 return  # in order: a small request does not overtake a large one for ever
             with self._wake:
                 self._queue.remove(row)
-            index = self._slots.index(None)
-            self._slots[index] = row
-            self._guarded(index, row, self._place)
+            self._guarded(self._seats.seat(row), row, self._place)
 
-    def _num_pages_at_first(self, row: _Row) -> int:
-        return self._num_pages_for(row.total - 1 if self._mode == "exact" else len(row.tokens))
-
-    def _growth(self, row: _Row) -> int:
-        """Returns the pages that a row needs for its next block, beside those that it has or begins with."""
-        return max(
-            self._num_pages_for(self._longest_next(row) - 1) - (len(row.pages) or self._num_pages_at_first(row)), 0
-        )
-
-    def _is_read_elsewhere(self, row: _Row) -> bool:
-        """Whether another row is reading more of what this one begins with than the tree holds."""
-        for other in self._slots:
-            if other is not None and not other.drawing and other.key == row.key:
-                common = num_common(row.sharable, other.tokens[:-1])
-                common -= common % (self._device.chunks[-1] if self._mode == "exact" else self.page_size)
-                if common > self._tree.num_shared(row.key, row.sharable):
-                    return True
-        return False
-
-    def _guarded(self, index: int, row: _Row, work: Callable[[int, _Row], None]) -> None:
+    def _guarded(self, index: int, row: Row, work: Callable[[int, Row], None]) -> None:
         """Runs the work of one request; if it fails, that request ends and the others go on."""
         try:
             work(index, row)
@@ -486,24 +407,21 @@ class Engine:
                 raise
             self._fail(index, f"{type(error).__name__}: {error}")
 
-    def _place(self, index: int, row: _Row) -> None:
+    def _place(self, index: int, row: Row) -> None:
         """Gives a row its pages."""
-        taken = self._tree.take(row.key, row.sharable, self._num_pages_at_first(row))
-        row.pages, row.num_read = taken.pages, taken.num_tokens
-        row.num_turns += 1
-        self._page_table_BM[index, : len(row.pages)] = row.pages
+        self._seats.give_pages(index)
         if row.num_turns == 1:
             row.handle.num_shared = row.num_read
             self._num_prompt_tokens += row.num_prompt
             self._num_shared_tokens += row.num_read
 
-    def _read_prompt(self, index: int, row: _Row) -> None:
+    def _read_prompt(self, index: int, row: Row) -> None:
         """Reads the next chunk of what a row begins with; after the last one it draws."""
         start = row.num_read
         end = min(start + self._device.chunks[-1], len(row.tokens) - 1)
         if end > start:
             place = {"inv_freq_F": row.inv_freq_F, "adapter": row.adapter.index}
-            tokens, pages_M = row.tokens[start:end], self._page_table_BM[index]
+            tokens, pages_M = row.tokens[start:end], self._seats.page_table_BM[index]
             if row.scored:
                 self._device.read(tokens, pages_M, start, **place)
             else:
@@ -512,10 +430,10 @@ class Engine:
                 row.scores.append((end - start, scores))
             row.num_read = end
         if end == len(row.tokens) - 1:
-            self._keep(index, whole_pages=True)
+            self._seats.keep(index, whole_pages=True)
             self._start_drawing(index, row)
 
-    def _start_drawing(self, index: int, row: _Row) -> None:
+    def _start_drawing(self, index: int, row: Row) -> None:
         request, length = row.handle.request, len(row.tokens)
         tokens_S = np.zeros(self.max_context, np.int32)
         tokens_S[:length] = row.tokens
@@ -539,30 +457,30 @@ class Engine:
     def _dispatch(self) -> bool:
         """Sends off one block for all slots that draw; returns whether there were any."""
         self._grow()
-        drawing = {index: row for index, row in enumerate(self._slots) if row is not None and row.drawing}
+        drawing = {index: row for index, row in self._seats.taken.items() if row.drawing}
         # What is under way may be all that a row needs; and a guide has to see a token before it knows the next.
-        going = {index: row for index, row in drawing.items() if self._longest_next(row) > row.longest}
+        going = {index: row for index, row in drawing.items() if self._seats.longest_next(row) > row.longest}
         masks = self._masks(going)
-        going = {index: row for index, row in going.items() if self._slots[index] is row}
+        going = {index: row for index, row in going.items() if self._seats.rows[index] is row}
         if not going:
             return False
         turns_B = np.full(self.num_slots, -1, np.int32)
         turns_B[[*drawing]] = 0
         for index, row in going.items():
             turns_B[index] = self._device.turns_per_block if row.guide is None else 1
-            row.longest = self._longest_next(row)
+            row.longest = self._seats.longest_next(row)
             row.num_in_flight += 1
         width = self._device.width(max(row.longest for row in drawing.values()))
-        adapters = [-1 if row is None else row.adapter.index for row in self._slots]
-        packed = self._device.block(self._page_table_BM[:, :width], turns_B, adapters=adapters, masks=masks)
+        adapters = [-1 if row is None else row.adapter.index for row in self._seats.rows]
+        packed = self._device.block(self._seats.page_table_BM[:, :width], turns_B, adapters=adapters, masks=masks)
         self._in_flight.append((packed, {index: (row, row.num_turns) for index, row in going.items()}))
         return True
 
-    def _masks(self, rows: dict[int, _Row]) -> dict[int, np.ndarray]:
+    def _masks(self, rows: dict[int, Row]) -> dict[int, np.ndarray]:
         """Returns what guides allow next; a row whose guide fails ends."""
         masks = {}
 
-        def ask(index: int, row: _Row) -> None:
+        def ask(index: int, row: Row) -> None:
             masks[index] = row.guide.mask()
 
         for index, row in rows.items():
@@ -570,38 +488,25 @@ class Engine:
                 self._guarded(index, row, ask)
         return masks
 
-    def _longest_next(self, row: _Row) -> int:
-        """Returns how long a row may be after one more block."""
-        longest = row.longest if row.drawing else len(row.tokens)
-        if row.guide is None:
-            return min(longest + self._device.tokens_per_block, row.total)
-        return min(len(row.tokens) + 1, row.total)
-
     def _grow(self) -> None:
         """Gives every row that draws the pages of its next block, the oldest first; the youngest may have to leave."""
-        rows = [(row.order, index) for index, row in enumerate(self._slots) if row is not None]
-        for _, index in sorted(rows):
-            while (row := self._slots[index]) is not None and row.drawing:
-                pages = self._tree.allocate(self._growth(row))
-                if pages is not None:
-                    self._page_table_BM[index, len(row.pages) : len(row.pages) + len(pages)] = pages
-                    row.pages += pages
-                    break
-                self._preempt(max((other.order, i) for i, other in enumerate(self._slots) if other is not None)[1])
+        for index in self._seats.oldest_first():
+            while (row := self._seats.rows[index]) is not None and row.drawing and not self._seats.grow(index):
+                self._preempt(self._seats.oldest_first()[-1])
 
     def _preempt(self, index: int) -> None:
-        row = self._slots[index]
+        row = self._seats.rows[index]
         self._leave(index, whole_pages=True)
         row.num_read, row.num_judged, row.drawing, row.scores = 0, 0, False, []
         self._num_preempted += 1
         with self._wake:
             self._queue.appendleft(row)
 
-    def _deliver(self, packed: jax.Array, drawing: dict[int, tuple[_Row, int]]) -> None:
+    def _deliver(self, packed: jax.Array, drawing: dict[int, tuple[Row, int]]) -> None:
         """Hands out the tokens of a block, and frees the slots of rows that are done."""
         block = unpack(np.asarray(packed), num_tokens=self._device.tokens_per_block)
         for index, (row, turn) in drawing.items():
-            if self._slots[index] is not row or row.num_turns != turn:
+            if self._seats.rows[index] is not row or row.num_turns != turn:
                 continue  # done, aborted or preempted before this block was read
             finish = FINISH_NAMES[block.finish_B[index]]
             event = tokens_event(row.handle.request, block, index, None if finish == "error" else finish)
@@ -629,37 +534,19 @@ class Engine:
             elif not finish and row.guide is not None:
                 self._guarded(index, row, functools.partial(_guide_on, event.ids))
 
-    def _deliver_scores(self, row: _Row) -> None:
+    def _deliver_scores(self, row: Row) -> None:
         """Hands out the scores of a prompt, before its first token."""
         if not row.scored:
             chunks = [unpack_scores(np.asarray(scores)[:count]) for count, scores in row.scores]
             row.handle.deliver(prompt_event(row.handle.request, chunks))
             row.scored, row.scores = True, []
 
-    def _keep(self, index: int, *, whole_pages: bool) -> None:
-        """Leaves what a row has read and drawn to later requests that begin with it."""
-        row = self._slots[index]
-        num_tokens = row.num_cached
-        if self._mode == "exact":  # what was drawn, or read to be scored, was computed in other pieces
-            num_tokens = min(num_tokens, row.num_prompt) if row.handle.request.prompt_logprobs is None else 0
-        if whole_pages or self._mode == "exact":  # a block under way may still write into the last one
-            num_tokens -= num_tokens % self.page_size
-        row.pages = self._tree.insert(row.key, row.tokens[:num_tokens], row.pages)
-        self._page_table_BM[index, : len(row.pages)] = row.pages
-
     def _leave(self, index: int, *, whole_pages: bool) -> None:
         """Frees a slot; what its row did so far stays until the pages are needed."""
-        self._keep(index, whole_pages=whole_pages)
-        self._release(index)
+        self._seats.keep(index, whole_pages=whole_pages)
+        self._seats.release(index)
 
-    def _release(self, index: int) -> None:
-        row = self._slots[index]
-        self._tree.free(row.pages)
-        row.pages = []
-        self._slots[index] = None
-        self._page_table_BM[index] = self.num_pages
-
-    def _end(self, row: _Row, finish: Finish, error: str | None = None) -> None:
+    def _end(self, row: Row, finish: Finish, error: str | None = None) -> None:
         """Ends a request without further tokens. An aborted turn of a session counts as far as it was delivered."""
         if row.session is not None:
             row.session.end(row.tokens if finish == "aborted" and len(row.tokens) > row.num_prompt else None)
@@ -667,15 +554,15 @@ class Engine:
 
     def _fail(self, index: int, error: str) -> None:
         """Ends a request that failed; nobody is to begin with what it left unjudged."""
-        row = self._slots[index]
-        self._tree.forget(self._device.unjudged(row.pages))
-        self._release(index)
+        row = self._seats.rows[index]
+        self._seats.tree.forget(self._device.unjudged(row.pages))
+        self._seats.release(index)
         self._end(row, "error", error)
 
     def _recover(self, error: Exception) -> None:
         """The device state is lost: requests in slots end with the error, those that wait are served afresh."""
         message = f"{type(error).__name__}: {error}"
-        rows = [row for row in self._slots if row is not None]
+        rows = list(self._seats.taken.values())
         try:
             self._device.reset()
         except Exception as again:
@@ -688,15 +575,14 @@ class Engine:
             self._end_all("error", self._closed)
 
     def _end_all(self, finish: Finish, error: str | None) -> None:
-        for index, row in enumerate(self._slots):
-            if row is not None:
-                self._release(index)
-                self._end(row, finish, error)
+        for index, row in self._seats.taken.items():
+            self._seats.release(index)
+            self._end(row, finish, error)
         self._in_flight.clear()
         while self._queue:
             self._end(self._queue.popleft(), finish, error)
 
 
-def _guide_on(ids: Sequence[int], index: int, row: _Row) -> None:
+def _guide_on(ids: Sequence[int], index: int, row: Row) -> None:
     for token in ids:
         row.guide.take(token)

@@ -822,9 +822,9 @@ def test_pages_come_back_after_any_traffic(engine):
     drive(engine)
     finishes = [handle.result().finish for handle in handles]
     assert set(finishes) == {"length", "stop", "aborted"} and len(finishes) == 150
-    assert sorted(pages := engine._tree.allocate(engine.num_pages)) == list(range(engine.num_pages))
-    engine._tree.free(pages)
-    assert (engine._page_table_BM == engine.num_pages).all()
+    assert sorted(pages := engine._seats.tree.allocate(engine.num_pages)) == list(range(engine.num_pages))
+    engine._seats.tree.free(pages)
+    assert (engine._seats.page_table_BM == engine.num_pages).all()
 
 
 def test_threads_submit_to_a_running_engine():
