@@ -397,12 +397,12 @@ def sign(words: Words, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     out = np.empty((len(words.starts) - 1, NUM_HASHES), np.uint32)
     sizes = np.empty(len(words.starts) - 1, np.int64)
     most = int(np.diff(words.starts).max(initial=0))
-    table = np.zeros(power_of_two(2 * most), np.uint64)
-    values = np.empty(most + 1, np.uint64)
-    kernels.signatures(
-        words.hashes, words.starts, SHINGLE_WORDS, draws[:NUM_HASHES] | np.uint32(1), draws[NUM_HASHES:], table, values,
-        sizes, out,
+    scratch = (
+        np.empty(power_of_two(2 * most), np.uint64), np.empty(power_of_two(2 * most), np.int32),
+        np.empty(most + 4, np.int32), np.empty(most + 4, np.uint64),
     )  # fmt: skip
+    odd = draws[:NUM_HASHES] | np.uint32(1)
+    kernels.signatures(words.hashes, words.starts, SHINGLE_WORDS, odd, draws[NUM_HASHES:], *scratch, sizes, out)
     return sizes, out
 
 

@@ -7,19 +7,19 @@ beyond Latin-1, rare white space. The definitions then edit that document; a tes
 
 import numpy as np
 
-from data_pipelines.kernels import HIGHS, ONES, compiled, load64, store64
+from data_pipelines.blocks import HIGHS, ONES, compiled, inlined, load64, store64
 
 COPY, DROP, HARD = 0, 1, 2
 
 
-@compiled
+@inlined
 def _is_visible(word):
     """Whether all eight bytes are ASCII and no control characters."""
     delete = word ^ (ONES * np.uint64(127))
     return ((word | (word - ONES * np.uint64(32)) | (delete - ONES)) & HIGHS) == 0
 
 
-@compiled
+@inlined
 def _settled(data, at, end):
     """What becomes of the non-ASCII character at `at`: COPY (NFC leaves it, alone and beside others), DROP, or HARD."""
     byte = data[at]
@@ -57,12 +57,12 @@ def _settled(data, at, end):
     return COPY if byte == 0xF0 and second == 0x9F else HARD
 
 
-@compiled
+@inlined
 def _char_bytes(byte):
     return 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
 
 
-@compiled
+@inlined
 def _without_trailing(out, start, stop):
     """End of out[start:stop] without spaces, tabs, U+00A0 and U+3000 at its end."""
     while stop > start:
@@ -134,7 +134,7 @@ def normalise(data, offsets, out, out_offsets, hard):
         out_offsets[document + 1] = filled
 
 
-@compiled
+@inlined
 def _begins(data, at, end, text):
     """Whether data[at:end] begins with the text, in any case; the text is in lower case."""
     if end - at < text.shape[0]:
@@ -148,7 +148,7 @@ def _begins(data, at, end, text):
     return True
 
 
-@compiled
+@inlined
 def _citation_bytes(data, at, end):
     """Bytes of the citation mark [12], [edit], [citation needed] at `at`; 0: none, -1: cannot be told."""
     i = at + 1
@@ -169,7 +169,7 @@ def _citation_bytes(data, at, end):
     return len(mark) + 1
 
 
-@compiled
+@inlined
 def _may_change(text):
     """Whether `clean_lines` may change this text: it holds what every phrase holds (`rules.POLICY_PHRASES`), what may
     be a citation mark, or a letter that is another one in lower case. Written so that the compiler can take many bytes
@@ -192,7 +192,7 @@ def _may_change(text):
     return found
 
 
-@compiled
+@inlined
 def _is_another_case(data, at, end):
     """Whether the character is a long s, the Kelvin sign, or an i with or without its dot before what follows i in the
     phrases: a regular expression that ignores case takes them for s, k and i.
@@ -317,7 +317,7 @@ def plain(data, offsets, out, out_offsets, hard):
         out_offsets[document + 1] = filled
 
 
-@compiled
+@inlined
 def _is_plain(data, at, end):
     """Whether the non-ASCII character is no white space and has no lower case, or is a letter of Latin-1."""
     byte = data[at]

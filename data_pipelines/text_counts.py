@@ -3,7 +3,8 @@
 import numpy as np
 
 from data_pipelines import kernels
-from data_pipelines.kernels import FNV_OFFSET, HIGHS, MIX, ONES, compiled, load64, trailing_zeros
+from data_pipelines.blocks import HIGHS, ONES, compiled, inlined, load64, trailing_zeros
+from data_pipelines.kernels import MIX
 
 _combine, _enter, _kind, _width = kernels._combine, kernels._enter, kernels._kind, kernels._width
 
@@ -53,7 +54,7 @@ def hold_lorem_ipsum(data, offsets):
     return out
 
 
-@compiled
+@inlined
 def _is_terminal(data, at, end):
     """Whether the character ends a sentence: . ! ? " ' or the ellipsis, and their Chinese counterparts."""
     byte = data[at]
@@ -100,14 +101,14 @@ def _ascii_classes():
 ASCII_CLASS = _ascii_classes()
 
 
-@compiled
+@inlined
 def _has_byte(word, byte):
     """Whether one of the eight bytes is this one."""
     other = word ^ (ONES * np.uint64(byte))
     return ((other - ONES) & ~other & HIGHS) != 0
 
 
-@compiled
+@inlined
 def _count_characters(data, begin, end, row):
     count = np.zeros(128, np.int64)  # of each ASCII byte; classes are summed at the end
     odd = np.zeros(128, np.int64)  # every second one here: equal bytes running would wait for each other
@@ -162,10 +163,10 @@ def _count_characters(data, begin, end, row):
     row[REPLACEMENTS], row[SENTENCES] = replacements, sentences
 
 
-@compiled
+@inlined
 def _line_hash(data, start, stop):
     """Hash of data[start:stop]."""
-    value, i = np.uint64(FNV_OFFSET) + np.uint64(stop - start), start
+    value, i = np.uint64(stop - start), start
     while i + 8 <= stop:
         value = (value ^ load64(data, i)) * np.uint64(MIX)
         value ^= value >> np.uint64(32)
@@ -181,13 +182,13 @@ def _line_hash(data, start, stop):
     return value ^ (value >> np.uint64(29))
 
 
-@compiled
+@inlined
 def _num_continued(word):
     """How many of eight bytes continue a character."""
     return np.int64((((word & ~(word << np.uint64(1)) & HIGHS) >> np.uint64(7)) * ONES) >> np.uint64(56))
 
 
-@compiled
+@inlined
 def _end_of_line(data, at, end):
     """(place of the next newline or the end, characters before it)."""
     characters = 0
@@ -207,7 +208,7 @@ def _end_of_line(data, at, end):
     return at, characters
 
 
-@compiled
+@inlined
 def _count_lines(data, at, end, table, row):
     size = 16
     while size < 2 * (row[NEWLINES] + 2):
