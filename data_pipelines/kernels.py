@@ -69,7 +69,7 @@ def _kind(data, at, end):
 
 
 @inlined
-def _mixed(value):
+def mixed(value):
     value = (value ^ (value >> np.uint64(32))) * np.uint64(MIX)
     value = (value ^ (value >> np.uint64(29))) * np.uint64(MIX_AGAIN)
     return value ^ (value >> np.uint64(32))
@@ -82,13 +82,13 @@ def hash_bytes(address, size, case):
     Up to eight bytes that differ have different hashes. Eight bytes must be readable.
     """
     if size <= 8:
-        return _mixed((eight_at(address) | case) & lowest(8 * size))
+        return mixed((eight_at(address) | case) & lowest(8 * size))
     value, at = np.uint64(size) * np.uint64(MIX), 0
     while at + 8 < size:
         value = (value ^ (eight_at(address + at) | case)) * np.uint64(MIX)
         value ^= value >> np.uint64(32)
         at += 8
-    return _mixed(value ^ (eight_at(address + size - 8) | case))
+    return mixed(value ^ (eight_at(address + size - 8) | case))
 
 
 @compiled

@@ -52,7 +52,7 @@ def duplicate_ngrams(hashes, lengths, starts, repeated, rows, table, alive, out)
 
 @inlined
 def _slot_of(table, value):
-    """The slot of an open-addressed table (its size a power of two) that has the value or, where it is 0, may take it."""
+    """The slot of an open-addressed table (its size a power of two) that has the value or, being 0, may take it."""
     mask = np.uint64(table.shape[0] - 1)
     slot = (value ^ (value >> np.uint64(32))) & mask
     while table[slot] != 0 and table[slot] != value:
