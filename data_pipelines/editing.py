@@ -364,7 +364,7 @@ def _absorbed(one, other, eight):
     """Both halves of a key after eight more bytes, whose ASCII letters count as lower case."""
     low = eight & ~HIGHS
     is_upper = ((low + ONES * np.uint64(0x80 - 65)) ^ (low + ONES * np.uint64(0x80 - 91))) & ~eight & HIGHS
-    eight |= is_upper >> np.uint64(2)
+    eight = mixed(eight | is_upper >> np.uint64(2))
     one = (one ^ eight) * np.uint64(MIX)
     other = (other + eight) * np.uint64(MIX_AGAIN)
     return one ^ (one >> np.uint64(32)), other ^ (other >> np.uint64(29))

@@ -70,6 +70,9 @@ def _kind(data, at, end):
 
 @inlined
 def mixed(value):
+    """Another number for every number, each bit of it depending on all others: one product alone leaves what the upper
+    bytes say in the upper bytes, where those of the next eight characters may undo it.
+    """
     value = (value ^ (value >> np.uint64(32))) * np.uint64(MIX)
     value = (value ^ (value >> np.uint64(29))) * np.uint64(MIX_AGAIN)
     return value ^ (value >> np.uint64(32))
@@ -85,8 +88,7 @@ def hash_bytes(address, size, case):
         return mixed((eight_at(address) | case) & lowest(8 * size))
     value, at = np.uint64(size) * np.uint64(MIX), 0
     while at + 8 < size:
-        value = (value ^ (eight_at(address + at) | case)) * np.uint64(MIX)
-        value ^= value >> np.uint64(32)
+        value = mixed(value ^ (eight_at(address + at) | case))
         at += 8
     return mixed(value ^ (eight_at(address + size - 8) | case))
 

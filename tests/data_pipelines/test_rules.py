@@ -94,15 +94,16 @@ def plain_hash(word):
     def times(value, factor):
         return value * factor & 0xFFFFFFFFFFFFFFFF
 
+    def mixed(value):
+        value = times(value ^ value >> 32, kernels.MIX)
+        value = times(value ^ value >> 29, kernels.MIX_AGAIN)
+        return value ^ value >> 32
+
     raw = bytes(byte | 0x20 for byte in word.encode()) if word.isascii() else word.encode()
     value = times(len(raw), kernels.MIX) if len(raw) > 8 else 0
     for at in range(0, len(raw) - 8, 8):
-        value = times(value ^ int.from_bytes(raw[at : at + 8], "little"), kernels.MIX)
-        value ^= value >> 32
-    value ^= int.from_bytes(raw[-8:], "little")
-    value = times(value ^ value >> 32, kernels.MIX)
-    value = times(value ^ value >> 29, kernels.MIX_AGAIN)
-    return value ^ value >> 32
+        value = mixed(value ^ int.from_bytes(raw[at : at + 8], "little"))
+    return mixed(value ^ int.from_bytes(raw[-8:], "little"))
 
 
 @settings(max_examples=200, deadline=None)
@@ -115,6 +116,15 @@ def test_words_equal_a_regular_expression(texts):
     lowered = [re.sub("[A-Z]", lambda m: m.group().lower(), word) for row in found for word in row]
     assert words.hashes.tolist() == [plain_hash(word) for word in lowered]
     assert words.lengths.tolist() == [len(word.encode()) for word in lowered]
+
+
+def test_words_and_lines_that_differ_in_the_upper_bytes_alone_have_different_hashes():
+    """There a product that is not mixed again is undone by the eight bytes that follow."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    lines = [f"Sixteen{a}let{b}ers{c}" for a in letters for b in letters for c in letters]
+    assert len(set(rules.find_words(batch_of(" ".join(lines))).hashes.tolist())) == len(lines)
+    checks = {check.reason: check for check in rules.text_checks(batch_of("\n".join(lines)), rules.WEB)}
+    assert checks["duplicate_lines"].values_D.tolist() == [0]
 
 
 @settings(max_examples=100, deadline=None)
