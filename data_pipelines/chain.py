@@ -20,6 +20,7 @@ the executor or on the number of its workers.
 
 import contextlib
 import functools
+import itertools
 import json
 import shutil
 import tempfile
@@ -40,6 +41,7 @@ from data_pipelines.ledger import (
     Ledger,
     StageCount,
     check,
+    enter,
     file_of,
     merge,
     of_part,
@@ -199,7 +201,8 @@ def run_task(task: Task) -> str:
         dropped = _Writer(files, new / "dropped.arrow", FATES)
         sketches = _Writer(files, new / "sketch.arrow", None) if sketch else None
         set_aside = files.enter_context((new / "set_aside.txt").open("w", encoding="utf-8"))
-        for rows, batch in _input(task, ledger, set_aside):
+        looks = writes or bool(task.stages) or sketch is not None
+        for rows, batch in _input(task, ledger, set_aside, looks=looks):
             for stage in task.stages:
                 batch = record(ledger, stage.name, batch, stage.apply(batch))
             for fates in ledger.dropped:
@@ -258,8 +261,11 @@ def _numbered(sketch: pa.RecordBatch, rows: np.ndarray) -> pa.RecordBatch:
     return sketch.set_column(place, "row", pa.array(rows[sketch.column("row").to_numpy()], pa.int64()))
 
 
-def _input(task: Task, ledger: Ledger, set_aside: Any) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
-    """(rows of the shard, batch): the documents of a unit, or those of a shard that the newest decision leaves."""
+def _input(task: Task, ledger: Ledger, set_aside: Any, *, looks: bool) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+    """(rows of the shard, batch): the documents of a unit, or those of a shard that the newest decision leaves.
+
+    Of a shard that nobody looks at, the decision is entered, and empty batches are given.
+    """
     if isinstance(task.given, Unit):
 
         def bad(message: str) -> None:
@@ -277,6 +283,10 @@ def _input(task: Task, ledger: Ledger, set_aside: Any) -> Iterator[tuple[np.ndar
             yield rows, batch
             continue
         outcome = outcome_of(batch, rows, drops, changes)
+        if not looks:
+            enter(ledger, task.decided, outcome.batch, outcome)
+            yield rows[:0], batch.slice(0, 0)
+            continue
         kept = record(ledger, task.decided, outcome.batch, outcome)
         yield rows[np.array([reason is None for reason in outcome.reasons], bool)], kept
 
@@ -348,15 +358,22 @@ def places(paths: Sequence[Path]) -> Places:
     return Places(found, np.cumsum([0, *(batch.num_rows for batch in found)]))
 
 
+def pieces(
+    whole: Places, rows: np.ndarray, *, columns: Sequence[str] = tuple(SCHEMA.names)
+) -> Iterator[pa.RecordBatch]:
+    """The documents with these ascending numbers, or some columns of them, from each batch that has some."""
+    batch_of = np.searchsorted(whole.starts, rows, side="right") - 1
+    bounds = [0, *(1 + np.flatnonzero(np.diff(batch_of))).tolist(), len(rows)]
+    for start, stop in itertools.pairwise(bounds if len(rows) else []):
+        number = batch_of[start]
+        local = rows[start:stop] - whole.starts[number]
+        yield whole.batches[number].select(list(columns)).take(pa.array(local))
+
+
 def fetch(whole: Places, rows: np.ndarray, *, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.RecordBatch:
     """The documents with these numbers, or some columns of them, in that order; only their batches are touched."""
     order = np.argsort(rows, kind="stable")
-    wanted = np.asarray(rows)[order]
-    batch_of = np.searchsorted(whole.starts, wanted, side="right") - 1
-    found = []
-    for number in np.unique(batch_of).tolist():
-        local = wanted[batch_of == number] - whole.starts[number]
-        found.append(whole.batches[number].select(list(columns)).take(pa.array(local)))
+    found = list(pieces(whole, np.asarray(rows)[order], columns=columns))
     if not found:
         return to_batch([]).select(list(columns))
     back = np.empty(len(order), np.int64)

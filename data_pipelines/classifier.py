@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from data_pipelines.document import SCHEMA, Check, Outcome, TextBuffer, text_buffer
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.npy"
 ANY = "*"

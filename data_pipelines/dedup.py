@@ -10,9 +10,7 @@ A document's sketch is 512 bytes of signature; band keys are sorted a range at a
 again for their shingles.
 """
 
-import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines.document import Corpus, Decision, Fetch
-from data_pipelines.rules import Words, find_words, plain_rows, power_of_two
+from data_pipelines.document import Corpus, Decision, Fetch, text_buffer
+from data_pipelines.rules import Words, edit, find_words, plain_rows, power_of_two
 
 NUM_HASHES = 128
 SHINGLE_WORDS = 5
@@ -35,7 +33,6 @@ SHOWN_GROUPS, SHOWN_MEMBERS, SHOWN_PAIRS = 24, 12, 24
 """Groups, members of each and pairs that the report describes."""
 SHINGLES_AT_ONCE = 4 << 20
 """Shingles of candidates that are in memory while they are verified (8 bytes each, and about as many bytes of text)."""
-_SPACE = re.compile(r"\s+")
 
 
 @dataclass(frozen=True)
@@ -125,20 +122,29 @@ def _name(high: np.uint64, low: np.uint64) -> str:
 
 def sketch_exact(batch: pa.RecordBatch) -> pa.RecordBatch:
     """Returns identity and 128-bit key of every row."""
-    edited = plain_rows(batch)
-    content, bounds = memoryview(edited.data), edited.offsets.tolist()
-    texts = batch.column("text")
-    keys = bytearray()
-    for row, is_hard in enumerate(edited.hard.tolist()):
-        raw = plain_text(texts[row].as_py()).encode() if is_hard else content[bounds[row] : bounds[row + 1]]
-        keys += hashlib.blake2b(raw, digest_size=16).digest()
-    halves = np.frombuffer(bytes(keys), np.uint64).reshape(batch.num_rows, 2)
-    return pa.record_batch(_identity(batch) | {"key_a": pa.array(halves[:, 0]), "key_b": pa.array(halves[:, 1])})
+    keys_D2, is_ascii_D = _plain_keys(batch)
+    others = np.flatnonzero(~is_ascii_D)
+    if len(others):
+        keys_D2[others], _ = _plain_keys(_plain(batch.take(pa.array(others))).batch)
+    key = {"key_a": pa.array(keys_D2[:, 0].copy()), "key_b": pa.array(keys_D2[:, 1].copy())}
+    return pa.record_batch(_identity(batch) | key)
+
+
+def _plain_keys(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the key [D, 2] of every text, and where that is right; other texts have to be plain (`plain_text`)."""
+    from data_pipelines import editing
+
+    keys_D2, is_ascii_D = np.empty((batch.num_rows, 2), np.uint64), np.empty(batch.num_rows, bool)
+    editing.plain_keys(*text_buffer(batch), keys_D2, is_ascii_D)
+    return keys_D2, is_ascii_D
 
 
 def plain_text(text: str) -> str:
     """Returns the text in lower case, each run of white space one space, none at the ends."""
-    return _SPACE.sub(" ", text).strip().lower()
+    return " ".join(text.split()).lower()
+
+
+_plain = edit(plain_text, plain_rows)
 
 
 def resolve_exact(sketches: Sequence[pa.RecordBatch], fetch: Fetch, scratch: Path) -> Decision:
@@ -397,12 +403,12 @@ def sign(words: Words, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     out = np.empty((len(words.starts) - 1, NUM_HASHES), np.uint32)
     sizes = np.empty(len(words.starts) - 1, np.int64)
     most = int(np.diff(words.starts).max(initial=0))
-    table = np.zeros(power_of_two(2 * most), np.uint64)
-    values = np.empty(most + 1, np.uint64)
-    kernels.signatures(
-        words.hashes, words.starts, SHINGLE_WORDS, draws[:NUM_HASHES] | np.uint32(1), draws[NUM_HASHES:], table, values,
-        sizes, out,
+    scratch = (
+        np.empty(power_of_two(2 * most), np.uint64), np.empty(power_of_two(2 * most), np.int32),
+        np.empty(most + 4, np.int32), np.empty(most + 4, np.uint64),
     )  # fmt: skip
+    odd = draws[:NUM_HASHES] | np.uint32(1)
+    kernels.signatures(words.hashes, words.starts, SHINGLE_WORDS, odd, draws[NUM_HASHES:], *scratch, sizes, out)
     return sizes, out
 
 

@@ -156,9 +156,9 @@ def _phrases() -> tuple[np.ndarray, np.ndarray]:
     keys, codes = np.zeros(size, np.uint64), np.zeros(size, np.int64)
     for code, phrases in enumerate(LISTS.values(), 1):
         for phrase in phrases:
-            words = phrase.split() if phrase.isascii() else list(phrase)
-            assert len(words) <= scan.LONGEST_PHRASE, f"{phrase!r} has more than {scan.LONGEST_PHRASE} words"
-            scan.enter_phrase(np.array([kernels.fnv(word) for word in words], np.uint64), code, keys, codes)
+            hashes = kernels.word_hashes(phrase)
+            assert len(hashes) <= scan.LONGEST_PHRASE, f"{phrase!r} has more than {scan.LONGEST_PHRASE} words"
+            scan.enter_phrase(hashes, code, keys, codes)
     return keys, codes
 
 

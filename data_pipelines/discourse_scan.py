@@ -6,7 +6,8 @@ As in `kernels.py`, texts are UTF-8 bytes, words are what `kernels.words` finds,
 import numpy as np
 
 from data_pipelines import kernels
-from data_pipelines.kernels import MIX, compiled
+from data_pipelines.blocks import compiled, inlined
+from data_pipelines.kernels import MIX
 
 NUM_LINE_MEASURES = 11
 (
@@ -106,7 +107,7 @@ def distinct_runs(hashes, level, table, totals):
         totals[1] += not _enter(table, value)
 
 
-@compiled
+@inlined
 def _place(keys, value):
     """Slot of the value in the open-addressed table (its size a power of two), or -1."""
     mask = np.uint64(keys.shape[0] - 1)

@@ -7,19 +7,34 @@ beyond Latin-1, rare white space. The definitions then edit that document; a tes
 
 import numpy as np
 
-from data_pipelines.kernels import HIGHS, ONES, compiled, load64, store64
+from data_pipelines.blocks import (
+    HIGHS,
+    ONES,
+    TAIL_BYTES,
+    between,
+    block_at,
+    compiled,
+    eight_at,
+    inlined,
+    load64,
+    lowest,
+    num_ones,
+    store64,
+    trailing_zeros,
+)
+from data_pipelines.kernels import MIX, MIX_AGAIN, mixed
 
 COPY, DROP, HARD = 0, 1, 2
 
 
-@compiled
+@inlined
 def _is_visible(word):
     """Whether all eight bytes are ASCII and no control characters."""
     delete = word ^ (ONES * np.uint64(127))
     return ((word | (word - ONES * np.uint64(32)) | (delete - ONES)) & HIGHS) == 0
 
 
-@compiled
+@inlined
 def _settled(data, at, end):
     """What becomes of the non-ASCII character at `at`: COPY (NFC leaves it, alone and beside others), DROP, or HARD."""
     byte = data[at]
@@ -57,12 +72,12 @@ def _settled(data, at, end):
     return COPY if byte == 0xF0 and second == 0x9F else HARD
 
 
-@compiled
+@inlined
 def _char_bytes(byte):
     return 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
 
 
-@compiled
+@inlined
 def _without_trailing(out, start, stop):
     """End of out[start:stop] without spaces, tabs, U+00A0 and U+3000 at its end."""
     while stop > start:
@@ -134,7 +149,7 @@ def normalise(data, offsets, out, out_offsets, hard):
         out_offsets[document + 1] = filled
 
 
-@compiled
+@inlined
 def _begins(data, at, end, text):
     """Whether data[at:end] begins with the text, in any case; the text is in lower case."""
     if end - at < text.shape[0]:
@@ -148,7 +163,7 @@ def _begins(data, at, end, text):
     return True
 
 
-@compiled
+@inlined
 def _citation_bytes(data, at, end):
     """Bytes of the citation mark [12], [edit], [citation needed] at `at`; 0: none, -1: cannot be told."""
     i = at + 1
@@ -169,7 +184,7 @@ def _citation_bytes(data, at, end):
     return len(mark) + 1
 
 
-@compiled
+@inlined
 def _may_change(text):
     """Whether `clean_lines` may change this text: it holds what every phrase holds (`rules.POLICY_PHRASES`), what may
     be a citation mark, or a letter that is another one in lower case. Written so that the compiler can take many bytes
@@ -192,7 +207,7 @@ def _may_change(text):
     return found
 
 
-@compiled
+@inlined
 def _is_another_case(data, at, end):
     """Whether the character is a long s, the Kelvin sign, or an i with or without its dot before what follows i in the
     phrases: a regular expression that ignores case takes them for s, k and i.
@@ -317,7 +332,7 @@ def plain(data, offsets, out, out_offsets, hard):
         out_offsets[document + 1] = filled
 
 
-@compiled
+@inlined
 def _is_plain(data, at, end):
     """Whether the non-ASCII character is no white space and has no lower case, or is a letter of Latin-1."""
     byte = data[at]
@@ -342,3 +357,68 @@ def _is_plain(data, at, end):
     if byte == 0xF0:
         return second == 0x9F
     return 0xEB <= byte <= 0xEC or (byte == 0xEA and second >= 0xB0) or (byte == 0xED and second < 0x9E)
+
+
+@inlined
+def _absorbed(one, other, eight):
+    """Both halves of a key after eight more bytes, whose ASCII letters count as lower case."""
+    low = eight & ~HIGHS
+    is_upper = ((low + ONES * np.uint64(0x80 - 65)) ^ (low + ONES * np.uint64(0x80 - 91))) & ~eight & HIGHS
+    eight = mixed(eight | is_upper >> np.uint64(2))
+    one = (one ^ eight) * np.uint64(MIX)
+    other = (other + eight) * np.uint64(MIX_AGAIN)
+    return one ^ (one >> np.uint64(32)), other ^ (other >> np.uint64(29))
+
+
+@inlined
+def _with_piece(one, other, place, size):
+    """Both halves of a key after `size` bytes at an address, 63 at most, that end a run, and the space behind it."""
+    for at in range(0, size & 56, 8):
+        one, other = _absorbed(one, other, eight_at(place + at))
+    rest = size & 7
+    last = eight_at(place + (size & 56)) & lowest(8 * rest) | np.uint64(32) << np.uint64(8 * rest)
+    return _absorbed(one, other, last)
+
+
+@compiled
+def plain_keys(data, offsets, out, is_ascii):
+    """Fills out[d], two numbers, with a key of 128 bits of the text, white space and the case of its letters aside, and
+    is_ascii[d]. Where that is False, the key is right if the text is plain already: other characters are taken as is.
+
+    A run of other bytes than white space is absorbed eight bytes at a time, with a space behind it. The key is no
+    cryptographic one.
+    """
+    tail = np.zeros(TAIL_BYTES, np.uint8)
+    for document in range(offsets.shape[0] - 1):
+        at, end = offsets[document], offsets[document + 1]
+        one, other, highs = np.uint64(1), np.uint64(2), np.uint64(0)
+        while at < end:
+            block = block_at(data, at, tail)
+            size = min(end - at, 64)
+            highs |= between(block, 128, 255) & lowest(size)
+            inside = ~(between(block, 9, 13) | between(block, 28, 32)) & lowest(size)
+            begins, ends = inside & ~(inside << np.uint64(1)), ~inside & (inside << np.uint64(1))
+            for _ in range(num_ones(ends)):
+                first = trailing_zeros(begins)
+                one, other = _with_piece(one, other, block + first, trailing_zeros(ends) - first)
+                begins &= begins - np.uint64(1)
+                ends &= ends - np.uint64(1)
+            if begins == 0:
+                at += size
+            elif trailing_zeros(begins) > 0:  # a run that may go on: the next block begins with it
+                at += trailing_zeros(begins)
+            else:
+                while inside == lowest(64):
+                    for _ in range(8):
+                        one, other = _absorbed(one, other, eight_at(block))
+                        block += 8
+                    at += 64
+                    block = block_at(data, at, tail)
+                    highs |= between(block, 128, 255) & lowest(min(end - at, 64))
+                    inside = ~(between(block, 9, 13) | between(block, 28, 32)) & lowest(min(end - at, 64))
+                rest = trailing_zeros(~inside)
+                one, other = _with_piece(one, other, block, rest)
+                at += rest
+        out[document, 0], out[document, 1] = mixed(one), mixed(other)
+        is_ascii[document] = highs == 0
+    tail[0] = 0  # it is in use up to here

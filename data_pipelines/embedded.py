@@ -15,6 +15,8 @@ from data_pipelines.outline import Definition, Outline, outline, string_table
 from data_pipelines.readers import files_below
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
+OWN_METADATA = re.compile(r"internjax-[^/]*\.dist-info/METADATA")
+"""The README of this project, every edit of which would shift what is measured on the corpus."""
 LICENCE_NAME = re.compile(r"licen[cs]e|copying|notice|copyright|authors|top_level|entry_points|sources|requires", re.I)
 
 
@@ -100,7 +102,8 @@ def topic_documents(modules: Iterable[Document]) -> list[Document]:
 def package_documents(roots: Iterable[str | Path] | None = None) -> list[Document]:
     """One "reference" document per documentation file of the installed packages, and per long description.
 
-    Licences, notices and lists of file names are left out: they say the same thing a hundred times.
+    Licences, notices and lists of file names are left out: they say the same thing a hundred times. So is this project
+    itself.
     """
     if roots is None:
         roots = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
@@ -108,7 +111,7 @@ def package_documents(roots: Iterable[str | Path] | None = None) -> list[Documen
     for base in map(Path, roots):
         for path in sorted(files_below(base, skip={"__pycache__", "test", "tests", "testing"})):
             relative = path.relative_to(base).as_posix()
-            if LICENCE_NAME.search(relative):
+            if LICENCE_NAME.search(relative) or OWN_METADATA.fullmatch(relative):
                 continue
             if path.name == "METADATA":
                 text = path.read_text("utf-8", "replace").partition("\n\n")[2]

@@ -5,12 +5,16 @@
 
 import numpy as np
 
-from data_pipelines.kernels import FNV_OFFSET, FNV_PRIME, MIX, compiled
+from data_pipelines.blocks import compiled, inlined
+from data_pipelines.kernels import MIX
+
+FNV_OFFSET = 0xCBF29CE484222325
+FNV_PRIME = 0x100000001B3
 
 
 @compiled
 def row_hashes(data, offsets, out):
-    """Fills out[i] with the 64-bit FNV-1a hash of row i (`kernels.fnv` of its text)."""
+    """Fills out[i] with the 64-bit FNV-1a hash of row i."""
     for row in range(offsets.shape[0] - 1):
         value = np.uint64(FNV_OFFSET)
         for at in range(offsets[row], offsets[row + 1]):
@@ -45,13 +49,13 @@ def windows(data, offsets, size, bounds, rows):
     return found
 
 
-@compiled
+@inlined
 def _bucket(value, shift):
     """The upper bits of a product: Knuth's multiplicative hashing."""
     return (value * np.uint64(0xFF51AFD7ED558CCD)) >> shift
 
 
-@compiled
+@inlined
 def _shift(num_buckets):
     """What a 64-bit product is shifted by to give one of so many buckets, a power of two."""
     shift = 64
@@ -61,7 +65,7 @@ def _shift(num_buckets):
     return np.uint64(shift)
 
 
-@compiled
+@inlined
 def _features(data, start, stop, words, first, last, shift, out):
     """Number of hashed n-grams of data[start:stop], whose words are words[first:last]; fills out with their buckets.
 

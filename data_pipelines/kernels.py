@@ -8,74 +8,37 @@ characters. Everything else separates. So Chinese needs no segmenter and code ne
 indentation leave no trace in the words. Hashes are 64 bits; for one text they are equal on every machine.
 """
 
-import numba
 import numpy as np
-from llvmlite import ir
-from numba.extending import intrinsic
+
+from data_pipelines.blocks import (
+    TAIL_BYTES,
+    address_of,
+    between,
+    block_at,
+    compiled,
+    eight_at,
+    inlined,
+    lowest,
+    num_ones,
+    trailing_zeros,
+)
 
 WORD_HAS_LETTER = np.uint8(1)
 WORD_IS_HAN = np.uint8(2)
 
-FNV_OFFSET = 0xCBF29CE484222325
-FNV_PRIME = 0x100000001B3
 MIX = 0x9E3779B97F4A7C15
-ONES, HIGHS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
-"""The lowest and the highest bit of eight bytes."""
-
-compiled = numba.njit(cache=True, nogil=True)
-
-
-def _place(context, builder, signature, arguments):
-    """Where data[at] lies, as a pointer to eight bytes."""
-    array = context.make_array(signature.args[0])(context, builder, arguments[0])
-    return builder.bitcast(builder.gep(array.data, [arguments[1]]), ir.IntType(64).as_pointer())
+MIX_AGAIN = 0xD6E8FEB86659FD93
+LOWER_CASE = np.uint64(0x2020202020202020)
+"""Makes the letters among eight word bytes lower case; of word bytes, only the underscore becomes another byte as well,
+one that is no word byte."""
 
 
-@intrinsic
-def load64(typing, data, at):
-    """data[at:at + 8] of contiguous bytes as one number, the first byte its lowest; the caller sees to the bounds."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.load(_place(context, builder, signature, arguments), align=1)
-
-    return numba.types.uint64(data, at), generate
-
-
-@intrinsic
-def store64(typing, data, at, value):
-    """Makes data[at:at + 8] the bytes of a number, the lowest first; the caller sees to the bounds."""
-
-    def generate(context, builder, signature, arguments):
-        builder.store(arguments[2], _place(context, builder, signature, arguments), align=1)
-        return context.get_dummy_value()
-
-    return numba.types.void(data, at, numba.types.uint64), generate
-
-
-@intrinsic
-def trailing_zeros(typing, value):
-    """The number of zeros below the lowest one of a 64-bit number that is not 0."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.cttz(arguments[0], ir.IntType(1)(1))
-
-    return numba.types.int64(numba.types.uint64), generate
-
-
-def fnv(text: str) -> int:
-    """The 64-bit FNV-1a hash that the kernels give a word (in lower case)."""
-    value = FNV_OFFSET
-    for byte in text.encode():
-        value = ((value ^ byte) * FNV_PRIME) & 0xFFFFFFFFFFFFFFFF
-    return value
-
-
-@compiled
+@inlined
 def _is_word_byte(byte):
     return 48 <= byte <= 57 or 65 <= byte <= 90 or 97 <= byte <= 122 or byte == 95
 
 
-@compiled
+@inlined
 def _width(byte):
     """Bytes of the character that starts with this one; 1 for a stray continuation byte."""
     if byte < 0xC0:
@@ -85,7 +48,7 @@ def _width(byte):
     return 3 if byte < 0xF0 else 4
 
 
-@compiled
+@inlined
 def _kind(data, at, end):
     """Of the character at `at`: 0 separator, 1 ASCII word, 2 Han or kana (a word by itself), 3 other letters."""
     byte = data[at]
@@ -105,63 +68,104 @@ def _kind(data, at, end):
     return 3
 
 
-def _word_bytes():
-    """ASCII word byte -> its lower case; 0 for all other bytes."""
-    table = np.zeros(256, np.uint8)
-    for byte in b"0123456789_abcdefghijklmnopqrstuvwxyz":
-        table[byte] = byte
-        if byte >= 97:
-            table[byte - 32] = byte
-    return table
+@inlined
+def mixed(value):
+    """Another number for every number, each bit of it depending on all others: one product alone leaves what the upper
+    bytes say in the upper bytes, where those of the next eight characters may undo it.
+    """
+    value = (value ^ (value >> np.uint64(32))) * np.uint64(MIX)
+    value = (value ^ (value >> np.uint64(29))) * np.uint64(MIX_AGAIN)
+    return value ^ (value >> np.uint64(32))
 
 
-LOWER = _word_bytes()
+@inlined
+def hash_bytes(address, size, case):
+    """Hash of so many bytes, one at least, each eight of them with the bits of `case` set.
+
+    Up to eight bytes that differ have different hashes. Eight bytes must be readable.
+    """
+    if size <= 8:
+        return mixed((eight_at(address) | case) & lowest(8 * size))
+    value, at = np.uint64(size) * np.uint64(MIX), 0
+    while at + 8 < size:
+        value = mixed(value ^ (eight_at(address + at) | case))
+        at += 8
+    return mixed(value ^ (eight_at(address + size - 8) | case))
 
 
 @compiled
 def words(data, offsets, hashes, lengths, flags, starts):
     """Number of words found; hash, bytes and flags of each; those of document d lie at starts[d]:starts[d + 1].
 
-    The hash is FNV-1a over the bytes, ASCII letters in lower case. The three arrays must hold two values per three
+    The hash is `hash_bytes` of the bytes, ASCII letters in lower case. The three arrays must hold two values per three
     bytes of text, and one more.
     """
     filled = 0
+    tail = np.zeros(TAIL_BYTES, np.uint8)
     for document in range(offsets.shape[0] - 1):
         starts[document] = filled
         at, end = offsets[document], offsets[document + 1]
         while at < end:
-            byte = data[at]
-            value, begin = np.uint64(FNV_OFFSET), at
-            lowered = LOWER[byte]
-            if lowered != 0:
-                flag = np.uint8(0)
-                while lowered != 0:
-                    value = (value ^ np.uint64(lowered)) * np.uint64(FNV_PRIME)
-                    flag |= np.uint8(lowered >= 97)
-                    at += 1
-                    lowered = LOWER[data[at]] if at < end else np.uint8(0)
-            elif byte < 0x80:
-                at += 1
+            block = block_at(data, at, tail)
+            size = min(trailing_zeros(between(block, 128, 255)), end - at)
+            if size == 0:
+                at, filled = _other_words(data, at, end, tail, hashes, lengths, flags, filled)
                 continue
+            known = lowest(size)
+            letters = (between(block, 65, 90) | between(block, 97, 122)) & known
+            inside = letters | (between(block, 48, 57) | between(block, 95, 95)) & known
+            begins, ends = inside & ~(inside << np.uint64(1)), ~inside & (inside << np.uint64(1))
+            for _ in range(num_ones(ends)):
+                first = trailing_zeros(begins)
+                length = trailing_zeros(ends) - first
+                begins &= begins - np.uint64(1)
+                ends &= ends - np.uint64(1)
+                hashes[filled] = hash_bytes(block + first, length, LOWER_CASE)
+                lengths[filled] = length
+                flags[filled] = (letters >> np.uint64(first)) & lowest(length) != 0
+                filled += 1
+            if begins == 0:
+                at += size
+            elif trailing_zeros(begins) > 0:  # a word that may go on: the next block begins with it
+                at += trailing_zeros(begins)
             else:
-                kind = _kind(data, at, end)
-                if kind == 0:
-                    at += _width(byte)
-                    continue
-                while True:
-                    stop = min(at + _width(data[at]), end)
-                    while at < stop:
-                        value = (value ^ np.uint64(data[at])) * np.uint64(FNV_PRIME)
-                        at += 1
-                    if kind == 2 or at >= end or _kind(data, at, end) != kind:
-                        break
-                flag = np.uint8(3) if kind == 2 else np.uint8(1)
-            hashes[filled] = value
-            lengths[filled] = at - begin
-            flags[filled] = flag
-            filled += 1
+                begin, flag = at, np.uint8(0)
+                while at < end and _is_word_byte(data[at]):
+                    flag |= np.uint8(data[at] >= 65 and data[at] != 95)
+                    at += 1
+                hashes[filled] = hash_bytes(address_of(data, begin), at - begin, LOWER_CASE)
+                lengths[filled] = at - begin
+                flags[filled] = flag
+                filled += 1
     starts[offsets.shape[0] - 1] = filled
+    tail[0] = 0  # it is in use up to here
     return filled
+
+
+@inlined
+def _other_words(data, at, end, tail, hashes, lengths, flags, filled):
+    """(end of the non-ASCII characters from `at` on, number of words filled in): enters the words among them."""
+    while at < end and data[at] >= 0x80:
+        kind, begin = _kind(data, at, end), at
+        at = min(at + _width(data[at]), end)
+        if kind == 0:
+            continue
+        while kind == 3 and at < end and data[at] >= 0x80 and _kind(data, at, end) == 3:
+            at = min(at + _width(data[at]), end)
+        place = block_at(data, begin, tail) if at - begin <= 8 else address_of(data, begin)
+        hashes[filled] = hash_bytes(place, at - begin, np.uint64(0))
+        lengths[filled] = at - begin
+        flags[filled] = WORD_HAS_LETTER | WORD_IS_HAN if kind == 2 else WORD_HAS_LETTER
+        filled += 1
+    return at, filled
+
+
+def word_hashes(text: str) -> np.ndarray:
+    """The hash that `words` gives each word of a text, in order."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    hashes, lengths, flags = (np.empty(len(data) + 1, kind) for kind in (np.uint64, np.int32, np.uint8))
+    offsets = np.array([0, len(data)], np.int64)
+    return hashes[: words(data, offsets, hashes, lengths, flags, np.empty(2, np.int64))]
 
 
 @compiled
@@ -169,27 +173,38 @@ def word_totals(hashes, lengths, flags, starts, wanted, out):
     """Fills out[d] with the bytes of the words of document d, its words with a letter, and how many of `wanted`, at
     most 64 hashes, it has.
     """
+    sieve = np.uint64(0)  # most words are told from all of them by six bits
+    for w in range(wanted.shape[0]):
+        sieve |= np.uint64(1) << (wanted[w] & np.uint64(63))
     for document in range(starts.shape[0] - 1):
         num_bytes, num_letters, seen = np.int64(0), np.int64(0), np.uint64(0)
         for i in range(starts[document], starts[document + 1]):
             num_bytes += lengths[i]
             num_letters += flags[i] & WORD_HAS_LETTER
-            for w in range(wanted.shape[0]):
-                seen |= np.uint64(hashes[i] == wanted[w]) << np.uint64(w)
-        num_seen = 0
-        while seen != 0:
-            seen &= seen - np.uint64(1)
-            num_seen += 1
-        out[document, 0], out[document, 1], out[document, 2] = num_bytes, num_letters, num_seen
+            if (sieve >> (hashes[i] & np.uint64(63))) & np.uint64(1):
+                for w in range(wanted.shape[0]):
+                    seen |= np.uint64(hashes[i] == wanted[w]) << np.uint64(w)
+        out[document, 0], out[document, 1], out[document, 2] = num_bytes, num_letters, num_ones(seen)
 
 
-@compiled
+@inlined
 def _combine(left, right):
     left = (left ^ (left >> np.uint64(31))) * np.uint64(MIX)
     return left + right
 
 
-@compiled
+@inlined
+def emptied(table, num_values):
+    """The front of the table, of at least two places for every value, with nothing in it."""
+    size = 16
+    while size < 2 * num_values:
+        size *= 2
+    own = table[:size]
+    own[:] = 0
+    return own
+
+
+@inlined
 def _enter(table, value):
     """Whether the value was in the open-addressed table (its size a power of two); it is in it afterwards."""
     mask = np.uint64(table.shape[0] - 1)
@@ -202,7 +217,7 @@ def _enter(table, value):
     return known
 
 
-@compiled
+@inlined
 def _shingle(hashes, at, size):
     """Hash of `size` words running."""
     value = np.uint64(size)
@@ -228,38 +243,79 @@ def shingles(hashes, starts, size, values, out):
     return filled
 
 
+@inlined
+def count_slots(values, num_values, counts, slots):
+    """Fills slots[i] with the slot of values[i] in a table of counts, and the front of `counts`, a power of two of at
+    least twice as many places, with how many values each slot has: those alone in theirs are met once.
+    """
+    size = 16
+    while size < 2 * num_values:
+        size *= 2
+    counts[:size] = 0
+    mask = np.uint64(size - 1)
+    for i in range(num_values):
+        slot = np.int64((values[i] ^ (values[i] >> np.uint64(32))) & mask)
+        slots[i] = slot
+        counts[slot] += 1
+
+
+@inlined
+def _num_distinct(values, num_values, counts, slots, table):
+    """How many different values there are; scratch space as `signatures` has it."""
+    count_slots(values, num_values, counts, slots)
+    shared = 0
+    for i in range(num_values):
+        shared += counts[slots[i]] > 1
+    own, repeats = emptied(table, shared), 0
+    for i in range(num_values):
+        if counts[slots[i]] > 1:
+            repeats += _enter(own, values[i])
+    return num_values - repeats
+
+
+@inlined
+def _halves(value):
+    return np.uint32(value & np.uint64(0xFFFFFFFF)), np.uint32(value >> np.uint64(32))
+
+
+@inlined
+def _least(values, num_values, multipliers, constants, row):
+    """Fills row[p] with the least value of permutation p over the values, whose number is a multiple of four."""
+    row[:] = np.uint32(0xFFFFFFFF)
+    for i in range(0, num_values, 4):  # four at a time, so that a permutation is loaded once for them
+        low_a, high_a = _halves(values[i])
+        low_b, high_b = _halves(values[i + 1])
+        low_c, high_c = _halves(values[i + 2])
+        low_d, high_d = _halves(values[i + 3])
+        for p in range(multipliers.shape[0]):
+            multiplier, constant = multipliers[p], constants[p]
+            a = np.uint32(low_a * multiplier) ^ np.uint32(high_a + constant)
+            b = np.uint32(low_b * multiplier) ^ np.uint32(high_b + constant)
+            c = np.uint32(low_c * multiplier) ^ np.uint32(high_c + constant)
+            d = np.uint32(low_d * multiplier) ^ np.uint32(high_d + constant)
+            row[p] = min(min(row[p], min(a, b)), min(c, d))
+
+
 @compiled
-def signatures(hashes, starts, size, multipliers, constants, table, values, sizes, out):
+def signatures(hashes, starts, size, multipliers, constants, table, counts, slots, values, sizes, out):
     """Fills sizes[d] with the distinct shingles of document d, and out[d, p] with the least value of permutation p over
     them; all ones where there are none.
 
-    Scratch space: `table`, a power of two, at least twice the words of any document; `values`, at least as many words.
+    A permutation is a product with an odd number, for which the lower half of a shingle's hash is random enough, and
+    the upper half in it. Scratch space: `table` and `counts`, powers of two, at least twice the words of any document;
+    `slots` and `values`, at least as many words and three.
     """
-    num_permutations = multipliers.shape[0]
     for document in range(starts.shape[0] - 1):
         start, end = starts[document], starts[document + 1]
-        places = 16
-        while places < 2 * (end - start):
-            places *= 2
-        own = table[:places]
-        own[:] = 0
         found = 0
         for i in range(start, max(end - size + 1, min(start + 1, end))):
-            value = _shingle(hashes, i, min(size, end - i))
-            values[found] = value
-            found += not _enter(own, value)
-        sizes[document] = found
-        row = out[document]
-        row[:] = np.uint32(0xFFFFFFFF)
-        for i in range(found):
-            low = np.uint32(values[i] & np.uint64(0xFFFFFFFF))
-            high = np.uint32(values[i] >> np.uint64(32))
-            for p in range(num_permutations):
-                value = np.uint32(low * multipliers[p]) ^ np.uint32(high + constants[p])
-                value = np.uint32((value ^ (value >> np.uint32(15))) * np.uint32(0x2C1B3C6D))
-                value = np.uint32((value ^ (value >> np.uint32(12))) * np.uint32(0x297A2D39))
-                value ^= value >> np.uint32(15)
-                row[p] = min(row[p], value)
+            values[found] = _shingle(hashes, i, min(size, end - i))
+            found += 1
+        sizes[document] = _num_distinct(values, found, counts, slots, table)
+        while found % 4 != 0:
+            values[found] = values[found - 1]
+            found += 1
+        _least(values, found, multipliers, constants, out[document])
 
 
 @compiled
@@ -290,7 +346,7 @@ def jaccard(values, start_a, stop_a, start_b, stop_b):
     return common / union if union > 0 else 0.0
 
 
-@compiled
+@inlined
 def _root(parents, node):
     while parents[node] != node:
         parents[node] = parents[parents[node]]

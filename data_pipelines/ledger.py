@@ -57,9 +57,9 @@ FATES = pa.schema(
 class Ledger:
     """Grows batch by batch and stage by stage; `check` then proves that nothing vanished.
 
-    stages: in the order of the chain. dropped: record batches of `FATES` (mapped files, in a large run). unreadable:
-    file -> rows that were set aside. reports: stage -> figures that a decision over the corpus gave. came, stayed: what
-    the documents in and those kept are like. samples: stage -> what it measured.
+    stages: in the order of the chain. dropped: record batches of `FATES`, each of one stage (mapped files, in a large
+    run). unreadable: file -> rows that were set aside. reports: stage -> figures that a decision over the corpus gave.
+    came, stayed: what the documents in and those kept are like. samples: stage -> what it measured.
     """
 
     stages: dict[str, StageCount] = field(default_factory=dict)
@@ -81,6 +81,14 @@ def sizes(batch: pa.RecordBatch) -> list[int]:
 
 def record(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome) -> pa.RecordBatch:
     """The rows that stay; the others are entered with their reason. Fails if the stage lost or invented rows."""
+    enter(ledger, stage, before, outcome)
+    if all(reason is None for reason in outcome.reasons):
+        return outcome.batch
+    return outcome.batch.filter(pa.array([reason is None for reason in outcome.reasons], pa.bool_()))
+
+
+def enter(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome) -> None:
+    """`record` where nobody needs the rows that stay, which are not copied then."""
     rows = before.num_rows
     if outcome.batch.num_rows != rows or len(outcome.reasons) != rows or len(outcome.details) != rows:
         raise RuntimeError(
@@ -90,21 +98,19 @@ def record(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome)
     if outcome.checks:
         measure(ledger.samples.setdefault(stage, Sample()), stage, before, outcome)
     gone = [row for row, reason in enumerate(outcome.reasons) if reason is not None]
-    kept = outcome.batch
+    bytes_kept = num_text_bytes(outcome.batch)
     dropped: Counter[str] = Counter()
     dropped_bytes: Counter[str] = Counter()
     if gone:
-        row_bytes = sizes(before)
+        row_bytes, bytes_after = sizes(before), sizes(outcome.batch)
         for row in gone:
             dropped[outcome.reasons[row]] += 1
             dropped_bytes[outcome.reasons[row]] += row_bytes[row]
+            bytes_kept -= bytes_after[row]
         ledger.dropped.append(_fates(ledger, stage, before, outcome, gone))
-        kept = outcome.batch.filter(pa.array([reason is None for reason in outcome.reasons], pa.bool_()))
-    count = StageCount(
-        stage, rows, num_text_bytes(before), kept.num_rows, num_text_bytes(kept), dict(dropped), dict(dropped_bytes)
-    )
+    num_kept = rows - len(gone)
+    count = StageCount(stage, rows, num_text_bytes(before), num_kept, bytes_kept, dict(dropped), dict(dropped_bytes))
     ledger.stages[stage] = add(ledger.stages.get(stage, StageCount(stage)), count)
-    return kept
 
 
 def _fates(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome, gone: Sequence[int]) -> pa.RecordBatch:
@@ -232,13 +238,12 @@ def fates(ledger: Ledger) -> Iterator[Fate]:
 
 def dropped_in_order(ledger: Ledger) -> Iterator[pa.RecordBatch]:
     """The dropped documents as record batches of `FATES`, stage by stage: the order of the input within each."""
-    import pyarrow.compute as pc
-
-    for stage in ledger.stages:
-        for batch in ledger.dropped:
-            chosen = batch.filter(pc.equal(batch.column("stage"), stage))
-            if chosen.num_rows:
-                yield chosen
+    of_stage: dict[str, list[pa.RecordBatch]] = {stage: [] for stage in ledger.stages}
+    for batch in ledger.dropped:
+        if batch.num_rows:
+            of_stage[batch.column("stage")[0].as_py()].append(batch)
+    for batches in of_stage.values():
+        yield from batches
 
 
 def explain(ledger: Ledger, document_id: str) -> str:

@@ -1,8 +1,9 @@
 """The language that a text is written in, without a network: CLD2, whose tables are compiled into pycld2.
 
 The stage `identify_languages` enters "en", "zh", "de" ... where no language is known yet (ISO 639 codes). At most
-SAMPLE_BYTES of a text are looked at, in PIECES from its beginning to its end. Code is left alone; its language is the
-programming language.
+1,536 bytes of a text are looked at, in six pieces from its beginning to its end (`SAMPLE`). Of an ASCII text it is a
+third of that (`FIRST_LOOK`), unless more than one language is found there or none for sure. Code is left alone; its
+language is the programming language.
 
 A text in several languages has the one with the largest share. Where a second one has at least MIXED_SHARE, the text is
 mixed, and meta has `languages` with all shares (of the bytes of letters in the sample, so that Chinese, with three
@@ -18,10 +19,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from data_pipelines.code_languages import UNKNOWN
-from data_pipelines.document import SCHEMA, Outcome, TextBuffer, text_buffer
+from data_pipelines.document import SCHEMA, Outcome, text_buffer
 
-SAMPLE_BYTES = 1536
-PIECES = 6
 MIN_BYTES = 24
 MIXED_SHARE = 0.1
 CODES = {"zh-Hant": "zh", "iw": "he", "jw": "jv", "in": "id"}
@@ -33,6 +32,16 @@ NOT_INTERCHANGED = re.compile(
     + "".join(f"{chr(plane << 16 | 0xFFFE)}{chr(plane << 16 | 0xFFFF)}" for plane in range(17))
     + "]"
 )
+
+
+class Pieces(NamedTuple):
+    """A sample of a text: its bytes, and in how many pieces they are taken."""
+
+    num_bytes: int
+    number: int
+
+
+SAMPLE, FIRST_LOOK = Pieces(1536, 6), Pieces(512, 4)
 
 
 class Languages(NamedTuple):
@@ -49,10 +58,11 @@ class Languages(NamedTuple):
 def identify_languages(batch: pa.RecordBatch) -> Outcome:
     """The stage that enters the language of every row that has none and is not code; nothing is dropped."""
     languages, domains = batch.column("language").to_pylist(), batch.column("domain").to_pylist()
-    texts, mixed = text_buffer(batch), {}
+    data, offsets = text_buffer(batch)
+    content, bounds, mixed = memoryview(data), offsets.tolist(), {}
     for row, (language, domain) in enumerate(zip(languages, domains, strict=True)):
         if language == UNKNOWN and domain != "code":
-            found = languages_of(_sample(texts, row))
+            found = _found(bytes(content[bounds[row] : bounds[row + 1]]))
             languages[row] = found.language
             if found.is_mixed:
                 mixed[row] = found.shares
@@ -86,19 +96,27 @@ def languages_of(raw: bytes) -> Languages:
     return Languages(max(shares, key=lambda code: (shares[code], code)), shares)
 
 
-def _sample(texts: TextBuffer, row: int) -> bytes:
+def _found(text: bytes) -> Languages:
+    """The languages of a text, by a sample of it."""
+    if len(text) > FIRST_LOOK.num_bytes and text.isascii():
+        found = languages_of(_sample(text, FIRST_LOOK))
+        if len(found.shares) == 1:
+            return found
+    return languages_of(_sample(text, SAMPLE))
+
+
+def _sample(text: bytes, pieces: Pieces) -> bytes:
     """The text, or pieces of a long one, cut between characters."""
-    start, stop = int(texts.offsets[row]), int(texts.offsets[row + 1])
-    if stop - start <= SAMPLE_BYTES:
-        return texts.data[start:stop].tobytes()
-    size = SAMPLE_BYTES // PIECES
-    gap = stop - size - start
-    firsts = [start + gap * piece // (PIECES - 1) for piece in range(PIECES)]
-    pieces = [texts.data[first : first + size].tobytes() for first in firsts]
-    together = b"\n".join(pieces)
+    if len(text) <= pieces.num_bytes:
+        return text
+    size = pieces.num_bytes // pieces.number
+    gap = len(text) - size
+    firsts = [gap * piece // (pieces.number - 1) for piece in range(pieces.number)]
+    taken = [text[first : first + size] for first in firsts]
+    together = b"\n".join(taken)
     if together.isascii():
         return together
-    return "\n".join(piece.decode("utf-8", "ignore") for piece in pieces).encode()
+    return "\n".join([piece.decode("utf-8", "ignore") for piece in taken]).encode()
 
 
 def _meta_with(meta: str, shares: Mapping[str, float]) -> str:

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.kernels import MIX, compiled
+from data_pipelines.blocks import compiled, inlined
+from data_pipelines.kernels import MIX
 from data_pipelines.rules import power_of_two
 
 BITS = np.uint64(18)
@@ -67,7 +68,7 @@ def empty_cache(length: int, vocabulary: int) -> Cache:
     return Cache(words, recent, seen, np.zeros(size, np.uint64), np.zeros(size, np.int64))
 
 
-@compiled
+@inlined
 def _slot(slots, key):
     """Where the key is in the table, or the free slot where it belongs."""
     mask = np.uint64(slots.shape[0] - 1)
@@ -79,7 +80,7 @@ def _slot(slots, key):
     return at
 
 
-@compiled
+@inlined
 def _enter_all(keys, slots, places):
     for i in range(keys.shape[0]):
         at = _slot(slots, keys[i])
@@ -87,13 +88,13 @@ def _enter_all(keys, slots, places):
         places[i] = at
 
 
-@compiled
+@inlined
 def _count(slots, counts, key):
     at = _slot(slots, key)
     return counts[at] if slots[at] != 0 else 0.0
 
 
-@compiled
+@inlined
 def _probability(tables, cache, row, at, token):
     """p(token) at row[at], given row[:at], which the cache has counted."""
     p, d = tables.unigram[token], tables.discount
@@ -122,7 +123,7 @@ def _probability(tables, cache, row, at, token):
     return (1.0 - tables.cache_share) * p + tables.cache_share * cached
 
 
-@compiled
+@inlined
 def _remember(tables, cache, row, at):
     """Counts row[at], and the pair that it ends."""
     token = row[at]
@@ -136,7 +137,7 @@ def _remember(tables, cache, row, at):
         cache.pair_counts[slot] += 1
 
 
-@compiled
+@inlined
 def _forget(cache, row):
     for i in range(row.shape[0]):
         cache.words[row[i]], cache.recent[row[i]], cache.seen[row[i]] = 0, 0.0, 0

@@ -36,7 +36,7 @@ import numpy as np
 
 from data_pipelines.coherence import Scored, Scorer, pieces
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "ngrams.json"
 ARRAYS = ("words", "pair_keys", "pair_counts", "triple_keys", "triple_counts")
 BITS = 18

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipelines import kernels
-from data_pipelines.kernels import compiled
+from data_pipelines.blocks import compiled
 from data_pipelines.rules import Words
 
 FACTOR = 0x9E3779B97F4A7C15

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_pipelines.kernels import compiled
+from data_pipelines.blocks import compiled, inlined
 
 LEAST_WEIGHT = 8
 """Digits and dots: a phone number has at least 8 digits, an address of version 4 that is masked 5 digits and 3 dots."""
@@ -10,17 +10,17 @@ LEAST_COLONS = 3
 """Of an address of version 6 that is masked."""
 
 
-@compiled
+@inlined
 def _is_digit(byte):
     return 48 <= byte <= 57
 
 
-@compiled
+@inlined
 def _is_letter(byte):
     return 65 <= byte <= 90 or 97 <= byte <= 122
 
 
-@compiled
+@inlined
 def _is_account(data, at, stop):
     """Whether two capitals and a digit stand here, as at the start of an IBAN."""
     return at + 2 < stop and 65 <= data[at] <= 90 and 65 <= data[at + 1] <= 90 and _is_digit(data[at + 2])

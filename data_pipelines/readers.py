@@ -42,6 +42,8 @@ MANIFESTS = {"go.mod", "Cargo.toml"}
 """Data files that say how the imports of a repository are meant (`imports.py`)."""
 TEXT_FIELDS = {"text", "content"}
 FIELDS = ("source", "domain", "language", "licence", "path")
+TAKEN = frozenset({*FIELDS, "id"})
+"""Fields that do not go to meta as they are; the text does not go there either."""
 NUM_BYTES_OF_BINARY = 8000
 """A file with a NUL among its first bytes is no text."""
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -182,9 +184,10 @@ def row_documents(
     file: File, *, on_bad_row: BadRow = None, start: int = 0, stop: int = -1, first_line: int = 1
 ) -> Iterator[Document]:
     """A document per row of JSONL or of a JSON array; fields beyond text, FIELDS and id go to meta."""
+    source = file.path.stem
     for row in _json_rows(file, on_bad_row, start=start, stop=stop, first_line=first_line):
         line = row.place.rpartition(":")[2]
-        yield from document_of_row(row, path=f"{file.name}:{line}", source=file.path.stem, on_bad_row=on_bad_row)
+        yield from document_of_row(row, path=f"{file.name}:{line}", source=source, on_bad_row=on_bad_row)
 
 
 def document_of_row(row: Row, *, path: str, source: str, on_bad_row: BadRow) -> Iterator[Document]:
@@ -205,12 +208,12 @@ def document_of_row(row: Row, *, path: str, source: str, on_bad_row: BadRow) -> 
         reason = f"field {field!r} is {kind}, wanted a string; the row has the fields {names}"
         set_aside(f"{row.place}: {reason}", on_bad_row)
         return
-    given = {key: fields[key] for key in FIELDS if fields.get(key) is not None}
+    given = {key: value for key in FIELDS if (value := fields.get(key)) is not None}
     for key, value in given.items():
         if not isinstance(value, str):
             set_aside(f"{row.place}: field {key!r} is {type(value).__name__}, wanted a string", on_bad_row)
             return
-    meta = {key: value for key, value in fields.items() if key not in FIELDS and key not in (field, "id")}
+    meta = {key: value for key, value in fields.items() if key not in TAKEN and key != field}
     if "id" in fields:
         meta["original_id"] = fields["id"]
     yield make_document(

@@ -3,9 +3,9 @@
 import numpy as np
 
 from data_pipelines import kernels
-from data_pipelines.kernels import compiled
+from data_pipelines.blocks import compiled, inlined
 
-_combine, _enter = kernels._combine, kernels._enter
+_combine, _enter, emptied = kernels._combine, kernels._enter, kernels.emptied
 
 TOP_NGRAMS = (2, 3, 4)
 DUPLICATE_NGRAMS = (5, 6, 7, 8, 9, 10)
@@ -32,10 +32,7 @@ def duplicate_ngrams(hashes, lengths, starts, repeated, rows, table, alive, out)
                 if n > 5:
                     alive[i] = alive[i] and alive[i + 1]
                 looked += alive[i]
-            size = 16
-            while size < 2 * looked:
-                size *= 2
-            table[:size] = 0
+            own = emptied(table, looked)
             inside, i = 0, start
             while i + n <= end:
                 if not alive[i - start]:
@@ -45,7 +42,7 @@ def duplicate_ngrams(hashes, lengths, starts, repeated, rows, table, alive, out)
                 for k in range(n):
                     value = _combine(value, hashes[i + k])
                     gram_bytes += lengths[i + k]
-                if _enter(table[:size], value):
+                if _enter(own, value):
                     inside += gram_bytes
                     i += n
                 else:
@@ -53,67 +50,106 @@ def duplicate_ngrams(hashes, lengths, starts, repeated, rows, table, alive, out)
             out[document, n - 5] = inside / total if total > 0 else 0.0
 
 
-@compiled
-def _count_grams(hashes, lengths, start, end, n, alive, table, counts, slots):
-    """(bytes of the most costly n-gram's occurrences, bytes of words inside n-grams met before) of one document.
+@inlined
+def _slot_of(table, value):
+    """The slot of an open-addressed table (its size a power of two) that has the value or, being 0, may take it."""
+    mask = np.uint64(table.shape[0] - 1)
+    slot = (value ^ (value >> np.uint64(32))) & mask
+    while table[slot] != 0 and table[slot] != value:
+        slot = (slot + np.uint64(1)) & mask
+    return slot
 
-    Looks at the n-grams whose place i has alive[i - start], and leaves there whether the n-gram is repeated.
+
+@inlined
+def _most_costly(values, gram_bytes, costs, num_values, table, counts):
+    """Bytes of the most costly repeated n-gram's occurrences; `costs` bound them from above.
+
+    That with the largest bound is counted first. If others may still be more costly, which is rare, these are counted.
     """
+    bound, top, count = 0, 0, 0
+    for i in range(num_values):
+        bound = max(bound, costs[i])
+    if bound == 0:
+        return 0
+    while costs[top] != bound:
+        top += 1
+    for i in range(num_values):
+        count += values[i] == values[top]
+    least = count * gram_bytes[top] if count > 1 else 0
     looked = 0
-    for i in range(start, end - n + 1):
-        looked += alive[i - start]
-    size = 16
-    while size < 2 * looked:
-        size *= 2
-    table[:size] = 0
-    mask, most, inside, covered = np.uint64(size - 1), 0, 0, start
-    for i in range(start, end - n + 1):
-        if not alive[i - start]:
-            continue
-        value, gram_bytes = np.uint64(n), 0
-        for k in range(n):
-            value = _combine(value, hashes[i + k])
-            gram_bytes += lengths[i + k]
-        value |= np.uint64(1)
-        slot = (value ^ (value >> np.uint64(32))) & mask
-        while table[slot] != 0 and table[slot] != value:
-            slot = (slot + np.uint64(1)) & mask
-        known = table[slot] == value
-        table[slot] = value
-        counts[slot] = counts[slot] + 1 if known else 1
-        slots[i - start] = slot
-        if known:
-            most = max(most, counts[slot] * gram_bytes)
-            for word in range(max(covered, i), i + n):
-                inside += lengths[word]
-            covered = i + n
-    for i in range(start, end - n + 1):
-        alive[i - start] = alive[i - start] and counts[slots[i - start]] > 1
-    return most, inside
+    for i in range(num_values):
+        looked += costs[i] > least
+    if looked == 0:
+        return least
+    own, most = emptied(table, looked), least
+    for i in range(num_values):
+        if costs[i] > least:
+            value = values[i] | np.uint64(1)
+            slot = _slot_of(own, value)
+            counts[slot] = 1 if own[slot] == 0 else counts[slot] + 1
+            own[slot] = value
+            if counts[slot] > 1:
+                most = max(most, counts[slot] * gram_bytes[i])
+    return most
+
+
+@inlined
+def _covered_again(values, places, num_values, ends, n, table, counts, repeated):
+    """Bytes of words inside n-grams met before; repeated[places[i]] is told whether n-gram i stands elsewhere too."""
+    own, inside, covered = emptied(table, num_values), 0, 0
+    for i in range(num_values):
+        value, first = values[i] | np.uint64(1), places[i]
+        slot = _slot_of(own, value)
+        if own[slot] == 0:
+            own[slot], counts[slot] = value, first
+        else:
+            repeated[first] = repeated[counts[slot]] = True
+            inside += ends[first + n] - ends[max(covered, first)]
+            covered = first + n
+    return inside
 
 
 @compiled
-def repetition(hashes, lengths, starts, table, counts, slots, alive, top, cover):
+def repetition(
+    hashes, lengths, starts, table, counts, slots, places, gram_bytes, costs, values, ends, repeated, top, cover
+):
     """Fills top[d]: bytes of the most costly 2-, 3- and 4-gram's occurrences over bytes of all words (arXiv:2112.11446,
     A1.1); and cover[d]: no share of `duplicate_ngrams` from 5 on is larger.
 
     An n-gram can only be repeated where the (n - 1)-grams it begins and ends with are, so few are looked at. The words
-    inside 5-grams met before hold those inside longer ones. alive[i] says at the end whether the five words from word i
-    on stand elsewhere in its document as well (nothing, where fewer follow).
-    Scratch space: table, counts: a power of two, at least twice the words of any document; slots: as many words.
+    inside 5-grams met before hold those inside longer ones. repeated[i] says at the end whether the five words from
+    word i on stand elsewhere in its document as well (nothing, where fewer follow).
+    Scratch space: table, counts: powers of two, at least twice the words of any document; slots, places, gram_bytes,
+    costs, values, ends: as many words and one.
     """
     for document in range(starts.shape[0] - 1):
-        start, end = starts[document], starts[document + 1]
-        total = 0
-        for word in range(start, end):
-            total += lengths[word]
-        own = alive[start:end]
-        own[:] = True
-        for n in range(2, 6):
-            most, inside = _count_grams(hashes, lengths, start, end, n, own, table, counts, slots)
-            if n < 5:
-                top[document, n - 2] = min(most / total, 1.0) if total > 0 else 0.0
-                for i in range(end - start - n):
-                    own[i] = own[i] and own[i + 1]
-            else:
-                cover[document] = inside / total if total > 0 else 0.0
+        start, num_words = starts[document], starts[document + 1] - starts[document]
+        own = repeated[start : start + num_words]
+        own[:] = False
+        ends[0] = 0  # bytes of the words before each
+        left = max(num_words - 1, 0)
+        for i in range(num_words):
+            ends[i + 1] = ends[i] + lengths[start + i]
+        for i in range(left):
+            values[i], places[i] = hashes[start + i], i
+        total = max(ends[num_words], 1)
+        for n in range(2, 5):
+            for i in range(left):
+                values[i] = _combine(values[i], hashes[start + places[i] + n - 1])
+            kernels.count_slots(values, left, counts, slots)
+            several = 0
+            for i in range(left):
+                count, place = counts[slots[i]], places[i]
+                values[several], places[several] = values[i], place
+                gram_bytes[several] = ends[place + n] - ends[place]
+                costs[several] = count * gram_bytes[several]
+                several += count > 1
+            most = _most_costly(values, gram_bytes, costs, several, table, counts)
+            top[document, n - 2] = min(most / total, 1.0)
+            left = 0
+            for i in range(several - 1):
+                values[left], places[left] = values[i], places[i]
+                left += places[i + 1] == places[i] + 1
+        for i in range(left):
+            values[i] = _combine(values[i], hashes[start + places[i] + 4])
+        cover[document] = _covered_again(values, places, left, ends, 5, table, counts, own) / total

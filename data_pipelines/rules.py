@@ -210,7 +210,7 @@ def word_totals(words: Words) -> np.ndarray:
     """Returns [D, 3] of every row: the bytes of its words, its words with a letter, its different `STOP_WORDS`."""
     from data_pipelines import kernels
 
-    stop_words = np.array([kernels.fnv(word) for word in STOP_WORDS], np.uint64)
+    stop_words = kernels.word_hashes(" ".join(STOP_WORDS))
     totals_D3 = np.zeros((len(words.starts) - 1, 3))
     kernels.word_totals(words.hashes, words.lengths, words.flags, words.starts, stop_words, totals_D3)
     return totals_D3
@@ -232,8 +232,10 @@ def repetition(words: Words) -> Repetition:
     from data_pipelines import repetition as kernels
 
     num_rows, most = len(words.starts) - 1, int(np.diff(words.starts).max(initial=0))
-    size = power_of_two(2 * most)
-    scratch = np.zeros(size, np.uint64), np.zeros(size, np.int32), np.zeros(most + 1, np.int64)
+    scratch = (
+        np.empty(power_of_two(2 * most), np.uint64), np.empty(power_of_two(2 * most), np.int32),
+        *(np.empty(most + 1, np.int32) for _ in range(4)), np.empty(most + 1, np.uint64), np.empty(most + 1, np.int64),
+    )  # fmt: skip
     found = Repetition(
         np.zeros((num_rows, len(kernels.TOP_NGRAMS))), np.zeros(num_rows), np.zeros(len(words.hashes), bool)
     )

@@ -46,6 +46,11 @@ from data_pipelines.readers import (
 )
 from data_pipelines.web_pages import html_document, warc_documents
 
+WHAT_IS_READ = (
+    "JSONL, parquet, Arrow, WARC, HTML, text, folders, repositories as folders or archives, hf:ORG/NAME, "
+    "datasets:NAME, embedded (the standard library)"
+)
+"""For the help of a command that takes these."""
 EMBEDDED = "embedded"
 ROW_SUFFIXES = {".jsonl", ".json"}
 WARC_SUFFIXES = {".warc", ".wet"}

@@ -3,7 +3,21 @@
 import numpy as np
 
 from data_pipelines import kernels
-from data_pipelines.kernels import FNV_OFFSET, HIGHS, MIX, ONES, compiled, load64, trailing_zeros
+from data_pipelines.blocks import (
+    HIGHS,
+    ONES,
+    TAIL_BYTES,
+    address_of,
+    between,
+    block_at,
+    compiled,
+    inlined,
+    load64,
+    lowest,
+    num_ones,
+    trailing_zeros,
+)
+from data_pipelines.kernels import hash_bytes
 
 _combine, _enter, _kind, _width = kernels._combine, kernels._enter, kernels._kind, kernels._width
 
@@ -53,7 +67,7 @@ def hold_lorem_ipsum(data, offsets):
     return out
 
 
-@compiled
+@inlined
 def _is_terminal(data, at, end):
     """Whether the character ends a sentence: . ! ? " ' or the ellipsis, and their Chinese counterparts."""
     byte = data[at]
@@ -76,118 +90,83 @@ def counts(data, offsets, table, out):
     `table` (uint64) is scratch space: a power of two above twice the number of lines of any document.
     DUPLICATE_LINES and _PARAGRAPHS are shares of their number, DUPLICATE_LINE_BYTES of their bytes.
     """
+    tail = np.zeros(TAIL_BYTES, np.uint8)
     for document in range(offsets.shape[0] - 1):
         row = out[document]
         row[:] = 0.0
-        _count_characters(data, offsets[document], offsets[document + 1], row)
-        _count_lines(data, offsets[document], offsets[document + 1], table, row)
+        _count_characters(data, offsets[document], offsets[document + 1], tail, row)
+        _count_lines(data, offsets[document], offsets[document + 1], table, tail, row)
+    tail[0] = 0  # it is in use up to here
 
 
-def _ascii_classes():
-    """ASCII byte -> 0 white space, 1 letter, 2 digit, 3 newline, 4 control, 5 punctuation."""
-    table = np.zeros(128, np.uint8)
-    for byte in range(128):
-        character = chr(byte)
-        if character.isalpha():
-            table[byte] = 1
-        elif character.isdigit():
-            table[byte] = 2
-        elif byte not in (9, 13, 32):
-            table[byte] = 3 if byte == 10 else 4 if byte < 32 or byte == 127 else 5
-    return table
-
-
-ASCII_CLASS = _ascii_classes()
-
-
-@compiled
-def _has_byte(word, byte):
-    """Whether one of the eight bytes is this one."""
-    other = word ^ (ONES * np.uint64(byte))
-    return ((other - ONES) & ~other & HIGHS) != 0
-
-
-@compiled
-def _count_characters(data, begin, end, row):
-    count = np.zeros(128, np.int64)  # of each ASCII byte; classes are summed at the end
-    odd = np.zeros(128, np.int64)  # every second one here: equal bytes running would wait for each other
-    ellipses, sentences, han, letters, replacements, controls, punctuation, others = 0, 0, 0, 0, 0, 0, 0, 0
-    at = begin
-    while at < end:
-        if at + 8 <= end:
-            word = load64(data, at)
-            marks = _has_byte(word, 46) or _has_byte(word, 33) or _has_byte(word, 63)
-            if (word & HIGHS) == 0 and not marks:
-                for _ in range(4):
-                    count[word & np.uint64(127)] += 1
-                    odd[(word >> np.uint64(8)) & np.uint64(127)] += 1
-                    word >>= np.uint64(16)
-                at += 8
-                continue
-        byte = data[at]
-        if byte < 0x80:
-            count[byte] += 1
-            at += 1
-            if byte == 46 or byte == 33 or byte == 63:
-                # A sentence ends where its mark is followed by white space or a quotation mark, or by nothing.
-                after = data[at] if at < end else np.uint8(32)
-                sentences += after == 32 or after == 10 or after == 9 or after == 34 or after == 39
-                if byte == 46 and at + 1 < end and data[at] == 46 and data[at + 1] == 46:
-                    ellipses += at - 1 == begin or data[at - 2] != 46
-            continue
-        others += 1
-        kind = _kind(data, at, end)
-        han += kind == 2
-        letters += kind >= 2
+@inlined
+def _count_others(data, at, end, row):
+    """End of the non-ASCII characters from `at` on, which are counted."""
+    while at < end and data[at] >= 0x80:
+        byte, kind = data[at], _kind(data, at, end)
+        row[CHARACTERS] += 1
+        row[HAN] += kind == 2
+        row[LETTERS] += kind >= 2
         if kind == 0:
             second = data[at + 1] if at + 1 < end else np.uint8(0)
             third = data[at + 2] if at + 2 < end else np.uint8(0)
             if byte == 0xEF and second == 0xBF and third == 0xBD:
-                replacements += 1
+                row[REPLACEMENTS] += 1
             elif byte == 0xC2 and second < 0xA0:
-                controls += 1
+                row[CONTROLS] += 1
             else:
-                punctuation += 1
-                ellipses += byte == 0xE2 and second == 0x80 and third == 0xA6
-                sentences += byte != 0xE2 and _is_terminal(data, at, end)
+                row[PUNCTUATION] += 1
+                row[ELLIPSES] += byte == 0xE2 and second == 0x80 and third == 0xA6
+                row[SENTENCES] += byte != 0xE2 and _is_terminal(data, at, end)
         at += _width(byte)
-    count += odd
-    of_class = np.zeros(6, np.int64)
-    for byte in range(128):
-        of_class[ASCII_CLASS[byte]] += count[byte]
-    row[CHARACTERS] = others + count.sum()
-    row[HAN], row[HASHES], row[ELLIPSES], row[BRACES] = han, count[35], ellipses, count[123]
-    row[LETTERS], row[DIGITS], row[NEWLINES] = letters + of_class[1], of_class[2], of_class[3]
-    row[CONTROLS], row[PUNCTUATION] = controls + of_class[4], punctuation + of_class[5]
-    row[REPLACEMENTS], row[SENTENCES] = replacements, sentences
+    return at
 
 
-@compiled
-def _line_hash(data, start, stop):
-    """Hash of data[start:stop]."""
-    value, i = np.uint64(FNV_OFFSET) + np.uint64(stop - start), start
-    while i + 8 <= stop:
-        value = (value ^ load64(data, i)) * np.uint64(MIX)
-        value ^= value >> np.uint64(32)
-        i += 8
-    rest = np.uint64(0)
-    if stop - start >= 8:
-        rest = load64(data, stop - 8)
-    else:
-        while i < stop:
-            rest = (rest << np.uint64(8)) | np.uint64(data[i])
-            i += 1
-    value = (value ^ rest) * np.uint64(MIX)
-    return value ^ (value >> np.uint64(29))
+@inlined
+def _count_characters(data, begin, end, tail, row):
+    letters, digits, newlines, white, controls, hashes, braces, known = 0, 0, 0, 0, 0, 0, 0, 0
+    at = begin
+    while at < end:
+        block = block_at(data, at, tail)
+        size = min(trailing_zeros(between(block, 128, 255)), end - at)
+        if size == 0:
+            at = _count_others(data, at, end, row)
+            continue
+        here = lowest(size)
+        spaces = between(block, 9, 9) | between(block, 13, 13) | between(block, 32, 32)
+        breaks = between(block, 10, 10)
+        known += size
+        letters += num_ones((between(block, 65, 90) | between(block, 97, 122)) & here)
+        digits += num_ones(between(block, 48, 57) & here)
+        newlines += num_ones(breaks & here)
+        white += num_ones(spaces & here)
+        controls += num_ones((between(block, 0, 31) | between(block, 127, 127)) & ~(spaces | breaks) & here)
+        hashes += num_ones(between(block, 35, 35) & here)
+        braces += num_ones(between(block, 123, 123) & here)
+        marks = (between(block, 46, 46) | between(block, 33, 33) | between(block, 63, 63)) & here
+        while marks != 0:
+            mark = at + trailing_zeros(marks)
+            marks &= marks - np.uint64(1)
+            # A sentence ends where its mark is followed by white space or a quotation mark, or by nothing.
+            after = data[mark + 1] if mark + 1 < end else np.uint8(32)
+            row[SENTENCES] += after == 32 or after == 10 or after == 9 or after == 34 or after == 39
+            if data[mark] == 46 and after == 46 and mark + 2 < end and data[mark + 2] == 46:
+                row[ELLIPSES] += mark == begin or data[mark - 1] != 46
+        at += size
+    row[CHARACTERS] += known
+    row[LETTERS] += letters
+    row[CONTROLS] += controls
+    row[DIGITS], row[NEWLINES], row[HASHES], row[BRACES] = digits, newlines, hashes, braces
+    row[PUNCTUATION] += known - letters - digits - newlines - white - controls
 
 
-@compiled
+@inlined
 def _num_continued(word):
     """How many of eight bytes continue a character."""
     return np.int64((((word & ~(word << np.uint64(1)) & HIGHS) >> np.uint64(7)) * ONES) >> np.uint64(56))
 
 
-@compiled
+@inlined
 def _end_of_line(data, at, end):
     """(place of the next newline or the end, characters before it)."""
     characters = 0
@@ -207,8 +186,8 @@ def _end_of_line(data, at, end):
     return at, characters
 
 
-@compiled
-def _count_lines(data, at, end, table, row):
+@inlined
+def _count_lines(data, at, end, table, tail, row):
     size = 16
     while size < 2 * (row[NEWLINES] + 2):
         size *= 2
@@ -229,7 +208,8 @@ def _count_lines(data, at, end, table, row):
             last = stop - 1
             while last > start and (data[last] & 0xC0) == 0x80:
                 last -= 1
-            value = _line_hash(data, start, stop)
+            place = block_at(data, start, tail) if stop - start <= 8 else address_of(data, start)
+            value = hash_bytes(place, stop - start, np.uint64(0))
             seen = _enter(table[:size], value)
             repeated_lines += seen
             repeated_bytes += seen * (stop - start)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from internjax.hf.folder import new_folder
-from internjax.text.tokenizer import Tokenizer
+from internjax.text.tokenizer import Tokenizer, save_tokenizer
 
 MANIFEST, DOCUMENTS = "manifest.json", "documents.parquet"
 FORMAT = 1
@@ -99,13 +99,19 @@ def write_tokens(
     tokenizer: Tokenizer,
     shard_tokens: int = SHARD_TOKENS,
     about: dict[str, Any] | None = None,
+    keep_tokenizer: bool = False,
 ) -> dict[str, Any]:
     """Writes a token folder and returns its manifest; `about` (JSON values) is kept in it.
+
+    keep_tokenizer: the folder `tokenizer` in it holds the tokenizer as well.
 
     Raises ValueError where there is no document to write, or the folder exists and is no token folder.
     """
     with new_folder(folder, overwrite=True, marker=MANIFEST) as new:
-        return _write(new, documents, tokenizer, shard_tokens, about or {})
+        manifest = _write(new, documents, tokenizer, shard_tokens, about or {})
+        if keep_tokenizer:
+            save_tokenizer(tokenizer, new / "tokenizer")
+        return manifest
 
 
 def _write(new: Path, documents, tokenizer: Tokenizer, shard_tokens: int, about: dict[str, Any]) -> dict[str, Any]:
@@ -256,14 +262,10 @@ def main(arguments: list[str] | None = None) -> int:
     from data_pipelines import sources
     from data_pipelines.executors import shown_progress
     from internjax.hf.resolve import resolve
-    from internjax.text.tokenizer import load_tokenizer, save_tokenizer
+    from internjax.text.tokenizer import load_tokenizer
 
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.tokens", description="Documents -> a token folder.")
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH",
-        help="JSONL, parquet, Arrow, WARC, HTML, text, folders, repositories as folders or archives, hf:ORG/NAME, "
-        "datasets:NAME, embedded (the standard library)",
-    )  # fmt: skip
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=sources.WHAT_IS_READ)
     parser.add_argument("--tokenizer", required=True, help="a folder with tokenizer.json, or a model (MODEL grammar)")
     parser.add_argument("--output", required=True, help="token folder to write; the tokenizer is kept in it as well")
     parser.add_argument(
@@ -282,8 +284,9 @@ def main(arguments: list[str] | None = None) -> int:
             documents = sources.stream(args.input, on_bad_row=bad.append, progress=progress)
             texts = _chosen(documents, field, value) if field else ((d.id, d.text) for d in documents)
             about = {"where": args.where} if field else None
-            manifest = write_tokens(args.output, text_documents(texts, tokenizer), tokenizer=tokenizer, about=about)
-        save_tokenizer(tokenizer, Path(args.output) / "tokenizer")
+            manifest = write_tokens(
+                args.output, text_documents(texts, tokenizer), tokenizer=tokenizer, about=about, keep_tokenizer=True
+            )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -327,6 +327,8 @@ def run_files(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a chain on files and returns the exit status."""
+    from data_pipelines import sources
+
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.wanjuan",
         description=__doc__,
@@ -335,11 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "chain", choices=list(CHAINS), help="list of stages; mixed: code as code, the rest as reference"
     )
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH",
-        help="JSONL, parquet, Arrow, WARC, HTML, text, folders, repositories as folders or archives, hf:ORG/NAME, "
-        "datasets:NAME, embedded (the standard library)",
-    )  # fmt: skip
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=sources.WHAT_IS_READ)
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder to write; one of this command is replaced"
     )

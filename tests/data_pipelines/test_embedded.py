@@ -93,6 +93,14 @@ def test_facts_are_public_and_keep_their_file(module):
     assert facts[2].source.startswith("async def area(x, /, *rest):\n    ")
 
 
+def test_package_documents_leave_out_licences_and_this_project(tmp_path):
+    for name in ("internjax-1.0.dist-info/METADATA", "other-1.0.dist-info/METADATA", "other-1.0.dist-info/LICENSE.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("Metadata-Version: 2.4\nName: it\n\nWhat it does.\n")
+    (document,) = embedded.package_documents([tmp_path])
+    assert document.path == "packages/other-1.0.dist-info/METADATA" and document.text == "What it does.\n"
+
+
 def test_embedded_corpus_is_the_library_without_tests_and_imports_nothing():
     loaded = set(sys.modules)
     documents = embedded.stdlib_corpus()

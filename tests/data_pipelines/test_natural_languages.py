@@ -1,7 +1,7 @@
 import pytest
 
 from data_pipelines.document import make_document, to_batch, to_documents
-from data_pipelines.natural_languages import SAMPLE_BYTES, identify_languages, languages_of
+from data_pipelines.natural_languages import SAMPLE, identify_languages, languages_of
 
 ENGLISH = "The harbour was quiet that morning, and the boats lay where the night had left them. "
 CHINESE = "清晨的港口很安静，船只停在昨夜留下的地方，几个渔民正在整理他们的网。"
@@ -63,5 +63,19 @@ def test_mixed_texts_have_the_largest_language_and_all_shares():
 def test_pieces_of_a_long_text_are_cut_between_characters():
     for shift in range(3):
         assert [d.language for d in identified("a" * shift + CHINESE * 40)] == ["zh"]
-    assert len((CHINESE * 40).encode()) > SAMPLE_BYTES
+    assert len((CHINESE * 40).encode()) > SAMPLE.num_bytes
     assert languages_of(CHINESE.encode()[:-1]).language == "zh", "a character that is cut off is passed over"
+
+
+def test_long_texts_have_the_languages_of_the_whole():
+    """ASCII texts are told by a smaller sample, where it finds one language; others by the larger one."""
+    plain = {name.strip(): text for name, text in TEXTS.items() if name in ("en", "de", "zh", "ru", "ja")}
+    plain["it"] = "Il porto era tranquillo quella mattina, e le barche giacevano dove la notte le aveva lasciate."
+    plain["nl"] = "De haven was stil die ochtend, en de boten lagen waar de nacht ze had achtergelaten."
+    texts = [(text + "\n") * 60 for text in plain.values()]
+    assert [d.language for d in identified(*texts)] == [*plain]
+    assert [languages_of(text.encode()).language for text in texts] == [*plain]
+    # The first look finds two languages, or none for sure: the larger sample decides, as it does of all other texts.
+    mixed, numbers = (plain["it"] * 2 + "\n" + plain["nl"]) * 40, "12 34 56 78\n" * 300
+    (found,), (none,) = identified(mixed), identified(numbers)
+    assert found.language == "it" and found.meta["languages"].keys() >= {"it", "nl"} and none.language == "und"

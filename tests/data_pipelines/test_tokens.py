@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipelines import tokens
 from data_pipelines.tokens import TokenDocument, main, open_tokens, text_documents, write_tokens
-from internjax.text.tokenizer import save_tokenizer, train_tokenizer
+from internjax.text.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 IDS = st.lists(st.integers(0, 299), max_size=12)
 
@@ -145,7 +146,7 @@ def test_what_is_no_token_folder_is_said(folder, tmp_path):
         open_tokens(folder)
 
 
-def test_a_folder_appears_whole_and_is_replaced_whole(folder, tokenizer):
+def test_a_folder_appears_whole_and_is_replaced_whole(folder, tokenizer, monkeypatch):
     before = (folder / "manifest.json").read_bytes()
     beside = sorted(folder.parent.iterdir())
 
@@ -158,8 +159,13 @@ def test_a_folder_appears_whole_and_is_replaced_whole(folder, tokenizer):
     with pytest.raises(RuntimeError, match="broke off"):
         write_tokens(folder, documents(fails=True), tokenizer=tokenizer)
     assert (folder / "manifest.json").read_bytes() == before and sorted(folder.parent.iterdir()) == beside
-    write_tokens(folder, documents(fails=False), tokenizer=tokenizer)
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="no room"):
+        patched.setattr(tokens, "save_tokenizer", mock.Mock(side_effect=RuntimeError("no room")))
+        write_tokens(folder, documents(fails=False), tokenizer=tokenizer, keep_tokenizer=True)
+    assert (folder / "manifest.json").read_bytes() == before and sorted(folder.parent.iterdir()) == beside
+    write_tokens(folder, documents(fails=False), tokenizer=tokenizer, keep_tokenizer=True)
     assert open_tokens(folder).lengths_D.tolist() == [3] and sorted(folder.parent.iterdir()) == beside
+    assert load_tokenizer(folder / "tokenizer").fingerprint == tokenizer.fingerprint
 
 
 def test_nothing_to_write_and_a_foreign_folder_are_refused(tokenizer, tmp_path):

@@ -1,0 +1,131 @@
+"""Many bytes at a time: what the compiled loops see of a text as bits and numbers, the first byte the lowest.
+
+A block is 64 bytes, named by its address; which of its bytes are letters, newlines ... is a number of 64 bits, so that
+one step finds, counts or passes over all of them. LLVM makes of it what the processor has.
+"""
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
+
+ONES, HIGHS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
+"""The lowest and the highest bit of eight bytes."""
+ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+TAIL_BYTES = 72
+"""Of the scratch space for a block beyond the end of the data: eight bytes may be read from each of its 64 on."""
+
+compiled = numba.njit(cache=True, nogil=True)
+inlined = numba.njit(nogil=True)
+"""For what compiled loops call: of a function that is read from the cache only machine code is there, and the compiler
+can make nothing better of it where it is called. So these are not cached, but compiled into each of their callers.
+"""
+
+
+def _place(context, builder, signature, arguments):
+    """Where data[at] lies, as a pointer to eight bytes."""
+    array = context.make_array(signature.args[0])(context, builder, arguments[0])
+    return builder.bitcast(builder.gep(array.data, [arguments[1]]), ir.IntType(64).as_pointer())
+
+
+@intrinsic
+def load64(typing, data, at):
+    """data[at:at + 8] of contiguous bytes as one number, the first byte its lowest; the caller sees to the bounds."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load(_place(context, builder, signature, arguments), align=1)
+
+    return numba.types.uint64(data, numba.types.int64), generate
+
+
+@intrinsic
+def store64(typing, data, at, value):
+    """Makes data[at:at + 8] the bytes of a number, the lowest first; the caller sees to the bounds."""
+
+    def generate(context, builder, signature, arguments):
+        builder.store(arguments[2], _place(context, builder, signature, arguments), align=1)
+        return context.get_dummy_value()
+
+    return numba.types.void(data, numba.types.int64, numba.types.uint64), generate
+
+
+@intrinsic
+def trailing_zeros(typing, value):
+    """The number of zeros below the lowest one of a 64-bit number; 64 of 0."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.IntType(1)(0))
+
+    return numba.types.int64(numba.types.uint64), generate
+
+
+@intrinsic
+def num_ones(typing, value):
+    """The number of ones in a 64-bit number."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.ctpop(arguments[0])
+
+    return numba.types.int64(numba.types.uint64), generate
+
+
+@intrinsic
+def address_of(typing, data, at):
+    """The address of data[at] of contiguous bytes, which the caller keeps alive."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.ptrtoint(_place(context, builder, signature, arguments), ir.IntType(64))
+
+    return numba.types.int64(data, numba.types.int64), generate
+
+
+@intrinsic
+def eight_at(typing, address):
+    """The eight bytes at an address as one number, the first byte its lowest."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load(builder.inttoptr(arguments[0], ir.IntType(64).as_pointer()), align=1)
+
+    return numba.types.uint64(numba.types.int64), generate
+
+
+@intrinsic
+def between(typing, address, low, high):
+    """Which of the 64 bytes at an address are from low to high: a bit each."""
+
+    def generate(context, builder, signature, arguments):
+        byte, bits = ir.IntType(8), ir.VectorType(ir.IntType(8), 64)
+        spread = ir.Constant(ir.VectorType(ir.IntType(32), 64), [0] * 64)
+
+        def everywhere(value):
+            one = builder.insert_element(ir.Constant(bits, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+            return builder.shuffle_vector(one, ir.Constant(bits, ir.Undefined), spread)
+
+        place = builder.inttoptr(arguments[0], bits.as_pointer())
+        low, high = (builder.trunc(value, byte) for value in arguments[1:])
+        above = builder.sub(builder.load(place, align=1), everywhere(low))
+        inside = builder.icmp_unsigned("<=", above, everywhere(builder.sub(high, low)))
+        return builder.bitcast(inside, ir.IntType(64))
+
+    integer = numba.types.int64
+    return numba.types.uint64(integer, integer, integer), generate
+
+
+@inlined
+def block_at(data, at, tail):
+    """The address of the 64 bytes from data[at] on; beyond the end of the data there are zeros.
+
+    tail: scratch space of TAIL_BYTES, which the caller keeps as long as it uses the address.
+    """
+    rest = data.shape[0] - at
+    if rest >= TAIL_BYTES:
+        return address_of(data, at)
+    tail[:] = 0
+    tail[: min(rest, TAIL_BYTES)] = data[at : at + min(rest, TAIL_BYTES)]
+    return address_of(tail, 0)
+
+
+@inlined
+def lowest(count):
+    """The lowest `count` bits, at most 64, set."""
+    return ALL >> np.uint64(64 - count) if count > 0 else np.uint64(0)
