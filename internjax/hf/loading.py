@@ -92,20 +92,22 @@ def load_params(
                 f"{where}: {name} holds {tensors[name].dtype} values; weights of {', '.join(FLOATS)} are read. "
                 "Take the unquantised checkpoint; quantize= makes 8- and 4-bit weights of it"
             )
+    embedding = next(row.name for row in table if row.leaves == ("embed.embedding",))
     if repeated:
-        table_name = next(row.name for row in table if row.leaves == ("embed.embedding",))
-        if not np.array_equal(read_tensor(tensors[family.head]), read_tensor(tensors[table_name])):
+        if not np.array_equal(read_tensor(tensors[family.head]), read_tensor(tensors[embedding])):
             raise ValueError(
-                f"{where}: config.json ties the embeddings, but {family.head} differs from {table_name}; "
+                f"{where}: config.json ties the embeddings, but {family.head} differs from {embedding}; "
                 "set tie_word_embeddings to false, or remove the one that was not trained"
             )
     axes = logical_axes(config, mesh)
     largest = max(tensors[name].nbytes for name in wanted)
+    restored = str(DTYPES[tensors[embedding].dtype])
     params: dict = {}
     for row in table:
         kept = [path for path in row.leaves if only is None or path in only]
         if kept and row in packed:
-            leaves = _load_packed(row, tensors, config, quantization, largest=largest, mesh=mesh, axes=axes)
+            how = {"largest": largest, "mesh": mesh, "axes": axes, "dtype": restored}
+            leaves = _load_packed(row, tensors, config, quantization, **how)
         elif kept:
             leaves = _load_row(row, tensors, config, largest=largest, mesh=mesh, axes=axes, quantize=quantize)
         if kept:
@@ -128,15 +130,17 @@ def _load_row(row: Row, tensors, config: ModelConfig, *, largest: int, mesh, axe
 
 
 def _load_packed(
-    row: Row, tensors, config: ModelConfig, quantization: Quantization, *, largest: int, mesh, axes
+    row: Row, tensors, config: ModelConfig, quantization: Quantization, *, largest: int, mesh, axes, dtype: str
 ) -> dict[str, QuantArray]:
-    """Returns the leaves of a row whose kernels are quantised in the folder; see `fill` for what the host holds."""
+    """Returns the leaves of a row whose kernels are quantised in the folder; see `fill` for what the host holds.
+
+    dtype: what they are restored to.
+    """
     infos = [
         {part: tensors[name] for part, (name, _) in layer.items()}
         for layer in packed_tensors(row, tensors, quantization, config)
     ]
     orders = orders_of([read_tensor(info.pop("g_idx")) for info in infos if "g_idx" in info], quantization, row.name)
-    dtype = str(DTYPES[infos[0]["scales"].dtype])
     how = {"split": row.split, "quantization": quantization, "config": in_shape(config), "dtype": dtype}
 
     def read(layer: int) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
@@ -291,7 +295,8 @@ def home_of(
     num_layers = config.num_layers if leaf.startswith("layers.") else None
     shape = own if num_layers is None else (num_layers, *own)
     how = quantize if isinstance(quantize, Quantised) else Quantised(quantize, GROUP, double=False)
-    scheme, transpose = (how.scheme, turned) if is_kernel(leaf) else (None, False)
+    scheme = how.scheme if is_kernel(leaf) and (how.head or not leaf.startswith("head.")) else None
+    transpose = turned and is_kernel(leaf)
     group = fitting_group(own[0], largest=how.group)
     abstract = jax.ShapeDtypeStruct(shape, dtype)
     if scheme is not None:

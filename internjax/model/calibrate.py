@@ -54,9 +54,10 @@ def quantize_layers(
 ) -> dict:
     """Returns the parameters with every layer as `quantize_layer` returns it; embedding, norm and head stay.
 
-    rows: token ids `[B, T]`, all of one shape. on_layer is told the number of each layer that is done, from 1.
+    rows: token ids `[B, T]`, all of one shape; without any there are no statistics (None). on_layer is told the number
+    of each layer that is done, from 1.
     """
-    streams = []
+    streams, inputs = [], None
     for tokens_BT in rows:
         x_BTD, inputs = _begin({"embed": params["embed"]}, jnp.asarray(tokens_BT), config=config)
         streams.append(x_BTD)

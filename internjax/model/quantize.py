@@ -61,6 +61,8 @@ class Quantised:
     """Input rows that share a scale."""
     double: bool = True
     """Scales are quantised as well."""
+    head: bool = True
+    """The output head is quantised too."""
 
 
 SCALE_BLOCK = 256
