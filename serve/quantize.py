@@ -43,14 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m serve.quantize", description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("source", metavar="SRC", help="Hugging Face folder, adapter folder, BASE+ADAPTER, run folder, hf:ORG/NAME")
+    add("model", metavar="SRC", help="Hugging Face folder, adapter folder, BASE+ADAPTER, run folder, hf:ORG/NAME")
     add("folder", metavar="DST", help="folder to write; `python -m serve DST` answers from it")
     add("--method", choices=("awq", "gptq", "rtn"), default="awq", help="rtn: to nearest (default: %(default)s)")
     add("--bits", type=int, choices=(4, 8), default=4, help="8 with gptq and rtn (default: %(default)s)")
     add("--group", type=int, default=128, help="inputs that share a scale, -1: all of them (default: %(default)s)")
     add("--symmetric", action=argparse.BooleanOptionalAction, help="no zero points (default: gptq, and rtn in 8 bits)")
     add("--act-order", action="store_true", help="gptq: the inputs that matter most are rounded first")
-    add("--rounding", choices=("nearest", "gptq"), default="nearest", help="awq: how values are rounded on its scales")
+    add("--rounding", choices=("nearest", "gptq"), help="awq: how values are rounded on its scales (default: gptq)")
     text = parser.add_argument_group("text, to calibrate on and to compare on")
     text.add_argument("--calibration", metavar="FILE", required=True, help="text, or JSONL with text or messages")
     text.add_argument("--calibration-samples", type=int, default=128, help="rows of tokens (default: %(default)s)")
@@ -84,7 +84,7 @@ def quantize(args: argparse.Namespace) -> int:
     check_target(Path(args.folder).absolute(), overwrite=args.overwrite, marker=CONFIG)
     keep_programs()
     start = time.monotonic()
-    model = _whole(open_model(args.source, allow_unknown=args.allow_unknown), args.source)
+    model = _whole(open_model(args.model, allow_unknown=args.allow_unknown), args.model)
     _check_widths(model, quantization, args.layout)
     text = read_text(args, model)
     print(
@@ -111,7 +111,7 @@ def quantize(args: argparse.Namespace) -> int:
         layout=args.layout,
         dtype=args.dtype,
         shard_size=args.shard_size,
-        provenance=provenance_of(model.source) | {"quantised from": args.source, "quantised by": report["method"]},
+        provenance=provenance_of(model.source) | {"quantised from": args.model, "quantised by": report["method"]},
         overwrite=args.overwrite,
         source_logits=source_logits,
         quantization=quantization,
@@ -136,7 +136,7 @@ def quantization_of(args: argparse.Namespace) -> Quantization:
         wrong.append("AWQ's layout has 4 bits and zero points: leave --bits 8 and --symmetric to gptq and rtn")
     if args.act_order and args.method != "gptq":
         wrong.append("--act-order is a choice of --method gptq")
-    if args.rounding != "nearest" and args.method != "awq":
+    if args.rounding is not None and args.method != "awq":
         wrong.append("--rounding is a choice of --method awq")
     if args.group < 1 and args.group != -1:
         wrong.append(f"--group is {args.group}; give a positive number, or -1 for one group")
@@ -299,7 +299,7 @@ def quantized_params(
         size = next(size for size in range(args.batch_size, 0, -1) if len(calibration) % size == 0)
         rows = calibration.reshape(-1, size, calibration.shape[1])
         if args.method == "awq":
-            config = {"config": model.config, "group": args.group, "rounding": args.rounding}
+            config = {"config": model.config, "group": args.group, "rounding": args.rounding or "gptq"}
             quantize_layer = functools.partial(awq.quantize_layer, **config)
         else:
             quantize_layer = functools.partial(gptq.quantize_layer, act_order=args.act_order, **how)
@@ -334,10 +334,10 @@ def measure(model: Model, params: dict, text: Text, args: argparse.Namespace) ->
     answered = answers(model.params, params, text.prompts, config=model.config, **how)
     num_bytes = [sum(leaf.nbytes for leaf in jax.tree.leaves(each)) for each in (model.params, params)]
     quantization = quantization_of(args)
-    extra = {"awq": f", rounding {args.rounding}", "gptq": ", act order" if args.act_order else ""}
+    extra = {"awq": f", rounding {args.rounding or 'gptq'}", "gptq": ", act order" if args.act_order else ""}
     return {
         "format": 1,
-        "source": args.source,
+        "source": args.model,
         "method": f"{args.method}{extra.get(args.method, '')}",
         "packing": str(quantization),
         "symmetric": quantization.symmetric,

@@ -34,12 +34,12 @@ def quantize_layer(
     *,
     config: ModelConfig,
     group: int,
-    rounding: Literal["nearest", "gptq"] = "nearest",
+    rounding: Literal["nearest", "gptq"] = "gptq",
 ) -> dict:
     """Returns one layer's parameters in int4 with zeros; norms, values and up projections take the scales over.
 
-    group -1: one group of all input features. rounding: to the nearest value, or row by row with the error passed on
-    (`internjax.model.gptq`) on the same scales.
+    group -1: one group of all input features. rounding, on the same scales: to the nearest value as in the paper, or
+    row by row with the error passed on (`internjax.model.gptq`), which loses less.
     """
     attention, ffn = ({name: dict(part) for name, part in layer[half].items()} for half in ("attention", "ffn"))
     new = layer | {"attention": attention, "ffn": ffn}

@@ -103,7 +103,7 @@ def test_awq_folds_its_scales_without_changing_the_model(norm_dtype, monkeypatch
     monkeypatch.setattr(awq, "quantize_array", unrounded)
     monkeypatch.setattr(awq, "_search_scale", odd_scale)
     monkeypatch.setattr(awq, "_search_clip", lambda kernel, moment, *, group: 1.0)
-    fold = functools.partial(awq.quantize_layer, config=CONFIG, group=GROUP)
+    fold = functools.partial(awq.quantize_layer, config=CONFIG, group=GROUP, rounding="nearest")
     folded = calibrate.quantize_layers(params, ROWS[:1], config=CONFIG, quantize_layer=fold)
     assert moved == [32, 32, 32, 64] * 2
     before, after = params["layers"], folded["layers"]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.benchmarks import quantization as benchmark
 from internjax.hf.convert import check
 from internjax.hf.open import logits, open_model
 from internjax.hf.save import save_model
@@ -121,8 +122,8 @@ def test_what_cannot_be_done_is_refused_before_the_work(flags, message, capsys, 
 @pytest.mark.parametrize(
     ("flags", "function", "how", "packing"),
     [
-        ([], awq.quantize_layer, {"rounding": "nearest"}, "awq"),
-        (["--rounding", "gptq", "--group", "-1"], awq.quantize_layer, {"rounding": "gptq", "group": -1}, "awq"),
+        ([], awq.quantize_layer, {"rounding": "gptq"}, "awq"),
+        (["--rounding", "nearest", "--group", "-1"], awq.quantize_layer, {"rounding": "nearest", "group": -1}, "awq"),
         (["--method", "gptq"], gptq.quantize_layer, {"symmetric": True, "scheme": "int4"}, "gptq"),
         (["--method", "gptq", "--no-symmetric"], gptq.quantize_layer, {"symmetric": False}, "gptq_v2"),
         (["--method", "rtn", "--bits", "8"], command._round_layer, {"symmetric": True, "scheme": "int8"}, "gptq"),
@@ -143,6 +144,16 @@ def test_flags_choose_the_method_and_the_packing(flags, function, how, packing, 
     found = command.quantization_of(args)
     assert found.packing == packing.removesuffix("_v2")
     assert found.zeros_less_one == (packing == "gptq")
+
+
+def test_the_benchmark_measures_every_method_against_nearest(source, text, tmp_path):
+    flags = ["--group", "16", "--samples", "8", "--length", "16", "--methods", "rtn 8 bits"]
+    where = ["--model", str(source), "--calibration", str(text), "--output", str(tmp_path / "found.json")]
+    benchmark.main([*where, *flags])
+    found = json.loads((tmp_path / "found.json").read_text())["methods"]
+    assert [*found] == ["rtn", "rtn 8 bits"] and found["rtn"]["kl_over_rtn"] == 1.0
+    eight = found["rtn 8 bits"]
+    assert 0 < eight["kl_over_rtn"] == eight["kl_mean"] / found["rtn"]["kl_mean"] < 0.1
 
 
 def test_conversations_are_rendered_and_their_questions_begin_answers(tiny_model, source, tmp_path):
