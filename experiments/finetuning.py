@@ -37,7 +37,8 @@ from internjax.hf.adapter import save_adapter
 from internjax.hf.hub import check_push, push
 from internjax.hf.open import Model, open_model, read_config
 from internjax.hf.provenance import run_facts
-from internjax.hf.resolve import resolve
+from internjax.hf.quantized import Quantization, read_quantization
+from internjax.hf.resolve import CONFIG, read_json, resolve
 from internjax.hf.save import save_architecture, save_model
 from internjax.kernels.attention import Backend
 from internjax.model import decoder, lora, quantize
@@ -176,6 +177,27 @@ def base_of(config: Finetune) -> Quantised | None:
     return None if scheme == "none" else Quantised(scheme, group=64, double=scheme != "int8")
 
 
+def held_base(config: Finetune, quantization: Quantization | None) -> Quantised | None:
+    """Returns how the frozen model is held that a config and its folder ask for; a quantised folder's stays as it is.
+
+    Raises ValueError where the folder's weights are to be trained, quantised otherwise, or parted.
+    """
+    if quantization is None:
+        return base_of(config)
+    if config.method in ("full", "pissa"):
+        raise ValueError(
+            f"{config.model} is quantised ({quantization}), and method={config.method} wants whole weights: use qlora, "
+            "which trains adapters on them as they are, or the model it was made of"
+        )
+    if config.quantize != "none":
+        raise ValueError(
+            f"{config.model} is quantised already ({quantization}), and its adapters train on that: leave "
+            f"quantize={config.quantize} out, or give the model it was made of"
+        )
+    group = 1 << 30 if quantization.group == -1 else quantization.group
+    return Quantised(quantization.scheme, group, double=False, head=quantization.head)
+
+
 def finetune(config: Finetune, *, callbacks: Sequence[Every] = ()) -> Trained:
     """Returns the run folder of a fine-tuning: adapter/ (PEFT layout) for adapters, and the whole model as model/."""
     if not config.model:
@@ -222,7 +244,7 @@ def _finetune(config: Finetune, folder: Path, mesh: Mesh | None, callbacks: Sequ
         config.accumulate,
         optimizer=config.optimizer,
         lora=adapters_of(config),
-        quantised=base_of(config),
+        quantised=held_base(config, model.quantization),
         freeze=config.freeze,
     )
     task = Task(job, model.tokenizer, num_steps, read.rows, data, mesh, conversations=read.is_chat)
@@ -265,6 +287,13 @@ def _whole_model(config: Finetune, mesh: Mesh | None) -> Model:
     """
     source = resolve(config.model)
     whole_first = config.method == "pissa" or source.checkpoints is not None or bool(source.adapters)
+    stored = read_quantization(read_json(source.folder / CONFIG), allow_unknown=config.allow_unknown)
+    held = held_base(config, stored)
+    if stored is not None and source.adapters:
+        raise ValueError(
+            f"{config.model} is an adapter on a quantised model, and training goes on from a whole one: merge it with "
+            "`python -m internjax.hf convert MODEL FOLDER` and train on FOLDER"
+        )
     wanted = None if config.dtype == "auto" else config.dtype
     if wanted is None and jax.default_backend() == "gpu":
         wanted = devices.compute_dtype(jax.devices()[0])
@@ -273,7 +302,7 @@ def _whole_model(config: Finetune, mesh: Mesh | None) -> Model:
     model = open_model(
         config.model,
         mesh=mesh,
-        quantize=None if whole_first else base_of(config),
+        quantize=None if whole_first or stored is not None else held,
         dtype=wanted,
         allow_unknown=config.allow_unknown,
     )
@@ -317,7 +346,7 @@ def _start(config: Finetune, model: Model, optimizer: optax.GradientTransformati
         return _Start(state, joined(loss), None, None)
     begun = lora.initialise(adapters, model.params, jax.random.key(config.seed))
     frozen, is_pissa = begun.params, adapters.initialisation == "pissa"
-    if (how := base_of(config)) is not None:
+    if (how := base_of(config)) is not None and model.quantization is None:
         frozen = quantize.quantize_params(frozen, **dataclasses.asdict(how))
     # The state takes its arrays over.
     factors = jax.tree.map(jnp.copy, begun.weights) if is_pissa else None
@@ -416,7 +445,7 @@ def _export(config: Finetune, model: Model, start: _Start, state: TrainState, fo
         save_adapter(folder / "adapter", plain.config, weights, base=base, model_config=model.config, overwrite=True)
     if config.merge:
         trained, frozen = state.trainable, state.frozen
-        if base_of(config) is not None and jax.device_count() == 1:
+        if held_base(config, model.quantization) is not None and jax.device_count() == 1:
             # A device that was chosen for a model in few bits may not hold the whole one.
             trained, frozen = jax.device_put((trained, frozen), jax.local_devices(backend="cpu")[0])
         merged = lora.merge(frozen, lora.apply_config(trained, adapters))

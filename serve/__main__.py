@@ -46,7 +46,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="Hugging Face folder, adapter folder, BASE+ADAPTER, run folder, RUN@STEP, hf:ORG/NAME",
     )
-    parser.add_argument("--quantize", choices=("int8", "int4"), help="weights in 8 or 4 bits (default: as stored)")
+    parser.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="weights to nearest in 8 or 4 bits, in memory (default: as stored; serve.quantize loses less)",
+    )
     parser.add_argument("--allow-unknown", nargs="+", default=(), metavar="FIELD", help="of config.json, left unread")
     parser.add_argument(
         "--kv",
@@ -110,7 +114,7 @@ def open_pipeline(args: argparse.Namespace):
         mesh = make_mesh(MeshConfig(fsdp=1, tensor=args.tensor), devices[: args.tensor])
     model = open_model(args.model, mesh=mesh, quantize=args.quantize, allow_unknown=args.allow_unknown)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    kind = args.quantize or model.config.param_dtype
+    kind = args.quantize or model.quantization or model.config.param_dtype
     print(f"weights  {weights / 2**20:,.1f} MiB {kind}, computed in {model.config.dtype} on {jax.devices()[0]}")
     start = time.monotonic()
     print("compiling ...", flush=True)

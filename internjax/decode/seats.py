@@ -130,7 +130,7 @@ class Seats:
         return False
 
     def has_pages_for(self, row: Row) -> bool:
-        """Returns whether a row can begin, with what all rows want for their next block: else one would have to stop."""
+        """Returns whether a row can begin, and all rows get their next block: else one would soon have to stop."""
         others = self.taken.values()
         growth = sum(map(self._growth, (*others, row))) if others else 0
         return self.tree.num_needed(row.key, row.sharable, self._at_first(row)) + growth <= self.tree.num_available

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from internjax.hf.fields import scaling_to_hf
+from internjax.hf.quantized import read_quantization
 from internjax.model.config import ModelConfig, num_params
 
 # Layouts whose classes transformers has itself, without remote code.
@@ -44,7 +45,7 @@ def model_card(name: str, config: ModelConfig, about: Mapping[str, Any], values:
         "vocabulary": config.vocab_size,
         "trained length": config.max_position_embeddings,
         "rotary base, scaling": f"{config.rope_theta:g}, {_scaling(config)}",
-        "stored as": values["torch_dtype"],
+        "stored as": _stored(values),
         "largest logit difference after reading back": f"{proof['max_logit_difference']:.2g}",
         "largest logit difference to the source": f"{proof['max_logit_difference_to_source']:.2g}",
     }
@@ -62,6 +63,11 @@ def model_card(name: str, config: ModelConfig, about: Mapping[str, Any], values:
     sections.append("## Use\n\n" + "\n\n".join(usage))
     sections.append("`python -m internjax.hf check FOLDER` verifies every file and the recorded logits.")
     return "\n\n".join(sections) + "\n"
+
+
+def _stored(values: Mapping[str, Any]) -> str:
+    quantization = read_quantization(values)
+    return values["torch_dtype"] + ("" if quantization is None else f", the layers' kernels as {quantization}")
 
 
 def _scaling(config: ModelConfig) -> str:

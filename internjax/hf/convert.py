@@ -19,6 +19,7 @@ from internjax.hf.resolve import ABOUT, CONFIG, read_json
 from internjax.hf.save import Proof, file_hashes, proof_logits, save_model
 from internjax.model.config import DType
 from internjax.model.lora import Lora, merge
+from internjax.model.quantize import dequantize_params
 
 # Logits in float32 on another device or with another number of threads: sums in another order, nothing more.
 TOLERANCE = 1e-3
@@ -37,6 +38,7 @@ def convert(
 ) -> Proof:
     """Writes MODEL `source` as a Hugging Face folder and returns the proof. Adapters are merged; this is printed.
 
+    A quantised folder (AWQ, GPTQ) is written as it is, unless adapters are merged into it: then it is restored.
     `merge_adapters` are adapter folders on top of those that MODEL names. Memory holds one model at a time, and besides
     it two tensors on the host. A run that is going on is only read from.
     """
@@ -44,7 +46,12 @@ def convert(
     model = open_model(source, adapters=merge_adapters, allow_unknown=allow_unknown)
     params, provenance = model.params, provenance_of(model.source)
     source_logits = proof_logits(model.config, params, lora=model.lora)
+    quantization = model.quantization
     if model.lora is not None:
+        if quantization is not None:
+            # What an adapter adds lies between the levels of the grid.
+            params, quantization = dequantize_params(params), None
+            print(f"{source} is quantised; with adapters merged into it {folder} is not")
         merge_in_place(params, model.lora)
         print(f"adapters are merged into the weights of {folder}")
     provenance |= {"converted from": "+".join([str(source), *merge_adapters])}
@@ -61,6 +68,7 @@ def convert(
         overwrite=overwrite,
         source_logits=source_logits,
         use_up=True,
+        quantization=quantization,
     )
 
 

@@ -16,7 +16,7 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool, marker: str) -> Iter
     tells a folder of the same kind. On an error nothing is left and `path` is as it was.
     """
     path = Path(path).absolute()
-    _check_target(path, overwrite=overwrite, marker=marker)
+    check_target(path, overwrite=overwrite, marker=marker)
     suffix = uuid.uuid4().hex[:8]
     new, old = path.with_name(f".{path.name}.new-{suffix}"), path.with_name(f".{path.name}.old-{suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,8 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool, marker: str) -> Iter
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_target(path: Path, *, overwrite: bool, marker: str) -> None:
+def check_target(path: Path, *, overwrite: bool, marker: str) -> None:
+    """Raises ValueError where `new_folder` would not take the name."""
     if not path.exists():
         return
     if not path.is_dir():

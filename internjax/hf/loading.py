@@ -4,6 +4,7 @@ A large tensor goes straight to where it will live: it is placed on the mesh, tu
 there if wished, and written into its layer of the stacked leaf, which is updated in place. The host holds one tensor.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -26,11 +27,26 @@ from internjax.hf.mapping import (
     tensor_names,
     tensor_shape,
 )
+from internjax.hf.quantized import (
+    FIELDS_OF,
+    Quantization,
+    check_storable,
+    check_symmetric,
+    check_words,
+    is_packed,
+    orders_of,
+    pack,
+    packed_tensors,
+    unpack,
+    unpack_on_device,
+    zero_biases,
+)
 from internjax.hf.weights import DTYPES, Plan, TensorInfo, check_names, read_tensor
 from internjax.kernels.quant_matmul import Scheme
 from internjax.model import decoder
-from internjax.model.config import ModelConfig
+from internjax.model.config import ModelConfig, in_shape
 from internjax.model.quantize import QuantArray, Quantised, fitting_group, quantize_array
+from internjax.model.quantize import logical_axes as quantized_axes
 
 FLOATS = ("F32", "BF16", "F16")
 GROUP = 128
@@ -45,39 +61,56 @@ def load_params(
     where: Any,
     mesh: Mesh | None = None,
     quantize: Scheme | Quantised | None = None,
+    quantization: Quantization | None = None,
     only: Collection[str] | None = None,
 ) -> dict:
     """Returns the parameter tree of a folder's tensors in the dtypes they are stored in.
 
-    On a mesh every leaf has the sharding of its logical axes. `quantize` turns every kernel into a QuantArray. `only`
-    are the dotted paths of the leaves to read, by default all. Raises ValueError naming tensors that are missing,
-    unexpected, of a wrong shape or of a type that is no float.
+    On a mesh every leaf has the sharding of its logical axes. `quantize` turns every kernel into a QuantArray;
+    `quantization` says which are quantised in the folder, and how. `only` are the dotted paths of the leaves to read,
+    by default all. Raises ValueError naming tensors that are missing, unexpected, of a wrong shape or of a type that is
+    no float.
     """
+    if quantization is not None and quantize is not None:
+        raise ValueError(f"{where} is quantised already ({quantization}); open it without quantize= (--quantize)")
     table = family.rows(config)
-    wanted = {name: tensor_shape(row, config) for row in table for name in tensor_names(row, config)}
+    packed = [row for row in table if is_packed(row, quantization, config)]
+    plain = [row for row in table if row not in packed]
+    wanted = {name: tensor_shape(row, config) for row in plain for name in tensor_names(row, config)}
     repeated = {family.head} & set(tensors) if config.tie_embeddings else set()
     ignored = {name for name in tensors if re.fullmatch(IGNORED_TENSORS, name)} | repeated
-    check_names(tensors, wanted, where=where, ignored=ignored)
+    words = {}
+    for row in packed:
+        for layer in packed_tensors(row, tensors, quantization, config):
+            words |= dict(layer.values())
+    ignored |= zero_biases(tensors, packed, wanted, config)
+    check_names(tensors, wanted | words, where=where, ignored=ignored)
+    check_words(tensors, words, where=where)
     for name in wanted:
         if tensors[name].dtype not in FLOATS:
             raise ValueError(
                 f"{where}: {name} holds {tensors[name].dtype} values; weights of {', '.join(FLOATS)} are read. "
                 "Take the unquantised checkpoint; quantize= makes 8- and 4-bit weights of it"
             )
+    embedding = next(row.name for row in table if row.leaves == ("embed.embedding",))
     if repeated:
-        table_name = next(row.name for row in table if row.leaves == ("embed.embedding",))
-        if not np.array_equal(read_tensor(tensors[family.head]), read_tensor(tensors[table_name])):
+        if not np.array_equal(read_tensor(tensors[family.head]), read_tensor(tensors[embedding])):
             raise ValueError(
-                f"{where}: config.json ties the embeddings, but {family.head} differs from {table_name}; "
+                f"{where}: config.json ties the embeddings, but {family.head} differs from {embedding}; "
                 "set tie_word_embeddings to false, or remove the one that was not trained"
             )
     axes = logical_axes(config, mesh)
     largest = max(tensors[name].nbytes for name in wanted)
+    restored = str(DTYPES[tensors[embedding].dtype])
     params: dict = {}
     for row in table:
         kept = [path for path in row.leaves if only is None or path in only]
-        if kept:
+        if kept and row in packed:
+            how = {"largest": largest, "mesh": mesh, "axes": axes, "dtype": restored}
+            leaves = _load_packed(row, tensors, config, quantization, **how)
+        elif kept:
             leaves = _load_row(row, tensors, config, largest=largest, mesh=mesh, axes=axes, quantize=quantize)
+        if kept:
             for path in kept:
                 set_leaf(params, path, leaves[path])
     return params
@@ -94,6 +127,60 @@ def _load_row(row: Row, tensors, config: ModelConfig, *, largest: int, mesh, axe
 
     leaves = fill(homes, read, on_host=on_host(sum(tensors[name].nbytes for name in names), largest))
     return dict(zip(row.leaves, leaves, strict=True))
+
+
+def _load_packed(
+    row: Row, tensors, config: ModelConfig, quantization: Quantization, *, largest: int, mesh, axes, dtype: str
+) -> dict[str, QuantArray]:
+    """Returns the leaves of a row whose kernels are quantised in the folder; see `fill` for what the host holds.
+
+    dtype: what they are restored to.
+    """
+    infos = [
+        {part: tensors[name] for part, (name, _) in layer.items()}
+        for layer in packed_tensors(row, tensors, quantization, config)
+    ]
+    orders = orders_of([read_tensor(info.pop("g_idx")) for info in infos if "g_idx" in info], quantization, row.name)
+    how = {"split": row.split, "quantization": quantization, "config": in_shape(config), "dtype": dtype}
+
+    def read(layer: int) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        read = {part: read_tensor(info) for part, info in infos[layer].items()}
+        check_symmetric(read["qzeros"], quantization, name=row.name)
+        return read, orders[layer] if orders else None
+
+    def shardings(stacks) -> list:
+        return [_stack_shardings(path, stack, mesh, axes) for path, stack in zip(row.leaves, stacks, strict=True)]
+
+    if on_host(sum(info.nbytes for each in infos for info in each.values()), largest):
+        layers = [unpack(*read(layer), **how) for layer in range(len(infos))]
+        stacks = jax.tree.map(lambda *arrays: np.stack(arrays), *layers)
+        leaves = [_put(jax.tree.map(jnp.asarray, s), home) for s, home in zip(stacks, shardings(stacks), strict=True)]
+    else:
+        everywhere = None if mesh is None else sharding.replicated(mesh)
+        leaves, homes = [], []
+        for layer in range(len(infos)):
+            parts = unpack_on_device(*jax.device_put(read(layer), everywhere), **how)
+            if not leaves:
+                stack = lambda array: jax.ShapeDtypeStruct((len(infos), *array.shape), array.dtype)  # noqa: E731
+                stacks = jax.tree.map(stack, parts)
+                homes = shardings(stacks)
+                leaves = [_zeros(stack, home) for stack, home in zip(stacks, homes, strict=True)]
+            for index, part in enumerate(parts):
+                # Each step ends before the next begins, as in `fill`.
+                leaves[index] = jax.block_until_ready(placer(homes[index])(leaves[index], part, layer))
+    if not row.per_layer:
+        leaves = [jax.tree.map(lambda array: array[0], leaf) for leaf in leaves]
+    return dict(zip(row.leaves, leaves, strict=True))
+
+
+def _stack_shardings(path: str, stack: QuantArray, mesh: Mesh | None, axes) -> tuple | None:
+    """Returns the shardings of the arrays of a QuantArray of several layers, or of one stacked."""
+    if mesh is None:
+        return None
+    own = get_leaf(axes, path)
+    own = own if path.startswith("layers.") else ("layers", *own)
+    placed = quantized_axes({path: stack}, {path: own})
+    return tuple(jax.tree.leaves(sharding.shardings(placed, {path: stack}, mesh)))
 
 
 def on_host(num_bytes: int, largest: int) -> bool:
@@ -118,7 +205,7 @@ def fill(homes: list["Home"], read: Callable[[int], list[np.ndarray]], *, on_hos
             _quantized(jnp.asarray(s) if h.full is None else jax.device_put(s, h.full), h)
             for s, h in zip(stacks, homes)
         ]
-    leaves = [None if home.num_layers is None else _zeros(home) for home in homes]
+    leaves = [None if home.num_layers is None else _zeros(home.abstract, home.shardings) for home in homes]
     for layer in range(homes[0].num_layers or 1):
         parts = read(layer)[::-1]
         for index, home in enumerate(homes):
@@ -131,7 +218,11 @@ def fill(homes: list["Home"], read: Callable[[int], list[np.ndarray]], *, on_hos
                 group=home.group,
                 double=home.double,
             )
-            leaf = _put(leaf, home) if home.num_layers is None else placer(home.shardings)(leaves[index], leaf, layer)
+            leaf = (
+                _put(leaf, home.shardings)
+                if home.num_layers is None
+                else placer(home.shardings)(leaves[index], leaf, layer)
+            )
             leaves[index] = jax.block_until_ready(leaf)
             del leaf
     return leaves
@@ -145,15 +236,15 @@ def _quantized(leaf: jax.Array, home: "Home"):
     """Returns a leaf that is in place, quantised if its home says so."""
     if home.scheme is None:
         return leaf
-    return _put(quantize_array(leaf, scheme=home.scheme, group=home.group, double=home.double), home)
+    return _put(quantize_array(leaf, scheme=home.scheme, group=home.group, double=home.double), home.shardings)
 
 
-def _put(leaf, home: "Home"):
+def _put(leaf, shardings: tuple | None):
     """Returns the arrays of a leaf on their shardings."""
-    if home.shardings is None:
+    if shardings is None:
         return leaf
     arrays, structure = jax.tree.flatten(leaf)
-    return jax.tree.unflatten(structure, [jax.device_put(a, s) for a, s in zip(arrays, home.shardings, strict=True)])
+    return jax.tree.unflatten(structure, [jax.device_put(a, s) for a, s in zip(arrays, shardings, strict=True)])
 
 
 def logical_axes(config: ModelConfig, mesh: Mesh | None) -> dict | None:
@@ -204,7 +295,8 @@ def home_of(
     num_layers = config.num_layers if leaf.startswith("layers.") else None
     shape = own if num_layers is None else (num_layers, *own)
     how = quantize if isinstance(quantize, Quantised) else Quantised(quantize, GROUP, double=False)
-    scheme, transpose = (how.scheme, turned) if is_kernel(leaf) else (None, False)
+    scheme = how.scheme if is_kernel(leaf) and (how.head or not leaf.startswith("head.")) else None
+    transpose = turned and is_kernel(leaf)
     group = fitting_group(own[0], largest=how.group)
     abstract = jax.ShapeDtypeStruct(shape, dtype)
     if scheme is not None:
@@ -230,9 +322,9 @@ def _prepare(tensor: jax.Array, dtype: str, *, transpose: bool, scheme: Scheme |
     return tensor if scheme is None else quantize_array(tensor, scheme=scheme, group=group, double=double)
 
 
-def _zeros(home: Home):
-    arrays, structure = jax.tree.flatten(home.abstract)
-    return jax.tree.unflatten(structure, _zero_arrays(tuple((a.shape, str(a.dtype)) for a in arrays), home.shardings)())
+def _zeros(abstract, shardings: tuple | None):
+    arrays, structure = jax.tree.flatten(abstract)
+    return jax.tree.unflatten(structure, _zero_arrays(tuple((a.shape, str(a.dtype)) for a in arrays), shardings)())
 
 
 @functools.cache
@@ -257,16 +349,29 @@ def placer(shardings: tuple | None):
     return place
 
 
-def plan_tensors(params: dict, family: Family, config: ModelConfig, *, dtype: np.dtype | None) -> dict[str, Plan]:
+def plan_tensors(
+    params: dict,
+    family: Family,
+    config: ModelConfig,
+    *,
+    dtype: np.dtype | None,
+    quantization: Quantization | None = None,
+) -> dict[str, Plan]:
     """Returns the tensors to write for a parameter tree; each is fetched from the device when its turn comes.
 
-    With `dtype` None every tensor keeps its own. Raises ValueError for a tree that is not the config's, for quantised
-    leaves, and for arrays of which this process sees only a part.
+    With `dtype` None every tensor keeps its own; quantised kernels always do, which `quantization` says how to pack.
+    Raises ValueError for a tree that is not the config's, for quantised leaves that it does not hold as they are, and
+    for arrays of which this process sees only a part.
     """
     shapes = leaf_shapes(config)
     plans = {}
     for row in family.rows(config):
-        leaves = [_exportable(params, leaf, shapes[leaf], config) for leaf in row.leaves]
+        packed = is_packed(row, quantization, config)
+        how = quantization if packed else None
+        leaves = [_exportable(params, leaf, shapes[leaf], config, how) for leaf in row.leaves]
+        if packed:
+            plans |= _packed_plans(row, leaves, config, quantization)
+            continue
         own = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in leaves))
         for layer, name in enumerate(tensor_names(row, config)):
             fetch = functools.partial(_fetch, row, leaves, layer if row.per_layer else None, config)
@@ -274,25 +379,49 @@ def plan_tensors(params: dict, family: Family, config: ModelConfig, *, dtype: np
     return plans
 
 
-def _exportable(params: dict, path: str, shape: tuple[int, ...], config: ModelConfig) -> jax.Array:
+def _exportable(
+    params: dict, path: str, shape: tuple[int, ...], config: ModelConfig, quantization: Quantization | None
+) -> jax.Array | QuantArray:
     try:
         leaf = get_leaf(params, path)
     except (KeyError, TypeError):
         raise ValueError(f"the parameters have no {path}, the config wants one of shape {shape}") from None
-    if isinstance(leaf, QuantArray):
-        raise ValueError(
-            f"{path} is quantised ({leaf.scheme}), and a Hugging Face folder holds plain floats: export the parameters "
-            "before they were quantised, or restore them with internjax.model.quantize.dequantize"
-        )
     wanted = (config.num_layers, *shape) if path.startswith("layers.") else shape
     if leaf.shape != wanted:
         raise ValueError(f"{path} has shape {leaf.shape}, the config wants {wanted}; give their own config")
-    if not getattr(leaf, "is_fully_addressable", True):
+    if isinstance(leaf, QuantArray):
+        check_storable(path, leaf, quantization)
+    elif quantization is not None:
+        raise ValueError(
+            f"{path} is not quantised, and the folder would say {quantization}; quantise all kernels of the layers, or "
+            "name those left whole in it"
+        )
+    if not all(getattr(array, "is_fully_addressable", True) for array in jax.tree.leaves(leaf)):
         raise ValueError(
             f"{path} is spread over several processes; save a checkpoint and convert it on one host "
             "(python -m internjax.hf convert RUN FOLDER)"
         )
     return leaf
+
+
+def _packed_plans(row: Row, leaves: list[QuantArray], config: ModelConfig, quantization: Quantization) -> dict:
+    plans = {}
+    for layer, names in enumerate(packed_tensors(row, None, quantization, config)):
+        for part, (name, shape) in names.items():
+            dtype = functools.reduce(jnp.promote_types, (leaf.scales.dtype for leaf in leaves))
+            fetch = functools.partial(_fetch_packed, part, row, leaves, layer, config, quantization)
+            plans[name] = Plan(shape, np.dtype(dtype if part == "scales" else np.int32), fetch)
+    return plans
+
+
+def _fetch_packed(part: str, row: Row, leaves: list, layer: int, config: ModelConfig, quantization: Quantization):
+    def on_host(leaf: QuantArray) -> QuantArray:
+        fields = {name: getattr(leaf, name) for name in FIELDS_OF[part] if getattr(leaf, name) is not None}
+        return dataclasses.replace(
+            leaf, **{name: np.asarray(array[layer] if row.per_layer else array) for name, array in fields.items()}
+        )
+
+    return pack(part, [on_host(leaf) for leaf in leaves], row=row, quantization=quantization, config=config)
 
 
 def _fetch(row: Row, leaves: list, layer: int | None, config: ModelConfig) -> np.ndarray:

@@ -18,8 +18,10 @@ from jax.sharding import Mesh
 from internjax import sharding
 from internjax.hf import adapter
 from internjax.hf.families import family_of
+from internjax.hf.fields import without
 from internjax.hf.generation import GenerationConfig, read_generation
 from internjax.hf.loading import load_params
+from internjax.hf.quantized import FIELD, Quantization, read_quantization
 from internjax.hf.resolve import ABOUT, CONFIG, Source, read_json, resolve
 from internjax.hf.weights import list_tensors
 from internjax.kernels.quant_matmul import Scheme
@@ -43,6 +45,8 @@ class Model:
     """Adapters, not merged; `internjax.model.lora.merge` makes them part of the parameters."""
     source: Source
     """Where it came from, the step of a checkpoint included."""
+    quantization: Quantization | None = None
+    """How the folder's kernels are quantised, where they are."""
 
 
 def open_model(
@@ -56,11 +60,11 @@ def open_model(
 ) -> Model:
     """Returns the model that MODEL names (grammar: `internjax.hf.resolve`) and prints what that is.
 
-    Parameters keep the dtype they are stored in. dtype: of the computation; by default float32 on CPUs, else bfloat16.
-    mesh: parameters are placed on it by their logical axes. quantize: every kernel becomes a QuantArray while it is
-    read (a scheme alone: groups of 128). adapters: adapter folders that act together on top. allow_unknown: fields of
-    config.json to read as if they were absent. Raises ValueError for all that cannot be honoured, and for folders that
-    are not whole.
+    Parameters keep the dtype they are stored in; kernels of a quantised folder (AWQ, GPTQ) are QuantArrays. dtype: of
+    the computation; by default float32 on CPUs, else bfloat16. mesh: parameters are placed on it by their logical axes.
+    quantize: every kernel becomes a QuantArray while it is read (a scheme alone: groups of 128). adapters: adapter
+    folders that act together on top. allow_unknown: fields of config.json to read as if they were absent. Raises
+    ValueError for all that cannot be honoured, and for folders that are not whole.
     """
     start = time.perf_counter()
     if dtype is not None and dtype not in get_args(DType):
@@ -71,7 +75,7 @@ def open_model(
     config = dataclasses.replace(_read_config(source, values, allow_unknown), dtype=dtype or _default_dtype())
     tokenizer = _read_tokenizer(source.folder, config, values)
     generation = read_generation(source.folder, values, tokenizer)
-    origin, tensors = str(source.folder), {}
+    origin, tensors, quantization = str(source.folder), {}, None
     if source.checkpoints is not None and source.trained_adapter is None:
         from internjax.hf.restore import good_step, stream_params
 
@@ -81,7 +85,9 @@ def open_model(
         origin = f"{source.checkpoints}/{step}" + (f" + what {source.frozen} has" if source.frozen else "")
     else:
         tensors = list_tensors(source.folder)
-        params = load_params(tensors, family, config, where=source.folder, mesh=mesh, quantize=quantize)
+        quantization = read_quantization(values, allow_unknown=allow_unknown)
+        how = {"quantize": quantize, "quantization": quantization}
+        params = load_params(tensors, family, config, where=source.folder, mesh=mesh, **how)
     loaded = [adapter.load_adapter(folder, model_config=config) for folder in source.adapters]
     for folder, each in zip(source.adapters, loaded, strict=True):
         adapter.check_copies(each, tensors, where=folder)
@@ -97,7 +103,7 @@ def open_model(
     lora = _place_lora(adapter.combine(loaded), mesh)
     # Frozen from here on: what DoRA divides by is found once, not with every token.
     lora = None if lora is None else with_gains(lora, params)
-    result = Model(config, params, tokenizer, generation, lora, source)
+    result = Model(config, params, tokenizer, generation, lora, source, quantization)
     origin = " + ".join([origin, *map(str, source.adapters)])
     _print_opened(model, origin, family.name, result, quantize, time.perf_counter() - start)
     return result
@@ -110,7 +116,8 @@ def read_config(model: str | os.PathLike, *, allow_unknown: Iterable[str] = ()) 
 
 
 def _read_config(source: Source, values: dict, allow_unknown: Iterable[str]) -> ModelConfig:
-    config = family_of(values).config_from_hf(values, allow_unknown=allow_unknown)
+    read_quantization(values, allow_unknown=allow_unknown)  # refused before any weight is read
+    config = family_of(values).config_from_hf(without(values, [FIELD]), allow_unknown=allow_unknown)
     if source.checkpoints is None or source.trained_adapter is not None:
         return config
     return from_json(read_json(source.folder / ABOUT)["model_config"])
@@ -173,6 +180,7 @@ def _print_opened(
 ) -> None:
     config = model.config
     weights = quantize.scheme if isinstance(quantize, Quantised) else quantize or config.param_dtype
+    weights = weights if model.quantization is None else str(model.quantization)
     extra = "" if model.tokenizer is not None else ", no tokenizer"
     if model.lora is not None:
         extra += f", adapters on {num_adapted(model.lora)} kernels"

@@ -19,11 +19,13 @@ from internjax.hf.adapter import CONFIG as ADAPTER_CONFIG
 from internjax.hf.adapter import adapter_json
 from internjax.hf.card import model_card
 from internjax.hf.families import Layout, family_of, fitting_layout, layout_family
+from internjax.hf.fields import without
 from internjax.hf.folder import new_folder
 from internjax.hf.generation import FILE as GENERATION_FILE
 from internjax.hf.generation import GenerationConfig, default_generation, generation_to_hf
 from internjax.hf.loading import load_params, plan_tensors
 from internjax.hf.open import Model, logits
+from internjax.hf.quantized import FIELD, Quantization, quantization_to_hf, read_quantization
 from internjax.hf.resolve import ABOUT, ARCHITECTURE, CONFIG
 from internjax.hf.weights import list_tensors, write_model, write_text
 from internjax.model.config import DType, ModelConfig, to_json
@@ -63,6 +65,8 @@ def save_model(
     overwrite: bool = False,
     source_logits: np.ndarray | None = None,
     use_up: bool = False,
+    quantization: Quantization | None = None,
+    texts: Mapping[str, str] = {},
 ) -> Proof:
     """Writes a Hugging Face folder, reads it back, and returns the proof, which also stands in its internjax.json.
 
@@ -72,7 +76,8 @@ def save_model(
     internjax.json and the model card. The folder appears by an atomic rename when the proof holds; an existing one is
     replaced only with `overwrite` and only if it is a model folder. source_logits: `proof_logits` of what the
     parameters were made of, where that is something else (a base and its adapters). use_up: the buffers of `params` are
-    deleted once they are written, so that one model is in memory at a time, not two.
+    deleted once they are written, so that one model is in memory at a time, not two. quantization: how QuantArrays are
+    packed; they are written as they are, or refused. texts: further files beside the weights, by name.
     """
     layout = fitting_layout(config) if layout is None else layout
     family = layout_family(layout)
@@ -82,8 +87,10 @@ def save_model(
     if not family.norm_head:
         config, params = bake_norm_head(config, params)
     values = family.config_to_hf(config) | token_ids(config, tokenizer, layout)
+    if quantization is not None:
+        values[FIELD] = quantization_to_hf(quantization)
     saved = jnp.dtype(dtype) if dtype is not None else None
-    plans = plan_tensors(params, family, config, dtype=saved)
+    plans = plan_tensors(params, family, config, dtype=saved, quantization=quantization)
     values["torch_dtype"] = str(saved or params["embed"]["embedding"].dtype)
     if generation is None and tokenizer is not None:
         generation = default_generation(tokenizer)
@@ -93,6 +100,8 @@ def save_model(
     with new_folder(folder, overwrite=overwrite, marker=CONFIG) as new:
         write_model(new, plans, shard_size=shard_size)
         _write_texts(new, values, tokenizer, generation)
+        for name, text in texts.items():
+            write_text(new / name, text)
         proof = prove(new, config, params, source_logits, dtype=saved, use_up=use_up)
         about = {
             "format": 1,
@@ -148,18 +157,20 @@ def prove(
     `params` are deleted before the folder is read.
     """
     values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    family = family_of(values)
-    read_config = family.config_from_hf(values)
+    family, quantization = family_of(values), read_quantization(values)
+    read_config = family.config_from_hf(without(values, [FIELD]))
     differing = [f"{name}: {read} read, {wrote} written" for name, read, wrote in _differing(read_config, config)]
     if differing:
         raise ValueError(f"{folder} reads back with another config ({'; '.join(differing)}); nothing was kept")
     if dtype is not None:
-        params = jax.tree.map(functools.partial(_cast, dtype=dtype, use_up=use_up), params)
+        cast = functools.partial(_cast, dtype=dtype, use_up=use_up)
+        params = jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, QuantArray))
     written, mesh = proof_logits(config, params), sharding.mesh_of(params)
     if use_up:
         jax.tree.map(lambda leaf: leaf.delete(), params)
     del params  # a cast copy need not live beside the one that is read back
-    back = load_params(list_tensors(folder), family, config, where=folder, mesh=mesh if mesh.size > 1 else None)
+    mesh = mesh if mesh.size > 1 else None
+    back = load_params(list_tensors(folder), family, config, where=folder, mesh=mesh, quantization=quantization)
     read = proof_logits(config, back)
     difference = float(np.abs(read - written).max())
     if not difference <= TOLERANCE * max(1.0, float(np.abs(written).max())):
@@ -171,8 +182,8 @@ def prove(
     return Proof(proof_token_ids(config), difference, float(np.abs(read - source).max()), sample)
 
 
-def _cast(leaf: jax.Array, *, dtype: np.dtype, use_up: bool) -> jax.Array:
-    if leaf.dtype == dtype:
+def _cast(leaf: jax.Array | QuantArray, *, dtype: np.dtype, use_up: bool) -> jax.Array | QuantArray:
+    if isinstance(leaf, QuantArray) or leaf.dtype == dtype:
         return leaf
     cast = leaf.astype(dtype)
     if use_up:
@@ -211,7 +222,10 @@ def bake_norm_head(config: ModelConfig, params: dict) -> tuple[ModelConfig, dict
     plain = dataclasses.replace(config, norm_head=False)
     kernel = params["head"]["kernel"]
     if isinstance(kernel, QuantArray):
-        return plain, params  # plan_tensors refuses it by name
+        raise ValueError(
+            "the head is quantised and its rows are normalised in the forward pass, for which this layout has no "
+            "place; keep the head whole (head=False)"
+        )
     rows = kernel.astype(jnp.float32)
     rows = rows * jax.lax.rsqrt(jnp.sum(jnp.square(rows), axis=0, keepdims=True) + 1e-12)
     return plain, params | {"head": {"kernel": rows.astype(kernel.dtype)}}

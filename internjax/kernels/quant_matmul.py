@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Scheme = Literal["int8", "int4", "nf4"]
 
@@ -20,8 +21,8 @@ NF4_LEVELS = (
 
 
 def pack_nibbles(values_IO: jax.Array) -> jax.Array:
-    """Returns `[..., I / 2, O]` bytes of the 4-bit integers `[..., I, O]`."""
-    values_IO = values_IO.astype(jnp.uint8)
+    """Returns `[..., I / 2, O]` bytes of the 4-bit integers `[..., I, O]`, of NumPy or JAX arrays."""
+    values_IO = values_IO.astype(np.uint8)
     return values_IO[..., 0::2, :] | (values_IO[..., 1::2, :] << 4)
 
 

@@ -196,7 +196,7 @@ class Decoder(nn.Module):
             features, axis = (config.vocab_size, "vocab") if config.head == "lm" else (1, "score")
             self.head = linear(features, axes=("embed", axis))
 
-    def hidden(self, tokens_BT, positions_BT, segments_BT, inv_freq_BF, cache):
+    def begin(self, tokens_BT, positions_BT, segments_BT, inv_freq_BF):
         x_BTD = _look_up(self.embed.embedding, tokens_BT, dtype=jnp.dtype(self.config.dtype))
         if self.embedding_noise:
             x_BTD = add_noise(x_BTD, segments_BT, self.make_rng("dropout"), alpha=self.embedding_noise)
@@ -204,7 +204,10 @@ class Decoder(nn.Module):
         rotation = None
         if self.config.positions == "rotary":
             rotation = rope.rotation(positions_BT, inv_freq_BF, magnitude=rope.magnitude(self.config))
-        inputs = Inputs(positions_BT, segments_BT, rotation)
+        return x_BTD, Inputs(positions_BT, segments_BT, rotation)
+
+    def hidden(self, tokens_BT, positions_BT, segments_BT, inv_freq_BF, cache):
+        x_BTD, inputs = self.begin(tokens_BT, positions_BT, segments_BT, inv_freq_BF)
         (x_BTD, cache), finite_LBT = self.layers((x_BTD, cache), jnp.arange(self.config.num_layers), inputs)
         return self.norm(x_BTD), cache, finite_LBT
 
@@ -344,6 +347,29 @@ def forward(
         variables, tokens_BT, positions_BT, segments_BT, inv_freq_BF, cache, method=Decoder.hidden, rngs=rngs
     )
     return Forward(*found)
+
+
+def begin(params: dict, tokens_BT: jax.Array, *, config: ModelConfig) -> tuple[jax.Array, Inputs]:
+    """Returns what goes into the first layer: the residual stream `[B, T, D]`, and what every layer sees besides.
+
+    Rows are whole sequences that are declared to be T long.
+    """
+    B, T = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    inv_freq_BF = rope.inv_freq(config, length=T)[None]
+    inputs = (tokens_BT, positions_BT, jnp.ones((B, T), jnp.int32), inv_freq_BF)
+    return Decoder(config).apply({"params": params}, *inputs, method=Decoder.begin)
+
+
+def layer(params: dict, x_BTD: jax.Array, inputs: Inputs, *, config: ModelConfig) -> jax.Array:
+    """Returns the residual stream after one layer, whose parameters are one layer of `params["layers"]`, unstacked.
+
+    Linear layers are `internjax.model.linear.Linear` modules named query, key, value, output, gate, up and down, which
+    flax's `intercept_methods` can look into.
+    """
+    block = Block(config, functools.partial(Linear, config=config))
+    (x_BTD, _), _ = block.apply({"params": params}, (x_BTD, None), None, inputs)
+    return x_BTD
 
 
 def _with_normalised_head(params: dict, config: ModelConfig) -> dict:

@@ -19,9 +19,11 @@ from internjax.kernels.quant_matmul import Scheme
 class QuantArray:
     """A frozen matrix `[..., I, O]` in few bits; leading axes (layers) are on every field.
 
-    values: int8 `[..., I, O]`, or uint8 `[..., I / 2, O]` with two 4-bit values per byte. scales and zeros:
-    float32 `[..., I / group, O]`; zeros is None for the symmetric schemes int8 and nf4. Doubly quantised, both are
-    uint8, and a scale is offset + step * code with float32 steps and offsets `[..., I / group, O / block]`.
+    values: int8 `[..., I, O]`, or uint8 `[..., I / 2, O]` with two 4-bit values per byte. scales: floats
+    `[..., I / group, O]`. zeros: integers likewise, uint8 beside 4-bit values and int8 beside 8-bit ones; None for nf4
+    and where 8-bit values are symmetric. Doubly quantised, scales are uint8, and a scale is offset + step * code with
+    float32 steps and offsets `[..., I / group, O / block]`. order: int32 `[..., I]`, the input feature of every row of
+    values, where rows that share a scale are not neighbours in the matrix (GPTQ's act order); None: row i is input i.
     """
 
     values: jax.Array
@@ -34,6 +36,7 @@ class QuantArray:
     dtype: str = dataclasses.field(metadata={"static": True})
     steps: jax.Array | None = None
     offsets: jax.Array | None = None
+    order: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,18 +61,31 @@ class Quantised:
     """Input rows that share a scale."""
     double: bool = True
     """Scales are quantised as well."""
+    head: bool = True
+    """The output head is quantised too."""
 
 
 SCALE_BLOCK = 256
 """Scales that share a step and an offset where they are quantised themselves: neighbours along the output features."""
 
 
-@functools.partial(jax.jit, static_argnames=("scheme", "group", "double"))
-def quantize_array(kernel: jax.Array, *, scheme: Scheme, group: int = 128, double: bool = False) -> QuantArray:
+@functools.partial(jax.jit, static_argnames=("scheme", "group", "double", "symmetric", "scale_dtype"))
+def quantize_array(
+    kernel: jax.Array,
+    *,
+    scheme: Scheme,
+    group: int = 128,
+    double: bool = False,
+    symmetric: bool | None = None,
+    scale_dtype: str = "float32",
+    shrink: jax.Array | float = 1.0,
+) -> QuantArray:
     """Returns `kernel` `[..., I, O]` rounded to nearest, one scale per `group` input rows and output column.
 
-    int8: symmetric, scale = max|w| / 127. int4: asymmetric, scale = (max - min) / 15 over a range that holds zero.
-    nf4: nearest NormalFloat level of w / max|w|. Raises ValueError when `group` does not divide I.
+    int8 (symmetric): scale = max|w| / 127. int4 (asymmetric): scale = (max - min) / 15 over a range that holds zero.
+    symmetric: the other kind of either; see `step_of`. nf4: nearest NormalFloat level of w / max|w|. scale_dtype: of
+    the stored scales; values are rounded by what is stored. shrink, broadcast to `[..., I / group, O]`: what is beyond
+    this part of each group's range is clipped. Raises ValueError when `group` does not divide I.
 
     double: scales take 8 bits, per block of 256 (the largest power of two up to it that divides O) between its least
     and its largest. With nf4 and group=64 that is QLoRA's double quantisation (arXiv:2305.14314, section 3), which
@@ -81,30 +97,76 @@ def quantize_array(kernel: jax.Array, *, scheme: Scheme, group: int = 128, doubl
             f"a group of {group} rows does not divide the {I} input features of a kernel {kernel.shape}; "
             f"use group={fitting_group(I)}"
         )
+    symmetric = scheme != "int4" if symmetric is None else symmetric
     groups = kernel.astype(jnp.float32).reshape(*lead, I // group, group, O)
-    zeros = None
+    low, high = (shrink * edge for edge in range_of(groups, axis=-2))
     # Values are rounded by the scale that will be read back.
-    if scheme == "int8":
-        stored = _store_scales(_nonzero(jnp.abs(groups).max(axis=-2) / 127.0), double=double)
-        scales = _read_scales(stored)
-        values = jnp.clip(jnp.round(groups / scales[..., None, :]), -127, 127).astype(jnp.int8)
-    elif scheme == "int4":
-        low, high = jnp.minimum(groups.min(axis=-2), 0.0), jnp.maximum(groups.max(axis=-2), 0.0)
-        stored = _store_scales(_nonzero((high - low) / 15.0), double=double)
-        scales = _read_scales(stored)
-        zeros = jnp.clip(jnp.round(-low / scales), 0, 15)
-        values = jnp.clip(jnp.round(groups / scales[..., None, :]) + zeros[..., None, :], 0, 15)
-    elif scheme == "nf4":
-        stored = _store_scales(_nonzero(jnp.abs(groups).max(axis=-2)), double=double)
-        scales = _read_scales(stored)
+    zeros = None
+    if scheme == "nf4":
+        stored = _store_scales(_nonzero(jnp.maximum(-low, high)), double=double, dtype=scale_dtype)
         levels = jnp.array(kernels.NF4_LEVELS, jnp.float32)
-        values = jnp.searchsorted((levels[1:] + levels[:-1]) / 2, groups / scales[..., None, :])
+        units = groups / _read_scales(stored).astype(jnp.float32)[..., None, :]
+        values = kernels.pack_nibbles(jnp.searchsorted((levels[1:] + levels[:-1]) / 2, units).reshape(*lead, I, O))
     else:
-        raise ValueError(f"unknown quantisation scheme {scheme!r}; known: int8, int4, nf4")
-    values = values.reshape(*lead, I, O)
-    values = values if scheme == "int8" else kernels.pack_nibbles(values)
-    zeros = zeros.astype(jnp.uint8) if double and zeros is not None else zeros
+        step = step_of(low, high, scheme=scheme, symmetric=symmetric)
+        stored = _store_scales(step, double=double, dtype=scale_dtype)
+        scales = _read_scales(stored).astype(jnp.float32)
+        zeros = zero_of(low, scales, scheme=scheme, symmetric=symmetric)
+        codes = codes_of(groups, scales[..., None, :], zeros[..., None, :], scheme=scheme, symmetric=symmetric)
+        values, zeros = stored_codes(codes.reshape(*lead, I, O), zeros, scheme=scheme, symmetric=symmetric)
     return QuantArray(values, stored.codes, zeros, scheme, group, I, O, kernel.dtype.name, stored.steps, stored.offsets)
+
+
+# --- integer grids: value = (code - zero) * step ---------------------------------------------------------------------
+
+_CODES: dict[str, tuple[int, int]] = {"int4": (0, 15), "int8": (-128, 127)}
+
+
+def range_of(values: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the least and the largest value along an axis; the range holds zero."""
+    return jnp.minimum(values.min(axis=axis), 0.0), jnp.maximum(values.max(axis=axis), 0.0)
+
+
+def step_of(low: jax.Array, high: jax.Array, *, scheme: Scheme, symmetric: bool) -> jax.Array:
+    """Returns the step of a grid over low .. high, never 0.
+
+    Asymmetric: the range over its number of steps, 15 or 255. Symmetric, m being max(-low, high): m / 127 with 8 bits,
+    2 m / 15 with 4, which reaches from -8 to 7 steps around zero: the largest value is clipped by half a step (GPTQ's
+    grid).
+    """
+    first, last = _codes_of(scheme)
+    largest = jnp.maximum(-low, high)
+    if symmetric:
+        return _nonzero(largest / 127.0 if scheme == "int8" else 2.0 * largest / 15.0)
+    return _nonzero((high - low) / (last - first))
+
+
+def zero_of(low: jax.Array, steps: jax.Array, *, scheme: Scheme, symmetric: bool) -> jax.Array:
+    """Returns the code of zero, float32."""
+    first, last = _codes_of(scheme)
+    if symmetric:
+        return jnp.full(steps.shape, (first + last + 1) // 2, jnp.float32)
+    return jnp.clip(first - jnp.round(low / steps), first, last)
+
+
+def codes_of(values: jax.Array, steps: jax.Array, zeros: jax.Array, *, scheme: Scheme, symmetric: bool) -> jax.Array:
+    """Returns the nearest codes, float32. Symmetric ones of 8 bits end at -127."""
+    first, last = _codes_of(scheme)
+    first += symmetric and scheme == "int8"
+    return jnp.clip(jnp.round(values / steps) + zeros, first, last)
+
+
+def stored_codes(codes: jax.Array, zeros: jax.Array, *, scheme: Scheme, symmetric: bool) -> tuple:
+    """Returns codes `[..., I, O]` and zeros as a QuantArray has them."""
+    if scheme == "int8":
+        return codes.astype(jnp.int8), None if symmetric else zeros.astype(jnp.int8)
+    return kernels.pack_nibbles(codes), zeros.astype(jnp.uint8)
+
+
+def _codes_of(scheme: Scheme) -> tuple[int, int]:
+    if scheme not in _CODES:
+        raise ValueError(f"unknown quantisation scheme {scheme!r}; known: int8, int4, nf4")
+    return _CODES[scheme]
 
 
 class _Scales(NamedTuple):
@@ -115,9 +177,10 @@ class _Scales(NamedTuple):
     offsets: jax.Array | None
 
 
-def _store_scales(scales: jax.Array, *, double: bool) -> _Scales:
+def _store_scales(scales: jax.Array, *, double: bool, dtype: str) -> _Scales:
     if not double:
-        return _Scales(scales, None, None)
+        # What is too small for float16 becomes 0, and everything beside it rounds to 0 then.
+        return _Scales(_nonzero(scales.astype(dtype)), None, None)
     *lead, O = scales.shape
     blocks = scales.reshape(*lead, -1, fitting_group(O, largest=SCALE_BLOCK))
     offsets = blocks.min(axis=-1)
@@ -135,12 +198,12 @@ def _read_scales(stored: _Scales) -> jax.Array:
 
 
 def full_scales(array: QuantArray) -> jax.Array:
-    """Returns the scales `[..., I / group, O]`, float32, that the values are multiplied by."""
+    """Returns the scales `[..., I / group, O]` that the values are multiplied by, floats."""
     return _read_scales(_Scales(array.scales, array.steps, array.offsets))
 
 
 def _nonzero(scales: jax.Array) -> jax.Array:
-    return jnp.where(scales == 0, 1.0, scales)
+    return jnp.where(scales == 0, jnp.ones((), scales.dtype), scales)
 
 
 def dequantize(array: QuantArray) -> jax.Array:
@@ -155,7 +218,10 @@ def dequantize_params(params: dict) -> dict:
 
 
 def _restored(array: QuantArray, dtype: jnp.dtype) -> jax.Array:
-    return kernels.dequantize(array.values, full_scales(array), array.zeros, scheme=array.scheme, dtype=dtype)
+    rows = kernels.dequantize(array.values, full_scales(array), array.zeros, scheme=array.scheme, dtype=dtype)
+    if array.order is None:
+        return rows
+    return jnp.take_along_axis(rows, jnp.argsort(array.order, axis=-1)[..., None], axis=-2)
 
 
 def column_squares(kernel: Any) -> jax.Array:
@@ -164,20 +230,29 @@ def column_squares(kernel: Any) -> jax.Array:
     return jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=-2)
 
 
-def quantize_params(params: dict, *, scheme: Scheme, group: int = 128, double: bool = False, head: bool = True) -> dict:
+def quantize_params(
+    params: dict,
+    *,
+    scheme: Scheme,
+    group: int = 128,
+    double: bool = False,
+    head: bool = True,
+    symmetric: bool | None = None,
+    scale_dtype: str = "float32",
+) -> dict:
     """Returns the parameters with every `kernel` quantised (naming law); norms and the embedding table stay.
 
-    Each kernel uses `group`, or the largest power of two below it that divides its input features. double: scales are
-    quantised too (`quantize_array`). With head=False the output head keeps its precision. What is quantised already
+    Each kernel uses `group`, or the largest power of two below it that divides its input features. double, symmetric,
+    scale_dtype: see `quantize_array`. With head=False the output head keeps its precision. What is quantised already
     stays as it is.
     """
+    how = {"scheme": scheme, "double": double, "symmetric": symmetric, "scale_dtype": scale_dtype}
 
     def leaf(path, value):
         names = [entry.key for entry in path]
         if names[-1] != "kernel" or (names[0] == "head" and not head) or isinstance(value, QuantArray):
             return value
-        group_here = fitting_group(value.shape[-2], largest=group)
-        return quantize_array(value, scheme=scheme, group=group_here, double=double)
+        return quantize_array(value, group=fitting_group(value.shape[-2], largest=group), **how)
 
     return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=lambda node: isinstance(node, QuantArray))
 
@@ -186,20 +261,24 @@ def logical_axes(params: dict, params_axes: dict) -> dict:
     """Returns the axes tree for quantised `params`: every field of a QuantArray follows its kernel's (in, out) axes.
 
     Group rows shard with the input axis, so a mesh must divide in / group as well as in, and with doubly quantised
-    scales out / block as well as out; `sharding.shardings` refuses one that does not.
+    scales out / block as well as out; `sharding.shardings` refuses one that does not. The order of input rows is on
+    every device.
     """
 
     def leaf(value, axes):
         if not isinstance(value, QuantArray):
             return axes
         fields = {name: getattr(value, name) for name in ("values", "scales", "zeros", "steps", "offsets")}
-        return dataclasses.replace(value, **{name: None if x is None else axes for name, x in fields.items()})
+        order = None if value.order is None else (*axes[:-2], None)
+        placed = {name: None if x is None else axes for name, x in fields.items()}
+        return dataclasses.replace(value, **placed, order=order)
 
     return jax.tree.map(leaf, params, params_axes, is_leaf=lambda node: isinstance(node, QuantArray))
 
 
 @jax.custom_vjp
 def _quant_matmul(x: jax.Array, array: QuantArray) -> jax.Array:
+    x = x if array.order is None else jnp.take(x, array.order, axis=-1)
     return kernels.quant_matmul(x, array.values, full_scales(array), array.zeros, scheme=array.scheme)
 
 

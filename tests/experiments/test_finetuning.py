@@ -11,11 +11,13 @@ from data_pipelines.conversations import Reading
 from experiments import finetuning as stage
 from experiments.callbacks import HeldOut
 from experiments.finetuning import adapters_of, base_of, finetune
+from internjax.hf.convert import convert
 from internjax.hf.open import logits, open_model
+from internjax.hf.quantized import Quantization
 from internjax.hf.save import save_architecture, save_model
 from internjax.model import decoder
 from internjax.model.lora import LoraConfig
-from internjax.model.quantize import Quantised
+from internjax.model.quantize import Quantised, quantize_params
 from internjax.sharding import MeshConfig
 from internjax.text.tokenizer import load_tokenizer
 from internjax.train import devices
@@ -71,6 +73,30 @@ def test_a_method_leaves_one_model_in_every_form(method, fields, corpus, base, t
     on_quantised = answers(done.folder / "adapter", quantize=base_of(config))
     np.testing.assert_allclose(on_quantised, merged, atol=2e-4)
     assert np.abs(answers(done.folder / "adapter") - merged).max() > 1e-3
+
+
+def test_adapters_train_on_a_quantised_folder_as_it_is(corpus, base, tmp_path):
+    tokenizer, packing = load_tokenizer(corpus / "tokenizer"), Quantization("awq", group=32)
+    params = quantize_params(open_model(base).params, scheme="int4", group=32, head=False, scale_dtype="float16")
+    folder = tmp_path / "awq"
+    save_model(folder, config=SMALL, params=params, tokenizer=tokenizer, quantization=packing)
+    # A group is as wide as the model: rows alone are cut.
+    done = finetune(config_of(corpus, folder, tmp_path / "run", method="qlora"))
+    merged, start = answers(done.folder), answers(folder)
+    assert np.abs(merged - start).max() > 1e-2
+    np.testing.assert_allclose(answers(done.folder / "adapter"), merged, atol=2e-4)
+    assert open_model(done.folder / "adapter").quantization == packing
+    assert open_model(done.folder).quantization is None
+    for fields, said in (
+        ({"method": "full"}, "method=full wants whole weights: use qlora"),
+        ({"method": "pissa"}, "method=pissa wants whole weights"),
+        ({"method": "qlora", "quantize": "int8"}, "quantised already.*leave quantize=int8 out"),
+        ({"model": str(done.folder / "adapter")}, "an adapter on a quantised model"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            finetune(config_of(corpus, fields.pop("model", folder), tmp_path / "other", **fields))
+    convert(done.folder / "adapter", tmp_path / "merged")
+    np.testing.assert_allclose(answers(tmp_path / "merged"), merged, atol=2e-4)
 
 
 def test_a_gpu_without_bfloat16_computes_in_float16_and_says_so(corpus, base, tmp_path, monkeypatch, capsys):
