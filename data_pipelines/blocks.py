@@ -4,6 +4,10 @@ A block is 64 bytes, named by its address; which of its bytes are letters, newli
 one step finds, counts or passes over all of them. LLVM makes of it what the processor has.
 """
 
+import hashlib
+import os
+from pathlib import Path
+
 import numba
 import numpy as np
 from llvmlite import ir
@@ -14,6 +18,20 @@ ONES, HIGHS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 TAIL_BYTES = 72
 """Of the scratch space for a block beyond the end of the data: eight bytes may be read from each of its 64 on."""
+
+
+def _cache_folder(sources: Path) -> Path:
+    """Returns the folder of compiled loops that belongs to the texts of all functions compiled into them."""
+    texts = [path.read_bytes() for path in sorted(sources.glob("*.py"))]
+    digest = hashlib.sha256(b"".join(text for text in texts if b"inlined" in text)).hexdigest()
+    return sources / "__pycache__" / f"loops-{digest[:16]}"
+
+
+_HERE = Path(__file__).parent
+# numba looks at the one file that a loop stands in, and would go on with what an older version of another file was
+# compiled into. Where the sources cannot be written beside, it has a place of its own.
+if not numba.config.CACHE_DIR and os.access(_HERE, os.W_OK):
+    numba.config.CACHE_DIR = str(_cache_folder(_HERE))
 
 compiled = numba.njit(cache=True, nogil=True)
 inlined = numba.njit(nogil=True)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_pipelines import kernels, rules
+from data_pipelines import blocks, kernels, rules
 from data_pipelines.dedup import plain_text
 from data_pipelines.document import make_document, to_batch, with_text
 
@@ -284,3 +284,14 @@ def test_compiled_edits_are_what_their_definitions_say(definition, rows):
         assert is_hard or bytes(edited.data[start:stop]) == definition(text).encode(), repr(text)
     assert not rows(batch_of("aé中。カ한")).hard.any(), "common text is compiled"
     assert rules.edit(definition, rows)(batch).batch.column("text").to_pylist() == list(map(definition, texts))
+
+
+def test_compiled_loops_are_kept_apart_for_every_version_of_what_they_call(tmp_path):
+    """A loop read from the cache would hold the functions of another file as they were."""
+    (tmp_path / "loops.py").write_text("inlined one")
+    (tmp_path / "rows.py").write_text("calls nothing compiled")
+    before = blocks._cache_folder(tmp_path)
+    (tmp_path / "rows.py").write_text("changed")
+    assert blocks._cache_folder(tmp_path) == before and before.parent == tmp_path / "__pycache__"
+    (tmp_path / "loops.py").write_text("inlined two")
+    assert blocks._cache_folder(tmp_path) != before
