@@ -57,19 +57,19 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-MOST_MAPS = 20_000
+MOST_MAPS = 8_000
 
 
 @pytest.fixture(autouse=True, scope="module")
 def free_programs():
     """Drops compiled programs once they are many: each holds memory maps, and a process may have some 65,000 of them.
 
-    Until then they stay from file to file: operations and functions that several files call are traced once.
+    Until then they stay from file to file: what several files call is traced once. A thousand maps are 150 MB.
     """
     yield
     if "jax" in sys.modules and num_maps() > MOST_MAPS:
         sys.modules["jax"].clear_caches()
-        gc.collect()
+    gc.collect()
 
 
 def num_maps() -> int:
