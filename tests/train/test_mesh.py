@@ -26,6 +26,7 @@ from internjax.train.losses import next_token
 from internjax.train.optimizer import AdamW, Cosine, make_optimizer
 from internjax.train.step import abstract_state, init_state, make_step, put_batch
 from tests.conftest import QUICK_FLAGS
+from tests.weights import random_params
 
 CONFIG = ModelConfig(
     vocab_size=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64, dtype="float32"
@@ -42,7 +43,7 @@ jax.monitoring.register_event_duration_secs_listener(
 
 @functools.cache
 def initial_params():
-    return jax.device_get(decoder.init(CONFIG, jax.random.key(0)))
+    return jax.device_get(random_params(CONFIG))
 
 
 @pytest.fixture(autouse=True)
