@@ -51,10 +51,27 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_collection_finish():
+    """What was imported and collected stays: it is not searched again."""
+    gc.collect()
+    gc.freeze()
+
+
+MOST_MAPS = 8_000
+
+
 @pytest.fixture(autouse=True, scope="module")
 def free_programs():
-    """Drops compiled programs after each file: each holds memory maps, and a process may have some 65,000 of them."""
+    """Drops compiled programs once they are many: each holds memory maps, and a process may have some 65,000 of them.
+
+    Until then they stay from file to file: what several files call is traced once. A thousand maps are 150 MB.
+    """
     yield
-    if "jax" in sys.modules:
+    if "jax" in sys.modules and num_maps() > MOST_MAPS:
         sys.modules["jax"].clear_caches()
-        gc.collect()
+    gc.collect()
+
+
+def num_maps() -> int:
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else MOST_MAPS + 1

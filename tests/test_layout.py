@@ -5,6 +5,7 @@ and on a toy tree with one planted violation, where it must not.
 """
 
 import ast
+import functools
 import graphlib
 import json
 import os
@@ -70,23 +71,40 @@ def top_level_nodes(body: list[ast.stmt]) -> Iterator[ast.stmt]:
                 yield from top_level_nodes(handler.body)
 
 
+class Facts(NamedTuple):
+    """What the rules ask of one file."""
+
+    imports: list[tuple[ast.Import | ast.ImportFrom, bool]]  # and whether it runs when the file is imported
+    faults: list[tuple[int, str]]  # line, what is wrong there
+
+
+@functools.cache
+def facts(source: str, *, in_tests: bool) -> Facts:
+    """Parses a file once for all rules: to parse them all is most of the work of each."""
+    tree = ast.parse(source)
+    eager = {id(node) for node in top_level_nodes(tree.body)}
+    found = Facts([], [])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.imports.append((node, id(node) in eager))
+        if fault := statement_fault(node, in_tests=in_tests):
+            found.faults.append((node.lineno, fault))
+    return found
+
+
 def imports(root: Path) -> list[Import]:
     files = python_files(root)
     modules = {module_name(path, root) for path in files}
     found = []
     for path in files:
-        tree = ast.parse(path.read_text("utf-8"), str(path))
-        eager = {id(node) for node in top_level_nodes(tree.body)}
-        for node in ast.walk(tree):
+        for node, at_import in facts(path.read_text("utf-8"), in_tests=False).imports:
             if isinstance(node, ast.Import):
                 targets = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
+            else:
                 origin = "." * node.level + (node.module or "")
                 targets = [full if (full := f"{origin}.{alias.name}") in modules else origin for alias in node.names]
-            else:
-                continue
             place = f"{path.relative_to(root)}:{node.lineno}"
-            found += [Import(module_name(path, root), target, place, id(node) in eager) for target in targets]
+            found += [Import(module_name(path, root), target, place, at_import) for target in targets]
     return found
 
 
@@ -162,10 +180,9 @@ def statement_violations(root: Path) -> list[str]:
     """Statements that are wrong wherever they stand, in tests too except for `pickle`."""
     wrong = []
     for path in python_files(root, (*FOLDERS, "tests")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"), str(path))):
-            fault = statement_fault(node, in_tests=path.relative_to(root).parts[0] == "tests")
-            if fault:
-                wrong.append(f"{path.relative_to(root)}:{node.lineno}: {fault}")
+        in_tests = path.relative_to(root).parts[0] == "tests"
+        faults = facts(path.read_text("utf-8"), in_tests=in_tests).faults
+        wrong += [f"{path.relative_to(root)}:{line}: {fault}" for line, fault in faults]
     return wrong
 
 

@@ -1,13 +1,16 @@
 """The README holds true: its Python runs, its commands exist, its map shows the house."""
 
 import argparse
+import contextlib
 import functools
 import importlib
 import importlib.util
+import io
 import re
+import runpy
 import shlex
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -52,8 +55,18 @@ def test_commands_exist(command):
 
 @functools.cache
 def help_of(module: str, *verbs: str) -> str:
-    ask = [sys.executable, "-m", module, *verbs, "--help"]
-    return subprocess.run(ask, capture_output=True, text=True, cwd=ROOT).stdout.replace("_", "-")
+    """What `python -m` prints, without a process that imports everything anew."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        warnings.catch_warnings(),
+        pytest.raises(SystemExit) as ended,
+    ):
+        warnings.simplefilter("ignore", RuntimeWarning)  # runpy's, of a module that a test has imported already
+        patch.setattr(sys, "argv", [module, *verbs, "--help"])
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert ended.value.code in (None, 0), (module, ended.value.code)
+    return printed.getvalue().replace("_", "-")
 
 
 def test_the_map_names_what_is_there():

@@ -38,21 +38,17 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(*arguments, cwd):
-    command = [sys.executable, "-m", "eval", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def test_the_command_scores_files_and_keeps_samples(folder, tmp_path):
+def test_the_command_scores_files_and_keeps_samples(folder, tmp_path, monkeypatch, capsys):
     rows = [{"question": f"{n} is", "choices": ["even", "odd"], "answer": n % 2} for n in range(10)]
     (tmp_path / "exam.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "facts.jsonl").write_text('{"question": "import", "answer": "os"}\n')
     (tmp_path / "text.txt").write_text("import os\n" * 30)
     files = ("--choices", "exam.jsonl", "--questions", "facts.jsonl", "--text", "text.txt")
-    result = run(folder, *files, "--ask", "text", "--out", "log", "--batch-size", "4", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    table = [line for line in result.stdout.splitlines() if line.startswith("| ")]
+    monkeypatch.chdir(tmp_path)
+    options = ("--ask", "text", "--out", "log", "--batch-size", "4")
+    monkeypatch.setattr("sys.argv", ["eval", str(folder), *files, *options])
+    main()
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in table[2:]] == ["| exam v1", "| facts v1", "| text v1"]
     samples = [json.loads(line) for line in (tmp_path / "log" / "exam.jsonl").read_text().splitlines()]
     share = sum(sample["value"] for sample in samples) / 10
@@ -81,7 +77,14 @@ def test_bad_input_is_said_in_one_line(arguments, wanted, folder, tmp_path, monk
 
 
 def test_bad_input_ends_the_process_with_one_line_and_a_non_zero_exit(folder, tmp_path):
-    result = run(folder, cwd=tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-m", "eval", str(folder)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 1
     assert re.fullmatch("error: nothing to score.*\n", result.stderr)
 

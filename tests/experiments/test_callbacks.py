@@ -28,6 +28,7 @@ from internjax.train.optimizer import AdamW, Constant, make_optimizer
 from internjax.train.step import init_state
 from internjax.train.tracking import TrackingConfig, open_run, read_rows
 from tests.experiments.conftest import SMALL, TEXTS, pretraining
+from tests.weights import random_params
 
 
 class Opened(NamedTuple):
@@ -47,7 +48,7 @@ def tokenizer(corpus):
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.device_get(decoder.init(SMALL, jax.random.key(3)))
+    return jax.device_get(random_params(SMALL, seed=3))
 
 
 OPTIMIZER = make_optimizer(AdamW(), Constant(), 10)

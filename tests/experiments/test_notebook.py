@@ -28,12 +28,11 @@ def read(path):
     return notebook
 
 
-def executed(notebook, cells, folder, tmp_path):
+def executed(notebook, folder, tmp_path):
     """The code cells of a notebook after they ran in a fresh kernel in `folder`."""
     from nbclient import NotebookClient
 
     notebook = read(notebook)
-    notebook.cells = notebook.cells[:cells]
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     # As a person's: one device, figures in the page; what a notebook writes goes where pytest clears it away.
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "MPLBACKEND")}
@@ -143,26 +142,23 @@ FROM_BASE = r"from the base: (\S+); by rounding the merged weights to bfloat16: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("notebook", "check", "num_figures"),
-    [(TOUR, the_tour, 5), (TRAINING, training, 4), (FINETUNING, finetuning, 5), (DATA, data, 5)],
+    ("notebook", "folder", "check", "num_figures"),
+    [
+        (TOUR, ROOT, the_tour, 5),
+        (TRAINING, ROOT / "tests" / "golden", training, 4),
+        (FINETUNING, FOLDER, finetuning, 5),
+        (DATA, FOLDER, data, 5),
+    ],
     ids=["tour", "training", "finetuning", "data"],
 )
-def test_a_notebook_runs_and_says_what_it_claims(notebook, check, num_figures, tmp_path):
-    cells = executed(notebook, None, FOLDER, tmp_path)
+def test_a_notebook_runs_from_any_folder_and_says_what_it_claims(notebook, folder, check, num_figures, tmp_path):
+    cells = executed(notebook, folder, tmp_path)
+    said = "".join(map(printed, cells))
+    assert f"everything is written below {tmp_path}" in said
     shown = [output.data for cell in cells for output in cell.outputs if "data" in output]
     assert sum("image/png" in data for data in shown) >= num_figures
     (work,) = tmp_path.glob("internjax_*")
-    check("".join(map(printed, cells)), [data["text/html"] for data in shown if "text/html" in data], work)
-
-
-@pytest.mark.parametrize(
-    ("notebook", "folder"),
-    [(TOUR, ROOT), (TRAINING, ROOT / "tests" / "golden")],
-    ids=["in the checkout", "elsewhere in it"],
-)
-def test_it_finds_the_checkout(notebook, folder, tmp_path):
-    *_, last = executed(notebook, 3, folder, tmp_path)
-    assert f"everything is written below {tmp_path}" in printed(last)
+    check(said, [data["text/html"] for data in shown if "text/html" in data], work)
 
 
 def test_all_notebooks_find_it_in_the_same_way():

@@ -4,8 +4,8 @@ import dataclasses
 import importlib
 import itertools
 import json
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -155,9 +155,11 @@ def test_the_shipped_sweeps_run_as_they_are(path):
         assert any(getattr(one, head) != getattr(config, head) for one in configs), name
 
 
-def test_a_sweeps_command_reaches_the_program(tmp_path):
-    """The command line as a process, up to the first thing that it cannot find."""
+def test_a_sweeps_command_reaches_the_program(tmp_path, monkeypatch, capsys):
+    """The module as `-m` runs it, up to the first thing that it cannot find."""
     given = {"model": str(tmp_path / "no model"), "data": ["a.jsonl"], "merge": False, "optimizer.clip_norm": None}
-    command = [sys.executable, "-m", "experiments.finetune", *agents_arguments(given)["args"]]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert ran.returncode == 1 and ran.stderr.startswith("error: ") and "no model" in ran.stderr
+    monkeypatch.setattr(sys, "argv", ["finetune", *agents_arguments(given)["args"]])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(finetune.__file__, run_name="__main__")
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and error.startswith("error: ") and "no model" in error

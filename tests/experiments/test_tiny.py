@@ -16,7 +16,7 @@ import pytest
 from data_pipelines import embedded
 from data_pipelines.loading import batches, open_rows
 from eval import ngram
-from experiments import tiny, tiny_models
+from experiments import tiny, tiny_models, tiny_use
 from experiments.tiny_config import Tiny
 from internjax.hf.open import open_model
 from internjax.model.lora import LoraConfig
@@ -190,6 +190,14 @@ def copy(chain, tmp_path):
     return tmp_path / "tiny"
 
 
+@pytest.fixture
+def answered(chain, monkeypatch):
+    """Server and agent say again what they said: what is looked at is which stages run, and the real ones have run."""
+    for name in ("serve", "agent"):
+        said = tiny.result(chain[0], name)
+        monkeypatch.setattr(tiny_use, name, lambda config, root, said=said: dict(said))
+
+
 def changed(config, **fields):
     return dataclasses.replace(config, **fields)
 
@@ -201,7 +209,7 @@ def test_the_second_call_says_that_it_is_complete(copy):
     assert "python -m experiments.tiny --fresh" in printed and times(copy) == before
 
 
-def test_one_stage_alone_and_all_from_one_on(copy):
+def test_one_stage_alone_and_all_from_one_on(copy, answered):
     before = times(copy)
     printed = run(changed(CONFIG, run=str(copy), only="export"))
     assert re.findall(r"\] (\w+):", printed) == ["export"]
@@ -211,7 +219,7 @@ def test_one_stage_alone_and_all_from_one_on(copy):
     assert {name for name in STAGES if times(copy)[name] != after[name]} == {"serve", "agent"}
 
 
-def test_an_unfinished_chain_goes_on_and_what_stands_on_it_is_made_anew(copy):
+def test_an_unfinished_chain_goes_on_and_what_stands_on_it_is_made_anew(copy, answered):
     before = times(copy)
     shutil.rmtree(copy / "serve")
     printed = run(changed(CONFIG, run=str(copy)))

@@ -37,34 +37,31 @@ def base(tmp_path, config, params, tokenizer):
     return tmp_path / "base"
 
 
-def run(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "internjax.hf", *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_the_command_line_converts_and_checks(base, tmp_path, params):
-    result = run("convert", "base", "a b/new", "--layout", "internlm2", "--shard-size", "40KB", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "written and read back, largest logit difference 0 (to the source: 0)" in result.stdout
+def test_the_command_line_converts_and_checks(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "base", "a b/new", "--layout", "internlm2", "--shard-size", "40KB"]) == 0
+    assert "written and read back, largest logit difference 0 (to the source: 0)" in capsys.readouterr().out
     new = tmp_path / "a b" / "new"
     assert len(list(new.glob("model-*-of-*.safetensors"))) > 2 and (new / "model.safetensors.index.json").is_file()
     about = json.loads((new / "internjax.json").read_text())
     assert (
         about["provenance"] == {"data": "a small corpus", "converted from": "base"} and about["layout"] == "internlm2"
     )
-    result = run("check", "a b/new", cwd=tmp_path)
-    assert result.returncode == 0 and "files as written, largest logit difference 0" in result.stdout
+    assert main(["check", "a b/new"]) == 0
+    assert "files as written, largest logit difference 0" in capsys.readouterr().out
     shard = next(new.glob("model-00002*"))
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    result = run("check", "a b/new", cwd=tmp_path)
+    # As a process, once: the exit code and what goes to stderr are those of the command.
+    result = subprocess.run(
+        [sys.executable, "-m", "internjax.hf", "check", "a b/new"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 1
     assert result.stderr.startswith("error: a b/new is not as it was written: model-00002-of-")
     assert "Traceback" not in result.stderr

@@ -1,10 +1,6 @@
-"""One of two processes of a job that places a batch, started by test_mesh.py: python placed_rows.py PORT PROCESS."""
+"""One of two processes of 4 devices that place a batch, started by test_mesh.py: python placed_rows.py PORT PROCESS."""
 
-import os
 import sys
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np

@@ -13,6 +13,7 @@ from internjax.train.freezing import join, joined, split
 from internjax.train.losses import next_token
 from internjax.train.optimizer import AdamW, Constant, make_optimizer
 from internjax.train.step import init_state, make_step
+from tests.weights import random_params
 
 SMALL = ModelConfig(
     vocab_size=31, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=24, dtype="float32"
@@ -46,7 +47,7 @@ def test_what_cannot_be_meant_is_refused():
 
 
 def test_frozen_leaves_stay_and_have_no_moments():
-    params = jax.device_get(decoder.init(SMALL, jax.random.key(0)))
+    params = jax.device_get(random_params(SMALL))
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12) % 31
     ones = np.ones_like(tokens)
     positions = np.arange(12, dtype=np.int32) * ones

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from internjax import sharding
-from internjax.model import decoder, quantize
+from internjax.model import quantize
 from internjax.model.config import TINY
 from internjax.model.lora import LoraConfig, init_lora
 from internjax.sharding import MeshConfig
@@ -23,6 +23,7 @@ from internjax.train.losses import LossOutput, next_token
 from internjax.train.optimizer import AdamW, Constant, make_optimizer
 from internjax.train.step import abstract_state, init_state, make_step
 from internjax.train.tracking import TrackingConfig, open_run, read_rows
+from tests.weights import random_params
 
 
 def linear(trainable, frozen, batch, rng):
@@ -183,7 +184,7 @@ def token_batch():
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_float16_trains_as_float32_does(method):
-    base = jax.device_get(decoder.init(SMALL, jax.random.key(1)))
+    base = jax.device_get(random_params(SMALL, seed=1))
     lora_config = None if method == "full" else LoraConfig(rank=4)
     if method == "qlora":
         base = jax.jit(functools.partial(quantize.quantize_params, scheme="nf4", group=16))(base)

@@ -17,6 +17,7 @@ from internjax.train.batch import Batch
 from internjax.train.losses import next_token
 from internjax.train.optimizer import AdamW, Constant, make_optimizer
 from internjax.train.step import init_state, make_step
+from tests.weights import random_params
 
 CONFIG = ModelConfig(
     vocab_size=64, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24, dtype="float32"
@@ -26,7 +27,7 @@ KEY = jax.random.key(0)
 
 @functools.cache
 def initial_params():
-    return jax.device_get(jax.jit(functools.partial(decoder.init, CONFIG))(jax.random.key(1)))
+    return jax.device_get(random_params(CONFIG, seed=1))
 
 
 def params():

@@ -25,6 +25,8 @@ from internjax.train.checkpoint import CheckpointConfig, fingerprint, open_check
 from internjax.train.losses import next_token
 from internjax.train.optimizer import AdamW, Cosine, make_optimizer
 from internjax.train.step import abstract_state, init_state, make_step, put_batch
+from tests.conftest import QUICK_FLAGS
+from tests.weights import random_params
 
 CONFIG = ModelConfig(
     vocab_size=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64, dtype="float32"
@@ -41,7 +43,7 @@ jax.monitoring.register_event_duration_secs_listener(
 
 @functools.cache
 def initial_params():
-    return jax.device_get(decoder.init(CONFIG, jax.random.key(0)))
+    return jax.device_get(random_params(CONFIG))
 
 
 @pytest.fixture(autouse=True)
@@ -250,7 +252,11 @@ def test_two_processes_place_their_own_rows():
             stderr=subprocess.STDOUT,
             text=True,
             # The script stands in tests/, so the checkout is named; a path that is set already stays.
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+            env=os.environ
+            | {
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {QUICK_FLAGS}",
+            },
         )
         for process in range(2)
     ]

@@ -35,6 +35,7 @@ from internjax.train.optimizer import (
     matrix_mask,
 )
 from internjax.train.step import init_state, make_step, put_batch
+from tests.weights import random_params
 
 
 def params():
@@ -384,7 +385,7 @@ def batch_at(position: int, rows: int = 8, seq_len: int = 8) -> Batch:
 
 @functools.cache
 def small_params():
-    return jax.device_get(decoder.init(SMALL, jax.random.key(0)))
+    return jax.device_get(random_params(SMALL))
 
 
 # --- every optimizer as a training run has it ------------------------------------------------------------------------

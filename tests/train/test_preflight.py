@@ -23,6 +23,7 @@ from internjax.train import attention_probe, preflight, preview
 from internjax.train.batch import Batch
 from internjax.train.memory import Job
 from internjax.train.preflight import Subject
+from tests.weights import random_params
 
 SMALL = dataclasses.replace(
     TINY, vocab_size=300, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48
@@ -98,7 +99,7 @@ def status(report):
 
 @functools.cache
 def params_of(config):
-    return decoder.init(config, jax.random.key(1))
+    return random_params(config, seed=1)
 
 
 def test_a_healthy_run_passes_and_says_what_it_saw(subject, tmp_path):
