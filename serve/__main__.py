@@ -39,11 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """What `python -m serve` and `python -m serve.chat` share."""
+def add_model_flags(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
+    """What `python -m serve`, `serve.chat` and `serve.bench` share. nargs: of MODEL; "?" where there is another way."""
     parser.add_argument(
         "model",
         metavar="MODEL",
+        nargs=nargs,
         help="Hugging Face folder, adapter folder, BASE+ADAPTER, run folder, RUN@STEP, hf:ORG/NAME",
     )
     parser.add_argument(
@@ -95,15 +96,18 @@ def _gib(text: str) -> float:
 
 def open_pipeline(args: argparse.Namespace):
     """The pipeline that the flags describe, with its programs compiled. Says what it opened and has room for."""
+    return start_pipeline(open_weights(args), args)
+
+
+def open_weights(args: argparse.Namespace):
+    """The Model that the flags describe. Says what it opened."""
     # Read when jax first meets its devices.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(args.memory_fraction))
     import jax
 
     from internjax.compile_cache import keep_programs
-    from internjax.decode.sizing import page_bytes
     from internjax.hf.open import open_model
     from internjax.sharding import MeshConfig, make_mesh
-    from serve.pipeline import Pipeline
 
     keep_programs()
     mesh = None
@@ -116,6 +120,14 @@ def open_pipeline(args: argparse.Namespace):
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     kind = args.quantize or model.quantization or model.config.param_dtype
     print(f"weights  {weights / 2**20:,.1f} MiB {kind}, computed in {model.config.dtype} on {jax.devices()[0]}")
+    return model
+
+
+def start_pipeline(model, args: argparse.Namespace):
+    """A pipeline over the model, with its programs compiled. Says what it has room for."""
+    from internjax.decode.sizing import page_bytes
+    from serve.pipeline import Pipeline
+
     start = time.monotonic()
     print("compiling ...", flush=True)
     pipeline = Pipeline(

@@ -1,11 +1,12 @@
-"""Contenders in processes of their own that train in turns: what the benchmarks of training steps have in common.
+"""Contenders in processes of their own that work in turns: what benchmarks beside other frameworks have in common.
 
 All have the same settings of malloc (`internjax.host_memory`). Whatever else the machine does meets all contenders, a
-block of steps each; a figure is the median over all blocks. The losses of the first steps are compared before anything
-is timed. A contender that ends early (no memory, a package that is missing) is reported with its code, and the others
-go on.
+block of steps each; a figure is the median over all blocks. What the first steps gave (losses of training, tokens of
+decoding) is compared before anything is timed. A contender that ends early (no memory, a package that is missing) is
+reported with its code, and the others go on.
 """
 
+import argparse
 import json
 import os
 import resource
@@ -21,23 +22,26 @@ import numpy as np
 from internjax.host_memory import keep_freed
 
 NUM_CHECKED = 3
-"""Steps whose losses all contenders must agree on."""
+"""Steps whose results all contenders must agree on."""
 _LAZY = 2
 """Steps after them that are not timed: what a framework still does lazily is done then."""
 
 
 class Contender(NamedTuple):
-    """step(position) trains on that batch and returns its loss once it is on the host; peak_bytes() of memory."""
+    """step(position) does that piece of work and returns its result (a loss, tokens) once it is on the host;
+    peak_bytes() of memory."""
 
-    step: Callable[[int], float]
+    step: Callable[[int], Any]
     peak_bytes: Callable[[], int]
 
 
 class Entry(NamedTuple):
-    """How a contender's process is started: its arguments after `python`, and variables of its environment."""
+    """How a contender's process is started: its arguments after `python`, variables of its environment, and which
+    python."""
 
     arguments: Sequence[str]
     environment: Mapping[str, str] = {}
+    python: str = sys.executable
 
 
 class Answers(NamedTuple):
@@ -47,6 +51,22 @@ class Answers(NamedTuple):
     blocks: list[dict[str, Any]]
     failed: int | None = None
     """The exit code of a contender that ended early."""
+
+
+def add_peer_python(parser: argparse.ArgumentParser) -> None:
+    """Adds --peer-python: contenders on torch may be installed for another Python than ours."""
+    parser.add_argument(
+        "--peer-python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="that has torch and transformers, and jax and flax too (default: this one)",
+    )
+
+
+def packages_of(python: str) -> dict[str, str]:
+    """Returns the versions of the packages that are measured, as another Python has them."""
+    code = "import json; from experiments.benchmarks import record; print(json.dumps(record.packages()))"
+    return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
 def peak_rss() -> int:
@@ -62,26 +82,26 @@ def peak_bytes() -> int:
 
 
 def work(build: Callable[[], Contender]) -> None:
-    """Trains blocks of steps when told to ("N" on a line of the input) and answers each with a line of JSON."""
+    """Does blocks of steps when told to ("N" on a line of the input) and answers each with a line of JSON."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr; stdout is the answers'
     keep_freed()  # as our commands do; a peer's process gets the same settings of malloc
     contender, position = build(), 0
     for line in sys.stdin:
-        seconds, losses = [], []
+        seconds, results = [], []
         for _ in range(int(line)):
             started = time.perf_counter()
-            losses.append(contender.step(position))
+            results.append(contender.step(position))
             seconds.append(time.perf_counter() - started)
             position += 1
-        answer = {"seconds": seconds, "losses": losses, "peak_bytes": contender.peak_bytes()}
+        answer = {"seconds": seconds, "results": results, "peak_bytes": contender.peak_bytes()}
         print(json.dumps(answer), file=out, flush=True)
 
 
 def measure(
-    entries: Mapping[str, Entry], *, num_blocks: int, block: int, check: Callable[[dict[str, list[float]]], None]
+    entries: Mapping[str, Entry], *, num_blocks: int, block: int, check: Callable[[dict[str, list[Any]]], None]
 ) -> dict[str, Answers]:
-    """Returns what every contender answered. `check` is given the losses of the first steps, and may end the run."""
+    """Returns what every contender answered. `check` is given the results of the first steps, and may end the run."""
     workers = {who: _started(entry) for who, entry in entries.items()}
     failed: dict[str, int] = {}
 
@@ -92,7 +112,7 @@ def measure(
 
     try:
         first = ask(NUM_CHECKED)
-        check({who: answer["losses"] for who, answer in first.items()})
+        check({who: answer["results"] for who, answer in first.items()})
         ask(_LAZY)
         blocks = [ask(block) for _ in range(num_blocks)]
     finally:
@@ -108,7 +128,7 @@ def measure(
 def _started(entry: Entry) -> subprocess.Popen:
     # Two frameworks share one card: neither may take all of it at the start.
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "HF_HUB_OFFLINE": "1"} | entry.environment
-    command = [sys.executable, *entry.arguments]
+    command = [entry.python, *entry.arguments]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
@@ -132,7 +152,7 @@ def require_equal(losses: Mapping[str, list[float]], *, tolerance: float) -> Non
 
 
 def figures(answers: Answers, *, tokens: int, flops: float) -> dict[str, Any]:
-    """Returns the figures of one contender whose steps train on `tokens` tokens with `flops` useful operations."""
+    """Returns the figures of one contender whose steps handle `tokens` tokens with `flops` useful operations."""
     import jax
 
     from internjax.train.flops import mfu
@@ -149,7 +169,7 @@ def figures(answers: Answers, *, tokens: int, flops: float) -> dict[str, Any]:
         "tokens_per_second": round(tokens / median),
         "mfu": None if used is None else round(used, 4),
         "peak_bytes": answers.blocks[-1]["peak_bytes"],
-        "first_losses": answers.first["losses"],
+        "first_losses": answers.first["results"],
     }
 
 

@@ -212,7 +212,7 @@ def write_inputs(setting: Setting, folder: Path) -> None:
     from internjax.model.lora import init_lora
 
     config = dataclasses.replace(setting.step.model, attention="xla", remat="none")
-    train_step.write_model(setting.step, folder / "base")
+    train_step.write_model(setting.step.model, folder / "base")
     with jax.default_device(jax.devices("cpu")[0]):
         weights = init_lora(LORA, decoder.abstract_params(config), jax.random.key(1))
     save_adapter(folder / "adapter", LORA, weights, folder / "base", model_config=config)

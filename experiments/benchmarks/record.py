@@ -15,18 +15,23 @@ _PACKAGES = (
 )  # fmt: skip
 
 
+def packages() -> dict[str, str]:
+    """Returns the versions of the packages that are measured."""
+    installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions() if dist.name}
+    return {name: installed[name] for name in _PACKAGES if name in installed}
+
+
 def environment() -> dict[str, Any]:
     """Returns hardware, load of the machine just now, and the versions of the packages that are measured."""
     import jax
 
-    installed = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions() if dist.name}
     devices = jax.devices()
     return {
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "packages": {name: installed[name] for name in _PACKAGES if name in installed},
+        "packages": packages(),
     }
 
 

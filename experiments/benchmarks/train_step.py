@@ -167,7 +167,7 @@ def measure(names: Sequence[str], name: str, *, num_blocks: int, block: int) -> 
     tolerance = 1e-3 if setting.model.dtype == "float32" else 3e-2
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "model"
-        write_model(setting, folder)
+        write_model(setting.model, folder)
         start = ["-m", "experiments.benchmarks.train_step", "--setting", name, "--folder", str(folder), "--worker"]
         answers = contest.measure(
             {who: contest.Entry([*start, who]) for who in names},
@@ -180,14 +180,14 @@ def measure(names: Sequence[str], name: str, *, num_blocks: int, block: int) -> 
     return {who: contest.figures(each, tokens=tokens, flops=flops) for who, each in answers.items()}
 
 
-def write_model(setting: Setting, folder: Path) -> None:
+def write_model(model: ModelConfig, folder: Path) -> None:
     """Writes random weights as a Hugging Face folder that every contender starts from."""
     import jax
 
     from internjax.hf.save import save_model
     from internjax.model import decoder
 
-    plain = dataclasses.replace(setting.model, attention="xla", remat="none")
+    plain = dataclasses.replace(model, attention="xla", remat="none")
     with jax.default_device(jax.devices("cpu")[0]):
         params = jax.jit(lambda key: decoder.init(plain, key))(jax.random.key(0))
     save_model(folder, config=plain, params=params, tokenizer=None)

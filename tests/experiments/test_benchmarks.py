@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.benchmarks import attention, contest, finetune_step, scaling, train_step
+from experiments.benchmarks import attention, contest, decode, finetune_step, scaling, train_step
 from internjax.model.config import INTERNLM2_1_8B, INTERNLM2_7B, ModelConfig
 from internjax.train import flops
 
@@ -33,7 +33,7 @@ def test_contenders_get_equal_batches_of_equal_documents():
 
 def test_scanned_and_unrolled_layers_train_alike(tmp_path):
     setting = train_step.Setting(SMALL, batch_size=2, seq_len=16, num_segments=2)
-    train_step.write_model(setting, tmp_path)
+    train_step.write_model(setting.model, tmp_path)
     answers = {}
     for name, unroll in (("scanned", False), ("unrolled", True)):
         contender = train_step._internjax(setting, tmp_path, unroll=unroll)
@@ -56,6 +56,23 @@ def test_contenders_that_train_different_models_are_refused():
         finetune_step.require_equal(adapters | {"peft-lora": [4.15]})
 
 
+def test_loop_and_engine_decode_alike_and_others_are_refused(tmp_path):
+    setting = decode.Setting(SMALL, prompt=4, new_tokens=5)
+    train_step.write_model(SMALL, tmp_path)
+    loop, engine = (decode.contender(name, setting, tmp_path, 3) for name in decode.EXACT)
+    tokens = {"generate": [loop.step(0), loop.step(1)], "engine": [engine.step(0), engine.step(1)]}
+    assert np.shape(tokens["generate"]) == (2, 3, 5) and tokens["generate"][0] != tokens["generate"][1]
+    decode.require_equal_tokens(tokens)
+    other = np.array(tokens["generate"])
+    other[1, 2, 3] += 1
+    decode.require_equal_tokens(tokens | {"int4": other.tolist()})  # fewer bits draw what they draw
+    with pytest.raises(SystemExit, match="hf-static and generate draw different.*step 1, row 2, from token 3"):
+        decode.require_equal_tokens(tokens | {"hf-static": other.tolist()})
+    answers = contest.Answers({"seconds": [9.0], "results": []}, [{"seconds": [0.5, 0.1, 0.5], "peak_bytes": 7}])
+    found = decode.figures(answers, setting, 3)
+    assert (found["tokens_per_second"], found["median_seconds"], found["peak_bytes"]) == (30, 0.5, 7)
+
+
 CHILD = """
 import sys
 from experiments.benchmarks import contest
@@ -76,7 +93,7 @@ def test_contenders_take_turns_and_one_that_ends_is_told(tmp_path):
     found = contest.measure(entries, num_blocks=2, block=2, check=checked.append)
     assert checked == [{"stays": [0.0, 0.5, 1.0], "ends": [0.0, 0.5, 1.0]}]
     stays, ends = (contest.figures(found[who], tokens=100, flops=1.0) for who in entries)
-    assert [block["losses"] for block in found["stays"].blocks] == [[2.5, 3.0], [3.5, 4.0]]
+    assert [block["results"] for block in found["stays"].blocks] == [[2.5, 3.0], [3.5, 4.0]]
     assert stays["peak_bytes"] == 7 and len(stays["first_losses"]) == 3 and stays["mfu"] is None
     assert ends == {"failed": "ended with code 3; its message stands in the log"}
     assert contest.ratio({"stays": stays, "ends": ends}, ours="stays", peers=["ends"]) == {}

@@ -18,12 +18,12 @@ import pytest
 from internjax.hf.save import save_model
 from internjax.text.message import Message
 from serve import __main__ as server
-from serve import chat, protocol, quantize
+from serve import bench, chat, protocol, quantize
 from serve.chat import _answer
 from serve.pipeline import Params
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-COMMANDS = {"serve": server, "serve.chat": chat, "serve.quantize": quantize}
+COMMANDS = {"serve": server, "serve.chat": chat, "serve.quantize": quantize, "serve.bench": bench}
 
 
 @pytest.fixture(scope="module")

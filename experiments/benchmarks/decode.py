@@ -1,0 +1,270 @@
+"""Greedy decoding beside transformers on torch: same weights, same prompts, equal tokens, one interleaved run.
+
+    python -m experiments.benchmarks.decode --peer-python PYTHON         # the tiny model on a CPU, batch 1, 8 and 32
+    python -m experiments.benchmarks.decode --setting 24m                # a wider model; --list shows all settings
+
+Hardware: 2 CPU cores that nobody else uses, or one GPU
+Needs: torch and transformers in this Python (make parity installs them), or, with --peer-python, in another one that
+has jax and flax too
+Time: 10 minutes for all contenders on a CPU, most of it torch.compile
+
+Every contender is a process of its own. They generate in turns, so that whatever else the machine does meets all of
+them; the figure is the median over all turns. A step is one whole call: reading the prompts and drawing NEW_TOKENS for
+every row, until they are on the host. Prompts differ from step to step, and nobody can stop early. The tokens of the
+first steps must be equal, for every contender with whole weights, before anything is timed.
+
+generate       internjax.decode.generate, one compiled loop
+engine         internjax.decode.engine with as many slots as rows, tokens handed out in blocks as the server does
+int8, int4     generate with weights in 8 and 4 bits (other tokens; not compared)
+hf-dynamic     transformers generate as it comes: a cache that grows
+hf-static      transformers generate with its static cache
+hf-compile     the same with torch.compile, as its generate does it
+"""
+
+import argparse
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.benchmarks import contest, record
+from experiments.benchmarks.contest import Contender
+from experiments.benchmarks.train_step import write_model
+from internjax.model.config import TINY, ModelConfig
+
+Tokens = list[list[int]]
+
+
+class Setting(NamedTuple):
+    """What generates, and how much."""
+
+    model: ModelConfig
+    prompt: int = 32
+    new_tokens: int = 96
+
+
+SETTINGS = {
+    "tiny": Setting(TINY),
+    "24m": Setting(
+        dataclasses.replace(TINY, vocab_size=8192, d_model=384, num_layers=8, num_heads=6, num_kv_heads=6, ffn_dim=1024)
+    ),
+}
+EXACT = ("generate", "engine")
+OURS = (*EXACT, "int8", "int4")
+PEERS = ("hf-dynamic", "hf-static", "hf-compile")
+
+
+def prompts_at(setting: Setting, batch: int, position: int) -> np.ndarray:
+    """Returns random prompts `[B, T]`; the same for every contender."""
+    rng = np.random.default_rng((11, batch, position))
+    return rng.integers(3, setting.model.vocab_size, (batch, setting.prompt), np.int32)
+
+
+# --- contenders ------------------------------------------------------------------------------------------------------
+
+
+def _generate(setting: Setting, folder: Path, batch: int, *, quantize: str | None) -> Callable[[np.ndarray], Tokens]:
+    from internjax.decode.generate import generate
+    from internjax.decode.sample import make_sampling
+    from internjax.hf.open import open_model
+
+    model, lengths_B = open_model(folder, quantize=quantize), np.full(batch, setting.prompt, np.int32)
+    sampling = make_sampling(batch, temperature=0.0)
+
+    def run(prompts_BT: np.ndarray) -> Tokens:
+        found = generate(
+            model.params,
+            prompts_BT,
+            lengths_B,
+            config=model.config,
+            sampling=sampling,
+            max_new_tokens=setting.new_tokens,
+        )
+        return np.asarray(found.tokens_BN).tolist()
+
+    return run
+
+
+def _engine(setting: Setting, folder: Path, batch: int) -> Callable[[np.ndarray], Tokens]:
+    from internjax.decode.engine import Engine
+    from internjax.decode.request import Request
+    from internjax.decode.sample import SamplingParams
+    from internjax.hf.open import open_model
+
+    model = open_model(folder)
+    length = setting.prompt + setting.new_tokens
+    engine = Engine(model.params, model.config, max_context=length, num_slots=batch).start()
+    greedy = SamplingParams(temperature=0.0)
+
+    def run(prompts_BT: np.ndarray) -> Tokens:
+        requests = [Request(tuple(prompt), setting.new_tokens, greedy) for prompt in prompts_BT.tolist()]
+        return [list(handle.result().ids) for handle in [engine.submit(request) for request in requests]]
+
+    return run
+
+
+def _transformers(setting: Setting, folder: Path, *, static: bool, compiled: bool) -> Callable[[np.ndarray], Tokens]:
+    import torch
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(os.cpu_count() or 1)
+    dtype = getattr(torch, setting.model.dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model = model.to(device).eval()
+    model.generation_config.eos_token_id = None  # so nothing ends early, and nothing is asked for each token
+    how: dict[str, Any] = {"cache_implementation": "static"} if static else {}
+    if compiled:
+        how["compile_config"] = transformers.CompileConfig(mode="reduce-overhead" if device == "cuda" else "default")
+        how["compile_config"]._compile_all_devices = True  # on a CPU its generate would not compile otherwise
+    else:
+        how["disable_compile"] = True
+
+    def run(prompts_BT: np.ndarray) -> Tokens:
+        ids_BT = torch.from_numpy(prompts_BT).long().to(device)
+        with torch.inference_mode():
+            out = model.generate(
+                ids_BT,
+                attention_mask=torch.ones_like(ids_BT),
+                max_new_tokens=setting.new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                **how,
+            )
+        if compiled and not hasattr(model, "_compiled_call"):
+            raise RuntimeError("transformers did not compile: this contender would be hf-static under another name")
+        return out[:, setting.prompt :].tolist()
+
+    return run
+
+
+def contender(name: str, setting: Setting, folder: Path, batch: int) -> Contender:
+    """Returns the contender `name`: a step generates for the prompts at its position and returns their tokens."""
+    if name == "engine":
+        run = _engine(setting, folder, batch)
+    elif name in OURS:
+        run = _generate(setting, folder, batch, quantize=None if name == "generate" else name)
+    else:
+        run = _transformers(setting, folder, static=name != "hf-dynamic", compiled=name == "hf-compile")
+    peak = contest.peak_bytes if name in OURS else _torch_peak
+    return Contender(lambda position: run(prompts_at(setting, batch, position)), peak)
+
+
+def _torch_peak() -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else contest.peak_rss()
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def require_equal_tokens(found: Mapping[str, Sequence[Tokens]]) -> None:
+    """Ends the run when contenders with whole weights draw different tokens."""
+    exact = {who: np.asarray(tokens) for who, tokens in found.items() if who in EXACT + PEERS}
+    reference = next(iter(exact), None)
+    for who, tokens in exact.items():
+        if tokens.shape != exact[reference].shape:
+            raise SystemExit(f"error: {who} drew {tokens.shape} tokens, {reference} {exact[reference].shape}")
+        if (differs := np.argwhere(tokens != exact[reference])).size:
+            step, row, place = differs[0]
+            raise SystemExit(
+                f"error: {who} and {reference} draw different tokens: step {step}, row {row}, from token {place} on "
+                f"({tokens[step, row, place]} and {exact[reference][step, row, place]})"
+            )
+
+
+def measure(
+    names: Sequence[str], name: str, batch: int, *, num_blocks: int, block: int, peer_python: str
+) -> dict[str, Any]:
+    """Returns the figures of the contenders `names` on a setting, `batch` rows at once."""
+    setting = SETTINGS[name]
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "model"
+        write_model(setting.model, folder)
+        flags = ["--setting", name, "--folder", str(folder), "--batch", str(batch), "--worker"]
+        start = ["-m", "experiments.benchmarks.decode", *flags]
+        entries = {who: contest.Entry([*start, who]) for who in names}
+        entries |= {who: entries[who]._replace(python=peer_python) for who in names if who in PEERS}
+        answers = contest.measure(entries, num_blocks=num_blocks, block=block, check=require_equal_tokens)
+    return {who: figures(each, setting, batch) for who, each in answers.items()}
+
+
+def figures(answers: contest.Answers, setting: Setting, batch: int) -> dict[str, Any]:
+    """Returns the figures of one contender: seconds of a whole call, and new tokens per second."""
+    found = contest.figures(answers, tokens=batch * setting.new_tokens, flops=0.0)
+    return {name: value for name, value in found.items() if name not in ("mfu", "first_losses")}
+
+
+def show(found: Mapping[str, dict], batch: int) -> None:
+    """Prints a line for every contender."""
+    for who, each in found.items():
+        said = each.get("failed") or (
+            f"{each['median_seconds'] * 1e3:9.1f} ms  {each['tokens_per_second']:8,} tokens/s, "
+            f"{each['peak_bytes'] / 1e9:.2f} GB"
+        )
+        print(f"batch {batch:3}  {who:12} {said}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks.decode", description=__doc__)
+    parser.add_argument("--setting", choices=SETTINGS, default="tiny")
+    parser.add_argument("--list", action="store_true", help="show the settings and end")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="rows at once")
+    parser.add_argument("--contenders", nargs="+", choices=OURS + PEERS, default=list(OURS + PEERS))
+    parser.add_argument("--blocks", type=int, default=7, help="turns of every contender, 5 at least")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
+    contest.add_peer_python(parser)
+    parser.add_argument("--output", type=Path, help="default: results/decode_SETTING.json")
+    parser.add_argument("--worker", choices=OURS + PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.list:
+        for name, (model, prompt, new_tokens) in SETTINGS.items():
+            print(f"{name:10} {model.num_layers} x {model.d_model}, {prompt} + {new_tokens} tokens")
+        return
+    setting = SETTINGS[args.setting]
+    if args.worker:
+        contest.work(lambda: contender(args.worker, setting, args.folder, args.batch[0]))
+        return
+    if args.blocks < 5:
+        parser.error(f"--blocks {args.blocks}: a median of fewer than 5 turns says little")
+    # This process looks at the card as well, and must leave it to the contenders.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    about = record.environment()
+    found, ratios = {}, {}
+    for batch in args.batch:
+        found[batch] = measure(
+            args.contenders,
+            args.setting,
+            batch,
+            num_blocks=args.blocks,
+            block=args.steps,
+            peer_python=args.peer_python,
+        )
+        show(found[batch], batch)
+        peers = [who for who in found[batch] if who in PEERS]
+        ratios[batch] = {
+            ours: contest.ratio(found[batch], ours=ours, peers=peers) for ours in args.contenders if ours in OURS
+        }
+    result = {
+        "what": "seconds of one greedy generate call (prompts read, new tokens drawn), medians of interleaved blocks",
+        "setting": {"name": args.setting, **setting._asdict(), "model": dataclasses.asdict(setting.model)},
+        "formula": "tokens per second = batch x new tokens / median seconds of a call; ratio = peer's seconds / ours",
+        **about,
+        "peer_packages": contest.packages_of(args.peer_python),
+        "contenders": found,
+        "ratio": ratios,
+    }
+    print(f"transformers over ours: {ratios}")
+    record.write(args.output or record.RESULTS / f"decode_{args.setting}.json", result)
+    if any("failed" in each for by_name in found.values() for who, each in by_name.items() if who in OURS):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
