@@ -120,7 +120,7 @@ def detect_file(path: str | Path, *, columns: Sequence[str] = ()) -> Format:
             f"{first.place}: fields {', '.join(sorted(first.value)) or 'none'} fit no known format. Wanted one of: "
             "instruction/output (Alpaca), messages (OpenAI), conversations (ShareGPT), chat or plain_text (MOSS), "
             "prompt/completion, chosen/rejected, text. Columns of other names can be renamed: --columns "
-            "instruction=ask output=reply"
+            "instruction=ask output=reply (in a fine-tuning --reading.columns)"
         )
     return found
 
@@ -156,7 +156,7 @@ def conversations(
             if not talks:
                 raise ValueError("the conversation has no assistant turn, so there is nothing to learn from it")
         except _ROW_ERRORS as error:
-            bad(f"{row.place}: not a {format} row: {_reason(error)}")
+            bad(f"{row.place}: not a valid {format} row: {_reason(error)}")
             continue
         for number, talk in enumerate(talks, 1):
             place = row.place if len(talks) == 1 else f"{row.place}#{number}"
@@ -171,7 +171,7 @@ def preferences(path: str | Path, *, columns: Sequence[str] = (), on_bad_row: Ba
         try:
             pair = _preference(row)
         except _ROW_ERRORS as error:
-            bad(f"{row.place}: not a preference row: {_reason(error)}; wanted a prompt, chosen and rejected")
+            bad(f"{row.place}: not a valid preference row: {_reason(error)}; wanted a prompt, chosen and rejected")
             continue
         yield pair
 

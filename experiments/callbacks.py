@@ -49,7 +49,7 @@ class Prompts:
     texts: tuple[str, ...] = ()
     """Prompts; none leaves this out. A fine-tuning asks each as a user's turn, a pre-training continues it as text."""
     every: int = 500
-    """Steps between samples."""
+    """Steps between samples; the last step always has some."""
     max_new_tokens: int = 64
     """Longest continuation."""
     temperature: float = 0.0
@@ -67,7 +67,7 @@ class HeldOut:
     folder: str = ""
     """Token folder that nothing is trained on; none leaves this out."""
     every: int = 500
-    """Steps between measurements."""
+    """Steps between measurements; after the last step there always is one."""
     num_batches: int = 16
     """Batches of it that are read: the same ones every time, the first of the order of seed 0."""
 
@@ -159,25 +159,25 @@ def held_out_loss(
     """Returns the callback that measures `eval/loss` (nats per token) and `eval/bits_per_byte` on a token folder.
 
     Bits per byte are left out where only part of the tokens count (conversations). A folder that is too small for
-    `num_batches` is read once. Raises ValueError where it holds not one batch, or was written by another tokenizer.
+    `num_batches` is read once, to its last row. Raises ValueError where it holds not one row, or was written by another
+    tokenizer.
     """
     rows = open_rows(config.folder, seq_len=seq_len, packing=packing, seed=0, tokenizer_sha256=tokenizer.fingerprint)
-    num_batches = min(config.num_batches, rows.num_rows // batch_size)
-    if num_batches < 1:
-        raise ValueError(
-            f"{config.folder} has {rows.num_rows} rows of {seq_len} tokens, less than one batch of "
-            f"{batch_size}; give more held-out text, or a smaller batch"
-        )
+    num_batches = min(config.num_batches, -(-rows.num_rows // batch_size))
     own = sharding.process_rows(mesh, batch_size)
     if lora_config is not None:  # what is dropped in training is not in what is measured
         lora_config = dataclasses.replace(lora_config, dropout=0.0)
-    num_bytes = _bytes_of((row_batch(rows, [index]) for index in range(num_batches * batch_size)), tokenizer)
+    num_rows = min(num_batches * batch_size, rows.num_rows)
+    num_bytes = _bytes_of((row_batch(rows, [index]) for index in range(num_rows)), tokenizer)
 
     def call(state: TrainState, step: int) -> dict[str, float]:
         total = weight = 0.0
         for number in range(num_batches):
-            batch = row_batch(rows, [number * batch_size + row for row in own])
-            placed = put_batch(batch, mesh)
+            wanted = np.array([number * batch_size + row for row in own])
+            batch = row_batch(rows, np.minimum(wanted, num_rows - 1).tolist())
+            # What fills the last batch up is not counted.
+            mask_BT = np.where((wanted < num_rows)[:, None], batch.loss_mask, 0.0).astype(batch.loss_mask.dtype)
+            placed = put_batch(batch._replace(loss_mask=mask_BT), mesh)
             sums = jax.device_get(_summed(state.trainable, state.frozen, placed, model_config, lora_config))
             total, weight = total + float(sums[0]), weight + float(sums[1])
         found = {"eval/loss": total / weight}

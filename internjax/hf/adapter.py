@@ -227,7 +227,8 @@ def load_adapter(folder: str | os.PathLike, *, model_config: ModelConfig) -> Ada
 
     One B factor over InternLM2's fused wqkv becomes those of query, key and value, which share its A. Ranks and scales
     of single modules (rank_pattern, alpha_pattern) become the largest rank, filled with zeros, and one scale. Raises
-    ValueError for keys that match nothing, layers that are missing and shapes of another base.
+    ValueError for keys that match nothing, layers that are missing, modules that are not the targets and shapes of
+    another base.
     """
     folder = Path(folder)
     values = read_adapter_config(folder)
@@ -245,7 +246,9 @@ def load_adapter(folder: str | os.PathLike, *, model_config: ModelConfig) -> Ada
         stems = [_PREFIX + name.removesuffix("weight") for name in tensor_names(row, model_config)]
         keys = [{leaf: stem + _FACTORS[leaf] for leaf in leaves} for stem in stems]
         missing = [key for module in keys for key in module.values() if key not in tensors]
-        if len(missing) == len(leaves) * len(keys):
+        is_there = len(missing) < len(leaves) * len(keys)
+        _check_target(values.get("target_modules"), stems[0].removeprefix(_PREFIX), is_there=is_there, where=folder)
+        if not is_there:
             continue
         if missing:
             raise ValueError(f"{folder / WEIGHTS} has adapters for some layers and lacks {missing[0]}; it is not whole")
@@ -263,6 +266,23 @@ def load_adapter(folder: str | os.PathLike, *, model_config: ModelConfig) -> Ada
     config, weights = _assemble(modules, values, model_config, where=folder)
     named = {name: tensors[key] for key, name in copies}
     return Adapter(config, weights, values.get("base_model_name_or_path") or None, named)
+
+
+def _check_target(targets: Any, stem: str, *, is_there: bool, where: Path) -> None:
+    """Raises ValueError where `target_modules` names a module that has no tensors, or leaves out one that has some:
+    PEFT would drop the tensors, or act as if there had been any."""
+    if targets is None or targets == "all-linear":
+        return
+    module = stem.removesuffix(".")
+    if isinstance(targets, str):
+        is_named = re.fullmatch(targets, module) is not None
+    else:
+        is_named = any(module == target or module.endswith(f".{target}") for target in targets)
+    if is_named != is_there:
+        raise ValueError(
+            f"{where}: {WEIGHTS} has {'an' if is_there else 'no'} adapter of {module}, and target_modules of {CONFIG} "
+            f"is {targets!r}; the two files are not of one adapter. Take both from where it was trained"
+        )
 
 
 def _assemble(modules: list, values: dict, config: ModelConfig, *, where: Path) -> tuple[LoraConfig, dict]:

@@ -66,7 +66,13 @@ def check_fields(
     supported here (`FIXED`, and the family's own, `fixed`), and fields that are null or false (absent features).
     `allow_unknown` names further fields to read as if they were absent.
     """
-    passed = BOOKKEEPING | GENERATION | set(honoured) | set(ignored) | set(allow_unknown)
+    allowed = set(allow_unknown)
+    if read := sorted(allowed & set(honoured) & values.keys()):
+        raise ValueError(
+            f"config.json: {', '.join(read)} is known and honoured here, so it cannot be read as if it were absent; "
+            "take it out of allow_unknown, or out of config.json"
+        )
+    passed = BOOKKEEPING | GENERATION | set(honoured) | set(ignored) | allowed
     only = FIXED | dict(fixed)
     wrong = {}
     for name, value in values.items():

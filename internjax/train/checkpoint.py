@@ -119,6 +119,7 @@ def restore_params(folder: str | Path, step: int | None = None, *, shardings: An
             for name, (shape, dtype) in about["trainable"].items()
         }
         together = multiprocessing(folder)
+        mute()
         options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=together)
         with ocp.CheckpointManager(folder, options=options, item_handlers=handlers(together)) as manager:
             args = ocp.args.Composite(trainable=restore_args(abstract))

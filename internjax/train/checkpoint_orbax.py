@@ -53,7 +53,8 @@ def restore_args(abstract: dict[str, jax.ShapeDtypeStruct]) -> ocp.args.PyTreeRe
 
 
 def mute() -> None:
-    """Keeps Orbax from telling a failed write dozens of times with full tracebacks; it is raised here, once."""
+    """Keeps Orbax from telling a failed write dozens of times with full tracebacks (it is raised here, once), and from
+    warning that what is opened for reading is not written."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_not_from_orbax)  # the same filter is added once only
     if getattr(sys.unraisablehook, "__name__", "") != "_unraisable_but_of_orbax":

@@ -88,9 +88,11 @@ NAMES = tuple(device.name for device in DEVICES)
 
 
 def named(name: str) -> Device:
-    """Returns the device of that `--device` name; raises ValueError listing the known ones."""
+    """Returns the device of that `--device` name, however it is spaced ("RTX 2080 Ti" is 2080-ti); raises ValueError
+    listing the known ones."""
+    plain = re.sub(r"nvidia|geforce|tesla|rtx|[^a-z0-9]", "", name.lower())
     for device in DEVICES:
-        if device.name == name.lower():
+        if device.name.replace("-", "") == plain:
             return device
     raise ValueError(f"unknown device {name!r}; known: {', '.join(NAMES)}")
 

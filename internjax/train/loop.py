@@ -37,7 +37,7 @@ Data = Callable[[int], Iterator[Any]]
 
 
 class Every(NamedTuple):
-    """A callback for every `steps` steps: call(state, step) -> metrics to log with that step, or None.
+    """A callback for every `steps` steps and the last one: call(state, step) -> metrics to log with that step, or None.
 
     The state is donated to the next step, so a callback must not keep its arrays. Metrics go to metrics.jsonl and
     should be deterministic.
@@ -127,7 +127,7 @@ def _run(
             watch.write(flight, watch.read(flight))
         flight = launched
 
-        due = [callback for callback in callbacks if index % callback.steps == 0]
+        due = [callback for callback in callbacks if index % callback.steps == 0 or index == num_steps]
         # A signal reaches the processes of a job at different steps; they agree on one.
         asked_to_stop = processes.stop_after(index, preempted.is_set())
         stop = index == num_steps or asked_to_stop

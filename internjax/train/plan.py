@@ -24,7 +24,7 @@ from internjax.model.lora import LoraConfig
 from internjax.model.quantize import Quantised
 from internjax.sharding import MESH_AXES
 from internjax.train import flops, memory
-from internjax.train.devices import GIB, Device, attention_problem
+from internjax.train.devices import GIB, MIB, Device, attention_problem
 from internjax.train.freezing import split
 from internjax.train.memory import Held, Job, Memory
 
@@ -322,22 +322,22 @@ def describe(plan: Plan) -> str:
     job, lines = plan.job, []
     size = " x ".join(f"{axis} {count}" for axis, count in zip(MESH_AXES, plan.shape) if count > 1) or "one device"
     name = plan.device.name if plan.device else "unnamed device"
-    trained = _num_trained(job)
-    some = "" if trained == num_params(job.model) else f" ({trained:,} trained)"
+    # A model of a laptop would hold 0.00 GiB of everything.
+    unit, scale = ("GiB", GIB) if plan.memory.total >= GIB else ("MiB", MIB)
     rows = memory.rows_per_device(job, plan.shape)
     lines += [
-        f"{num_params(job.model):,} parameters, {job.method}{some}, {plan.num_devices} x {name} ({size})",
+        f"{num_params(job.model):,} parameters, {_method(job)}, {plan.num_devices} x {name} ({size})",
         f"batch {job.batch_size} x {job.seq_len} = {plan.tokens_per_step:,} tokens per step, {job.accumulate} "
         f"micro-batches of {rows} rows per device; {job.model.dtype}, remat {job.model.remat}, attention "
         f"{job.model.attention}",
         "",
-        f"{'one device holds':34}{'GiB':>9}",
+        f"{'one device holds':34}{unit:>9}",
     ]
     for role in plan.memory.roles:
         kind = "exact" if role.exact else "estimate"
-        lines.append(f"  {role.name:32}{role.bytes / GIB:9.2f}  {kind:9} {role.note}".rstrip())
-    lines.append(f"  {'total':32}{plan.memory.total / GIB:9.2f}  {plan.memory.exact / GIB:.2f} of it exact")
-    moments = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.memory.phases.items())
+        lines.append(f"  {role.name:32}{role.bytes / scale:9.2f}  {kind:9} {role.note}".rstrip())
+    lines.append(f"  {'total':32}{plan.memory.total / scale:9.2f}  {plan.memory.exact / scale:.2f} of it exact")
+    moments = ", ".join(f"{name} {size / scale:.2f}" for name, size in plan.memory.phases.items())
     lines.append(f"  moments besides the state (estimates, the largest counts): {moments}")
     lines += ["", *_time_lines(plan), *_traffic_lines(plan)]
     return "\n".join(lines)
@@ -356,6 +356,18 @@ def _time_lines(plan: Plan) -> list[str]:
         )
         lines.append(f"  if products reach {plan.efficiency:.0%} of the peak (--efficiency) and hide the traffic")
     return lines
+
+
+def _method(job: Job) -> str:
+    """Returns the method in words: its options, and how many parameters it trains where not all."""
+    trained, options = _num_trained(job), []
+    if job.lora is not None:
+        options += [job.lora.kind, job.lora.scaling, job.lora.initialisation]
+    if job.quantised is not None:
+        options.append(job.quantised.scheme)
+    said = [option for option in options if option not in ("lora", "zero")]
+    said += [] if trained == num_params(job.model) else [f"{trained:,} trained"]
+    return job.method + (f" ({', '.join(said)})" if said else "")
 
 
 def _num_trained(job: Job) -> int:

@@ -269,7 +269,7 @@ def test_what_cannot_be_read_is_refused_before_anything_is_written(tmp_path, tok
         "2 files and 1 values of weight": ([a, b], {"weight": (1.0,)}),
         "2 files and 3 formats": ([a, b], {"format": ("auto", "auto", "auto")}),
         "holds preference pairs, which a fine-tuning does not learn from": ([str(pair)], {}),
-        "not a moss row": ([a], {"format": ("moss",)}),
+        "not a valid moss row": ([a], {"format": ("moss",)}),
     }
     for message, (files, how) in cases.items():
         with pytest.raises(ValueError, match=message):

@@ -522,8 +522,9 @@ def test_a_bad_preference_row_is_named(row, tmp_path):
     good = {"prompt": "q", "chosen": "a", "rejected": "b"}
     path, bad = written(tmp_path / "a.jsonl", [good, row, good]), []
     assert len(list(preferences(path, on_bad_row=bad.append))) == 2
-    assert len(bad) == 1 and bad[0].startswith(f"{path}:2: not a preference row: ") and BAD_PREFERENCES[row] in bad[0]
-    with pytest.raises(ValueError, match=r"a.jsonl:2: not a preference row.*wanted a prompt, chosen and rejected"):
+    assert len(bad) == 1 and bad[0].startswith(f"{path}:2: not a valid preference row: ")
+    assert BAD_PREFERENCES[row] in bad[0]
+    with pytest.raises(ValueError, match=r"a.jsonl:2: not a valid preference row.*wanted a prompt, chosen and rej"):
         list(preferences(path))
 
 
@@ -605,8 +606,8 @@ def test_a_bad_row_is_named_by_file_and_line(name, tmp_path):
     good = GOLDEN[format][0]
     path, bad = written(tmp_path / "a.jsonl", [good, row, good]), []
     assert len(list(conversations(path, on_bad_row=bad.append))) == 2
-    assert len(bad) == 1 and bad[0].startswith(f"{path}:2: not a {format} row: ") and reason in bad[0], bad
-    with pytest.raises(ValueError, match=rf"a.jsonl:2: not a {format} row: "):
+    assert len(bad) == 1 and bad[0].startswith(f"{path}:2: not a valid {format} row: ") and reason in bad[0], bad
+    with pytest.raises(ValueError, match=rf"a.jsonl:2: not a valid {format} row: "):
         list(conversations(path))
 
 

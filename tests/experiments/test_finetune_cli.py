@@ -168,7 +168,7 @@ BAD = {
     "an empty file": (lambda p, r: (p / "model", changed(p, r)), "bad.jsonl is empty"),
     "rows of another format": (
         lambda p, r: (p / "model", changed(p, r, '{"text": "x"}')),
-        "bad.jsonl:3: not a openai row: field 'messages' is missing",
+        "bad.jsonl:3: not a valid openai row: field 'messages' is missing",
     ),
     "an unknown model": (lambda p, r: (r / "nowhere", p / "chats.jsonl"), "no model"),
     "a model without tokenizer": (lambda p, r: (bare(p, r), p / "chats.jsonl"), "has no tokenizer.json"),

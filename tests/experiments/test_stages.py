@@ -371,7 +371,7 @@ BAD_FINETUNINGS = {
     ),
     "a row that is no conversation": (
         lambda c, t: chats(t, [GOOD, {"prompt": "q"}, "[]"]),
-        r"chats.jsonl:2: not a completion row: field 'completion' is missing \(and 1 more rows\)",
+        r"chats.jsonl:2: not a valid completion row: field 'completion' is missing \(and 1 more rows\)",
     ),
     "only bad rows, skipped": (
         lambda c, t: chats(t, ["{"]) | dict(reading=Reading(bad_rows="skip", cache=str(t / ".tokens"))),

@@ -222,7 +222,8 @@ def test_adapters_of_other_internlm2_modules_are_read(tmp_path, config):
     for layer in range(config.num_layers):
         stem = f"base_model.model.model.layers.{layer}.feed_forward.w2."
         tensors |= {stem + "lora_A.weight": np.ones((3, 48)), stem + "lora_B.weight": np.full((32, 3), layer)}
-    loaded = load_adapter(write_peft(tmp_path / "adapter", tensors), model_config=config)
+    folder = write_peft(tmp_path / "adapter", tensors, target_modules=["mlp.down_proj", "feed_forward.w2"])
+    loaded = load_adapter(folder, model_config=config)
     assert loaded.config.targets == ("down",)
     np.testing.assert_array_equal(loaded.weights["layers"]["ffn"]["down"]["b"][2], 2.0)
 
@@ -257,6 +258,9 @@ def test_adapters_together_are_the_sum_of_each(config, params, tmp_path):
         ({"r": None}, "PEFT writes r and lora_alpha"),
         ({"r": 0}, "r is 0, at least 1 is wanted"),
         ({"r": 4}, r"layers.0.mlp.down_proj has factors \(3, 48\) and \(32, 3\), adapter_config.json says rank 4"),
+        ({"target_modules": ["up_proj"]}, r"has no adapter of model.layers.0.mlp.up_proj, and .* \['up_proj'\]"),
+        ({"target_modules": r".*\.(up|gate)_proj"}, r"has no adapter of model.layers.0.mlp.gate_proj"),
+        ({"target_modules": ["proj"]}, r"has an adapter of model.layers.0.mlp.down_proj, and target_modules"),
     ],
 )
 def test_adapters_of_another_kind_are_refused(tmp_path, config, values, message):

@@ -146,6 +146,8 @@ def test_a_field_that_changes_the_computation_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"{field}.*allow_unknown=\\('{field}',\\)"):
         LLAMA.config_from_hf(LLAMA_4 | {field: value})
     LLAMA.config_from_hf(LLAMA_4 | {field: value}, allow_unknown=[field])
+    with pytest.raises(ValueError, match="rope_theta is known and honoured here, so it cannot be read as if it were"):
+        LLAMA.config_from_hf(LLAMA_4 | {field: value}, allow_unknown=[field, "rope_theta"])
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_every_card_is_found_by_its_own_name_and_no_other():
     found = {kind: devices.find(kind) for kind in KINDS}
     assert {kind: device and device.name for kind, device in found.items()} == KINDS
     assert len({device.name for device in devices.DEVICES}) == len(devices.DEVICES)
-    assert devices.named("4060-ti-16").memory > 1.9 * devices.named("4060-ti").memory
+    assert devices.named("RTX 4060 Ti 16").memory > 1.9 * devices.named("4060ti").memory
     # The white papers' figures are multiprocessors x clock x 512.
     for name, multiprocessors, clock in (("2080-ti", 68, 1545e6), ("3070", 46, 1725e6), ("5090", 170, 2407e6)):
         assert devices.named(name).peak_flops == pytest.approx(multiprocessors * clock * 512, rel=3e-3)

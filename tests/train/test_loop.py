@@ -181,9 +181,9 @@ def test_callbacks_see_the_state_of_their_step_and_add_to_its_row(tmp_path):
     with quiet(tmp_path / "run") as run:
         callbacks = [Every(3, watch), Every(4, lambda state, step: None)]
         train(new_state(), data, make_step(loss, OPTIMIZER), num_steps=7, tracker=run, callbacks=callbacks)
-    assert seen == [(3, 3), (6, 6)]
+    assert seen == [(3, 3), (6, 6), (7, 7)]  # the last step is looked at as well
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
-    assert [row["step"] for row in rows if "norm" in row] == [3, 6] and len(rows) == 7
+    assert [row["step"] for row in rows if "norm" in row] == [3, 6, 7] and len(rows) == 7
     with pytest.raises(ValueError, match="every 1 or more steps"):
         train(new_state(), data, make_step(loss, OPTIMIZER), num_steps=7, callbacks=[Every(0, watch)])
 

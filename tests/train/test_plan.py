@@ -311,6 +311,14 @@ def test_the_text_says_what_is_exact_and_what_is_not():
         assert any(re.search(line, row) for row in text.splitlines()), line
     assert "fsdp 4 x tensor 2" in text and "recomputation not counted" in text and "(--efficiency)" in text
     assert f"\n{num_params(SMALL):,} parameters, full, 8 x h100" in f"\n{text}"
+    total = plan.make_plan(job, num_devices=8).memory.total
+    assert re.search("holds +MiB", text) and re.search(rf"total +{total / 2**20:.2f} ", text)
+    large = dataclasses.replace(job, batch_size=1 << 20)
+    assert re.search("holds +GiB", plan.describe(plan.make_plan(large, num_devices=8)))
+
+    adapted = Job(SMALL, 8, 16, lora=LoraConfig(rank=4, kind="dora", scaling="rslora"), quantised=Quantised("int4", 4))
+    text = plan.describe(plan.make_plan(adapted, num_devices=1))
+    assert re.search(r"parameters, qlora \(dora, rslora, int4, [\d,]+ trained\), 1 x", text)
 
     some = dataclasses.replace(job, model=dataclasses.replace(SMALL, window=4), freeze=("embed.*", "layers.*"))
     found = plan.make_plan(some, num_devices=8, device=H100)
