@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 
 from internjax.decode.request import RequestError
 from internjax.text.chat import CallEnd
+from serve.guided import GuideError
 from serve.pipeline import Answer, ContextTooLong, Delta, Event, Params, Pipeline, Prompt, Result, Token
 from serve.protocol import (
     ChatRequest,
@@ -237,7 +238,8 @@ def _stream(job: _Job, chunks: AsyncIterator[dict[str, Any]]) -> StreamingRespon
             yield "data: [DONE]\n\n"
         except Exception as error:  # the status line is gone; the client learns it from the stream
             log.exception("%s failed", job.id)
-            yield _event(envelope(f"the answer broke off: {error}", status=500))
+            status = 400 if isinstance(error, GuideError) else 500
+            yield _event(envelope(f"the answer broke off: {error}", status=status))
         finally:
             await chunks.aclose()
             job.log("streamed", [answer.last for answer in job.answers if answer.last is not None])
@@ -256,6 +258,8 @@ async def _whole(request: Request, job: _Job, body_of: Callable[[Sequence[Result
             return Response(status_code=499)
         try:
             results = collecting.result()
+        except GuideError as error:
+            raise Refusal(str(error), param=param_of("guide", job.body)) from error
         except Exception as error:
             log.exception("%s failed", job.id)
             raise Refusal(f"the answer broke off: {error}", status=500) from error
@@ -333,6 +337,8 @@ async def _submit(
 def _params(body: ChatRequest | CompletionRequest) -> Params:
     try:
         return params_of(body)
+    except GuideError as error:
+        raise Refusal(str(error), param=param_of("guide", body)) from error
     except ValueError as error:
         raise Refusal(str(error)) from error
 

@@ -37,6 +37,8 @@ def scores_of(ids, num_top: int):
 
 
 class ScriptedHandle:
+    num_shared = 0
+
     def __init__(self, engine, request):
         self._engine, self._request = engine, request
         self._aborted = threading.Event()
