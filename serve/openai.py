@@ -60,7 +60,21 @@ def create_app(pipeline: Pipeline, *, model_name: str, api_key: str | None = Non
     app.add_middleware(_LimitBody)
     if api_key is not None:
         app.add_middleware(_RequireKey, key=api_key)
-    card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "internjax"}
+    if model_name in pipeline.adapters:
+        raise ValueError(f"the model and an adapter are both named {model_name!r}; give one of them another name")
+    created = int(time.time())
+
+    def card_of(name: str) -> dict[str, Any]:
+        of_base = {} if name == model_name else {"parent": model_name}
+        return {"id": name, "object": "model", "created": created, "owned_by": "internjax"} | of_base
+
+    def served() -> list[str]:
+        return [model_name, *pipeline.adapters]
+
+    def params_for(body: ChatRequest | CompletionRequest) -> Params:
+        """The parameters of a request, with the adapter that its model names."""
+        _check_model(body.model, served())
+        return replace(_params(body), adapter=None if body.model == model_name else body.model)
 
     @app.get("/health")
     def health() -> Response:
@@ -70,18 +84,17 @@ def create_app(pipeline: Pipeline, *, model_name: str, api_key: str | None = Non
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [card_of(name) for name in served()]}
 
     @app.get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
-        _check_model(name, model_name)
-        return card
+        _check_model(name, served())
+        return card_of(name)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         refuse(body)
-        _check_model(body.model, model_name)
-        params, n = _params(body), body.n or 1
+        params, n = params_for(body), body.n or 1
         if len(body.prompt) * n > MAX_ANSWERS:
             asked = f"{len(body.prompt)} prompts with n = {n}"
             raise Refusal(f"{asked} are more than {MAX_ANSWERS} answers; send several requests", param="n")
@@ -100,8 +113,7 @@ def create_app(pipeline: Pipeline, *, model_name: str, api_key: str | None = Non
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         refuse(body)
-        _check_model(body.model, model_name)
-        params, n = _params(body), body.n or 1
+        params, n = params_for(body), body.n or 1
         try:
             messages, tools = messages_of(body), tools_of(body)
         except ValueError as error:
@@ -356,10 +368,11 @@ def _finish(result: Result) -> str:
     return "stop" if result.finish == "aborted" else result.finish
 
 
-def _check_model(given: str, model_name: str) -> None:
-    if given != model_name:
+def _check_model(given: str, served: Sequence[str]) -> None:
+    if given not in served:
         raise Refusal(
-            f"the model {given!r} is not served here; {model_name!r} is",
+            f"the model {given!r} is not served here; {', '.join(map(repr, served))} "
+            f"{'is' if len(served) == 1 else 'are'}",
             param="model",
             status=404,
             code="model_not_found",

@@ -9,13 +9,14 @@ The engine knows token ids only; everything that is text is here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
 
-from internjax.decode.engine import Engine
+from internjax.decode.engine import Engine, Mode
 from internjax.decode.request import Request, RequestError
 from internjax.decode.sizing import fitting_pages, page_bytes
 from internjax.decode.speculate import Speculation
@@ -23,7 +24,8 @@ from internjax.hf.open import Model
 from internjax.model.cache import CacheDType
 from internjax.text import chat as protocol
 from internjax.text.message import INTERPRETER_PROMPT, Chat, Message, tools_message
-from internjax.text.tokenizer import ACTION_END, ACTION_START, INTERPRETER, PLUGIN, Tokenizer
+from internjax.text.tokenizer import ACTION_END, ACTION_START, INTERPRETER, PLUGIN, Tokenizer, differing_id
+from serve.adapters import as_lora, read_adapter, room_for
 from serve.answer import Answer, Delta, Event, Prompt, Result, Token
 from serve.guided import Following, GuideError, Guides, GuideSpec
 from serve.params import Params, sampling_of, with_sampling
@@ -65,7 +67,12 @@ class Pipeline:
         cache_dtype: CacheDType | None = None,
         tokens_per_dispatch: int = 4,
         prefill_chunk: int | None = None,
+        adapters: Mapping[str, str | os.PathLike] | None = None,
+        max_adapters: int | None = None,
+        adapter_rank: int | None = None,
         speculation: Speculation | None = None,
+        draft: Model | None = None,
+        mode: Mode = "fast",
         on_program: Callable[[str, float], None] | None = None,
     ):
         """Compiles everything and starts the engine.
@@ -73,23 +80,29 @@ class Pipeline:
         max_context: prompt and answer together, None: what the model was trained for. cache_dtype None: the type of the
         computation. num_pages None: what the device has room for, or, where it does not say what it has, enough for all
         slots at full context. host_bytes: memory of the host for pages that the cache has no room for. prefill_chunk:
-        prompt tokens read at once, None: 512, or 64 on a CPU. on_program: told the name of each compiled program and
-        the seconds it took.
+        prompt tokens read at once, None: 512, or 64 on a CPU. adapters: folders by name, of which an answer may choose
+        one (`Params.adapter`). max_adapters, adapter_rank: room for more than these, and of a larger rank.
+        speculation, draft: drafts that are tried together, and the model of a DraftModel. mode: of the engine.
+        on_program: told the name of each compiled program and the seconds it took.
         """
         if model.tokenizer is None:
             raise ValueError("the model's folder has no tokenizer; add tokenizer.json and tokenizer_config.json to it")
         if model.config.head != "lm":
             raise ValueError("the model gives scores (head='scalar'), not text; serve a language model")
+        if draft is not None:
+            _check_draft(draft, model)
+        loaded = {name: read_adapter(folder, model) for name, folder in (adapters or {}).items()}
         max_context = model.config.max_position_embeddings if max_context is None else max_context
         cache_dtype = cache_dtype or model.config.dtype
         if prefill_chunk is None:
             prefill_chunk = 64 if jax.default_backend() == "cpu" else 512
+        draft_params = None if draft is None else draft.params
         memory_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         if num_pages is None and memory_bytes is not None:
             num_pages = fitting_pages(
                 model.config,
                 memory_bytes=memory_bytes,
-                weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves((model.params, model.lora))),
+                weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves((model.params, model.lora, draft_params))),
                 num_slots=num_slots,
                 max_context=max_context,
                 prefill_chunk=prefill_chunk,
@@ -108,9 +121,15 @@ class Pipeline:
             lora=model.lora,
             tokens_per_dispatch=tokens_per_dispatch,
             prefill_chunk=prefill_chunk,
+            adapter_room=room_for(loaded, num_places=max_adapters, rank=adapter_rank),
             speculation=speculation,
+            draft_params=draft_params,
+            mode=mode,
         )
+        self._model = model
         self._use(engine, model.tokenizer, eos_ids=model.generation.eos_ids)
+        for name, adapter in loaded.items():
+            engine.load_adapter(name, as_lora(adapter, model))
         engine.warmup(on_program)
         engine.start()
 
@@ -138,6 +157,19 @@ class Pipeline:
 
     def close(self) -> None:
         self.engine.close()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that `Params.adapter` may have."""
+        return self.engine.adapters
+
+    def load_adapter(self, name: str, folder: str | os.PathLike) -> None:
+        """Makes an adapter folder available by name. Raises ValueError for one of another base, or without room."""
+        self.engine.load_adapter(name, as_lora(read_adapter(folder, self._model), self._model))
+
+    def unload_adapter(self, name: str) -> None:
+        """Frees the place of an adapter; raises RuntimeError while answers use it."""
+        self.engine.unload_adapter(name)
 
     def fault(self) -> str | None:
         """Why the engine takes no more requests, or None if it does: it is offered one, which is withdrawn at once."""
@@ -259,6 +291,18 @@ class Pipeline:
                 declared.append(Message("system", tool.get("description") or INTERPRETER_PROMPT, name="interpreter"))
         start = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
         return [*messages[:start], *declared, *messages[start:]]
+
+
+def _check_draft(draft: Model, model: Model) -> None:
+    """Raises ValueError where what the draft model says could not be what the model says."""
+    if draft.lora is not None:
+        raise ValueError("the draft model has an adapter; merge it into the model before (internjax.hf convert)")
+    if draft.tokenizer is not None and (wrong := differing_id(model.tokenizer, draft.tokenizer)) is not None:
+        ours, theirs = model.tokenizer.token(wrong), draft.tokenizer.token(wrong)
+        raise ValueError(
+            f"token {wrong} is {ours!r} for the model and {theirs!r} for the draft model; take one with the same "
+            "tokenizer"
+        )
 
 
 def chat_callable(pipeline: Pipeline, params: Params | None = None) -> Chat:

@@ -443,11 +443,17 @@ def tools_of(request: ChatRequest) -> list[dict[str, Any]]:
     return [{"name": f.name, "description": f.description or "", "parameters": f.parameters or none} for f in functions]
 
 
-def usage(results: Sequence[Result], *, n: int) -> dict[str, int]:
-    """Tokens of a request; `results` are prompt by prompt, n for each, and a prompt counts once."""
+def usage(results: Sequence[Result], *, n: int) -> dict[str, Any]:
+    """Tokens of a request; `results` are prompt by prompt, n for each; a prompt counts once, by its first answer."""
     prompt = sum(result.num_prompt_tokens for result in results[::n])
+    cached = sum(result.num_cached_tokens for result in results[::n])
     answer = sum(len(result.ids) for result in results)
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def tool_calls(result: Result, call_id: str) -> list[dict[str, Any]] | None:
