@@ -10,10 +10,10 @@ import asyncio
 import hmac
 import json
 import logging
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ from serve.protocol import (
     tools_of,
     usage,
 )
+from serve.streams import events_of
 
 MAX_BODY_BYTES = 16 << 20
 MAX_ANSWERS = 512  # of one request: each has a thread that waits for it
@@ -296,33 +297,10 @@ async def _disconnected(request: Request) -> None:
 
 async def _events(job: _Job) -> AsyncIterator[tuple[int, Event]]:
     """Events of all answers as they come, with the answer's index. Leaving it in any way aborts what still runs."""
-    loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
-
-    def pump(index: int, answer: Answer) -> None:
-        try:
-            for event in answer:
-                loop.call_soon_threadsafe(queue.put_nowait, (index, event))
-        except Exception as error:  # re-raised where the events are read
-            try:
-                loop.call_soon_threadsafe(queue.put_nowait, (index, error))
-            except RuntimeError:  # the loop is closed: nobody reads any more
-                log.warning("%s: %s", job.id, error)
-
-    for index, answer in enumerate(job.answers):
-        threading.Thread(target=pump, args=(index, answer), name=f"{job.id}-{index}", daemon=True).start()
-    open_answers = len(job.answers)
-    try:
-        while open_answers:
-            index, event = await queue.get()
-            if isinstance(event, Exception):
-                raise event
-            open_answers -= isinstance(event, Result)
+    async with aclosing(events_of(job.answers)) as events:
+        async for index, event in events:
             if not isinstance(event, CallEnd):  # the Result holds the call
                 yield index, event
-    finally:
-        for answer in job.answers:
-            answer.abort()
 
 
 async def _submit(

@@ -9,8 +9,11 @@ The engine knows token ids only; everything that is text is here.
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +21,7 @@ import jax
 
 from internjax.decode.engine import Engine, Mode
 from internjax.decode.request import Request, RequestError
+from internjax.decode.request import Session as EngineSession
 from internjax.decode.sizing import fitting_pages, page_bytes
 from internjax.decode.speculate import Speculation
 from internjax.hf.open import Model
@@ -30,6 +34,8 @@ from serve.answer import Answer, Delta, Event, Prompt, Result, Token
 from serve.guided import Following, GuideError, Guides, GuideSpec
 from serve.params import Params, sampling_of, with_sampling
 from serve.readers import MARKER_OF, ChatReader, PlainReader, Reader
+from serve.session import Answering, Session
+from serve.streams import events_of
 
 __all__ = [
     "Answer",
@@ -40,10 +46,14 @@ __all__ = [
     "Pipeline",
     "Prompt",
     "Result",
+    "Session",
     "Token",
     "chat_callable",
     "with_sampling",
 ]
+
+Given = str | Sequence[int] | Sequence[Message]
+"""What is answered: a text or token ids, which go on, or a conversation, which gets a turn."""
 
 _CALL_MARKERS = (ACTION_START, ACTION_END, PLUGIN, INTERPRETER)
 
@@ -193,30 +203,105 @@ class Pipeline:
 
         Where neither tools nor a system turn named "interpreter" or "plugin" are given, a call is shown as text.
         """
-        params = Params() if params is None else params
         messages = self._with_tools(messages, tools)
-        may_call = any(message.role == "system" and message.name in MARKER_OF for message in messages)
         rendered = protocol.render(messages, self.tokenizer, add_generation_prompt=True)
+        return self.answer_to(messages, rendered.ids, Params() if params is None else params)
+
+    def session(
+        self, messages: Sequence[Message] = (), *, max_length: int | None = None, tools: Sequence[Mapping] = ()
+    ) -> Session:
+        """A conversation of which only new turns are read; `max_length` tokens in all (None: the engine's context)."""
+        answering = Answering(self.engine, self.tokenizer, self.stop_ids, self.answer_to)
+        return Session(answering, self.engine.open_session(max_length), self._with_tools(messages, tools))
+
+    def stream(self, prompt: Given, params: Params | None = None, *, tools: Sequence[Mapping] = ()) -> Answer:
+        """The answer to a text, to token ids or to a conversation: iterate it for its events."""
+        if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Message):
+            return self.chat(prompt, params, tools=tools)
+        if tools:
+            raise ValueError("tools are told in a conversation; give messages, or leave the tools out")
+        return self.complete(prompt, params)
+
+    def __call__(
+        self, prompts: Given | Sequence[Given], params: Params | None = None, *, tools: Sequence[Mapping] = ()
+    ) -> Result | list[Result]:
+        """The whole answer to a text, to token ids or to a conversation; those to several of them, in their order."""
+        if _is_one(prompts):
+            return self.stream(prompts, params, tools=tools).result()
+        answers: list[Answer] = []
+        try:
+            for prompt in prompts:
+                answers.append(self.stream(prompt, params, tools=tools))
+            # Who watches for stop strings: at least every answer that is in a slot has somebody.
+            with ThreadPoolExecutor(2 * self.engine.num_slots) as pool:
+                return list(pool.map(Answer.result, answers))
+        except BaseException:
+            for answer in answers:
+                answer.abort()
+            raise
+
+    async def astream(
+        self, prompt: Given, params: Params | None = None, *, tools: Sequence[Mapping] = ()
+    ) -> AsyncIterator[Event]:
+        """As `stream`, in an event loop; an answer that is left is aborted."""
+        answer = await asyncio.to_thread(self.stream, prompt, params, tools=tools)
+        async with aclosing(events_of([answer])) as events:
+            async for _, event in events:
+                yield event
+
+    async def acall(
+        self, prompts: Given | Sequence[Given], params: Params | None = None, *, tools: Sequence[Mapping] = ()
+    ) -> Result | list[Result]:
+        """As the call, in an event loop; answers that are not waited for are aborted."""
+        answers = [self.stream(prompt, params, tools=tools) for prompt in ([prompts] if _is_one(prompts) else prompts)]
+        async with aclosing(events_of(answers)) as events:
+            async for _ in events:
+                pass
+        results = [answer.last for answer in answers]
+        return results[0] if _is_one(prompts) else results
+
+    def answer_to(
+        self,
+        messages: Sequence[Message],
+        ids: Sequence[int],
+        params: Params,
+        *,
+        session: EngineSession | None = None,
+        kept: int = 0,
+    ) -> Answer:
+        """The answer to a conversation whose ids are known. Of a session the first `kept` are held already."""
+        may_call = any(message.role == "system" and message.name in MARKER_OF for message in messages)
         if params.guide is not None and may_call:
             raise ValueError("a guide is given and tools are declared: a guided turn holds no calls; give one of them")
         if params.ignore_eos and may_call:
             raise ValueError("ignore_eos is set and tools are declared: past its end a turn holds no calls; give one")
-        if params.ignore_eos:
-            return self._submit(rendered.ids, PlainReader(self.tokenizer), params)
-        return self._submit(rendered.ids, ChatReader(self.tokenizer, may_call=may_call), params)
+        plain = params.ignore_eos
+        reader = PlainReader(self.tokenizer) if plain else ChatReader(self.tokenizer, may_call=may_call)
+        return self._submit(ids, reader, params, session=session, kept=kept)
 
-    def _submit(self, ids: Sequence[int], reader: Reader, params: Params, *, hidden: int = 0) -> Answer:
-        room = self.max_context - len(ids)
+    def _submit(
+        self,
+        ids: Sequence[int],
+        reader: Reader,
+        params: Params,
+        *,
+        hidden: int = 0,
+        session: EngineSession | None = None,
+        kept: int = 0,
+    ) -> Answer:
+        most = self.max_context if session is None else min(self.max_context, session.max_length)
+        room = most - len(ids)
         wanted = max(1, room if params.max_tokens is None else params.max_tokens)
         if wanted > room:
+            what = "context" if session is None else "session"
             raise ContextTooLong(
-                f"the context holds {self.max_context} tokens; the prompt has {len(ids)} and {wanted} are asked for, "
+                f"the {what} holds {most} tokens; the prompt has {len(ids)} and {wanted} are asked for, "
                 f"{len(ids) + wanted} together. Shorten the prompt or lower max_tokens"
             )
         following = None if params.guide is None else self._following(params.guide)
         own_stops = () if params.ignore_eos else self.stop_ids
         request = Request(
-            tokens=tuple(ids),
+            tokens=tuple(ids[kept:]),
             max_new_tokens=wanted,
             sampling=sampling_of(params, bad_words=self._bad_words(params.bad_words)),
             stop_ids=tuple(dict.fromkeys((*own_stops, *params.stop_token_ids))),
@@ -225,7 +310,11 @@ class Pipeline:
             adapter=params.adapter,
             guide=following,
         )
-        handle = self.engine.submit(request)
+        if session is None:
+            handle = self.engine.submit(request)
+        else:
+            session.rewind(kept)
+            handle = self.engine.submit(request, session=session)
         return Answer(handle, reader, request, prompt=ids, hidden=hidden, params=params, following=following)
 
     def _following(self, spec: GuideSpec) -> Following:
@@ -291,6 +380,11 @@ class Pipeline:
                 declared.append(Message("system", tool.get("description") or INTERPRETER_PROMPT, name="interpreter"))
         start = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
         return [*messages[:start], *declared, *messages[start:]]
+
+
+def _is_one(prompts: Given | Sequence[Given]) -> bool:
+    """Whether it is one prompt and not several."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Message | int))
 
 
 def _check_draft(draft: Model, model: Model) -> None:

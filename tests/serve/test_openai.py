@@ -366,7 +366,7 @@ def refusing(tokenizer):
             pass
 
     class NoEngine:
-        max_context, num_pages, page_size, limits = 1024, 64, 16, Limits()
+        max_context, num_pages, page_size, limits, adapters = 1024, 64, 16, Limits(), ()
 
         def submit(self, request):
             check_options(request, self.limits, vocab_size=340)
