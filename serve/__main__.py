@@ -79,6 +79,28 @@ def add_model_flags(parser: argparse.ArgumentParser, *, nargs: str | None = None
         type=int,
         help="pages of the cache (default: what --memory-fraction leaves; on a CPU, all answers at full context)",
     )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        type=_named_folder,
+        default=[],
+        metavar="NAME=FOLDER",
+        help="an adapter of this model, chosen by name; may be given several times",
+    )
+    parser.add_argument("--max-adapters", type=int, help="room for so many (default: those given)")
+    parser.add_argument("--adapter-rank", type=int, help="largest rank there is room for (default: of those given)")
+    parser.add_argument(
+        "--speculate",
+        metavar="lookup|MODEL",
+        help="try several tokens at once: what followed the last ones before, or what a smaller model says",
+    )
+    parser.add_argument("--drafts", type=int, metavar="N", help="tokens tried at once with --speculate (default: 4)")
+    parser.add_argument(
+        "--mode",
+        choices=("fast", "exact"),
+        default="fast",
+        help="exact: an answer is bit by bit the same in any company (default: %(default)s)",
+    )
     parser.add_argument("--page-size", type=int, default=16, help="tokens of a page (default: %(default)s)")
 
 
@@ -88,10 +110,35 @@ def _fraction(text: str) -> float:
     return value
 
 
+def _named_folder(text: str) -> tuple[str, str]:
+    name, _, folder = text.partition("=")
+    if not (name and folder):
+        raise argparse.ArgumentTypeError(f"NAME=FOLDER, given {text!r}")
+    return name, folder
+
+
 def _gib(text: str) -> float:
     if not 0 <= (value := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"GiB, 0 or more, given {text}")
     return value
+
+
+def _speculation(args: argparse.Namespace):
+    """What --speculate asks for, and the model that drafts. Prints which."""
+    from internjax.decode.speculate import DraftModel, PromptLookup
+    from internjax.hf.open import open_model
+
+    if args.speculate is None:
+        if args.drafts is not None:
+            raise ValueError("--drafts is given without --speculate; give both, or neither")
+        return None, None
+    num_drafts = 4 if args.drafts is None else args.drafts
+    if args.speculate == "lookup":
+        print(f"drafts   {num_drafts} tokens at once, looked up in prompt and answer")
+        return PromptLookup(num_drafts=num_drafts), None
+    draft = open_model(args.speculate)
+    print(f"drafts   {num_drafts} tokens at once, of {args.speculate}")
+    return DraftModel(draft.config, num_drafts=num_drafts), draft
 
 
 def open_pipeline(args: argparse.Namespace):
@@ -128,6 +175,9 @@ def start_pipeline(model, args: argparse.Namespace):
     from internjax.decode.sizing import page_bytes
     from serve.pipeline import Pipeline
 
+    speculation, draft = _speculation(args)
+    if len(adapters := dict(args.adapter)) < len(args.adapter):
+        raise ValueError(f"--adapter gives a name twice: {', '.join(name for name, _ in args.adapter)}")
     start = time.monotonic()
     print("compiling ...", flush=True)
     pipeline = Pipeline(
@@ -138,6 +188,12 @@ def start_pipeline(model, args: argparse.Namespace):
         host_bytes=int(args.host_memory * 2**30),
         max_context=args.max_context,
         cache_dtype=args.kv,
+        adapters=adapters,
+        max_adapters=args.max_adapters,
+        adapter_rank=args.adapter_rank,
+        speculation=speculation,
+        draft=draft,
+        mode=args.mode,
         on_program=lambda name, seconds: seconds > 1 and print(f"  {name}: {seconds:.1f} s", flush=True),
     )
     engine, config = pipeline.engine, model.config
@@ -153,7 +209,9 @@ def start_pipeline(model, args: argparse.Namespace):
     if engine.num_host_pages:
         tokens = engine.num_host_pages * engine.page_size
         print(f"host     {engine.num_host_pages:,} pages more: {tokens:,} tokens wait in this machine's memory")
-    print(f"slots    {engine.num_slots} answers at once")
+    print(f"slots    {engine.num_slots} answers at once, {args.mode} mode")
+    if pipeline.adapters:
+        print(f"adapters {', '.join(pipeline.adapters)}")
     return pipeline
 
 

@@ -10,10 +10,10 @@ import asyncio
 import hmac
 import json
 import logging
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 
 from internjax.decode.request import RequestError
 from internjax.text.chat import CallEnd
+from serve.guided import GuideError
 from serve.pipeline import Answer, ContextTooLong, Delta, Event, Params, Pipeline, Prompt, Result, Token
 from serve.protocol import (
     ChatRequest,
@@ -40,6 +41,7 @@ from serve.protocol import (
     tools_of,
     usage,
 )
+from serve.streams import events_of
 
 MAX_BODY_BYTES = 16 << 20
 MAX_ANSWERS = 512  # of one request: each has a thread that waits for it
@@ -59,7 +61,21 @@ def create_app(pipeline: Pipeline, *, model_name: str, api_key: str | None = Non
     app.add_middleware(_LimitBody)
     if api_key is not None:
         app.add_middleware(_RequireKey, key=api_key)
-    card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "internjax"}
+    if model_name in pipeline.adapters:
+        raise ValueError(f"the model and an adapter are both named {model_name!r}; give one of them another name")
+    created = int(time.time())
+
+    def card_of(name: str) -> dict[str, Any]:
+        of_base = {} if name == model_name else {"parent": model_name}
+        return {"id": name, "object": "model", "created": created, "owned_by": "internjax"} | of_base
+
+    def served() -> list[str]:
+        return [model_name, *pipeline.adapters]
+
+    def params_for(body: ChatRequest | CompletionRequest) -> Params:
+        """The parameters of a request, with the adapter that its model names."""
+        _check_model(body.model, served())
+        return replace(_params(body), adapter=None if body.model == model_name else body.model)
 
     @app.get("/health")
     def health() -> Response:
@@ -69,18 +85,17 @@ def create_app(pipeline: Pipeline, *, model_name: str, api_key: str | None = Non
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [card_of(name) for name in served()]}
 
     @app.get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
-        _check_model(name, model_name)
-        return card
+        _check_model(name, served())
+        return card_of(name)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         refuse(body)
-        _check_model(body.model, model_name)
-        params, n = _params(body), body.n or 1
+        params, n = params_for(body), body.n or 1
         if len(body.prompt) * n > MAX_ANSWERS:
             asked = f"{len(body.prompt)} prompts with n = {n}"
             raise Refusal(f"{asked} are more than {MAX_ANSWERS} answers; send several requests", param="n")
@@ -99,8 +114,7 @@ def create_app(pipeline: Pipeline, *, model_name: str, api_key: str | None = Non
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         refuse(body)
-        _check_model(body.model, model_name)
-        params, n = _params(body), body.n or 1
+        params, n = params_for(body), body.n or 1
         try:
             messages, tools = messages_of(body), tools_of(body)
         except ValueError as error:
@@ -237,7 +251,8 @@ def _stream(job: _Job, chunks: AsyncIterator[dict[str, Any]]) -> StreamingRespon
             yield "data: [DONE]\n\n"
         except Exception as error:  # the status line is gone; the client learns it from the stream
             log.exception("%s failed", job.id)
-            yield _event(envelope(f"the answer broke off: {error}", status=500))
+            status = 400 if isinstance(error, GuideError) else 500
+            yield _event(envelope(f"the answer broke off: {error}", status=status))
         finally:
             await chunks.aclose()
             job.log("streamed", [answer.last for answer in job.answers if answer.last is not None])
@@ -256,6 +271,8 @@ async def _whole(request: Request, job: _Job, body_of: Callable[[Sequence[Result
             return Response(status_code=499)
         try:
             results = collecting.result()
+        except GuideError as error:
+            raise Refusal(str(error), param=param_of("guide", job.body)) from error
         except Exception as error:
             log.exception("%s failed", job.id)
             raise Refusal(f"the answer broke off: {error}", status=500) from error
@@ -280,33 +297,10 @@ async def _disconnected(request: Request) -> None:
 
 async def _events(job: _Job) -> AsyncIterator[tuple[int, Event]]:
     """Events of all answers as they come, with the answer's index. Leaving it in any way aborts what still runs."""
-    loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
-
-    def pump(index: int, answer: Answer) -> None:
-        try:
-            for event in answer:
-                loop.call_soon_threadsafe(queue.put_nowait, (index, event))
-        except Exception as error:  # re-raised where the events are read
-            try:
-                loop.call_soon_threadsafe(queue.put_nowait, (index, error))
-            except RuntimeError:  # the loop is closed: nobody reads any more
-                log.warning("%s: %s", job.id, error)
-
-    for index, answer in enumerate(job.answers):
-        threading.Thread(target=pump, args=(index, answer), name=f"{job.id}-{index}", daemon=True).start()
-    open_answers = len(job.answers)
-    try:
-        while open_answers:
-            index, event = await queue.get()
-            if isinstance(event, Exception):
-                raise event
-            open_answers -= isinstance(event, Result)
+    async with aclosing(events_of(job.answers)) as events:
+        async for index, event in events:
             if not isinstance(event, CallEnd):  # the Result holds the call
                 yield index, event
-    finally:
-        for answer in job.answers:
-            answer.abort()
 
 
 async def _submit(
@@ -333,6 +327,8 @@ async def _submit(
 def _params(body: ChatRequest | CompletionRequest) -> Params:
     try:
         return params_of(body)
+    except GuideError as error:
+        raise Refusal(str(error), param=param_of("guide", body)) from error
     except ValueError as error:
         raise Refusal(str(error)) from error
 
@@ -350,10 +346,11 @@ def _finish(result: Result) -> str:
     return "stop" if result.finish == "aborted" else result.finish
 
 
-def _check_model(given: str, model_name: str) -> None:
-    if given != model_name:
+def _check_model(given: str, served: Sequence[str]) -> None:
+    if given not in served:
         raise Refusal(
-            f"the model {given!r} is not served here; {model_name!r} is",
+            f"the model {given!r} is not served here; {', '.join(map(repr, served))} "
+            f"{'is' if len(served) == 1 else 'are'}",
             param="model",
             status=404,
             code="model_not_found",

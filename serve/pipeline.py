@@ -4,290 +4,62 @@
         for event in pipeline.chat([Message("user", "What is 2 + 2?")], Params(max_tokens=64)):
             ...  # Delta(text, tokens) as it comes, CallEnd(call) where a tool is called, Result(...) at the end
 
-The engine knows token ids only; everything that is text is here. Stop strings watch the answer's text, not the body of
-a tool call. A tool call ends its answer, as in InternLM2's protocol.
+The engine knows token ids only; everything that is text is here.
 """
 
 from __future__ import annotations
 
-import collections
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
 
 import jax
 
-from internjax.decode.engine import Engine
-from internjax.decode.request import Handle, PromptLogprobs, Ranked, Request, RequestError
-from internjax.decode.sample import SamplingParams
+from internjax.decode.engine import Engine, Mode
+from internjax.decode.request import Request, RequestError
+from internjax.decode.request import Session as EngineSession
 from internjax.decode.sizing import fitting_pages, page_bytes
+from internjax.decode.speculate import Speculation
 from internjax.hf.open import Model
 from internjax.model.cache import CacheDType
 from internjax.text import chat as protocol
-from internjax.text.chat import CallEnd
-from internjax.text.message import INTERPRETER_PROMPT, Chat, Message, ToolCall, tools_message
-from internjax.text.tokenizer import ACTION_END, ACTION_START, INTERPRETER, PLUGIN, StreamDecoder, Tokenizer
-from serve.readers import MARKER_OF, ChatReader, PlainReader, Reader, text_of
-from serve.stops import StopStrings
+from internjax.text.message import INTERPRETER_PROMPT, Chat, Message, tools_message
+from internjax.text.tokenizer import ACTION_END, ACTION_START, INTERPRETER, PLUGIN, Tokenizer, differing_id
+from serve.adapters import as_lora, read_adapter, room_for
+from serve.answer import Answer, Delta, Event, Prompt, Result, Token
+from serve.guided import Following, GuideError, Guides, GuideSpec
+from serve.params import Params, sampling_of, with_sampling
+from serve.readers import MARKER_OF, ChatReader, PlainReader, Reader
+from serve.session import Answering, Session
+from serve.streams import events_of
+
+__all__ = [
+    "Answer",
+    "ContextTooLong",
+    "Delta",
+    "Event",
+    "Params",
+    "Pipeline",
+    "Prompt",
+    "Result",
+    "Session",
+    "Token",
+    "chat_callable",
+    "with_sampling",
+]
+
+Given = str | Sequence[int] | Sequence[Message]
+"""What is answered: a text or token ids, which go on, or a conversation, which gets a turn."""
 
 _CALL_MARKERS = (ACTION_START, ACTION_END, PLUGIN, INTERPRETER)
 
 
-@dataclass(frozen=True)
-class Params:
-    """How one answer is generated; what the numbers do is in `SamplingParams`.
-
-    Log-probabilities are the model's at the answer's temperature (1 if greedy), before penalties, bias and truncation.
-    """
-
-    max_tokens: int | None = None  # None: until the context is full; 0: the prompt is only read
-    min_tokens: int = 0  # until so many are drawn, nothing stops the answer: no stop id is drawn, no stop string seen
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: all
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int | str, float] = field(default_factory=dict)  # by token id, also in decimal digits
-    bad_words: tuple[str, ...] = ()  # banned as they are tokenised at the start, behind a space, and behind a newline
-    seed: int | None = None  # None: a random one
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()  # beside those of the model
-    ignore_eos: bool = False  # those of the model do not end the answer; a chat answer is then text, without calls
-    logprobs: int | None = None  # of the tokens drawn, with so many most likely ones in the place of each
-    prompt_logprobs: int | None = None  # likewise of the prompt
-
-    def __post_init__(self):
-        if self.max_tokens is not None and not _is_count(self.max_tokens):
-            raise ValueError(f"max_tokens must be a whole number >= 0, or None, given {self.max_tokens!r}")
-        if not _is_count(self.min_tokens):
-            raise ValueError(f"min_tokens must be a whole number >= 0, given {self.min_tokens!r}")
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens must not pass max_tokens, given {self.min_tokens} and {self.max_tokens}")
-        for name in ("stop", "bad_words"):
-            given = getattr(self, name)
-            if isinstance(given, str) or not all(given):
-                raise ValueError(f"{name} must be a tuple of strings that are not empty, given {given!r}")
-        for name in ("logprobs", "prompt_logprobs"):
-            given = getattr(self, name)
-            if given is not None and not _is_count(given):
-                raise ValueError(f"{name} must be a number of most likely tokens (0: none), or None, given {given!r}")
-        _sampling_of(self)  # which refuses what cannot be sampled with
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _sampling_of(params: Params, *, bad_words: tuple[tuple[int, ...], ...] = ()) -> SamplingParams:
-    return SamplingParams(
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        typical_p=params.typical_p,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        logit_bias=tuple((_token_id(token), bias) for token, bias in params.logit_bias.items()),
-        bad_words=bad_words,
-        min_new_tokens=params.min_tokens,
-        seed=secrets.randbits(32) if params.seed is None else params.seed,
-    )
-
-
-def _token_id(token: int | str) -> int:
-    if isinstance(token, str) and not (token.isascii() and token.isdigit()):
-        raise ValueError(f"logit_bias must be given by token ids, given {token!r}; encode a text to learn its ids")
-    return int(token)
-
-
 class ContextTooLong(ValueError):
     """The prompt and the tokens asked for do not fit into the context."""
-
-
-class Token(NamedTuple):
-    """A token: `text` is what it added to the answer (or the prompt), from character `offset` on. The texts of all
-    tokens joined are the whole; a token that only begins a character adds nothing."""
-
-    id: int
-    text: str
-    logprob: float | None  # None for a prompt's first token, which nothing stands before
-    offset: int
-    top: tuple[Alternative, ...] = ()
-
-
-class Alternative(NamedTuple):
-    """One of the most likely tokens in a place, whether drawn there or not. `piece`: the bytes it adds to a text."""
-
-    id: int
-    piece: bytes
-    logprob: float
-
-
-class Prompt(NamedTuple):
-    """The prompt's tokens with their log-probabilities, if `Params.prompt_logprobs`: the first event of an answer.
-
-    Of a prompt that is a text, the token that begins every text is not one of them.
-    """
-
-    tokens: tuple[Token, ...]
-
-
-class Delta(NamedTuple):
-    """More of the answer's text, and the tokens that are now complete (empty unless `Params.logprobs`)."""
-
-    text: str
-    tokens: tuple[Token, ...]
-
-
-class Result(NamedTuple):
-    """The whole answer. `ids` are all generated ids, the stop id included; `tokens` are those of the text."""
-
-    text: str
-    call: ToolCall | None
-    finish: Literal["stop", "length", "tool_calls", "aborted"]
-    stop: str | None  # the stop string that ended it
-    num_prompt_tokens: int
-    ids: tuple[int, ...]
-    tokens: tuple[Token, ...]
-    prompt: tuple[Token, ...] = ()  # with Params.prompt_logprobs
-
-    @property
-    def message(self) -> Message:
-        return Message("assistant", self.text, call=self.call)
-
-
-Event = Prompt | Delta | CallEnd | Result
-
-
-class Answer:
-    """One answer while it is generated: iterate it once, in one thread; `abort` may be called from any.
-
-    However the iteration ends, the engine is told to drop the request.
-    """
-
-    def __init__(self, handle: Handle, reader: Reader, request: Request, *, hidden: int, params: Params):
-        """`hidden`: tokens at the prompt's beginning that are no part of its text."""
-        self._handle = handle
-        self._reader = reader
-        self._prompt_ids = request.tokens
-        self._hidden = hidden
-        self._stop_ids = frozenset(request.stop_ids)
-        self._params = params
-        self._prompt: tuple[Token, ...] = ()
-        self._stops = StopStrings(params.stop)
-        self._text: list[str] = []
-        self._num_shown = 0  # characters in _text
-        self._num_read = 0  # characters that the reader has given, shown or held back
-        self._pending: collections.deque[Token] = collections.deque()
-        self._tokens: list[Token] = []
-        self._ids: list[int] = []
-        self._call: ToolCall | None = None
-        self.last: Result | None = None  # once the answer is complete
-
-    def __iter__(self) -> Iterator[Event]:
-        try:
-            finish = yield from self._read()
-            self.last = Result(
-                "".join(self._text),
-                self._call,
-                finish,
-                self._stops.hit,
-                len(self._prompt_ids),
-                tuple(self._ids),
-                tuple(self._tokens),
-                self._prompt,
-            )
-            yield self.last
-        finally:
-            self._handle.abort()
-
-    def abort(self) -> None:
-        """Ends the answer where it stands; the iteration still gives its Result."""
-        self._handle.abort()
-
-    def result(self) -> Result:
-        """The whole answer, when it is there."""
-        for _ in self:
-            pass
-        return self.last
-
-    def _read(self) -> Iterator[Event]:
-        finish = "aborted"
-        for event in self._handle.events():
-            if event.error is not None:
-                raise RuntimeError(f"the engine failed: {event.error}")
-            finish = event.finish or finish
-            if event.prompt is not None:
-                self._prompt = self._tokens_of_prompt(event.prompt)
-                yield Prompt(self._prompt)
-            if self._params.max_tokens == 0:
-                continue  # the engine draws one token at least
-            nothing = (None,) * len(event.ids)
-            for token_id, logprob, ranked in zip(event.ids, event.logprobs or nothing, event.top_logprobs or nothing):
-                self._ids.append(token_id)
-                if token_id in self._stop_ids:
-                    break
-                yield from self._take(token_id, logprob, ranked or ())
-                if self._call is not None:
-                    return "tool_calls"
-                if self._stops.hit is not None:
-                    return "stop"
-        if self._params.max_tokens == 0:
-            return "aborted" if finish == "aborted" else "length"
-        for part in self._reader.close():
-            yield from self._show(self._stops.push(text_of(part)))
-        if self._stops.hit is not None:
-            return "stop"
-        yield from self._show(self._stops.flush())
-        return finish
-
-    def _tokens_of_prompt(self, prompt: PromptLogprobs) -> tuple[Token, ...]:
-        decoder, tokens, offset = StreamDecoder(self._reader.tokenizer), [], 0
-        for token_id, logprob, ranked in list(zip(self._prompt_ids, *prompt))[self._hidden :]:
-            text = decoder.push([token_id])
-            tokens.append(Token(token_id, text, logprob, offset, self._alternatives(ranked)))
-            offset += len(text)
-        if tokens and (rest := decoder.flush()):
-            tokens[-1] = tokens[-1]._replace(text=tokens[-1].text + rest)
-        return tuple(tokens)
-
-    def _alternatives(self, ranked: Ranked) -> tuple[Alternative, ...]:
-        return tuple(Alternative(token_id, self._reader.tokenizer.bytes_of(token_id), p) for token_id, p in ranked)
-
-    def _take(self, token_id: int, logprob: float | None, ranked: Ranked) -> Iterator[Event]:
-        parts = self._reader.push([token_id])
-        text = "".join(text_of(part) for part in parts)
-        if self._params.logprobs is not None and self._reader.in_text:
-            self._pending.append(Token(token_id, text, logprob, self._num_read, self._alternatives(ranked)))
-        self._num_read += len(text)
-        early = len(self._ids) <= self._params.min_tokens
-        yield from self._show(text if early else self._stops.push(text))
-        for part in parts:
-            if isinstance(part, CallEnd) and self._stops.hit is None:
-                yield from self._show(self._stops.flush())
-                self._call = part.call
-                yield part
-
-    def _show(self, text: str) -> Iterator[Delta]:
-        self._text.append(text)
-        self._num_shown += len(text)
-        ready = []
-        while self._pending and self._pending[0].offset + len(self._pending[0].text) <= self._num_shown:
-            ready.append(self._pending.popleft())
-        if self._stops.hit is not None:  # the tokens of the stop string are not part of the answer
-            cut = self._num_shown
-            ready += [
-                token._replace(text=token.text[: cut - token.offset]) for token in self._pending if token.offset < cut
-            ]
-            self._pending.clear()
-        self._tokens += ready
-        if text or ready:
-            yield Delta(text, tuple(ready))
 
 
 class Pipeline:
@@ -305,6 +77,12 @@ class Pipeline:
         cache_dtype: CacheDType | None = None,
         tokens_per_dispatch: int = 4,
         prefill_chunk: int | None = None,
+        adapters: Mapping[str, str | os.PathLike] | None = None,
+        max_adapters: int | None = None,
+        adapter_rank: int | None = None,
+        speculation: Speculation | None = None,
+        draft: Model | None = None,
+        mode: Mode = "fast",
         on_program: Callable[[str, float], None] | None = None,
     ):
         """Compiles everything and starts the engine.
@@ -312,23 +90,29 @@ class Pipeline:
         max_context: prompt and answer together, None: what the model was trained for. cache_dtype None: the type of the
         computation. num_pages None: what the device has room for, or, where it does not say what it has, enough for all
         slots at full context. host_bytes: memory of the host for pages that the cache has no room for. prefill_chunk:
-        prompt tokens read at once, None: 512, or 64 on a CPU. on_program: told the name of each compiled program and
-        the seconds it took.
+        prompt tokens read at once, None: 512, or 64 on a CPU. adapters: folders by name, of which an answer may choose
+        one (`Params.adapter`). max_adapters, adapter_rank: room for more than these, and of a larger rank.
+        speculation, draft: drafts that are tried together, and the model of a DraftModel. mode: of the engine.
+        on_program: told the name of each compiled program and the seconds it took.
         """
         if model.tokenizer is None:
             raise ValueError("the model's folder has no tokenizer; add tokenizer.json and tokenizer_config.json to it")
         if model.config.head != "lm":
             raise ValueError("the model gives scores (head='scalar'), not text; serve a language model")
+        if draft is not None:
+            _check_draft(draft, model)
+        loaded = {name: read_adapter(folder, model) for name, folder in (adapters or {}).items()}
         max_context = model.config.max_position_embeddings if max_context is None else max_context
         cache_dtype = cache_dtype or model.config.dtype
         if prefill_chunk is None:
             prefill_chunk = 64 if jax.default_backend() == "cpu" else 512
+        draft_params = None if draft is None else draft.params
         memory_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         if num_pages is None and memory_bytes is not None:
             num_pages = fitting_pages(
                 model.config,
                 memory_bytes=memory_bytes,
-                weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves((model.params, model.lora))),
+                weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves((model.params, model.lora, draft_params))),
                 num_slots=num_slots,
                 max_context=max_context,
                 prefill_chunk=prefill_chunk,
@@ -347,8 +131,15 @@ class Pipeline:
             lora=model.lora,
             tokens_per_dispatch=tokens_per_dispatch,
             prefill_chunk=prefill_chunk,
+            adapter_room=room_for(loaded, num_places=max_adapters, rank=adapter_rank),
+            speculation=speculation,
+            draft_params=draft_params,
+            mode=mode,
         )
+        self._model = model
         self._use(engine, model.tokenizer, eos_ids=model.generation.eos_ids)
+        for name, adapter in loaded.items():
+            engine.load_adapter(name, as_lora(adapter, model))
         engine.warmup(on_program)
         engine.start()
 
@@ -365,6 +156,7 @@ class Pipeline:
         # The last token drawn needs no place in the cache.
         self.max_context = min(engine.max_context, engine.num_pages * engine.page_size + 1)
         self.stop_ids = tuple(sorted({*protocol.stop_ids(tokenizer), *eos_ids}))
+        self._guides: Guides | None = None
         self.calls_tools = all(marker in tokenizer.special for marker in _CALL_MARKERS)
 
     def __enter__(self) -> Pipeline:
@@ -375,6 +167,19 @@ class Pipeline:
 
     def close(self) -> None:
         self.engine.close()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that `Params.adapter` may have."""
+        return self.engine.adapters
+
+    def load_adapter(self, name: str, folder: str | os.PathLike) -> None:
+        """Makes an adapter folder available by name. Raises ValueError for one of another base, or without room."""
+        self.engine.load_adapter(name, as_lora(read_adapter(folder, self._model), self._model))
+
+    def unload_adapter(self, name: str) -> None:
+        """Frees the place of an adapter; raises RuntimeError while answers use it."""
+        self.engine.unload_adapter(name)
 
     def fault(self) -> str | None:
         """Why the engine takes no more requests, or None if it does: it is offered one, which is withdrawn at once."""
@@ -398,34 +203,128 @@ class Pipeline:
 
         Where neither tools nor a system turn named "interpreter" or "plugin" are given, a call is shown as text.
         """
-        params = Params() if params is None else params
         messages = self._with_tools(messages, tools)
-        may_call = any(message.role == "system" and message.name in MARKER_OF for message in messages)
         rendered = protocol.render(messages, self.tokenizer, add_generation_prompt=True)
+        return self.answer_to(messages, rendered.ids, Params() if params is None else params)
+
+    def session(
+        self, messages: Sequence[Message] = (), *, max_length: int | None = None, tools: Sequence[Mapping] = ()
+    ) -> Session:
+        """A conversation of which only new turns are read; `max_length` tokens in all (None: the engine's context)."""
+        answering = Answering(self.engine, self.tokenizer, self.stop_ids, self.answer_to)
+        return Session(answering, self.engine.open_session(max_length), self._with_tools(messages, tools))
+
+    def stream(self, prompt: Given, params: Params | None = None, *, tools: Sequence[Mapping] = ()) -> Answer:
+        """The answer to a text, to token ids or to a conversation: iterate it for its events."""
+        if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Message):
+            return self.chat(prompt, params, tools=tools)
+        if tools:
+            raise ValueError("tools are told in a conversation; give messages, or leave the tools out")
+        return self.complete(prompt, params)
+
+    def __call__(
+        self, prompts: Given | Sequence[Given], params: Params | None = None, *, tools: Sequence[Mapping] = ()
+    ) -> Result | list[Result]:
+        """The whole answer to a text, to token ids or to a conversation; those to several of them, in their order."""
+        if _is_one(prompts):
+            return self.stream(prompts, params, tools=tools).result()
+        answers: list[Answer] = []
+        try:
+            for prompt in prompts:
+                answers.append(self.stream(prompt, params, tools=tools))
+            # Who watches for stop strings: at least every answer that is in a slot has somebody.
+            with ThreadPoolExecutor(2 * self.engine.num_slots) as pool:
+                return list(pool.map(Answer.result, answers))
+        except BaseException:
+            for answer in answers:
+                answer.abort()
+            raise
+
+    async def astream(
+        self, prompt: Given, params: Params | None = None, *, tools: Sequence[Mapping] = ()
+    ) -> AsyncIterator[Event]:
+        """As `stream`, in an event loop; an answer that is left is aborted."""
+        answer = await asyncio.to_thread(self.stream, prompt, params, tools=tools)
+        async with aclosing(events_of([answer])) as events:
+            async for _, event in events:
+                yield event
+
+    async def acall(
+        self, prompts: Given | Sequence[Given], params: Params | None = None, *, tools: Sequence[Mapping] = ()
+    ) -> Result | list[Result]:
+        """As the call, in an event loop; answers that are not waited for are aborted."""
+        answers = [self.stream(prompt, params, tools=tools) for prompt in ([prompts] if _is_one(prompts) else prompts)]
+        async with aclosing(events_of(answers)) as events:
+            async for _ in events:
+                pass
+        results = [answer.last for answer in answers]
+        return results[0] if _is_one(prompts) else results
+
+    def answer_to(
+        self,
+        messages: Sequence[Message],
+        ids: Sequence[int],
+        params: Params,
+        *,
+        session: EngineSession | None = None,
+        kept: int = 0,
+    ) -> Answer:
+        """The answer to a conversation whose ids are known. Of a session the first `kept` are held already."""
+        may_call = any(message.role == "system" and message.name in MARKER_OF for message in messages)
+        if params.guide is not None and may_call:
+            raise ValueError("a guide is given and tools are declared: a guided turn holds no calls; give one of them")
         if params.ignore_eos and may_call:
             raise ValueError("ignore_eos is set and tools are declared: past its end a turn holds no calls; give one")
-        if params.ignore_eos:
-            return self._submit(rendered.ids, PlainReader(self.tokenizer), params)
-        return self._submit(rendered.ids, ChatReader(self.tokenizer, may_call=may_call), params)
+        plain = params.ignore_eos
+        reader = PlainReader(self.tokenizer) if plain else ChatReader(self.tokenizer, may_call=may_call)
+        return self._submit(ids, reader, params, session=session, kept=kept)
 
-    def _submit(self, ids: Sequence[int], reader: Reader, params: Params, *, hidden: int = 0) -> Answer:
-        room = self.max_context - len(ids)
+    def _submit(
+        self,
+        ids: Sequence[int],
+        reader: Reader,
+        params: Params,
+        *,
+        hidden: int = 0,
+        session: EngineSession | None = None,
+        kept: int = 0,
+    ) -> Answer:
+        most = self.max_context if session is None else min(self.max_context, session.max_length)
+        room = most - len(ids)
         wanted = max(1, room if params.max_tokens is None else params.max_tokens)
         if wanted > room:
+            what = "context" if session is None else "session"
             raise ContextTooLong(
-                f"the context holds {self.max_context} tokens; the prompt has {len(ids)} and {wanted} are asked for, "
+                f"the {what} holds {most} tokens; the prompt has {len(ids)} and {wanted} are asked for, "
                 f"{len(ids) + wanted} together. Shorten the prompt or lower max_tokens"
             )
+        following = None if params.guide is None else self._following(params.guide)
         own_stops = () if params.ignore_eos else self.stop_ids
         request = Request(
-            tokens=tuple(ids),
+            tokens=tuple(ids[kept:]),
             max_new_tokens=wanted,
-            sampling=_sampling_of(params, bad_words=self._bad_words(params.bad_words)),
+            sampling=sampling_of(params, bad_words=self._bad_words(params.bad_words)),
             stop_ids=tuple(dict.fromkeys((*own_stops, *params.stop_token_ids))),
             logprobs=params.logprobs,
             prompt_logprobs=params.prompt_logprobs,
+            adapter=params.adapter,
+            guide=following,
         )
-        return Answer(self.engine.submit(request), reader, request, hidden=hidden, params=params)
+        if session is None:
+            handle = self.engine.submit(request)
+        else:
+            session.rewind(kept)
+            handle = self.engine.submit(request, session=session)
+        return Answer(handle, reader, request, prompt=ids, hidden=hidden, params=params, following=following)
+
+    def _following(self, spec: GuideSpec) -> Following:
+        if self._guides is None:
+            vocab_size = self.engine.config.vocab_size
+            self._guides = Guides(self.tokenizer, vocab_size=vocab_size, stop_ids=self.stop_ids)
+        try:
+            return self._guides.compile(spec)
+        except GuideError as error:
+            raise RequestError("guide", str(error)) from error
 
     def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The sequences of ids that the words have at the start of a text, behind a space and behind a newline."""
@@ -483,6 +382,23 @@ class Pipeline:
         return [*messages[:start], *declared, *messages[start:]]
 
 
+def _is_one(prompts: Given | Sequence[Given]) -> bool:
+    """Whether it is one prompt and not several."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Message | int))
+
+
+def _check_draft(draft: Model, model: Model) -> None:
+    """Raises ValueError where what the draft model says could not be what the model says."""
+    if draft.lora is not None:
+        raise ValueError("the draft model has an adapter; merge it into the model before (internjax.hf convert)")
+    if draft.tokenizer is not None and (wrong := differing_id(model.tokenizer, draft.tokenizer)) is not None:
+        ours, theirs = model.tokenizer.token(wrong), draft.tokenizer.token(wrong)
+        raise ValueError(
+            f"token {wrong} is {ours!r} for the model and {theirs!r} for the draft model; take one with the same "
+            "tokenizer"
+        )
+
+
 def chat_callable(pipeline: Pipeline, params: Params | None = None) -> Chat:
     """The pipeline as agents and judges take a model: chat(messages, *, tools, stop, sampling) -> Message.
 
@@ -502,12 +418,3 @@ def chat_callable(pipeline: Pipeline, params: Params | None = None) -> Chat:
         return pipeline.chat(messages, chosen, tools=tools).result().message
 
     return chat
-
-
-def with_sampling(params: Params, sampling: Mapping[str, Any] | None) -> Params:
-    """`params` with the given fields replaced. Raises ValueError for a name that is none of them."""
-    known = [each.name for each in fields(Params)]
-    unknown = sorted(set(sampling or {}) - set(known))
-    if unknown:
-        raise ValueError(f"sampling has unknown fields {unknown}; give any of {known}")
-    return replace(params, **(sampling or {}))

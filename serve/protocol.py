@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from internjax.text.message import Message, from_openai, to_openai
+from serve.guided import AnyJSON, Choice, Grammar, GuideSpec, JSONSchema, Regex
 from serve.pipeline import Params, Result, Token
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat answer may fill the context
@@ -112,6 +113,27 @@ class StreamOptions(_Fields):
     include_obfuscation: Any = None
 
 
+class NamedSchema(_Fields):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Fields):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class StructuredOutputs(_Fields):
+    """What the answer is to follow, one of them; as vLLM has it."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
 class _Sampled(_Fields):
     """What both kinds of request share. From `top_k` on it is not OpenAI's; its clients send it as `extra_body`."""
 
@@ -136,6 +158,7 @@ class _Sampled(_Fields):
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     stop_token_ids: Ids | None = None
     ignore_eos: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class CompletionRequest(_Sampled):
@@ -190,7 +213,7 @@ class ChatRequest(_Sampled):
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     safety_identifier: str | None = None
-    response_format: Any = None
+    response_format: ResponseFormat | None = None
     modalities: Any = None
     audio: Any = None
     functions: Any = None
@@ -217,7 +240,6 @@ class Refused(NamedTuple):
 
 REFUSED_OF_COMPLETIONS = {"suffix": Refused("text is continued, not filled in", ("",))}
 REFUSED_OF_CHATS = {
-    "response_format": Refused("answers are free text", ({"type": "text"},)),
     "modalities": Refused("answers are text", (["text"],)),
     "audio": Refused("answers are text"),
     "functions": Refused("use tools", ([],)),
@@ -258,6 +280,14 @@ def refuse(request: CompletionRequest | ChatRequest) -> None:
     most = max_tokens_of(request)
     if most is not None and (request.min_tokens or 0) > most:
         raise Refusal(f"min_tokens is {request.min_tokens}, more than max_tokens, {most}", param="min_tokens")
+    if guide_of(request) is not None:
+        for name in ("ignore_eos", "min_tokens", "bad_words"):
+            if getattr(request, name):
+                raise Refusal(
+                    f"{name} is given, and {param_of('guide', request)}: that alone says what may come next, and where "
+                    f"the answer ends. Leave out one of them",
+                    param=name,
+                )
     if is_chat:
         _refuse_in_chat(request)
         return
@@ -272,6 +302,9 @@ def _refuse_in_chat(request: ChatRequest) -> None:
         raise Refusal("max_tokens is 0; give at least 1", param="max_tokens")
     if request.ignore_eos and request.tools and request.tool_choice != "none":
         raise Refusal("past its end a turn holds no calls; leave out ignore_eos, or tools", param="ignore_eos")
+    if guide_of(request) is not None and request.tools and request.tool_choice != "none":
+        name = param_of("guide", request)
+        raise Refusal(f"a guided turn holds no calls; leave out {name}, or tools", param=name)
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise Refusal("max_tokens and max_completion_tokens are both given; give one", param="max_tokens")
     if request.top_logprobs is not None and not request.logprobs:
@@ -312,6 +345,33 @@ def max_tokens_of(request: CompletionRequest | ChatRequest) -> int | None:
     return request.max_completion_tokens if isinstance(request, ChatRequest) else COMPLETION_MAX_TOKENS
 
 
+def guide_of(request: CompletionRequest | ChatRequest) -> GuideSpec | None:
+    """What an answer to the request is to follow. Schemas of a `response_format` are strict only where it says so."""
+    asked, found = request.structured_outputs, []
+    if asked is not None:
+        kinds = (JSONSchema, asked.json_), (Regex, asked.regex), (Choice, asked.choice), (Grammar, asked.grammar)
+        found = [kind(tuple(given) if kind is Choice else given) for kind, given in kinds if given is not None]
+        if len(found) != 1:
+            raise Refusal(
+                f"structured_outputs has {len(found)} of json, regex, choice and grammar; give one",
+                param="structured_outputs",
+            )
+    wanted = getattr(request, "response_format", None)
+    if wanted is not None and wanted.type != "json_schema" and wanted.json_schema is not None:
+        raise Refusal("json_schema is for the type json_schema; leave it out", param="response_format.json_schema")
+    match wanted and wanted.type:
+        case "json_object":
+            found.append(AnyJSON())
+        case "json_schema":
+            if wanted.json_schema is None:
+                raise Refusal("the type json_schema needs json_schema", param="response_format.json_schema")
+            schema = wanted.json_schema.schema_
+            found.append(JSONSchema({} if schema is None else schema, strict=bool(wanted.json_schema.strict)))
+    if len(found) > 1:
+        raise Refusal("response_format and structured_outputs are both given; give one", param="structured_outputs")
+    return found[0] if found else None
+
+
 def params_of(request: CompletionRequest | ChatRequest) -> Params:
     """How an answer to the request is generated. Seeds of any sign and 64 bits are folded into 32."""
     if isinstance(request, ChatRequest):
@@ -326,6 +386,7 @@ def params_of(request: CompletionRequest | ChatRequest) -> Params:
         stop_token_ids=tuple(request.stop_token_ids or ()),
         logprobs=logprobs,
         prompt_logprobs=logprobs if echoed else None,
+        guide=guide_of(request),
         **{name: value for name in _AS_GIVEN if (value := getattr(request, name)) is not None},
     )
 
@@ -349,6 +410,7 @@ def param_of(field: str, request: CompletionRequest | ChatRequest) -> str:
     """The name in the request of a field of the engine's."""
     logprobs = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
     names = {"stop_ids": "stop_token_ids", "min_new_tokens": "min_tokens"}
+    names["guide"] = "response_format" if request.structured_outputs is None else "structured_outputs"
     return (names | {"logprobs": logprobs, "prompt_logprobs": logprobs}).get(field, field)
 
 
@@ -381,11 +443,17 @@ def tools_of(request: ChatRequest) -> list[dict[str, Any]]:
     return [{"name": f.name, "description": f.description or "", "parameters": f.parameters or none} for f in functions]
 
 
-def usage(results: Sequence[Result], *, n: int) -> dict[str, int]:
-    """Tokens of a request; `results` are prompt by prompt, n for each, and a prompt counts once."""
+def usage(results: Sequence[Result], *, n: int) -> dict[str, Any]:
+    """Tokens of a request; `results` are prompt by prompt, n for each; a prompt counts once, by its first answer."""
     prompt = sum(result.num_prompt_tokens for result in results[::n])
+    cached = sum(result.num_cached_tokens for result in results[::n])
     answer = sum(len(result.ids) for result in results)
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def tool_calls(result: Result, call_id: str) -> list[dict[str, Any]] | None:

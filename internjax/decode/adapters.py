@@ -97,8 +97,8 @@ class AdapterPlaces:
         self._names[self.find(name).index] = None
 
     def warmup(self) -> None:
-        """Compiles what loading runs."""
-        self.stacked = self._put(self.stacked, self._padded({}, 1), np.int32(0))
+        """Compiles what loading runs; what is loaded already stays."""
+        jax.block_until_ready(self._put(self.stacked, self._padded({}, 1), np.int32(0)))
 
     def _padded(self, found: dict[tuple[str, ...], dict], count: int) -> dict:
         """Returns `count` adapters as places hold them: what is not in `found` adds nothing."""

@@ -221,6 +221,11 @@ class Session:
         self._check_idle()
         return Session(self.max_length, self.inv_freq_F, self.tokens)
 
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens; raises RuntimeError while it is busy."""
+        self._check_idle()
+        self.tokens = self.tokens[:length]
+
     def lengthen(self, max_length: int, inv_freq_F: np.ndarray) -> bool:
         """Sets what the engine found for `max_length`; returns whether that changed the frequencies."""
         self._check_idle()

@@ -37,6 +37,8 @@ def scores_of(ids, num_top: int):
 
 
 class ScriptedHandle:
+    num_shared = 0
+
     def __init__(self, engine, request):
         self._engine, self._request = engine, request
         self._aborted = threading.Event()
@@ -81,7 +83,7 @@ class ScriptedHandle:
 class ScriptedEngine:
     """`script(request) -> ids`; `chunks` are the numbers of ids in successive events."""
 
-    max_context, num_pages, page_size, limits = MAX_CONTEXT, 1000, 16, Limits()
+    max_context, num_pages, page_size, limits, adapters = MAX_CONTEXT, 1000, 16, Limits(), ()
 
     def __init__(self, script: Callable, *, chunks=(1,), seconds_per_event=0.0):
         self.script, self.chunks, self.seconds_per_event = script, chunks, seconds_per_event

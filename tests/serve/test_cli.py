@@ -1,6 +1,7 @@
 """The commands: what they print, how they end, and, of some that serve or fail, that processes end."""
 
 import io
+import json
 import os
 import re
 import shlex
@@ -19,7 +20,7 @@ from internjax.hf.save import save_model
 from internjax.text.message import Message
 from serve import __main__ as server
 from serve import bench, chat, protocol, quantize
-from serve.chat import _answer
+from serve.chat import _show
 from serve.pipeline import Params
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -90,7 +91,7 @@ def test_a_server_from_start_to_sigterm(folder):
 def check_failed(result: subprocess.CompletedProcess, *said: str) -> None:
     assert result.returncode not in (0, -9) and "Traceback" not in result.stderr, result.stderr
     assert all(text in result.stderr for text in said), result.stderr
-    assert len(result.stderr.splitlines()) <= 12
+    assert len(result.stderr.splitlines()) <= 20
 
 
 def test_a_port_in_use_is_said_before_the_model_is_read(folder):
@@ -122,17 +123,30 @@ def test_wrong_flags_are_said(run, folder):
     check_failed(run("serve", folder, "--port", 0, "--host", "no.such.host.invalid"), "no.such.host.invalid")
     check_failed(run("serve", folder, "--quantize", "int3"), "int3")
     check_failed(run("serve.chat", folder, "--temperature", "-1"), "temperature")
+    check_failed(run("serve.chat", folder, "--adapter", "here"), "NAME=FOLDER")
+    check_failed(run("serve.chat", folder, "--drafts", 3), "--speculate")
 
 
-def test_a_conversation_in_the_terminal(run, folder):
-    said = "hello\n\n" + "long " * 100 + "\n/reset\nhello\n/exit\nnever read\n"
+def test_a_conversation_in_the_terminal(run, folder, tmp_path):
+    file = tmp_path / "said.jsonl"
+    commands = ["/history", "/top-p 7", "/top-k x", "/max-tokens 3", "/max-tokens", "/nothing", "/help"]
+    commands += ["/system Be brief.", f"/save {file}", f"/save {tmp_path}"]
+    said = "hello\n\n" + "long " * 100 + "\n/reset\nhello\n" + "\n".join(commands) + "\n/exit\nnever read\n"
     flags = ("--temperature", 0, "--max-tokens", 5, "--max-context", 128, "--quantize", "int8", "--kv", "int8")
+    flags += ("--speculate", "lookup", "--drafts", 2, "--mode", "exact")
     result = run("serve.chat", folder, *flags, said=said)
     assert result.returncode == 0, result.stderr
-    _, first, empty, refused, forgotten, again, end = result.stdout.split("> ")
-    assert "the context holds 128 tokens" in refused and forgotten == "(forgotten)\n"
+    assert "2 tokens at once, looked up" in result.stdout and "1 answers at once, exact mode" in result.stdout
+    _, first, empty, refused, forgotten, again, *done, end = result.stdout.split("> ")
+    assert "the session holds 128 tokens" in refused and forgotten == "(forgotten)\n"
     assert first == again and first.strip()  # greedy, and the same conversation: what was too long left no trace
     assert (empty, end) == ("", "")
+    history, top_p, top_k, fewer, shown, unknown, helped, told, saved, unsaved = done
+    assert history.startswith(f"[user] hello\n[assistant] {again.partition(' (cut')[0].strip()}")
+    assert "top_p must" in top_p and "stays 0.9" in top_p and "invalid literal" in top_k and "stays 0" in top_k
+    assert fewer == shown == "(max-tokens is 3)\n" and "no /nothing" in unknown and "/temperature X" in helped
+    assert "starts anew" in told and "1 messages added" in saved and "not saved" in unsaved
+    assert json.loads(file.read_text()) == {"messages": [{"role": "system", "content": "Be brief."}]}
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(scripted, capsys):
@@ -144,9 +158,10 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(scripted, capsys):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    reply = _answer(pipeline, [Message("user", "hi")], Params())
+    answer = pipeline.chat([Message("user", "hi")], Params())
+    _show(answer)
     printed = capsys.readouterr().out
-    assert reply.content and printed == f"{reply.content} (stopped)\n"
+    assert answer.last.text and printed == f"{answer.last.text} (stopped)\n"
     assert signal.getsignal(signal.SIGINT) is before
     assert not pipeline.engine.active
 

@@ -19,6 +19,7 @@ from serve.client import remote_chat
 from serve.pipeline import chat_callable
 from serve.protocol import ChatRequest, CompletionRequest
 from serve.server import start_server
+from tests.serve import test_guided
 
 TEXT = "The answer is 6, héllo 你好."
 CODE_CALL = "Let me see.<|action_start|><|interpreter|>\n```python\n1 + 1\n```<|action_end|><|im_end|>"
@@ -298,7 +299,8 @@ BAD_CHATS = {
     "min_tokens": -1,
     "stop_token_ids": [-1],
     "ignore_eos": 1,
-    "response_format": {"type": "json_object"},
+    "response_format": "json",
+    "structured_outputs": {},
     "modalities": ["audio"],
     "audio": {"voice": "alloy", "format": "wav"},
     "functions": [{"name": "f"}],
@@ -364,7 +366,7 @@ def refusing(tokenizer):
             pass
 
     class NoEngine:
-        max_context, num_pages, page_size, limits = 1024, 64, 16, Limits()
+        max_context, num_pages, page_size, limits, adapters = 1024, 64, 16, Limits(), ()
 
         def submit(self, request):
             check_options(request, self.limits, vocab_size=340)
@@ -423,6 +425,8 @@ def test_no_field_is_ignored():
         "user": test_the_log_names_the_user,
         "safety_identifier": test_the_log_names_the_user,
         "prompt": test_every_form_of_prompt_with_n,
+        "structured_outputs": test_guided.test_the_stream_of_a_guided_answer_is_the_answer,
+        "response_format": test_guided.test_n_answers_are_guided_each_by_its_own_guide_beside_free_ones,
         "echo": test_echo_puts_the_prompt_in_front,
         "best_of": test_neutral_values_pass,
         "top_k": test_more_sampling_options_come_as_extra_body,

@@ -1,0 +1,116 @@
+"""Conversations turn by turn, and the offline call: one, many, streamed, awaited."""
+
+import asyncio
+
+import pytest
+
+from internjax.text.message import Message
+from serve.pipeline import ContextTooLong, Delta, Params, Pipeline, Result
+from serve.session import Session
+
+FIRST, SECOND, THIRD = (Message("user", text) for text in ("hello", "and now?", "say it again"))
+GREEDY = Params(max_tokens=12, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_model):
+    with Pipeline(tiny_model, num_slots=2, max_context=256) as pipeline:
+        yield pipeline
+
+
+def test_a_turn_reads_only_what_is_new_and_answers_as_if_all_was_read(pipeline):
+    with pipeline.session([Message("system", "Be brief.")], max_length=200) as session:
+        first = session.chat(FIRST, GREEDY).result()
+        assert session.messages == (Message("system", "Be brief."), FIRST, first.message)
+        before = pipeline.engine.stats()
+        second = session.chat(SECOND, GREEDY).result()
+        after = pipeline.engine.stats()
+        assert session.notice is None
+        # The last token of a turn is fed by the step that draws the next one, so it is read with the new turn.
+        unread = after.num_prompt_tokens - before.num_prompt_tokens - second.num_cached_tokens
+        assert second.num_cached_tokens >= first.num_prompt_tokens + len(first.ids) - 1
+        assert unread < second.num_prompt_tokens - first.num_prompt_tokens
+        held = session._held.tokens
+        assert held[: first.num_prompt_tokens + len(first.ids)][-len(first.ids) :] == first.ids
+        prompt = held[: second.num_prompt_tokens]
+        assert pipeline.complete(prompt, GREEDY).result().ids == second.ids
+        other = session.fork()
+        assert other.chat(THIRD, GREEDY).result().ids == session.chat(THIRD, GREEDY).result().ids
+        assert other.messages == session.messages
+
+
+def test_an_answer_that_is_left_leaves_no_trace_and_one_cut_by_a_stop_string_its_text(pipeline):
+    session = pipeline.session()
+    whole = session.chat(FIRST, GREEDY).result()
+    next(iter(session.chat(SECOND, GREEDY)))
+    assert session.messages == (FIRST, whole.message)
+    again = session.chat(SECOND, GREEDY).result()
+    assert session.messages == (FIRST, whole.message, SECOND, again.message)
+    cut = pipeline.session()
+    stop = whole.text[2:5]
+    short = cut.chat(FIRST, Params(max_tokens=12, temperature=0.0, stop=(stop,))).result()
+    assert short.text == whole.text[: whole.text.index(stop)]
+    assert cut.chat(SECOND, GREEDY).result().ids == pipeline([*cut.messages[:2], SECOND], GREEDY).ids
+
+
+def test_limits_of_a_session(pipeline):
+    session = pipeline.session(max_length=40)
+    with pytest.raises(ContextTooLong, match="the session holds 40 tokens"):
+        session.chat(FIRST, Params(max_tokens=39))
+    answer = session.chat(FIRST, GREEDY)
+    with pytest.raises(RuntimeError, match="not read to its end"):
+        session.chat(SECOND)
+    answer.result()
+    with pytest.raises(ContextTooLong):
+        session.chat(Message("user", "long " * 20), GREEDY)
+    assert session.lengthen(200) is False and session.max_length == 200
+    assert session.chat(SECOND, GREEDY).result().num_cached_tokens > 0
+
+
+def test_a_template_that_rewrites_history_is_read_anew_and_said(pipeline, monkeypatch):
+    session: Session = pipeline.session()
+    session.chat(FIRST, GREEDY).result()
+    render = session.chat.__globals__["protocol"].render
+
+    def rewriting(messages, tokenizer, **how):
+        last = len(messages) - 1
+        thoughtless = [
+            m if m.role == "user" or i == last else Message("assistant", "-") for i, m in enumerate(messages)
+        ]
+        return render(thoughtless, tokenizer, **how)
+
+    monkeypatch.setattr("serve.session.protocol.render", rewriting)
+    result = session.chat(SECOND, GREEDY).result()
+    assert "wrote earlier turns anew" in session.notice
+    assert result.ids == pipeline([FIRST, Message("assistant", "-"), SECOND], GREEDY).ids
+
+
+def test_one_prompt_has_a_result_and_many_a_list(pipeline):
+    prompts = ["def gcd(", [5, 6, 7], [FIRST], "The", [SECOND]]
+    alone = [pipeline(prompt, GREEDY) for prompt in prompts]
+    assert all(isinstance(result, Result) for result in alone) and pipeline([], GREEDY) == []
+    assert [result.text for result in pipeline(prompts, GREEDY)] == [result.text for result in alone]
+    assert alone[2].ids == pipeline.chat([FIRST], GREEDY).result().ids
+    *deltas, last = pipeline.stream([FIRST], GREEDY)
+    assert "".join(delta.text for delta in deltas) == last.text == alone[2].text
+    with pytest.raises(ValueError, match="tools are told in a conversation"):
+        pipeline("x", GREEDY, tools=[{"name": "f"}])
+    with pytest.raises(ValueError, match="does not exist"):
+        pipeline(["good", [99999]], GREEDY)
+
+
+def test_the_same_in_an_event_loop(pipeline, eventually):
+    async def ask():
+        many, one = await asyncio.gather(pipeline.acall(["def gcd(", [FIRST]], GREEDY), pipeline.acall("The", GREEDY))
+        events = [event async for event in pipeline.astream([FIRST], GREEDY)]
+        async for event in pipeline.astream("x", Params(max_tokens=200)):
+            if isinstance(event, Delta):
+                break
+        return many, one, events
+
+    many, one, events = asyncio.run(ask())
+    assert [result.text for result in [*many, one]] == [
+        result.text for result in pipeline(["def gcd(", [FIRST], "The"], GREEDY)
+    ]
+    assert events[-1].text == many[1].text
+    eventually(lambda: pipeline.engine.stats().num_active == 0)
