@@ -131,7 +131,7 @@ def test_the_command_writes_what_it_measured(pipeline, tiny_model, monkeypatch, 
     assert [cell["batch"] for cell in said["cells"]] == [1, 2] and said["copy_bytes_per_second"] > 0
     assert said["cells"][0]["ceiling"]["step_bytes"] > said["weight_bytes"] > 0
     assert said["cells"][0]["memory_bytes"] > 10**6 and said["memory"] == "of the host"
-    assert said["packages"]["jax"] and said["devices"].endswith(" x cpu") and "serve/bench.py some/model" in said["command"]
+    assert said["packages"]["jax"] and said["devices"].endswith(" x cpu") and " some/model --output " in said["command"]
     with (tmp_path / "bench.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     columns = "batch,prompt_tokens,completion_tokens,throughput(out tok/s),mem(GB),FTL(ave)(s),FTL(min)(s),FTL(max)(s)"
