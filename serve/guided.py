@@ -80,9 +80,11 @@ def grammar_of(spec: GuideSpec) -> str:
         case JSONSchema(schema, strict):
             schema = _parsed(schema)
             _check_schema(schema)
-            return llguidance.LLMatcher.grammar_from_json_schema(
-                json.dumps(schema), overrides=space | {"lenient": not strict}
-            )
+            options = space | {"lenient": not strict}
+            try:
+                return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+            except (ValueError, TypeError, RecursionError) as error:
+                raise GuideError(f"the schema cannot be read: {error}") from error
         case Regex(pattern) if isinstance(pattern, str) and pattern:
             return llguidance.LLMatcher.grammar_from_regex(pattern)
         case Grammar(text) if isinstance(text, str) and text.strip():

@@ -228,17 +228,27 @@ class Pipeline:
         """The whole answer to a text, to token ids or to a conversation; those to several of them, in their order."""
         if _is_one(prompts):
             return self.stream(prompts, params, tools=tools).result()
+        answers = self._start(prompts, params, tools)
+        # Who watches for stop strings: at least every answer that is in a slot has somebody.
+        with ThreadPoolExecutor(2 * self.engine.num_slots) as pool:
+            try:
+                return list(pool.map(Answer.result, answers))
+            except BaseException:
+                for answer in answers:
+                    answer.abort()
+                raise
+
+    def _start(self, prompts: Sequence[Given], params: Params | None, tools: Sequence[Mapping]) -> list[Answer]:
+        """The answers to all prompts, or to none."""
         answers: list[Answer] = []
         try:
             for prompt in prompts:
                 answers.append(self.stream(prompt, params, tools=tools))
-            # Who watches for stop strings: at least every answer that is in a slot has somebody.
-            with ThreadPoolExecutor(2 * self.engine.num_slots) as pool:
-                return list(pool.map(Answer.result, answers))
         except BaseException:
             for answer in answers:
                 answer.abort()
             raise
+        return answers
 
     async def astream(
         self, prompt: Given, params: Params | None = None, *, tools: Sequence[Mapping] = ()
@@ -253,7 +263,8 @@ class Pipeline:
         self, prompts: Given | Sequence[Given], params: Params | None = None, *, tools: Sequence[Mapping] = ()
     ) -> Result | list[Result]:
         """As the call, in an event loop; answers that are not waited for are aborted."""
-        answers = [self.stream(prompt, params, tools=tools) for prompt in ([prompts] if _is_one(prompts) else prompts)]
+        several = [prompts] if _is_one(prompts) else prompts
+        answers = await asyncio.to_thread(self._start, several, params, tools)
         async with aclosing(events_of(answers)) as events:
             async for _ in events:
                 pass

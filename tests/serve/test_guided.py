@@ -158,6 +158,12 @@ BAD = {
     "a marker": ({"structured_outputs": {"grammar": "start: <|action_start|>"}}, "structured_outputs", "action_start"),
     "a schema": ({"structured_outputs": {"json": {"type": "wrong"}}}, "structured_outputs", "wrong"),
     "no JSON": ({"structured_outputs": {"json": "{"}}, "structured_outputs", "not JSON"),
+    "a deep one": (
+        {"structured_outputs": {"json": '{"items":' * 400 + "{}" + "}" * 400}},
+        "structured_outputs",
+        "limit",
+    ),
+    "a deep grammar": ({"structured_outputs": {"grammar": "start: " + "(" * 9999}}, "structured_outputs", "Grammar"),
     "no choice": ({"structured_outputs": {"choice": []}}, "structured_outputs", "Choice"),
     "two": ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "give one"),
     "options": ({"structured_outputs": {"json": {"x-guidance": {}}}}, "structured_outputs", "x-guidance"),
