@@ -118,6 +118,7 @@ class Pipeline:
                 prefill_chunk=prefill_chunk,
                 page_size=page_size,
                 cache_dtype=cache_dtype,
+                draft=None if draft is None else draft.config,
             )
         engine = Engine(
             model.params,

@@ -46,10 +46,15 @@ def fitting_pages(
     prefill_chunk: int,
     page_size: int,
     cache_dtype: CacheDType,
+    draft: ModelConfig | None = None,
 ) -> int:
-    """Returns how many pages fit into `memory_bytes`; raises ValueError where not even one full context does."""
+    """Returns how many pages fit into `memory_bytes`; raises ValueError where not even one full context does.
+
+    draft: a model that drafts, whose cache has as many pages.
+    """
     work = work_bytes(config, num_slots=num_slots, max_context=max_context, prefill_chunk=prefill_chunk)
     page = page_bytes(config, page_size, cache_dtype)
+    page += 0 if draft is None else page_bytes(draft, page_size, cache_dtype)
     fitting, needed = (memory_bytes - weight_bytes - work) // page, -(-max_context // page_size)
     if fitting < needed:
         gib = {"memory": memory_bytes, "weights": weight_bytes, "work": work, "one context": needed * page}
