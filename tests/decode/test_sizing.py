@@ -54,6 +54,8 @@ def test_pages_fill_what_weights_and_work_leave():
         256 / 68,
         rtol=1e-3,
     )
+    one, two = (find(memory_bytes=60 << 30, cache_dtype="int8", draft=draft) for draft in (None, INTERNLM2_7B))
+    assert one // 2 == two, "a draft model as large halves the pages"
     with pytest.raises(
         ValueError, match=r"4096 tokens does not fit.*memory 15\.00 GiB, weights 15\.00 GiB.*shorter context"
     ):
