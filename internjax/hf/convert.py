@@ -131,8 +131,9 @@ def _about(folder: Path) -> dict[str, Any]:
                 f"{folder} is no model folder: it has neither {CONFIG} nor {ABOUT}. Give one that convert or a run has "
                 f"written; of an adapter, `python -m internjax.hf convert {folder} NEW` writes the merged model"
             )
+        name = family_of(read_json(folder / CONFIG)).name
         raise ValueError(
-            f"{folder} is a {family_of(read_json(folder / CONFIG)).name} folder without {ABOUT}, so nothing is recorded to compare with; "
+            f"{folder} is a {name} folder without {ABOUT}, so nothing is recorded to compare with; "
             f"`python -m internjax.hf convert {folder} NEW` writes one that has it"
         )
     try:
