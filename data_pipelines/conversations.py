@@ -181,7 +181,10 @@ def _jobs(files: Sequence[str], tokenizer: Tokenizer, *, reading: Reading, seq_l
         raise ValueError(f"{twice[0]} is given twice; name each file once, in data or in validation")
     for name, values in (("weight", reading.weight), ("max_samples", reading.max_samples)):
         if values and len(values) != len(files):
-            raise ValueError(f"{len(files)} files and {len(values)} values of {name}; give one for each, or none")
+            raise ValueError(
+                f"{len(files)} files and {len(values)} values of {name}; give one for each, or none "
+                f"(--reading.{name.replace('_', '-')} with nothing behind it)"
+            )
     if len(reading.format) not in (0, 1, len(files)):
         raise ValueError(
             f"{len(files)} files and {len(reading.format)} formats; give one for each, one for all, or none"

@@ -140,13 +140,19 @@ def parse(config: Config, args: Sequence[str] | None = None) -> Config:
     # `python -m experiments.NAME`: its name and docstring, with the command to type, head the help.
     main = sys.modules["__main__"]
     name = getattr(getattr(main, "__spec__", None), "name", "")
-    told = {"prog": f"python -m {name}", "description": main.__doc__} if name.startswith("experiments.") else {}
+    is_ours = name.startswith("experiments.")
+    told = {"prog": f"python -m {name}", "description": _paragraphs(main.__doc__ or "")} if is_ours else {}
     args = plain_flags(sys.argv[1:] if args is None else args, type(config))
     config = tyro.cli(type(config), default=config, args=args, config=(tyro.conf.CascadeSubcommandArgs,), **told)
     if hasattr(config, "run") and {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys():
         # The runs of a sweep differ in their configs, so that each needs a folder of its own.
         config = dataclasses.replace(config, run=f"{config.run}-{os.environ['WANDB_RUN_ID']}")
     return config
+
+
+def _paragraphs(text: str) -> str:
+    """Returns a docstring with time and expected result as paragraphs: a help fills the lines of each."""
+    return re.sub(r"\n(?=(Time|Expected result): )", "\n\n", text)
 
 
 def guarded(run: Callable[[Config], Any], config: Config) -> Any:

@@ -134,13 +134,14 @@ def _about(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give one that save_model or convert has written")
     if not (folder / ABOUT).is_file():
-        kind = (
-            f"a {family_of(read_json(folder / CONFIG)).name} folder"
-            if (folder / CONFIG).is_file()
-            else "no model folder"
-        )
+        if not (folder / CONFIG).is_file():
+            raise ValueError(
+                f"{folder} is no model folder: it has neither {CONFIG} nor {ABOUT}. Give one that convert or a run has "
+                f"written; of an adapter, `python -m internjax.hf convert {folder} NEW` writes the merged model"
+            )
+        name = family_of(read_json(folder / CONFIG)).name
         raise ValueError(
-            f"{folder} is {kind} without {ABOUT}, so nothing is recorded to compare with; "
+            f"{folder} is a {name} folder without {ABOUT}, so nothing is recorded to compare with; "
             f"`python -m internjax.hf convert {folder} NEW` writes one that has it"
         )
     try:

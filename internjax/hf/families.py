@@ -27,10 +27,10 @@ _REFUSED = {
     "or later",
     "internlm3": "InternLM 3 is not built here; take InternLM2.5",
     "glm4": "GLM-4-0414 has two more norms per layer; take GLM-4-9B (model_type glm or chatglm)",
-    "mixtral": "layers of several experts are not built here; take a dense model",
-    "qwen2_moe": "layers of several experts are not built here; take a dense model",
-    "qwen3_moe": "layers of several experts are not built here; take a dense model",
-    "glm4_moe": "layers of several experts are not built here; take a dense model",
+    "mixtral": "Layers of several experts are not built here; take a dense model",
+    "qwen2_moe": "Layers of several experts are not built here; take a dense model",
+    "qwen3_moe": "Layers of several experts are not built here; take a dense model",
+    "glm4_moe": "Layers of several experts are not built here; take a dense model",
     "qwen3_next": "linear attention is not built here; take Qwen 3",
 }
 

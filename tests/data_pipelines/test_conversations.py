@@ -266,7 +266,10 @@ def test_what_cannot_be_read_is_refused_before_anything_is_written(tmp_path, tok
         "holds nothing to learn from; the first reason": ([str(tmp_path / "asked.jsonl")], {"bad_rows": "skip"}),
         "holds 1 conversation, so no share of it": ([a], {"validation_share": 0.5}),
         "is given twice": ([a, a], {}),
-        "2 files and 1 values of weight": ([a, b], {"weight": (1.0,)}),
+        r"2 files and 1 values of weight; give one for each, or none \(--reading.weight with nothing": (
+            [a, b],
+            {"weight": (1.0,)},
+        ),
         "2 files and 3 formats": ([a, b], {"format": ("auto", "auto", "auto")}),
         "holds preference pairs, which a fine-tuning does not learn from": ([str(pair)], {}),
         "not a valid moss row": ([a], {"format": ("moss",)}),

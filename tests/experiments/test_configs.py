@@ -182,13 +182,15 @@ def test_a_fault_of_the_program_is_not_hidden():
     assert guarded(lambda config: config.run, SEVEN) == "internlm2_7b"
 
 
-def test_help_lists_every_field(capsys):
+def test_help_lists_every_field(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "__main__", finetune)  # as under `python -m`
     with pytest.raises(SystemExit) as ended:
         parse(finetune.CONFIG, ["--help"])
     printed = capsys.readouterr().out
     assert ended.value.code == 0
     names = [field.name.replace("_", "-") for field in dataclasses.fields(Finetune) if field.name != "schedule"]
     assert [name for name in names if f"--{name}" not in printed] == [] and "schedule:" in printed
+    assert printed.startswith("usage: python -m experiments.finetune ") and "\n\nTime: depends on" in printed
 
 
 def dataclasses_of(kind: type, found: list) -> list:

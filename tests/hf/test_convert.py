@@ -205,7 +205,7 @@ def test_check_of_something_else(tmp_path, capsys):
     assert main(["check", str(tmp_path / "nothing")]) == 1
     assert main(["check", str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert "is no folder" in error and "is no model folder without internjax.json" in error
+    assert "is no folder" in error and "is no model folder: it has neither config.json nor internjax.json" in error
 
 
 def test_arguments_that_are_wrong_exit_with_2(capsys):
