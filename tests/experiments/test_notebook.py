@@ -89,7 +89,7 @@ def training(said, pages, work):
     without, with_it = numbers(r"(\S+) without the term, (\S+) with it", said)
     own = read_rows(work / "own" / "metrics.jsonl")
     assert with_it < without and all("log_z_squared" in row for row in own)
-    assert [row["step"] for row in own if "stream/3" in row] == list(range(5, 49, 5))
+    assert [row["step"] for row in own if "stream/3" in row] == [*range(5, 49, 5), 48]
 
 
 STARTS = r"(\d+) starts, from steps \[0, 24, (\d+)\]; (\d+) steps were done twice"

@@ -99,7 +99,7 @@ def test_adapters_over_four_bits_by_the_name_of_a_size(capsys, tmp_path):
     # A byte for a scale, 8 for the step and offset of 256 of them; the head's 92,544 columns make blocks of 128.
     scales = kernels // 64 + kernels // 64 // 256 * 8 + 92_544 * 4096 // 64 // 256 * 8
     assert roles["frozen parameters, quantised"] == kernels // 2 + scales + 2 * rest
-    assert "qlora (41,943,040 trained), 1 x 4090" in capsys.readouterr().out
+    assert "qlora (nf4, 41,943,040 trained), 1 x 4090" in capsys.readouterr().out
     assert plan.main(["sft_lora_7b", *arguments.split(), "--method", "full"]) == 1
 
 
