@@ -136,32 +136,11 @@ def prefill_chunk(
     inv_freq_BF: jax.Array,
     config: ModelConfig,
     lora: Lora | None = None,
-) -> KVCache:
-    """Returns the cache with the tokens at positions start .. start + C - 1 in it; those from `end` on are padding."""
-    return forward_chunk(
-        params,
-        cache,
-        tokens_BC,
-        start_B=start_B,
-        end_B=end_B,
-        inv_freq_BF=inv_freq_BF,
-        config=config,
-        lora=lora,
-    ).cache
-
-
-def forward_chunk(
-    params: dict,
-    cache: KVCache,
-    tokens_BC: jax.Array,
-    *,
-    start_B: jax.Array,
-    end_B: jax.Array,
-    inv_freq_BF: jax.Array,
-    config: ModelConfig,
-    lora: Lora | None = None,
 ) -> decoder.Forward:
-    """Returns the hidden states of a chunk as well; arguments are those of `prefill_chunk`."""
+    """Returns the hidden states of the tokens at positions start .. start + C - 1, and the cache with them in it.
+
+    Those from `end` on are padding.
+    """
     positions_BC = start_B[:, None] + jnp.arange(tokens_BC.shape[1], dtype=jnp.int32)
     segments_BC = (positions_BC < end_B[:, None]).astype(jnp.int32)
     return decoder.forward(
@@ -202,7 +181,7 @@ def prefill(
             inv_freq_BF=state.inv_freq_BF,
             config=config,
             lora=lora,
-        )
+        ).cache
         return cache, None
 
     with jax.named_scope("prefill"):

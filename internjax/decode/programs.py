@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from internjax.decode.adapters import RowAdapters, lora_of
-from internjax.decode.generate import RUNNING, DecodeState, forward_chunk, init_state, prefill_chunk, step
+from internjax.decode.generate import RUNNING, DecodeState, init_state, prefill_chunk, step
 from internjax.decode.sample import Allowed, Limits, Sampling, SamplingParams, most_likely, stack
 from internjax.decode.speculate import DraftModel, Speculation, draw_drafts, look_up, verify
 from internjax.model import decoder, rope
@@ -91,7 +91,7 @@ def _draft_reads(weights: Weights, state: DecodeState, chunk: "PromptChunk", dra
         end_B=chunk.end_1,
         inv_freq_BF=rope.inv_freq(draft.config)[None],
         config=draft.config,
-    )
+    ).cache
     return dataclasses.replace(state, draft_cache=cache)
 
 
@@ -141,7 +141,7 @@ def read_chunk(
         inv_freq_BF=chunk.inv_freq_1F,
         config=config,
         lora=lora_of(adapters),
-    )
+    ).cache
     return _with_own_tables(dataclasses.replace(placed, cache=cache), state)
 
 
@@ -175,7 +175,7 @@ def score_chunk(
     """
     params, lora = weights.model, lora_of(adapters)
     placed = _draft_reads(weights, _with_table(state, chunk.page_table_1M), chunk, draft)
-    hidden_1CD, cache, _ = forward_chunk(
+    hidden_1CD, cache, _ = prefill_chunk(
         params,
         placed.cache,
         chunk.tokens_1C,
