@@ -1,9 +1,9 @@
 """The language that a text is written in, without a network: CLD2, whose tables are compiled into pycld2.
 
 The stage `identify_languages` enters "en", "zh", "de" ... where no language is known yet (ISO 639 codes). At most
-1,536 bytes of a text are looked at, in six pieces from its beginning to its end (`SAMPLE`). Of an ASCII text it is a
-third of that (`FIRST_LOOK`), unless more than one language is found there or none for sure. Code is left alone; its
-language is the programming language.
+1,536 bytes of a text are looked at, in six pieces from its beginning to its end (`SAMPLE`). Of an ASCII text four
+pieces of 128 bytes come first (`FIRST_LOOK`), and suffice where they are in one language for sure: a passage in
+another one that lies between them is not seen. Code is left alone; its language is the programming language.
 
 A text in several languages has the one with the largest share. Where a second one has at least MIXED_SHARE, the text is
 mixed, and meta has `languages` with all shares (of the bytes of letters in the sample, so that Chinese, with three

@@ -194,7 +194,7 @@ def held_base(config: Finetune, quantization: Quantization | None) -> Quantised 
             f"{config.model} is quantised already ({quantization}), and its adapters train on that: leave "
             f"quantize={config.quantize} out, or give the model it was made of"
         )
-    group = 1 << 30 if quantization.group == -1 else quantization.group
+    group = 1 << 30 if quantization.group == -1 else quantization.group  # wider than any row: cut to one group of it
     return Quantised(quantization.scheme, group, double=False, head=quantization.head)
 
 
@@ -289,7 +289,7 @@ def _whole_model(config: Finetune, mesh: Mesh | None) -> Model:
     whole_first = config.method == "pissa" or source.checkpoints is not None or bool(source.adapters)
     stored = read_quantization(read_json(source.folder / CONFIG), allow_unknown=config.allow_unknown)
     held = held_base(config, stored)
-    if stored is not None and source.adapters:
+    if stored is not None and (source.adapters or source.checkpoints is not None):
         raise ValueError(
             f"{config.model} is an adapter on a quantised model, and training goes on from a whole one: merge it with "
             "`python -m internjax.hf convert MODEL FOLDER` and train on FOLDER"

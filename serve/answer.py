@@ -21,8 +21,9 @@ from serve.stops import StopStrings
 
 
 class Token(NamedTuple):
-    """A token: `text` is what it added to the answer (or the prompt), from character `offset` on. The texts of all
-    tokens joined are the whole; a token that only begins a character adds nothing."""
+    """A token: `text` is what it added to the answer (or the prompt), from character `offset` on; nothing, if it only
+    begins a character. The texts of all tokens joined are the whole, but for what no token completed: a character cut
+    off at the answer's end, and a tool call that was not closed, which is shown as text."""
 
     id: int
     text: str
@@ -137,8 +138,13 @@ class Answer:
         """Ends the answer where it stands; the iteration still gives its Result."""
         self._handle.abort()
 
+    @property
+    def aborted(self) -> bool:
+        """Whether it was told to end."""
+        return self._handle.aborted
+
     def wait(self) -> None:
-        """Returns when the engine is done with an answer that is over."""
+        """Returns when the engine is done with an answer that is over or aborted."""
         for _ in self._handle.events():
             pass
 

@@ -144,7 +144,9 @@ def measure_server(args: argparse.Namespace) -> None:
         about = {"what": f"the server at {args.url}, its hardware unknown to this page", **_environment(args)}
         _measure(args, target, about, engine=None, slots=None, bandwidth=None, read_bytes=None)
     except openai.OpenAIError as error:
-        raise RuntimeError(f"the server at {args.url}: {error}") from error
+        known = "" if args.max_context else ". --max-context N keeps what is asked for within the server's context"
+        hint = known if isinstance(error, openai.BadRequestError) else ""
+        raise RuntimeError(f"the server at {args.url}: {error}{hint}") from error
 
 
 def _measure(
@@ -165,47 +167,50 @@ def _measure(
     total = sum(batch for *_, batch in cells) * (args.rounds + 1) + args.requests
     total += (len(args.prefix) + bool(turns)) * (args.rounds + 1)
     results = Results()
-    with _progress(total) as (say, done):
-        for prompt, completion, batch in cells:
-            say(f"batch {batch}, {prompt} + {completion} tokens")
-            results.cells.append(
-                runs.measure_cell(
-                    target,
-                    batch=batch,
-                    prompt=prompt,
-                    completion=completion,
-                    rounds=args.rounds,
-                    seed=args.seed,
-                    bandwidth=bandwidth,
-                    step_bytes=read_bytes and read_bytes(batch, prompt, completion),
-                    on_done=done,
+    try:
+        with _progress(total) as (say, done):
+            for prompt, completion, batch in cells:
+                say(f"batch {batch}, {prompt} + {completion} tokens")
+                results.cells.append(
+                    runs.measure_cell(
+                        target,
+                        batch=batch,
+                        prompt=prompt,
+                        completion=completion,
+                        rounds=args.rounds,
+                        seed=args.seed,
+                        bandwidth=bandwidth,
+                        step_bytes=read_bytes and read_bytes(batch, prompt, completion),
+                        on_done=done,
+                    )
                 )
-            )
-        if args.requests:
-            say(f"{args.requests} requests of mixed lengths")
-            results.loads.append(
-                runs.measure_load(
-                    target,
-                    num_requests=args.requests,
-                    rate=args.rate,
-                    concurrency=max(args.batch, default=None) if engine is None else None,
-                    max_context=target.max_context or _CONTEXT,
-                    seed=args.seed,
-                    on_done=done,
+            if args.requests:
+                say(f"{args.requests} requests of mixed lengths")
+                results.loads.append(
+                    runs.measure_load(
+                        target,
+                        num_requests=args.requests,
+                        rate=args.rate,
+                        concurrency=max(args.batch, default=None) if engine is None else None,
+                        max_context=target.max_context or _CONTEXT,
+                        seed=args.seed,
+                        on_done=done,
+                    )
                 )
-            )
-        for prefix in args.prefix:
-            say(f"a shared prefix of {prefix} tokens")
-            results.prefixes.append(
-                runs.measure_prefix(target, prefix=prefix, rounds=args.rounds, seed=args.seed, on_done=done)
-            )
-        if turns:
-            say(f"sessions of {turns} turns")
-            results.turns += runs.measure_sessions(
-                engine, turns=turns, new_tokens=args.turn_tokens, rounds=args.rounds, seed=args.seed, on_done=done
-            )
-    write_files(args.output, Setup(about, slots, bandwidth), results)
-    print(f"written  {args.output / 'bench.html'}, bench.md, bench.json, bench.csv")
+            for prefix in args.prefix:
+                say(f"a shared prefix of {prefix} tokens")
+                results.prefixes.append(
+                    runs.measure_prefix(target, prefix=prefix, rounds=args.rounds, seed=args.seed, on_done=done)
+                )
+            if turns:
+                say(f"sessions of {turns} turns")
+                results.turns += runs.measure_sessions(
+                    engine, turns=turns, new_tokens=args.turn_tokens, rounds=args.rounds, seed=args.seed, on_done=done
+                )
+    finally:  # what was measured before something failed or was interrupted is not lost
+        if any(vars(results).values()):
+            write_files(args.output, Setup(about, slots, bandwidth), results)
+            print(f"written  {args.output / 'bench.html'}, bench.md, bench.json, bench.csv")
 
 
 def _context(args: argparse.Namespace, trained: int) -> int:
@@ -263,7 +268,7 @@ def _environment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _hidden(word: str, key: str) -> str:
-    return word.replace(key, "***") if key != "none" and word in (key, f"--api-key={key}") else word
+    return word.replace(key, "***") if key not in ("", "none") else word
 
 
 def _json(value: Any) -> Any:

@@ -10,6 +10,7 @@ from internjax.decode.engine import Engine
 from internjax.decode.request import Request, Session
 from internjax.decode.sample import SamplingParams
 from internjax.train.progress import memory_in_use
+from serve.client import api_address
 
 FIRST_ID = 3
 """Of random prompts: the ids below are special in most vocabularies."""
@@ -85,10 +86,11 @@ def server_target(url: str, *, model: str | None, api_key: str, last_id: int = 2
     """
     import openai
 
-    base = url.rstrip("/")
-    base = base if base.endswith("/v1") else f"{base}/v1"
-    client = openai.OpenAI(base_url=base, api_key=api_key, timeout=timeout, max_retries=0)
-    name = model or client.models.list().data[0].id
+    client = openai.OpenAI(base_url=api_address(url), api_key=api_key, timeout=timeout, max_retries=0)
+    offered = [each.id for each in client.models.list().data] if model is None else [model]
+    if not offered:
+        raise RuntimeError(f"the server at {url} offers no model; name the one to ask with --model")
+    name = offered[0]
     lasting = _lasting_fields(client, name)
 
     def ask(prompt: Sequence[int], num_new: int) -> Timing:

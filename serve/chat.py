@@ -41,7 +41,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def converse(args: argparse.Namespace) -> int:
     from internjax.text.message import Message
-    from serve.pipeline import ContextTooLong
 
     state = Conversation(params_of(args), args.system)  # before the model is read: a wrong number is refused at once
     with open_pipeline(args) as pipeline:
@@ -56,12 +55,11 @@ def converse(args: argparse.Namespace) -> int:
             elif line:
                 try:
                     answer = state.session.chat(Message("user", said), state.params)
-                except ContextTooLong as error:
+                    if state.session.notice is not None:
+                        print(f"({state.session.notice})")
+                    _show(answer)
+                except (ValueError, RuntimeError) as error:  # of this turn: the conversation before it stays
                     print(f"({error}; /reset starts anew)")
-                    continue
-                if state.session.notice is not None:
-                    print(f"({state.session.notice})")
-                _show(answer)
     return 0
 
 
@@ -82,6 +80,7 @@ HELP = """\
 /temperature X   0 is greedy             /top-p X   /top-k N (0: all)
 /seed N          none: a new one each    /max-tokens N   none: what the context holds
 /system TEXT     what the model is told first; starts anew. Without a text: nothing
+/adapter NAME    of those given with --adapter; none: the model itself
 /reset           forgets the conversation        /history   shows it
 /save FILE       writes it, one JSON object a line, as training reads it
 /exit            leaves (or the end of input); Ctrl-C stops an answer"""
@@ -120,6 +119,8 @@ class Conversation:
                 return "\n".join(f"[{m.role}] {m.content}" for m in self.session.messages) or "(nothing was said)"
             case "save":
                 return self._save(text)
+            case "adapter":
+                return self._choose(text)
             case _ if name in _NUMBERS:
                 return self._set(name, text)
         return f"(there is no /{name}; /help lists the commands)"
@@ -134,6 +135,15 @@ class Conversation:
         except (ValueError, TypeError) as error:
             return f"({error}; {name} stays {getattr(self.params, field)})"
         return f"({name} is {value})"
+
+    def _choose(self, text: str) -> str:
+        there = ", ".join(self._pipeline.adapters) or "none was given with --adapter"
+        if not text:
+            return f"(adapter is {self.params.adapter}; there are: {there})"
+        if text not in (*self._pipeline.adapters, "none"):
+            return f"(there is no adapter {text}; there are: {there})"
+        self.params = replace(self.params, adapter=None if text == "none" else text)
+        return f"(adapter is {text})"
 
     def _save(self, text: str) -> str:
         from internjax.text.message import to_openai

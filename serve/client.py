@@ -9,6 +9,12 @@ from typing import Any
 from internjax.text.message import Chat, Message, from_openai, to_openai
 
 
+def api_address(url: str) -> str:
+    """A server's address as OpenAI's client wants it, given with or without /v1."""
+    base = url.rstrip("/")
+    return base if base.endswith("/v1") else f"{base}/v1"
+
+
 def remote_chat(url: str, model: str, *, api_key: str = "none", timeout: float = 600.0) -> Chat:
     """chat(messages, *, tools, stop, sampling) -> Message, asked over HTTP. `url` is the server's, with or without /v1.
 
@@ -16,9 +22,7 @@ def remote_chat(url: str, model: str, *, api_key: str = "none", timeout: float =
     """
     import openai
 
-    base = url.rstrip("/")
-    base = base if base.endswith("/v1") else f"{base}/v1"
-    client = openai.OpenAI(base_url=base, api_key=api_key, timeout=timeout)
+    client = openai.OpenAI(base_url=api_address(url), api_key=api_key, timeout=timeout)
 
     def chat(
         messages: Sequence[Message],

@@ -3,7 +3,7 @@
     Params(guide=JSONSchema({"type": "object", "properties": {"answer": {"type": "integer"}}}))
 
 llguidance says, token by token, which of the vocabulary may come next. The engine never draws another one, and ends the
-answer only where what it is guided to is complete; an answer may still be cut by max_tokens or a stop string.
+answer only where what it is guided to is complete; it may still be cut by max_tokens, a stop string or stop_token_ids.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ from serve.protocol import (
     tools_of,
     usage,
 )
-from serve.streams import events_of
+from serve.streams import events_of, submitted
 
 MAX_BODY_BYTES = 16 << 20
 MAX_ANSWERS = 512  # of one request: each has a thread that waits for it
@@ -255,6 +255,8 @@ def _stream(job: _Job, chunks: AsyncIterator[dict[str, Any]]) -> StreamingRespon
             yield _event(envelope(f"the answer broke off: {error}", status=status))
         finally:
             await chunks.aclose()
+            for answer in job.answers:  # one that was left before its events were asked for runs still
+                answer.abort()
             job.log("streamed", [answer.last for answer in job.answers if answer.last is not None])
 
     return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -307,21 +309,13 @@ async def _submit(
     starts: Sequence[Callable[[], Answer]], body: ChatRequest | CompletionRequest, *, param: str
 ) -> list[Answer]:
     """The answers, all of them or none."""
-    answers: list[Answer] = []
     try:
-        for start in starts:
-            answers.append(await asyncio.to_thread(start))
-    except BaseException as error:
-        for answer in answers:
-            answer.abort()
-        if isinstance(error, ContextTooLong):
-            raise Refusal(str(error), param=param, code="context_length_exceeded") from error
-        if isinstance(error, RequestError) and error.field != "tokens":
-            raise Refusal(str(error), param=param_of(error.field, body)) from error
-        if isinstance(error, ValueError):
-            raise Refusal(str(error), param=param) from error
-        raise
-    return answers
+        return await submitted(starts)
+    except ContextTooLong as error:
+        raise Refusal(str(error), param=param, code="context_length_exceeded") from error
+    except ValueError as error:
+        own = isinstance(error, RequestError) and error.field != "tokens"
+        raise Refusal(str(error), param=param_of(error.field, body) if own else param) from error
 
 
 def _params(body: ChatRequest | CompletionRequest) -> Params:

@@ -19,7 +19,7 @@ class Params:
     """
 
     max_tokens: int | None = None  # None: until the context is full; 0: the prompt is only read
-    min_tokens: int = 0  # until so many are drawn, nothing stops the answer: no stop id is drawn, no stop string seen
+    min_tokens: int = 0  # until so many are drawn, no stop id is drawn and no stop string seen; a tool call ends it
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: all

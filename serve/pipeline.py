@@ -9,12 +9,12 @@ The engine knows token ids only; everything that is text is here.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ from serve.guided import Following, GuideError, Guides, GuideSpec
 from serve.params import Params, sampling_of, with_sampling
 from serve.readers import MARKER_OF, ChatReader, PlainReader, Reader
 from serve.session import Answering, Session
-from serve.streams import events_of
+from serve.streams import all_or_none, events_of, submitted
 
 __all__ = [
     "Answer",
@@ -137,8 +137,7 @@ class Pipeline:
             draft_params=draft_params,
             mode=mode,
         )
-        self._model = model
-        self._use(engine, model.tokenizer, eos_ids=model.generation.eos_ids)
+        self._use(engine, model.tokenizer, eos_ids=model.generation.eos_ids, model=model)
         for name, adapter in loaded.items():
             engine.load_adapter(name, as_lora(adapter, model))
         engine.warmup(on_program)
@@ -151,9 +150,10 @@ class Pipeline:
         pipeline._use(engine, tokenizer, eos_ids=())
         return pipeline
 
-    def _use(self, engine: Engine, tokenizer: Tokenizer, *, eos_ids: Sequence[int]) -> None:
+    def _use(self, engine: Engine, tokenizer: Tokenizer, *, eos_ids: Sequence[int], model: Model | None = None) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
+        self._model = model
         # The last token drawn needs no place in the cache.
         self.max_context = min(engine.max_context, engine.num_pages * engine.page_size + 1)
         self.stop_ids = tuple(sorted({*protocol.stop_ids(tokenizer), *eos_ids}))
@@ -176,6 +176,10 @@ class Pipeline:
 
     def load_adapter(self, name: str, folder: str | os.PathLike) -> None:
         """Makes an adapter folder available by name. Raises ValueError for one of another base, or without room."""
+        if self._model is None:
+            raise ValueError(
+                "this pipeline was made over an engine and knows no folder of its model: load adapters there"
+            )
         self.engine.load_adapter(name, as_lora(read_adapter(folder, self._model), self._model))
 
     def unload_adapter(self, name: str) -> None:
@@ -195,7 +199,8 @@ class Pipeline:
         params = Params() if params is None else params
         is_text = isinstance(prompt, str)
         ids = self._prompt_ids(prompt) if is_text else self._checked_ids(prompt)
-        return self._submit(ids, PlainReader(self.tokenizer), params, hidden=int(is_text))
+        reader = PlainReader(self.tokenizer, behind_text=len(ids) > 1)  # one token: what begins every text
+        return self._submit(ids, reader, params, hidden=int(is_text))
 
     def chat(
         self, messages: Sequence[Message], params: Params | None = None, *, tools: Sequence[Mapping] = ()
@@ -229,7 +234,7 @@ class Pipeline:
         """The whole answer to a text, to token ids or to a conversation; those to several of them, in their order."""
         if _is_one(prompts):
             return self.stream(prompts, params, tools=tools).result()
-        answers = self._start(prompts, params, tools)
+        answers = all_or_none(self._starts(prompts, params, tools))
         # Who watches for stop strings: at least every answer that is in a slot has somebody.
         with ThreadPoolExecutor(2 * self.engine.num_slots) as pool:
             try:
@@ -239,24 +244,17 @@ class Pipeline:
                     answer.abort()
                 raise
 
-    def _start(self, prompts: Sequence[Given], params: Params | None, tools: Sequence[Mapping]) -> list[Answer]:
-        """The answers to all prompts, or to none."""
-        answers: list[Answer] = []
-        try:
-            for prompt in prompts:
-                answers.append(self.stream(prompt, params, tools=tools))
-        except BaseException:
-            for answer in answers:
-                answer.abort()
-            raise
-        return answers
+    def _starts(
+        self, prompts: Sequence[Given], params: Params | None, tools: Sequence[Mapping]
+    ) -> list[Callable[[], Answer]]:
+        return [partial(self.stream, prompt, params, tools=tools) for prompt in prompts]
 
     async def astream(
         self, prompt: Given, params: Params | None = None, *, tools: Sequence[Mapping] = ()
     ) -> AsyncIterator[Event]:
         """As `stream`, in an event loop; an answer that is left is aborted."""
-        answer = await asyncio.to_thread(self.stream, prompt, params, tools=tools)
-        async with aclosing(events_of([answer])) as events:
+        answers = await submitted(self._starts([prompt], params, tools))
+        async with aclosing(events_of(answers)) as events:
             async for _, event in events:
                 yield event
 
@@ -265,8 +263,8 @@ class Pipeline:
     ) -> Result | list[Result]:
         """As the call, in an event loop; answers that are not waited for are aborted."""
         several = [prompts] if _is_one(prompts) else prompts
-        answers = await asyncio.to_thread(self._start, several, params, tools)
-        async with aclosing(events_of(answers)) as events:
+        answers = await submitted(self._starts(several, params, tools))
+        async with aclosing(events_of(answers, num_readers=2 * self.engine.num_slots)) as events:
             async for _ in events:
                 pass
         results = [answer.last for answer in answers]
@@ -306,9 +304,10 @@ class Pipeline:
         wanted = max(1, room if params.max_tokens is None else params.max_tokens)
         if wanted > room:
             what = "context" if session is None else "session"
+            asked = f"{wanted} are asked for" if params.max_tokens else "needs room for one more to be read"
             raise ContextTooLong(
-                f"the {what} holds {most} tokens; the prompt has {len(ids)} and {wanted} are asked for, "
-                f"{len(ids) + wanted} together. Shorten the prompt or lower max_tokens"
+                f"the {what} holds {most} tokens; the prompt has {len(ids)} and {asked}, "
+                f"{len(ids) + wanted} together. Shorten the prompt" + (" or lower max_tokens" if wanted > 1 else "")
             )
         following = None if params.guide is None else self._following(params.guide)
         own_stops = () if params.ignore_eos else self.stop_ids

@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--calibration", metavar="FILE", required=True, help="text, or JSONL with text or messages")
     text.add_argument("--calibration-samples", type=int, default=128, help="rows of tokens (default: %(default)s)")
     text.add_argument("--calibration-length", type=int, help="tokens of a row (default: 2048, or what was trained)")
-    text.add_argument("--batch-size", type=int, default=8, help="rows at once (default: %(default)s)")
+    text.add_argument("--batch-size", type=int, default=8, help="rows at once, at most (default: %(default)s)")
     text.add_argument("--answers", type=int, default=8, help="greedy answers to compare (default: %(default)s)")
     text.add_argument("--answer-length", type=int, default=512, help="tokens of an answer (default: %(default)s)")
     limits = parser.add_argument_group("limits, past which nothing is written")
@@ -201,11 +201,17 @@ def read_text(args: argparse.Namespace, model: Model) -> Text:
     length = args.calibration_length or min(2048, model.config.max_position_embeddings)
     if length < 2:
         raise ValueError(f"--calibration-length is {length}; a row needs at least 2 tokens")
+    room = model.config.max_position_embeddings - args.answer_length
+    if room < 1:
+        raise ValueError(
+            f"--answer-length is {args.answer_length}; with its prompt an answer must fit the "
+            f"{model.config.max_position_embeddings} tokens that the model was trained for"
+        )
     wanted = (args.calibration_samples + HELD_OUT_ROWS) * length
     ids: list[int] = []
     starts: list[tuple[int, list[int]]] = []
     for document, prompt in _documents(Path(args.calibration), model.tokenizer):
-        if prompt:
+        if 0 < len(prompt) <= room:
             starts.append((len(ids), prompt))
         ids += document
         if len(ids) >= wanted:
@@ -221,10 +227,16 @@ def read_text(args: argparse.Namespace, model: Model) -> Text:
     first = num_rows - held_out
     prompts = [prompt for start, prompt in starts if start >= first * length][: args.answers]
     # Of text without turns, and where too few conversations begin in the part held out.
-    begin = max(1, min(PROMPT_TOKENS, length // 2))
+    begin = max(1, min(PROMPT_TOKENS, length // 2, room))
     evenly = np.linspace(0, held_out * length - begin, args.answers - len(prompts)).astype(int)
     prompts += [rows[first:].reshape(-1)[start : start + begin].tolist() for start in evenly]
     return Text(rows[:first][: args.calibration_samples], rows[first:], prompts)
+
+
+def in_batches(rows: np.ndarray, most: int) -> np.ndarray:
+    """Returns the rows `[N, T]` as equal batches `[N / B, B, T]`, of as many rows as divide N, at most `most`."""
+    size = next(size for size in range(most, 0, -1) if len(rows) % size == 0)
+    return rows.reshape(-1, size, rows.shape[1])
 
 
 def _documents(file: Path, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
@@ -296,8 +308,7 @@ def quantized_params(
     if args.method == "rtn":
         quantize_layer, rows = functools.partial(_round_layer, **how), []
     else:
-        size = next(size for size in range(args.batch_size, 0, -1) if len(calibration) % size == 0)
-        rows = calibration.reshape(-1, size, calibration.shape[1])
+        rows = in_batches(calibration, args.batch_size)
         if args.method == "awq":
             config = {"config": model.config, "group": args.group, "rounding": args.rounding or "gptq"}
             quantize_layer = functools.partial(awq.quantize_layer, **config)
@@ -327,9 +338,7 @@ def measure(model: Model, params: dict, text: Text, args: argparse.Namespace) ->
 
     from serve.quality import answers, compare
 
-    size = next(size for size in range(args.batch_size, 0, -1) if len(text.held_out) % size == 0)
-    batches = text.held_out.reshape(-1, size, text.held_out.shape[1])
-    quality = compare(model.params, params, batches, config=model.config)
+    quality = compare(model.params, params, in_batches(text.held_out, args.batch_size), config=model.config)
     how = {"max_new_tokens": args.answer_length, "stop_ids": model.generation.eos_ids}
     answered = answers(model.params, params, text.prompts, config=model.config, **how)
     num_bytes = [sum(leaf.nbytes for leaf in jax.tree.leaves(each)) for each in (model.params, params)]

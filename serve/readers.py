@@ -16,9 +16,10 @@ class PlainReader:
 
     in_text = True  # whether the ids read last are part of the text
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, *, behind_text: bool = False):
+        """behind_text: something stands before, so that a space in front of the first word is one."""
         self.tokenizer = tokenizer
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = StreamDecoder(tokenizer, behind_text=behind_text)
 
     def push(self, ids: Sequence[int]) -> list[protocol.Event]:
         return [TextDelta(self._decoder.push(ids))]

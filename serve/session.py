@@ -114,7 +114,7 @@ class Session:
         turn = self._turn
         if turn is None:
             return
-        if not turn.answer.over:
+        if not (turn.answer.over or turn.answer.aborted):
             raise RuntimeError("the last answer of this session is not read to its end; read it, or abort it")
         turn.answer.wait()
         if turn.answer.last is not None:
@@ -133,7 +133,7 @@ class Session:
         at = next((i for i in range(len(closed) - 1, start - 1, -1) if closed[i] in ends), None)
         if result.stop is not None or at is None or closed[:start] != turn.rendered:
             return closed
-        drawn = result.ids[:-1] if result.ids and result.ids[-1] in ends else result.ids
+        drawn = result.ids[:-1] if result.finish == "stop" else result.ids
         return [*turn.ids, *drawn, *closed[at:]]
 
 

@@ -3,15 +3,58 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 from serve.answer import Answer, Event, Result
 
 
-async def events_of(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Event]]:
-    """Events of all answers as they come, with the answer's index. Leaving it in any way aborts what still runs."""
+def all_or_none(starts: Iterable[Callable[[], Answer]]) -> list[Answer]:
+    """The answers that are started one after the other; if one cannot be, the others are aborted."""
+    answers: list[Answer] = []
+    try:
+        for start in starts:
+            answers.append(start())
+    except BaseException:
+        _abort(answers)
+        raise
+    return answers
+
+
+async def submitted(starts: Iterable[Callable[[], Answer]]) -> list[Answer]:
+    """`all_or_none` in a thread; answers that are no longer waited for when they are there are aborted."""
+    answers: list[Answer] = []
+    lock, is_left = threading.Lock(), threading.Event()
+
+    def run() -> None:
+        started = all_or_none(starts)
+        with lock:
+            answers.extend(started)
+            if is_left.is_set():
+                _abort(answers)
+
+    try:
+        await asyncio.to_thread(run)
+    except BaseException:
+        with lock:
+            is_left.set()
+            _abort(answers)
+        raise
+    return answers
+
+
+def _abort(answers: Iterable[Answer]) -> None:
+    for answer in answers:
+        answer.abort()
+
+
+async def events_of(answers: Sequence[Answer], *, num_readers: int | None = None) -> AsyncIterator[tuple[int, Event]]:
+    """Events of all answers as they come, with the answer's index. Leaving it in any way aborts what still runs.
+
+    num_readers: answers that are read at once, in a thread each (None: all).
+    """
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
 
@@ -23,10 +66,17 @@ async def events_of(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Event
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(queue.put_nowait, (index, error))
 
-    for index, answer in enumerate(answers):
-        threading.Thread(target=pump, args=(index, answer), name=f"answer-{index}", daemon=True).start()
+    unread = collections.deque(enumerate(answers))
+
+    def read() -> None:
+        with contextlib.suppress(IndexError):  # nothing is left to read
+            while True:
+                pump(*unread.popleft())
+
     open_answers = len(answers)
     try:
+        for number in range(min(len(answers), num_readers or len(answers))):
+            threading.Thread(target=read, name=f"reader-{number}", daemon=True).start()
         while open_answers:
             index, event = await queue.get()
             if isinstance(event, Exception):
@@ -34,5 +84,5 @@ async def events_of(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Event
             open_answers -= isinstance(event, Result)
             yield index, event
     finally:
-        for answer in answers:
-            answer.abort()
+        unread.clear()
+        _abort(answers)

@@ -66,7 +66,13 @@ def add_peer_python(parser: argparse.ArgumentParser) -> None:
 def packages_of(python: str) -> dict[str, str]:
     """Returns the versions of the packages that are measured, as another Python has them."""
     code = "import json; from experiments.benchmarks import record; print(json.dumps(record.packages()))"
-    return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise SystemExit(
+            f"error: {python} does not run this code ({said[0]}); give --peer-python one with jax and flax"
+        )
+    return json.loads(done.stdout)
 
 
 def peak_rss() -> int:

@@ -6,8 +6,9 @@
 Hardware: 2 CPU cores for the tiny chain's model, after the chain has run; one GPU for others
 Time: four minutes on 2 CPU cores, most of it compilation
 
-Every method sees the same rows and is judged on the same others, the end of the file. Round-to-nearest is the measure
-of all: the ratio is the mean divergence of a method over that of round-to-nearest with zero points in the same groups.
+Every method sees the same rows and is judged on the same others, the last that are read. Round-to-nearest is the
+measure of all: the ratio is the mean divergence of a method over that of round-to-nearest with zero points in the
+same groups.
 """
 
 import argparse
@@ -66,9 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         start = time.perf_counter()
         params = quantize.quantized_params(model, text.calibration, flags, on_layer=lambda layer: None)
         seconds = time.perf_counter() - start
-        size = next(size for size in range(8, 0, -1) if len(text.held_out) % size == 0)
-        batches = text.held_out.reshape(-1, size, text.held_out.shape[1])
-        quality = compare(model.params, params, batches, config=model.config)
+        quality = compare(model.params, params, quantize.in_batches(text.held_out, 8), config=model.config)
         found[name] = quality._asdict() | {"perplexity_increase": quality.perplexity_increase}
         found[name] |= {"kl_over_rtn": quality.kl_mean / found["rtn"]["kl_mean"], "seconds": round(seconds, 1)}
         print(f"{name}: KL {quality.kl_mean:.5f}, perplexity +{quality.perplexity_increase:.3f} %", flush=True)

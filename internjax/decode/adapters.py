@@ -72,13 +72,11 @@ class AdapterPlaces:
         index = self._names.index(name)
         return Place(index, self._versions[index])
 
-    def load(self, name: str, lora: Lora) -> None:
-        """Puts an adapter into a free place; raises ValueError for one that does not fit, or where no place is free."""
-        if name in self.names:
-            raise ValueError(f"an adapter {name!r} is loaded already; unload it first, or choose another name")
-        if None not in self._names:
-            raise ValueError(f"all {len(self._names)} places are taken: {', '.join(self.names)}; unload one of them")
+    def prepare(self, name: str, lora: Lora) -> dict:
+        """Returns an adapter as places hold it; raises ValueError for one that does not fit."""
         found = dict(nodes(stack([lora], self._params)))
+        if not found:
+            raise ValueError(f"adapter {name!r} changes no kernel: it has no factors")
         unknown = [".".join(path) for path in found if path not in self._paths]
         rank = max(node["a"].shape[-1] for node in found.values())
         if unknown or rank > self._rank:
@@ -87,8 +85,16 @@ class AdapterPlaces:
             raise ValueError(
                 f"adapter {name!r} has {given}; there is room for {room}. Start with more room for adapters."
             )
+        return self._padded(found, 1)
+
+    def load(self, name: str, prepared: dict) -> None:
+        """Puts a prepared adapter into a free place; raises ValueError where none is free or the name is taken."""
+        if name in self.names:
+            raise ValueError(f"an adapter {name!r} is loaded already; unload it first, or choose another name")
+        if None not in self._names:
+            raise ValueError(f"all {len(self._names)} places are taken: {', '.join(self.names)}; unload one of them")
         index = self._names.index(None)
-        self.stacked = self._put(self.stacked, self._padded(found, 1), np.int32(index))
+        self.stacked = self._put(self.stacked, prepared, np.int32(index))
         self._names[index] = name
         self._versions[index] += 1
 
@@ -97,7 +103,7 @@ class AdapterPlaces:
         self._names[self.find(name).index] = None
 
     def warmup(self) -> None:
-        """Compiles what loading runs; what is loaded already stays."""
+        """Compiles the program that `load` runs; what is loaded already stays."""
         jax.block_until_ready(self._put(self.stacked, self._padded({}, 1), np.int32(0)))
 
     def _padded(self, found: dict[tuple[str, ...], dict], count: int) -> dict:

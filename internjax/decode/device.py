@@ -320,7 +320,7 @@ class Device:
             if self.adapters is not None:
                 with _timed("load an adapter", report):
                     self.adapters.warmup()
-            self.block(table_BM, nobody_B, adapters=no_adapters, masks={})
+            packed = self.block(table_BM, nobody_B, adapters=no_adapters, masks={})
             np.asarray(packed)
 
 

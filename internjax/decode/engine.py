@@ -67,7 +67,8 @@ class Engine:
     """Slots, pages, a queue and the compiled programs that serve them.
 
     `start` (or the context manager) runs it in a thread of its own; without it `tick` drives it. Requests are admitted
-    in order of arrival, when a slot and pages for what they begin with are free.
+    in order of arrival, when a slot is free and there are pages for what they begin with and for the next block of all
+    rows; one whose beginning another row is just reading lets others pass until that is read.
     """
 
     def __init__(
@@ -184,18 +185,30 @@ class Engine:
         With a session the request's tokens are those of the new turn only; the session grows by them and by the answer
         (not by one that ends with an error). Raises RuntimeError for a session whose last request is not done.
         """
-        before = () if session is None else session.tokens
-        tokens = [*before, *request.tokens]
+        handle = Handle(request, self._notify)
+        if session is None:
+            self._enqueue(handle, None)
+            return handle
+        with self._wake:
+            session.take(handle)
+        try:
+            self._enqueue(handle, session)
+        except BaseException:
+            session.end(None)
+            raise
+        return handle
+
+    def _enqueue(self, handle: Handle, session: Session | None) -> None:
+        request = handle.request
+        tokens = [*(() if session is None else session.tokens), *request.tokens]
         self._check(request, tokens, session)
         total = len(tokens) + request.max_new_tokens
         inv_freq_F = self._frequencies(total) if session is None else session.inv_freq_F
-        handle = Handle(request, self._notify)
+        guide = None if request.guide is None else request.guide()
         with self._wake:
             if self._closed:
                 raise RuntimeError(self._closed)
             adapter = self._find_adapter(request.adapter)
-            if session is not None:
-                session.take(handle)
             row = Row(
                 handle,
                 session,
@@ -207,11 +220,10 @@ class Engine:
                 inv_freq_F=inv_freq_F,
                 adapter=adapter,
                 scored=request.prompt_logprobs is None,
-                guide=None if request.guide is None else request.guide(),
+                guide=guide,
             )
             self._queue.append(row)
             self._wake.notify_all()
-        return handle
 
     def open_session(self, max_length: int | None = None) -> Session:
         """Returns an empty conversation that can become `max_length` tokens long (default: the engine's max_context).
@@ -226,14 +238,24 @@ class Engine:
         return Session(max_length, self._frequencies(max_length))
 
     def lengthen(self, session: Session, max_length: int) -> bool:
-        """Lets a session become longer; returns whether its history will be read once more, with other frequencies."""
+        """Lets a session become longer; returns whether its history will be read once more, with other frequencies.
+
+        Raises ValueError for a length below the one it has, and RuntimeError while it is busy.
+        """
+        if max_length < session.max_length:
+            raise ValueError(
+                f"the session may become {session.max_length} tokens long already, given {max_length}; to make it "
+                "shorter, rewind it or open another"
+            )
         longer = self.open_session(max_length)
         return session.lengthen(longer.max_length, longer.inv_freq_F)
 
     def load_adapter(self, name: str, lora: Lora) -> None:
         """Makes an adapter available to requests by name; raises ValueError where there is no room for it."""
+        places = self._room_for_adapters()
+        prepared = places.prepare(name, lora)  # takes a while, and requests go on
         with self._wake:
-            self._room_for_adapters().load(name, lora)
+            places.load(name, prepared)
 
     def unload_adapter(self, name: str) -> None:
         """Frees the place of an adapter; raises RuntimeError while requests use it."""
@@ -394,9 +416,10 @@ class Engine:
                 continue  # soon it need not be read; whoever came later may go first
             if not self._seats.has_pages_for(row):
                 return  # in order: a small request does not overtake a large one for ever
-            with self._wake:
+            with self._wake:  # whoever looks from another thread sees the row in one of both
                 self._queue.remove(row)
-            self._guarded(self._seats.seat(row), row, self._place)
+                index = self._seats.seat(row)
+            self._guarded(index, row, self._place)
 
     def _guarded(self, index: int, row: Row, work: Callable[[int, Row], None]) -> None:
         """Runs the work of one request; if it fails, that request ends and the others go on."""
@@ -481,7 +504,12 @@ class Engine:
         masks = {}
 
         def ask(index: int, row: Row) -> None:
-            masks[index] = row.guide.mask()
+            words_W, wanted = np.asarray(row.guide.mask()), -(-self.config.vocab_size // 32)
+            if words_W.shape != (wanted,) or words_W.dtype != np.uint32:
+                raise ValueError(
+                    f"a guide's mask must be {wanted} words of uint32, given {words_W.dtype}{words_W.shape}"
+                )
+            masks[index] = words_W
 
         for index, row in rows.items():
             if row.guide is not None:
@@ -496,11 +524,11 @@ class Engine:
 
     def _preempt(self, index: int) -> None:
         row = self._seats.rows[index]
-        self._leave(index, whole_pages=True)
+        with self._wake:
+            self._leave(index, whole_pages=True)
+            self._queue.appendleft(row)
         row.num_read, row.num_judged, row.drawing, row.scores = 0, 0, False, []
         self._num_preempted += 1
-        with self._wake:
-            self._queue.appendleft(row)
 
     def _deliver(self, packed: jax.Array, drawing: dict[int, tuple[Row, int]]) -> None:
         """Hands out the tokens of a block, and frees the slots of rows that are done."""

@@ -465,9 +465,17 @@ def replay(
     """Returns the log-probabilities `[B, N]` of given answers by the step that draws them; 0 past a row's length.
 
     For the answers of a `generate` with as many rows, prompts as wide and max_new_tokens = N they are its own, bit by
-    bit. The forward pass of training agrees up to rounding (`decode.score.logprobs`).
+    bit. The forward pass of training agrees up to rounding (`decode.score.logprobs`). Raises ValueError for an empty
+    prompt, and for answers longer than N or of another number of rows.
     """
     _check(prompts_BT, lengths_B, config, np.shape(answers_BN)[1])
+    (B, _), (num_answers, N) = np.shape(prompts_BT), np.shape(answers_BN)
+    traced = isinstance(answer_lengths_B, jax.core.Tracer)
+    if num_answers != B or (not traced and not 0 <= np.min(answer_lengths_B) <= np.max(answer_lengths_B) <= N):
+        raise ValueError(
+            f"replay wants an answer for each of the {B} prompts, with lengths in 0..{N}, the width of the answers; "
+            f"given {num_answers} answers" + ("" if traced else f" of lengths {np.asarray(answer_lengths_B).tolist()}")
+        )
     return _replay(
         params,
         prompts_BT,

@@ -276,8 +276,13 @@ class PrefixTree:
 
 
 def num_common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Returns the length of the longest common beginning."""
-    for index, (left, right) in enumerate(zip(a, b)):
-        if left != right:
-            return index
-    return min(len(a), len(b))
+    """Returns the length of the longest common beginning of two tuples, or of two lists."""
+    # By halves: slices are compared many times faster than single tokens.
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

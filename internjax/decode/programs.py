@@ -145,7 +145,7 @@ def read_chunk(
     return _with_own_tables(dataclasses.replace(placed, cache=cache), state)
 
 
-# Positions whose logits are held at once while a prompt is scored: 24 MB each for a vocabulary of 92,544.
+# Positions whose logits are held at once while a prompt is scored: 24 MB an array for a vocabulary of 92,544.
 _SCORED_AT_ONCE = 64
 
 

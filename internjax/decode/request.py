@@ -54,6 +54,10 @@ class RequestError(ValueError):
         self.field = field
 
 
+ANY_NUMBER = Limits(*[2**31] * len(Limits._fields))
+"""Of a program that is compiled for what one request asks."""
+
+
 def check_options(request: Request, limits: Limits, *, vocab_size: int) -> None:
     """Raises RequestError where the options of a request pass the limits or name tokens that do not exist."""
     sampling = request.sampling
@@ -74,6 +78,9 @@ def check_options(request: Request, limits: Limits, *, vocab_size: int) -> None:
         if given is not None and (isinstance(given, bool) or not 0 <= given <= limits.logprobs):
             most = f"0 (the tokens that are there) to {limits.logprobs} most likely ones (limits.logprobs), or None"
             raise RequestError(field, f"{field} must be {most}; given {given!r}")
+    if request.guide is not None and (sampling.min_new_tokens or sampling.bad_words):
+        field = "min_new_tokens" if sampling.min_new_tokens else "bad_words"
+        raise RequestError(field, f"{field} and a guide may leave no token that can come next; ask for one of them")
     if sampling.min_new_tokens > request.max_new_tokens:
         given = f"{sampling.min_new_tokens} and {request.max_new_tokens}"
         raise RequestError("min_new_tokens", f"min_new_tokens must not pass max_new_tokens; given {given}")
@@ -224,6 +231,8 @@ class Session:
     def rewind(self, length: int) -> None:
         """Forgets all but the first `length` tokens; raises RuntimeError while it is busy."""
         self._check_idle()
+        if not 0 <= length <= len(self.tokens):
+            raise ValueError(f"the session has {len(self.tokens)} tokens and cannot go back to its first {length}")
         self.tokens = self.tokens[:length]
 
     def lengthen(self, max_length: int, inv_freq_F: np.ndarray) -> bool:

@@ -166,7 +166,7 @@ _SOMETIMES = ("typical_p", "presence_penalty", "frequency_penalty", "min_new_tok
 def stack(rows: Sequence[SamplingParams], *, limits: Limits | None = None) -> Sampling:
     """Returns the settings of `rows` as NumPy arrays.
 
-    With limits every field is there, at the same size for any rows that keep to them (`check_limits`): the settings of
+    With limits every field is there, at the same size for any rows that keep to them (`check_options`): the settings of
     an engine. Without, what no row uses is None, and lists are as long as the longest.
     """
     arrays = {

@@ -61,6 +61,11 @@ class Row:
         return len(self.tokens) - 1 if self.drawing else self.num_read
 
     @property
+    def shares_prompt(self) -> bool:
+        """Whether its prompt is read as every other's: not to be scored."""
+        return self.handle.request.prompt_logprobs is None
+
+    @property
     def sharable(self) -> list[int]:
         """First tokens that need not be read where pages hold them: not the last, which the step feeds, and none
         while the prompt's scores are wanted."""
@@ -123,7 +128,9 @@ class Seats:
     def is_read_elsewhere(self, row: Row) -> bool:
         """Returns whether another row is reading more of what this one begins with than the tree holds."""
         for other in self.taken.values():
-            if not other.drawing and other.key == row.key:
+            if other.drawing or (self._mode == "exact" and not other.shares_prompt):
+                continue
+            if other.key == row.key:
                 common = num_common(row.sharable, other.tokens[:-1])
                 if common - common % self._step > self.tree.num_shared(row.key, row.sharable):
                     return True
@@ -167,8 +174,8 @@ class Seats:
         """Leaves what a row has read and drawn to later rows that begin with it."""
         row = self.rows[index]
         num_tokens = row.num_cached
-        if self._mode == "exact":  # what was drawn, or read to be scored, was computed in other pieces
-            num_tokens = min(num_tokens, row.num_prompt) if row.handle.request.prompt_logprobs is None else 0
+        if self._mode == "exact":  # what the step was fed, or read to be scored, was computed in other pieces
+            num_tokens = min(num_tokens, row.num_prompt - 1) if row.shares_prompt else 0
         if whole_pages or self._mode == "exact":  # a block under way may still write into the last one
             num_tokens -= num_tokens % self._page_size
         row.pages = self.tree.insert(row.key, row.tokens[:num_tokens], row.pages)

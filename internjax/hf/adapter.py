@@ -9,7 +9,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ _FACTORS = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magni
 
 # Fields of adapter_config.json that say nothing about what is computed, or that the tensors themselves answer.
 _BOOKKEEPING = frozenset(
-    "auto_mapping base_model_name_or_path ensure_weight_tying exclude_modules inference_mode layers_pattern "
+    "auto_mapping base_model_name_or_path ensure_weight_tying inference_mode layers_pattern "
     "lora_dropout megatron_core peft_version qalora_group_size revision runtime_config target_modules task_type".split()
 )
 # Fields that change the computation, with the value under which it is the one built here.
@@ -49,7 +49,7 @@ _FIXED: dict[str, tuple] = {
     # Other initialisations (pissa, olora, loftq) change the base as well, so the adapter alone means something else.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
-_HONOURED = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
+_HONOURED = {"exclude_modules", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
 
 
 class Adapter(NamedTuple):
@@ -247,7 +247,7 @@ def load_adapter(folder: str | os.PathLike, *, model_config: ModelConfig) -> Ada
         keys = [{leaf: stem + _FACTORS[leaf] for leaf in leaves} for stem in stems]
         missing = [key for module in keys for key in module.values() if key not in tensors]
         is_there = len(missing) < len(leaves) * len(keys)
-        _check_target(values.get("target_modules"), stems[0].removeprefix(_PREFIX), is_there=is_there, where=folder)
+        _check_target(values, stems[0].removeprefix(_PREFIX), is_there=is_there, where=folder)
         if not is_there:
             continue
         if missing:
@@ -268,21 +268,25 @@ def load_adapter(folder: str | os.PathLike, *, model_config: ModelConfig) -> Ada
     return Adapter(config, weights, values.get("base_model_name_or_path") or None, named)
 
 
-def _check_target(targets: Any, stem: str, *, is_there: bool, where: Path) -> None:
-    """Raises ValueError where `target_modules` names a module that has no tensors, or leaves out one that has some:
+def _check_target(values: dict, stem: str, *, is_there: bool, where: Path) -> None:
+    """Raises ValueError where adapter_config.json names a module that has no tensors, or leaves out one that has some:
     PEFT would drop the tensors, or act as if there had been any."""
+    targets, module = values.get("target_modules"), stem.removesuffix(".")
     if targets is None or targets == "all-linear":
         return
-    module = stem.removesuffix(".")
-    if isinstance(targets, str):
-        is_named = re.fullmatch(targets, module) is not None
-    else:
-        is_named = any(module == target or module.endswith(f".{target}") for target in targets)
+    is_named = _names(targets, module) and not _names(values.get("exclude_modules") or (), module)
     if is_named != is_there:
         raise ValueError(
             f"{where}: {WEIGHTS} has {'an' if is_there else 'no'} adapter of {module}, and target_modules of {CONFIG} "
             f"is {targets!r}; the two files are not of one adapter. Take both from where it was trained"
         )
+
+
+def _names(patterns: str | Sequence[str], module: str) -> bool:
+    """Returns whether one expression for whole names, or names to end with, mean a module, as PEFT looks them up."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in patterns)
 
 
 def _assemble(modules: list, values: dict, config: ModelConfig, *, where: Path) -> tuple[LoraConfig, dict]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from internjax import sharding
 from internjax.decode import generate as decoding
+from internjax.decode.request import ANY_NUMBER, Request, check_options
 from internjax.decode.sample import SamplingParams, stack
 from internjax.hf.open import Model
 from internjax.model import rope
@@ -24,7 +25,8 @@ def generate(
     """Returns what the model writes behind a text, or its answer to a conversation, up to a stop token.
 
     sampling: by default what the model's generation config says (greedy where it says nothing). max_new_tokens: by
-    default that config's, else 256. Compiles once per power of two of the prompt's length.
+    default that config's, else 256. Compiles once per power of two of the prompt's length, max_new_tokens and set of
+    settings in use. Raises ValueError for settings that cannot be kept.
     """
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer; put its tokenizer.json beside the weights and open it again")
@@ -37,6 +39,8 @@ def generate(
         raise ValueError("the prompt is empty and the tokenizer has no first token; give a text to continue")
     count = max_new_tokens or model.generation.max_new_tokens or 256
     settings = default_sampling(model) if sampling is None else sampling
+    request = Request(tuple(ids), count, settings, stop_ids=tuple(model.generation.eos_ids))
+    check_options(request, ANY_NUMBER, vocab_size=model.config.vocab_size)
     width = max(32, 1 << (len(ids) - 1).bit_length())
     prompts_BT = np.zeros((1, width), np.int32)
     prompts_BT[0, : len(ids)] = ids

@@ -136,16 +136,18 @@ def _load_packed(
 
     dtype: what they are restored to.
     """
-    infos = [
-        {part: tensors[name] for part, (name, _) in layer.items()}
+    names = [
+        {part: name for part, (name, _) in layer.items()}
         for layer in packed_tensors(row, tensors, quantization, config)
     ]
-    orders = orders_of([read_tensor(info.pop("g_idx")) for info in infos if "g_idx" in info], quantization, row.name)
+    g_idx = [layer.pop("g_idx") for layer in names if "g_idx" in layer]
+    orders = orders_of({name: read_tensor(tensors[name]) for name in g_idx}, quantization)
+    infos = [{part: tensors[name] for part, name in layer.items()} for layer in names]
     how = {"split": row.split, "quantization": quantization, "config": in_shape(config), "dtype": dtype}
 
     def read(layer: int) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
         read = {part: read_tensor(info) for part, info in infos[layer].items()}
-        check_symmetric(read["qzeros"], quantization, name=row.name)
+        check_symmetric(read["qzeros"], quantization, name=names[layer]["qzeros"])
         return read, orders[layer] if orders else None
 
     def shardings(stacks) -> list:

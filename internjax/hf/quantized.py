@@ -87,6 +87,7 @@ _FIXED: dict[str, dict[str, tuple]] = {
     },
 }
 _HONOURED = {
+    # Of AWQ's "sym" nothing follows: the zeros are written in either case.
     "awq": {"quant_method", "group_size", "modules_to_not_convert", "sym"},
     "gptq": {"quant_method", "group_size", "sym", "desc_act", "lm_head", "modules_in_block_to_quantize"},
 }
@@ -115,7 +116,7 @@ def read_quantization(values: Mapping[str, Any], *, allow_unknown: Iterable[str]
         raise ValueError(f"config.json: group_size is {group!r}; it must be a positive number, or -1 for one group")
     if method == "awq":
         return Quantization("awq", group=group, whole=tuple(given(said, "modules_to_not_convert", ())))
-    formats = {str(said[name]) for name in ("checkpoint_format", "format") if said.get(name)} or {"gptq"}
+    formats = {str(said[name]).lower() for name in ("checkpoint_format", "format") if said.get(name)} or {"gptq"}
     if len(formats) > 1:
         raise ValueError(f"config.json: {FIELD} names two formats, {sorted(formats)}; keep the one it was written in")
     return Quantization(
@@ -237,16 +238,11 @@ def packed_tensors(
     """
     shapes = packed_shapes(row, quantization, config)
     layers, weights = [], tensor_names(row, config)
-    optional = found is not None and not quantization.act_order
+    may_lack = found is not None and not quantization.act_order
+    if may_lack and not any(weight.removesuffix("weight") + "g_idx" in found for weight in weights):
+        shapes.pop("g_idx", None)
     for weight in weights:
         names = {part: weight.removesuffix("weight") + part for part in shapes}
-        optional = found is not None and not quantization.act_order
-        if (
-            optional
-            and "g_idx" in names
-            and not any(weight.removesuffix("weight") + "g_idx" in found for weight in weights)
-        ):
-            del names["g_idx"]
         layers.append({part: (name, shapes[part]) for part, name in names.items()})
     return layers
 
@@ -296,18 +292,18 @@ def _axis(quantization: Quantization) -> int:
     return 1 if quantization.packing == "awq" else 0
 
 
-def orders_of(g_idx: list[np.ndarray], quantization: Quantization, name: str) -> list[np.ndarray]:
+def orders_of(g_idx: Mapping[str, np.ndarray], quantization: Quantization) -> list[np.ndarray]:
     """Returns, for every layer, the input features group by group, int32 `[I]`; none where they are so as it is.
 
-    Raises ValueError where groups are not of equal size.
+    g_idx: of every layer, by the name of the tensor. Raises ValueError where groups are not of equal size.
     """
     orders = []
-    for groups in g_idx:
+    for name, groups in g_idx.items():
         in_order = np.arange(len(groups)) // _group(quantization, len(groups))
         orders.append(np.argsort(groups, kind="stable").astype(np.int32))
         if not np.array_equal(groups[orders[-1]], in_order):
             raise ValueError(
-                f"{name}: g_idx does not put {_group(quantization, len(groups))} input features into each group; take "
+                f"{name} does not put {_group(quantization, len(groups))} input features into each group; take "
                 "another release of the checkpoint"
             )
     return [] if all((np.diff(order) == 1).all() for order in orders) else orders

@@ -71,14 +71,14 @@ def quantize_layer(
     scale_rows("down", scale_I)
     _divide_columns(ffn["up"], scale_I)
     for name, readers in READERS.items():
+        factor_II = gptq.inverse_factor(moments[name]) if rounding == "gptq" else None
         for half, linear in readers:
             kernel, dtype = new[half][linear]["kernel"], layer[half][linear]["kernel"].dtype
             # Queries and keys meet in a product, where errors that are small in each need not be: no clipping.
             clips = linear not in ("query", "key")
             shrink = _search_clip(kernel, moments[name], group=group) if clips else 1.0
-            if rounding == "gptq":
+            if factor_II is not None:
                 grid, order_I = gptq.Grid(symmetric=False, **_HOW), jnp.arange(kernel.shape[0])
-                factor_II = gptq.inverse_factor(moments[name])
                 how = {"group": _group(kernel, group), "grid": grid, "shrink": shrink}
                 array = gptq.quantize_rows(kernel, factor_II, order_I, **how)
             else:

@@ -178,10 +178,12 @@ class StreamDecoder:
     A character whose bytes are spread over several ids is held back until it is complete; each push costs only its ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, behind_text: bool = False):
+        """behind_text: the ids go on from others, so that the space which some tokenizers put before the first word of
+        a text is there for the reader."""
         decoding = tokenizer._decoding
         self._pieces = decoding.visible_pieces if skip_special else decoding.pieces
-        self._strip_leading_space = self._strip_next = decoding.strip_leading_space
+        self._strip_leading_space = self._strip_next = decoding.strip_leading_space and not behind_text
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:

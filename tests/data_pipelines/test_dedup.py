@@ -4,6 +4,8 @@ from itertools import combinations
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from data_pipelines import dedup
 from data_pipelines.document import make_document, to_batch, to_documents
@@ -137,6 +139,29 @@ def test_exact_duplicates_ignore_case_and_white_space_only(tmp_path):
     assert reasons_of(stage, batch_of([]), tmp_path) == []
     twice = to_batch([make_document("x", source="s", path="p")] * 2)
     assert reasons_of(stage, twice, tmp_path) == [None, "duplicate_id"]
+
+
+CHARACTERS = st.sampled_from(list("aAzZ@[9 \n\x1c\x1f\x00.ß的"))
+BORDERS = [("Word" * 40)[:size] for size in (63, 64, 65, 127, 128, 129)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(CHARACTERS, max_size=150), max_size=4), st.randoms(use_true_random=False))
+@example(BORDERS, random.Random(0))
+@example(
+    [f"{size * 'a'} b" for size in (62, 63, 64, 127, 200)] + [64 * " " + "a" + 70 * " " + "b", "é" + 64 * "A"],
+    random.Random(1),
+)
+def test_exact_keys_are_equal_where_the_plain_texts_are(texts, rng):
+    """Runs longer than a block of 64 bytes, ends at its border, ASCII and other texts in one batch."""
+    changed = [
+        "".join(rng.choice((c, c.swapcase() if c.isascii() else c, c * 2 if c == " " else c)) for c in t) for t in texts
+    ]
+    every = [*texts, *changed]
+    sketched = dedup.sketch_exact(batch_of(["before", *every]).slice(1))
+    keys = list(zip(sketched.column("key_a").to_pylist(), sketched.column("key_b").to_pylist(), strict=True))
+    plain = [dedup.plain_text(text) for text in every]
+    assert [[a == b for b in keys] for a in keys] == [[a == b for b in plain] for a in plain]
 
 
 def test_texts_without_words_and_empty_batches_are_no_duplicates(tmp_path):

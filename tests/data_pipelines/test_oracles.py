@@ -227,11 +227,11 @@ def test_groups_are_those_of_the_pairs_that_datasketch_finds(corpus, sketches, t
     together = [(a, b) for a, b in pairs if find(a) == find(b)]
     # Either misses some of the pairs just above the threshold by chance, and not the same ones.
     for ours in draws:
-        num_ours = sum(ours.get(a, a) == ours.get(b, b) for a, b in pairs)
+        num_ours = sum(ours[a] == ours[b] for a, b in pairs)
         assert len(together) > 100 and 0.95 * len(together) <= num_ours <= 1.05 * len(together)
     # Of a pair of Jaccard j all 20 bands of 6 hashes differ with probability (1 - j^6)^20: Poisson's three deviations.
     close = {(a, b): jaccard for a, b in pairs if (jaccard := plain_jaccard(corpus[a], corpus[b])) >= 0.7}
     chance = len(draws) * sum((1 - jaccard**6) ** 20 for jaccard in close.values())
-    missed = [pair for ours in draws for pair in close if ours.get(pair[0]) != ours.get(pair[1])]
+    missed = [pair for ours in draws for pair in close if ours[pair[0]] != ours[pair[1]]]
     assert len(missed) <= chance + 3 * chance**0.5
     assert all(close[pair] < 0.85 for pair in missed), "no chance misses pairs that are so alike"

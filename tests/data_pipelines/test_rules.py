@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_pipelines import blocks, kernels, rules
+from data_pipelines import blocks, kernels, rules, text_counts
 from data_pipelines.dedup import plain_text
-from data_pipelines.document import make_document, to_batch, with_text
+from data_pipelines.document import make_document, text_buffer, to_batch, with_text
 
 GOOD = """The river that runs through the town was once the only road to the sea. Boats came up with the tide and
 went back with the ebb, and the people of the town lived by what they carried. When the railway came, the boats
@@ -125,6 +125,42 @@ def test_words_and_lines_that_differ_in_the_upper_bytes_alone_have_different_has
     assert len(set(rules.find_words(batch_of(" ".join(lines))).hashes.tolist())) == len(lines)
     checks = {check.reason: check for check in rules.text_checks(batch_of("\n".join(lines)), rules.WEB)}
     assert checks["duplicate_lines"].values_D.tolist() == [0]
+
+
+def plain_counts(text):
+    """Kinds of characters as `text_counts` names them, by their definitions."""
+    ascii_letters = [c for c in text if c.isascii() and c.isalpha()]
+    controls = [c for c in text if (ord(c) < 32 or ord(c) == 127) and c not in "\t\n\r"]
+    digits, white = [c for c in text if c.isascii() and c.isdigit()], [c for c in text if c in " \t\r"]
+    known = [*ascii_letters, *controls, *digits, *white, *re.findall("[的\n]", text)]
+    return {
+        "CHARACTERS": len(text),
+        "HAN": text.count("的"),
+        "LETTERS": len(ascii_letters) + text.count("的"),
+        "DIGITS": len(digits),
+        "CONTROLS": len(controls),
+        "NEWLINES": text.count("\n"),
+        "HASHES": text.count("#"),
+        "BRACES": text.count("{"),
+        "PUNCTUATION": len(text) - len(known),
+        "ELLIPSES": len(re.findall(r"\.{3,}|\u2026", text)),
+        "SENTENCES": len(re.findall(r"[.!?](?=[ \n\t\"']|\Z)|。", text)),
+    }
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.text(alphabet=st.sampled_from(list("aZ9 .!?\n\t\"'#{的。\u2026\x00\x7f\r,")), max_size=200), max_size=4)
+)
+@example(["." * size for size in (62, 63, 64, 65, 66, 128)])
+@example(["a" * size + end for size in (60, 61, 62, 63, 126, 127) for end in ("...", '." b', "。", "")])
+def test_counts_of_characters_equal_plain_python(texts):
+    data, offsets = text_buffer(batch_of(*texts))
+    found = np.zeros((len(texts), text_counts.NUM_COUNTS))
+    text_counts.counts(data, offsets, np.zeros(1024, np.uint64), found)
+    for row, text in zip(found, texts, strict=True):
+        wanted = plain_counts(text)
+        assert {name: row[getattr(text_counts, name)] for name in wanted} == wanted
 
 
 @settings(max_examples=100, deadline=None)

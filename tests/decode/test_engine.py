@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import random
+import re
 import threading
 
 import jax
@@ -16,7 +17,7 @@ from internjax.decode.device import AdapterRoom
 from internjax.decode.engine import Engine
 from internjax.decode.generate import generate
 from internjax.decode.programs import Admission, Weights, decode_block, empty_state
-from internjax.decode.request import Event, Handle, Request, Result
+from internjax.decode.request import Event, Handle, Request, RequestError, Result
 from internjax.decode.sample import Allowed, Limits, SamplingParams, stack
 from internjax.decode.score import logprobs
 from internjax.decode.speculate import DraftModel, PromptLookup, look_up
@@ -257,6 +258,16 @@ def test_exact_mode_gives_the_same_bits_after_any_history():
         assert first[request].ids == generated(request)[0]
     with pytest.raises(ValueError, match="exact mode wants no context_buckets and a prefill_chunk of whole pages of 4"):
         build(mode="exact", prefill_chunk=18)
+
+
+@pytest.mark.parametrize(("length", "num_shared"), [(32, 16), (33, 32)])
+def test_exact_mode_shares_what_was_read_and_nothing_that_the_step_was_fed(length, num_shared):
+    """The last token of a prompt is fed to the step, which computes in other pieces than a chunk that is read."""
+    engine, stem = build(mode="exact"), prompt(40, seed=3)
+    answer(engine, Request(stem[:length], 6, GREEDY))
+    handle = engine.submit(Request((*stem, 1), 2, GREEDY))
+    drive(engine)
+    assert handle.num_shared == num_shared
 
 
 def test_stop_ids_end_a_request_and_are_kept(engine):
@@ -703,7 +714,7 @@ def test_a_model_cut_over_devices_answers_the_same():
 
 
 class OnlySteps:
-    """A guide that allows the last token + 1 or + 7, the stop token 63 from the fifth on, and fails at token 13."""
+    """A guide that allows the last token + 1 or + 7, and the stop token 63 from the fifth on."""
 
     def __init__(self):
         self.taken = [0]
@@ -716,8 +727,70 @@ class OnlySteps:
         return words
 
     def take(self, token):
-        assert token != 13, "planted"
         self.taken.append(token)
+
+
+class FailsToFollow(OnlySteps):
+    def take(self, token):
+        raise RuntimeError(f"planted at {len(self.taken)}")
+
+
+class FailsToSay(OnlySteps):
+    def mask(self):
+        if len(self.taken) == 3:
+            raise RuntimeError("planted at 3")
+        return super().mask()
+
+
+class SaysTooMuch(OnlySteps):
+    def mask(self):
+        return np.zeros(3, np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("guide", "num_tokens", "error"),
+    [
+        (FailsToFollow, 1, "RuntimeError: planted at 1"),
+        (FailsToSay, 2, "RuntimeError: planted at 3"),
+        (SaysTooMuch, 0, r"ValueError: a guide's mask must be 2 words of uint32, given uint32\(3,\)"),
+    ],
+)
+def test_a_guide_that_fails_ends_its_request_alone(engine, guide, num_tokens, error):
+    free = Request(prompt(9), 20, DRAWN, logprobs=0)
+    other, failed = answer(engine, free, Request(prompt(5), 15, GREEDY, guide=guide))
+    assert other.ids == generated(free)[0] and other.finish == "length"
+    assert failed.finish == "error" and len(failed.ids) == num_tokens and re.fullmatch(error, failed.error)
+
+
+def test_a_session_is_free_again_after_a_turn_that_was_refused(engine):
+    """Whatever it was refused for, the tokens that it has stay and the next turn is taken."""
+
+    def no_guide():
+        raise RuntimeError("planted")
+
+    session = engine.open_session()
+    for wrong, error in (
+        (Request(prompt(5), 15, guide=no_guide), RuntimeError),
+        (Request((), 3), ValueError),
+        (Request(prompt(5), 3, adapter="nobody"), ValueError),
+    ):
+        with pytest.raises(error):
+            engine.submit(wrong, session=session)
+        assert not session.busy and session.tokens == ()
+    handle = engine.submit(Request(prompt(5), 3, GREEDY), session=session)
+    drive(engine)
+    assert session.tokens == (*prompt(5), *handle.result().ids)
+    for length in (-1, 9):
+        with pytest.raises(ValueError, match="has 8 tokens and cannot go back to its first"):
+            session.rewind(length)
+    with pytest.raises(ValueError, match="may become 64 tokens long already, given 63"):
+        engine.lengthen(session, session.max_length - 1)
+
+
+@pytest.mark.parametrize("both", [{"bad_words": ((3,),)}, {"min_new_tokens": 2}])
+def test_a_guide_and_what_may_forbid_all_that_it_allows_are_refused_together(engine, both):
+    with pytest.raises(RequestError, match=f"{next(iter(both))} and a guide may leave no token"):
+        engine.submit(Request(prompt(3), 9, dataclasses.replace(GREEDY, **both), guide=OnlySteps))
 
 
 @pytest.mark.parametrize("speculation", [None, PromptLookup(3)], ids=["plain", "lookup"])
@@ -729,9 +802,8 @@ def test_a_guide_has_the_say_over_its_row_alone(engine, speculation):
     guided = [Request(prompt(5), 15, GREEDY, (63,), guide=OnlySteps), Request(prompt(3), 9, DRAWN, guide=OnlySteps)]
     first, a, b, second = answer(engine, free[0], *guided, free[1])
     assert first.ids == generated(free[0])[0] and second.ids == generated(free[1])[0]
+    assert a.error is b.error is None and min(len(a.ids), len(b.ids)) > 4
     for request, result in zip(guided, (a, b)):
-        if result.finish == "error":
-            assert result.error == "AssertionError: planted" and result.ids[-1] == 13
         follower = OnlySteps()
         for place, token in enumerate(result.ids):
             words = follower.mask()
@@ -772,6 +844,8 @@ def test_speculation_changes_no_answer(kind, shared_engine):
             assert (result.ids, result.finish) == (wanted.ids, wanted.finish)
             for name in ("logprobs", "prompt"):
                 assert (getattr(result, name) is None) == (getattr(wanted, name) is None)
+            if request.prompt_logprobs:
+                np.testing.assert_allclose(result.prompt.logprobs[1:], wanted.prompt.logprobs[1:], atol=2e-5)
             if request.logprobs:
                 np.testing.assert_allclose(result.logprobs, wanted.logprobs, atol=2e-5)
                 ranked = [[token for token, _ in place] for place in result.top_logprobs]

@@ -451,6 +451,9 @@ def test_replayed_answers_have_the_bits_of_the_draw(cache_dtype):
     other_BN = (np.asarray(out.tokens_BN) + 1) % CONFIG.vocab_size
     lengths_B = np.array([N, 3, 0, N])
     values_BN = np.asarray(again(other_BN, lengths_B))
+    for answers, lengths in ((other_BN[:3], lengths_B[:3]), (other_BN, lengths_B + 1), (other_BN, lengths_B - 1)):
+        with pytest.raises(ValueError, match=f"replay wants an answer for each of the 4 prompts, .* 0..{N}"):
+            again(answers, lengths)
     assert (values_BN[np.arange(N) >= lengths_B[:, None]] == 0).all()
     rows_BT = whole_rows(out._replace(tokens_BN=other_BN))
     temperatures = jnp.array([1.0, 0.7, 1.0, 1.3])

@@ -97,6 +97,9 @@ def test_adapters_train_on_a_quantised_folder_as_it_is(corpus, base, tmp_path):
             finetune(config_of(corpus, fields.pop("model", folder), tmp_path / "other", **fields))
     convert(done.folder / "adapter", tmp_path / "merged")
     np.testing.assert_allclose(answers(tmp_path / "merged"), merged, atol=2e-4)
+    shutil.rmtree(done.folder / "model")  # as a run that was not merged: its checkpoint is the adapter
+    with pytest.raises(ValueError, match="an adapter on a quantised model"):
+        finetune(config_of(corpus, done.folder, tmp_path / "other", method="qlora"))
 
 
 def test_a_gpu_without_bfloat16_computes_in_float16_and_says_so(corpus, base, tmp_path, monkeypatch, capsys):

@@ -160,6 +160,6 @@ def test_a_sweeps_command_reaches_the_program(tmp_path, monkeypatch, capsys):
     given = {"model": str(tmp_path / "no model"), "data": ["a.jsonl"], "merge": False, "optimizer.clip_norm": None}
     monkeypatch.setattr(sys, "argv", ["finetune", *agents_arguments(given)["args"]])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(finetune.__file__, run_name="__main__")
+        runpy.run_module("experiments.finetune", run_name="__main__", alter_sys=True)
     error = capsys.readouterr().err
     assert ended.value.code == 1 and error.startswith("error: ") and "no model" in error

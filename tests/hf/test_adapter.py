@@ -228,6 +228,20 @@ def test_adapters_of_other_internlm2_modules_are_read(tmp_path, config):
     np.testing.assert_array_equal(loaded.weights["layers"]["ffn"]["down"]["b"][2], 2.0)
 
 
+@pytest.mark.parametrize("excluded", [["up_proj"], r".*\.up_proj", ["mlp.up_proj", "model.layers.9.mlp.down_proj"]])
+def test_modules_that_are_named_and_excluded_have_no_adapter(tmp_path, config, excluded):
+    tensors = {}
+    for layer in range(config.num_layers):
+        stem = f"base_model.model.model.layers.{layer}.mlp.down_proj."
+        tensors |= {stem + "lora_A.weight": np.ones((3, 48)), stem + "lora_B.weight": np.ones((32, 3))}
+    named = {"target_modules": ["up_proj", "down_proj"]}
+    folder = write_peft(tmp_path / "adapter", tensors, exclude_modules=excluded, **named)
+    assert load_adapter(folder, model_config=config).config.targets == ("down",)
+    wrong = write_peft(tmp_path / "wrong", tensors, exclude_modules=["down_proj"], target_modules=["down_proj"])
+    with pytest.raises(ValueError, match="has an adapter of model.layers.0.mlp.down_proj, and target_modules"):
+        load_adapter(wrong, model_config=config)
+
+
 def test_adapters_together_are_the_sum_of_each(config, params, tmp_path):
     configs = [ALL, LoraConfig(rank=2, alpha=1.0, targets=("query", "up"))]
     loaded = []

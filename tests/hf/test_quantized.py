@@ -34,7 +34,7 @@ CASES = {
     "awq, fused": (AWQ | {"version": "GEMM"}, {"fused": True}),
     "awq, ffn alone": (AWQ | {"modules_to_not_convert": ["self_attn"]}, {}),
     "gptq": (GPTQ | {"sym": True, "damp_percent": 0.01, "true_sequential": True}, {"middle": True}),
-    "gptq, zeros less one": (GPTQ | {"checkpoint_format": "gptq"}, {}),
+    "gptq, zeros less one": (GPTQ | {"checkpoint_format": "GPTQ"}, {}),
     "gptq, one group": (GPTQ | {"group_size": -1, "format": "gptq_v2", "meta": {"quantizer": ["x"]}}, {}),
     "gptq, act order": (GPTQ | {"desc_act": True, "checkpoint_format": "gptq_v2"}, {"shuffled": True}),
     "gptq, 8 bits": (GPTQ | {"bits": 8}, {}),

@@ -151,13 +151,29 @@ def test_the_command_writes_what_it_measured(pipeline, tiny_model, monkeypatch, 
     assert len(error.splitlines()) == 1 and not (tmp_path / "none").exists()
 
 
-def test_a_server_is_measured(pipeline, tmp_path, capsys):
+def test_what_was_measured_before_a_failure_is_written(pipeline, tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(bench_runs, "measure_load", fail)
+    with start_server(pipeline, model_name="tiny") as server:
+        flags = ["--url", server.url, "--output", str(tmp_path), "--batch", "1", *FLAGS, "--requests", "4"]
+        assert bench.main([*flags, "--max-context", "48"]) == 1
+    assert "serve.bench: planted" in capsys.readouterr().err
+    said = json.loads((tmp_path / "bench.json").read_text())
+    assert len(said["cells"]) == 1 and said["loads"] == []
+
+
+@pytest.mark.parametrize("key", [("--api-key", "secret"), ("--api-k=secret",)], ids=["two words", "one word"])
+def test_a_server_is_measured(pipeline, tmp_path, capsys, monkeypatch, key):
     with start_server(pipeline, model_name="tiny", api_key="secret") as server:
         flags = ["--url", server.url, "--output", str(tmp_path), "--batch", "2", *FLAGS, "--max-context", "48"]
-        assert bench.main([*flags, "--api-key", "secret"]) == 0
+        monkeypatch.setattr("sys.argv", ["bench", *flags, *key])  # what the command is written down from
+        assert bench.main([*flags, *key]) == 0
         text = (tmp_path / "bench.json").read_text()
         said = json.loads(text)
-        assert "secret" not in text and said["turns"] == [] and said["copy_bytes_per_second"] is None
+        assert "secret" not in text and "***" in said["command"]
+        assert said["turns"] == [] and said["copy_bytes_per_second"] is None
         (cell,) = said["cells"]
         assert cell["throughput"] > 0 and cell["ceiling"] is None
         capsys.readouterr()

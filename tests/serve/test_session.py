@@ -1,10 +1,13 @@
 """Conversations turn by turn, and the offline call: one, many, streamed, awaited."""
 
 import asyncio
+import dataclasses
+import threading
 
 import pytest
 
 from internjax.text.message import Message
+from serve import streams
 from serve.pipeline import ContextTooLong, Delta, Params, Pipeline, Result
 from serve.session import Session
 
@@ -51,6 +54,26 @@ def test_an_answer_that_is_left_leaves_no_trace_and_one_cut_by_a_stop_string_its
     short = cut.chat(FIRST, Params(max_tokens=12, temperature=0.0, stop=(stop,))).result()
     assert short.text == whole.text[: whole.text.index(stop)]
     assert cut.chat(SECOND, GREEDY).result().ids == pipeline([*cut.messages[:2], SECOND], GREEDY).ids
+
+
+def test_an_answer_that_was_aborted_need_not_be_read(pipeline):
+    session = pipeline.session()
+    session.chat(FIRST, Params(max_tokens=200)).abort()
+    assert session.messages == ()
+    again = session.chat(FIRST, GREEDY).result()
+    assert again.ids == pipeline([FIRST], GREEDY).ids and session.messages == (FIRST, again.message)
+
+
+def test_a_stop_token_is_no_part_of_the_conversation_that_goes_on(pipeline):
+    """As `render` has it: the text of the answer, and the end of its turn."""
+    stop = pipeline([FIRST], GREEDY).ids[4]
+    session = pipeline.session()
+    cut = session.chat(FIRST, dataclasses.replace(GREEDY, stop_token_ids=(stop,))).result()
+    assert cut.ids[-1] == stop and cut.finish == "stop"
+    second = session.chat(SECOND, GREEDY).result()
+    held, behind = session._held.tokens, cut.num_prompt_tokens + len(cut.ids) - 1
+    assert second.num_prompt_tokens > behind and held[behind - 1] == cut.ids[-2]
+    assert held[behind] in pipeline.stop_ids and stop not in pipeline.stop_ids
 
 
 def test_limits_of_a_session(pipeline):
@@ -114,3 +137,41 @@ def test_the_same_in_an_event_loop(pipeline, eventually):
     ]
     assert events[-1].text == many[1].text
     eventually(lambda: pipeline.engine.stats().num_active == 0)
+
+
+def test_what_is_submitted_when_nobody_waits_any_more_is_aborted(pipeline, eventually, monkeypatch):
+    """Cancelled while a thread submits: the answer comes after that, and does not run on."""
+    begun, go_on = threading.Event(), threading.Event()
+    stream, answers = pipeline.stream, []
+
+    def slowly(*arguments, **how):
+        begun.set()
+        go_on.wait(10)
+        answers.append(stream(*arguments, **how))
+        return answers[-1]
+
+    monkeypatch.setattr(pipeline, "stream", slowly)
+
+    async def leave():
+        asking = asyncio.ensure_future(pipeline.acall("The", Params(max_tokens=200)))
+        await asyncio.to_thread(begun.wait, 10)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        go_on.set()
+
+    asyncio.run(leave())
+    eventually(lambda: len(answers) == 1 and answers[0].aborted)
+
+
+def test_many_prompts_are_awaited_with_few_readers(pipeline, monkeypatch):
+    readers = []
+
+    class Reader(threading.Thread):
+        def start(self):
+            readers.append(self)
+            super().start()
+
+    monkeypatch.setattr(streams.threading, "Thread", Reader)
+    results = asyncio.run(pipeline.acall(["The"] * 40, Params(max_tokens=2, temperature=0.0)))
+    assert len({result.ids for result in results}) == 1 and len(results) == 40
+    assert sum(reader.name.startswith("reader-") for reader in readers) == 2 * pipeline.engine.num_slots

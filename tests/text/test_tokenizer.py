@@ -192,6 +192,14 @@ def test_stream_equals_whole_for_every_split(tokenizer, sentencepiece_folder, da
     assert "".join(parts) + decoder.flush() == chosen.decode(ids)
 
 
+def test_behind_a_text_the_space_before_the_next_word_is_there(sentencepiece_folder):
+    """A tokenizer that puts a space before every text takes it off where a text begins, and nowhere else."""
+    tokenizer = tok.load_tokenizer(sentencepiece_folder)
+    ids = tokenizer.encode("hello")
+    assert tok.StreamDecoder(tokenizer).push(ids) == "hello"
+    assert tok.StreamDecoder(tokenizer, behind_text=True).push(ids) == " hello"
+
+
 def test_stream_holds_half_a_character_back(tokenizer):
     ids = tokenizer.encode("👩")
     assert len(ids) == 4
