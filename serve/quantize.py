@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 REPORT = "quantization_report"
 HELD_OUT_ROWS = 32
 """Rows of FILE that both models are compared on, at most; at most a fifth of it."""
-PROMPT_TOKENS = 64
-"""Of plain text, with which a long answer begins."""
+PROMPT_TOKENS, ANSWER_TOKENS = 64, 512
+"""Of plain text, with which a long answer begins; of the answer."""
 SHOWN_ANSWERS = 2
 
 
@@ -57,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--calibration-length", type=int, help="tokens of a row (default: 2048, or what was trained)")
     text.add_argument("--batch-size", type=int, default=8, help="rows at once, at most (default: %(default)s)")
     text.add_argument("--answers", type=int, default=8, help="greedy answers to compare (default: %(default)s)")
-    text.add_argument("--answer-length", type=int, default=512, help="tokens of an answer (default: %(default)s)")
+    text.add_argument(
+        "--answer-length", type=int, help="tokens of an answer (default: 512, or half of what was trained)"
+    )
     limits = parser.add_argument_group("limits, past which nothing is written")
     limits.add_argument("--max-perplexity-increase", type=float, default=3.0, help="in percent (default: %(default)s)")
     limits.add_argument("--max-kl", type=float, default=0.1, help="mean nats, also in answers (default: %(default)s)")
@@ -89,7 +91,7 @@ def quantize(args: argparse.Namespace) -> int:
     text = read_text(args, model)
     print(
         f"calibration on {text.calibration.shape[0]} rows of {text.calibration.shape[1]} tokens, comparison on "
-        f"{text.held_out.shape[0]} rows and {len(text.prompts)} answers of up to {args.answer_length} tokens",
+        f"{text.held_out.shape[0]} rows and {len(text.prompts)} answers of up to {text.answer_length} tokens",
         flush=True,
     )
     params = quantized_params(model, text.calibration, args, on_layer=Bar(model.config.num_layers))
@@ -141,8 +143,8 @@ def quantization_of(args: argparse.Namespace) -> Quantization:
     if args.group < 1 and args.group != -1:
         wrong.append(f"--group is {args.group}; give a positive number, or -1 for one group")
     for name in ("calibration_samples", "batch_size", "answers", "answer_length"):
-        if getattr(args, name) < 1:
-            wrong.append(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+        if (value := getattr(args, name)) is not None and value < 1:
+            wrong.append(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if wrong:
         raise ValueError("; ".join(wrong))
     if args.method == "awq" or (args.method == "rtn" and args.bits == 4 and not symmetric):
@@ -192,6 +194,7 @@ class Text(NamedTuple):
     """`[N, T]`, the end of what was read."""
     prompts: list[list[int]]
     """What answers begin with, from the part held out."""
+    answer_length: int
 
 
 def read_text(args: argparse.Namespace, model: Model) -> Text:
@@ -201,11 +204,13 @@ def read_text(args: argparse.Namespace, model: Model) -> Text:
     length = args.calibration_length or min(2048, model.config.max_position_embeddings)
     if length < 2:
         raise ValueError(f"--calibration-length is {length}; a row needs at least 2 tokens")
-    room = model.config.max_position_embeddings - args.answer_length
+    context = model.config.max_position_embeddings
+    answer_length = args.answer_length or min(ANSWER_TOKENS, context // 2)
+    room = context - answer_length
     if room < 1:
         raise ValueError(
-            f"--answer-length is {args.answer_length}; with its prompt an answer must fit the "
-            f"{model.config.max_position_embeddings} tokens that the model was trained for"
+            f"--answer-length is {answer_length}; an answer and its prompt must fit the {context} tokens that the "
+            "model was trained for"
         )
     wanted = (args.calibration_samples + HELD_OUT_ROWS) * length
     ids: list[int] = []
@@ -230,7 +235,7 @@ def read_text(args: argparse.Namespace, model: Model) -> Text:
     begin = max(1, min(PROMPT_TOKENS, length // 2, room))
     evenly = np.linspace(0, held_out * length - begin, args.answers - len(prompts)).astype(int)
     prompts += [rows[first:].reshape(-1)[start : start + begin].tolist() for start in evenly]
-    return Text(rows[:first][: args.calibration_samples], rows[first:], prompts)
+    return Text(rows[:first][: args.calibration_samples], rows[first:], prompts, answer_length)
 
 
 def in_batches(rows: np.ndarray, most: int) -> np.ndarray:
@@ -339,7 +344,7 @@ def measure(model: Model, params: dict, text: Text, args: argparse.Namespace) ->
     from serve.quality import answers, compare
 
     quality = compare(model.params, params, in_batches(text.held_out, args.batch_size), config=model.config)
-    how = {"max_new_tokens": args.answer_length, "stop_ids": model.generation.eos_ids}
+    how = {"max_new_tokens": text.answer_length, "stop_ids": model.generation.eos_ids}
     answered = answers(model.params, params, text.prompts, config=model.config, **how)
     num_bytes = [sum(leaf.nbytes for leaf in jax.tree.leaves(each)) for each in (model.params, params)]
     quantization = quantization_of(args)

@@ -107,6 +107,8 @@ def test_past_a_limit_nothing_is_written_unless_it_is_wanted(capsys, source, tex
         (["--group", "0"], "--group is 0"),
         (["--group", "24"], "which group_size 24 does not divide"),
         (["--answers", "0"], "--answers is 0"),
+        (["--answer-length", "0"], "--answer-length is 0"),
+        (["--answer-length", "256"], "--answer-length is 256; an answer and its prompt must fit the 256 tokens"),
         (["--calibration-length", "1"], "--calibration-length is 1"),
         (["--calibration-length", "900"], "rows of 900; at least 5 are needed"),
         (["--calibration", "missing.txt"], "missing.txt"),
@@ -167,6 +169,11 @@ def test_conversations_are_rendered_and_their_questions_begin_answers(tiny_model
     assert found.calibration.reshape(-1)[: len(stream)].tolist() == stream
     assert found.prompts == [render(asked, tiny_model.tokenizer, add_generation_prompt=True).ids] * 2
     assert found.calibration.shape == (8, 16) and found.held_out.shape[1] == 16
+    # A question that leaves no room for an answer begins none.
+    left = tiny_model.config.max_position_embeddings - len(found.prompts[0])
+    for length, is_asked in ((left, True), (left + 1, False)):
+        prompts = command.read_text(parsed(source, file, "--answer-length", str(length)), tiny_model).prompts
+        assert (prompts == found.prompts) == is_asked
     file.write_text('{"text": "x"}\n{"prompt": "x"}\n')
     with pytest.raises(ValueError, match=r'chats.jsonl, line 2: give JSON objects with "text"'):
         command.read_text(parsed(source, file), tiny_model)
