@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -100,6 +101,33 @@ def mesh_of(params: dict) -> Mesh:
     shape = (1,) * len(MESH_AXES)
     types = (AxisType.Auto,) * len(shape)
     return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=[device])
+
+
+def meshes_beside(mesh: Mesh, count: int) -> list[Mesh]:
+    """Returns `count` meshes of one shape that share no device: `mesh`, then others over devices that it leaves.
+
+    Raises ValueError where there are too few.
+    """
+    free = [device for device in jax.devices() if device not in mesh.devices]
+    if not 1 <= count <= 1 + len(free) // mesh.size:
+        raise ValueError(
+            f"{count} replicas on {mesh.size} devices each are asked for; this process sees {len(jax.devices())} "
+            f"devices, enough for 1 to {1 + len(free) // mesh.size}"
+        )
+    shape, names, types = mesh.devices.shape, mesh.axis_names, mesh.axis_types
+    starts = range(0, (count - 1) * mesh.size, mesh.size)
+    parts = [free[start : start + mesh.size] for start in starts]
+    return [mesh, *(jax.make_mesh(shape, names, axis_types=types, devices=part) for part in parts)]
+
+
+def moved(tree: Any, mesh: Mesh) -> Any:
+    """Returns the tree on another mesh, every array cut over its axes as before; what lay on one device is on all."""
+
+    def place(leaf):
+        spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else PartitionSpec()
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, jax.tree.map(jnp.asarray, tree))
 
 
 def use(mesh: Mesh):

@@ -35,6 +35,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key", help="clients must send it as bearer token (default: none is needed)")
     parser.add_argument("--name", help="model name that clients give (default: the last part of MODEL)")
     parser.add_argument("--drain-seconds", type=int, default=10, help="for answers under way at the end (%(default)s)")
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        default=1,
+        metavar="N",
+        help="copies of the model that share the requests, each on its own --tensor devices (default: 1)",
+    )
     add_model_flags(parser)
     return parser
 
@@ -141,13 +148,13 @@ def _speculation(args: argparse.Namespace):
     return DraftModel(draft.config, num_drafts=num_drafts), draft
 
 
-def open_pipeline(args: argparse.Namespace):
+def open_pipeline(args: argparse.Namespace, *, replicas: int = 1):
     """The pipeline that the flags describe, with its programs compiled. Says what it opened and has room for."""
-    return start_pipeline(open_weights(args), args)
+    return start_pipeline(open_weights(args, replicas=replicas), args, replicas=replicas)
 
 
-def open_weights(args: argparse.Namespace):
-    """The Model that the flags describe. Says what it opened."""
+def open_weights(args: argparse.Namespace, *, replicas: int = 1):
+    """The Model that the flags describe, on the devices of the first replica. Says what it opened."""
     # Read when jax first meets its devices.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(args.memory_fraction))
     import jax
@@ -157,11 +164,11 @@ def open_weights(args: argparse.Namespace):
     from internjax.sharding import MeshConfig, make_mesh
 
     keep_programs()
-    mesh = None
-    if args.tensor != 1:
-        devices = jax.devices()
-        if not 1 <= args.tensor <= len(devices):
-            raise ValueError(f"--tensor {args.tensor} devices; this process sees {len(devices)}")
+    mesh, devices = None, jax.devices()
+    if min(args.tensor, replicas) < 1 or args.tensor * replicas > len(devices):
+        asked = f"--replicas {replicas} on --tensor {args.tensor} devices each"
+        raise ValueError(f"{asked}: {args.tensor * replicas} of them, and this process sees {len(devices)}")
+    if args.tensor > 1:
         mesh = make_mesh(MeshConfig(fsdp=1, tensor=args.tensor), devices[: args.tensor])
     model = open_model(args.model, mesh=mesh, quantize=args.quantize, allow_unknown=args.allow_unknown)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
@@ -170,7 +177,7 @@ def open_weights(args: argparse.Namespace):
     return model
 
 
-def start_pipeline(model, args: argparse.Namespace):
+def start_pipeline(model, args: argparse.Namespace, *, replicas: int = 1):
     """A pipeline over the model, with its programs compiled. Says what it has room for."""
     from internjax.decode.sizing import page_bytes
     from serve.pipeline import Pipeline
@@ -194,6 +201,7 @@ def start_pipeline(model, args: argparse.Namespace):
         speculation=speculation,
         draft=draft,
         mode=args.mode,
+        replicas=replicas,
         on_program=lambda name, seconds: seconds > 1 and print(f"  {name}: {seconds:.1f} s", flush=True),
     )
     engine, config = pipeline.engine, model.config
@@ -210,6 +218,8 @@ def start_pipeline(model, args: argparse.Namespace):
         tokens = engine.num_host_pages * engine.page_size
         print(f"host     {engine.num_host_pages:,} pages more: {tokens:,} tokens wait in this machine's memory")
     print(f"slots    {engine.num_slots} answers at once, {args.mode} mode")
+    if replicas > 1:
+        print(f"replicas {replicas} on {args.tensor} devices each, with such a cache and {args.max_batch} slots each")
     if pipeline.adapters:
         print(f"adapters {', '.join(pipeline.adapters)}")
     return pipeline
@@ -220,7 +230,7 @@ def serve(args: argparse.Namespace) -> int:
 
     port = take_port(args.host, args.port)  # before the model is read: nobody waits for a port that is taken
     stopping = threading.Event()
-    with port, open_pipeline(args) as pipeline:
+    with port, open_pipeline(args, replicas=args.replicas) as pipeline:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopping.set())
         name = args.name or Path(args.model).name

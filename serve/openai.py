@@ -79,8 +79,11 @@ def create_app(pipeline: Pipeline, *, model_name: str, api_key: str | None = Non
 
     @app.get("/health")
     def health() -> Response:
-        fault = pipeline.fault()
-        state = {"status": "ok" if fault is None else "failed", "model": model_name, "fault": fault}
+        fault, faults = pipeline.fault(), pipeline.faults()
+        status = "failed" if fault is not None else "degraded" if any(faults) else "ok"
+        state = {"status": status, "model": model_name, "fault": fault}
+        if len(faults) > 1:
+            state["replicas"] = [{"fault": each} for each in faults]
         return JSONResponse(state, status_code=200 if fault is None else 503)
 
     @app.get("/v1/models")

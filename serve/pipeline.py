@@ -19,13 +19,16 @@ from typing import Any
 
 import jax
 
+from internjax import sharding
 from internjax.decode.engine import Engine, Mode
 from internjax.decode.request import Request, RequestError
 from internjax.decode.request import Session as EngineSession
+from internjax.decode.router import Router
 from internjax.decode.sizing import fitting_pages, page_bytes
 from internjax.decode.speculate import Speculation
 from internjax.hf.open import Model
 from internjax.model.cache import CacheDType
+from internjax.model.lora import Lora
 from internjax.text import chat as protocol
 from internjax.text.message import INTERPRETER_PROMPT, Chat, Message, tools_message
 from internjax.text.tokenizer import ACTION_END, ACTION_START, INTERPRETER, PLUGIN, Tokenizer, differing_id
@@ -63,7 +66,7 @@ class ContextTooLong(ValueError):
 
 
 class Pipeline:
-    """A model that answers in text. It owns its engine: use it as a context manager, or `close` it."""
+    """A model that answers in text. It owns its engine or engines: use it as a context manager, or `close` it."""
 
     def __init__(
         self,
@@ -83,6 +86,7 @@ class Pipeline:
         speculation: Speculation | None = None,
         draft: Model | None = None,
         mode: Mode = "fast",
+        replicas: int = 1,
         on_program: Callable[[str, float], None] | None = None,
     ):
         """Compiles everything and starts the engine.
@@ -93,7 +97,8 @@ class Pipeline:
         prompt tokens read at once, None: 512, or 64 on a CPU. adapters: folders by name, of which an answer may choose
         one (`Params.adapter`). max_adapters, adapter_rank: room for more than these, and of a larger rank.
         speculation, draft: drafts that are tried together, and the model of a DraftModel. mode: of the engine.
-        on_program: told the name of each compiled program and the seconds it took.
+        replicas: engines, each with the model on as many devices as it is on now; num_slots and num_pages are of each,
+        host_bytes of all. on_program: told the name of each compiled program and the seconds it took.
         """
         if model.tokenizer is None:
             raise ValueError("the model's folder has no tokenizer; add tokenizer.json and tokenizer_config.json to it")
@@ -101,6 +106,7 @@ class Pipeline:
             raise ValueError("the model gives scores (head='scalar'), not text; serve a language model")
         if draft is not None:
             _check_draft(draft, model)
+        meshes = sharding.meshes_beside(sharding.mesh_of(model.params), replicas)
         loaded = {name: read_adapter(folder, model) for name, folder in (adapters or {}).items()}
         max_context = model.config.max_position_embeddings if max_context is None else max_context
         cache_dtype = cache_dtype or model.config.dtype
@@ -120,23 +126,30 @@ class Pipeline:
                 cache_dtype=cache_dtype,
                 draft=None if draft is None else draft.config,
             )
-        engine = Engine(
-            model.params,
-            model.config,
-            max_context=max_context,
-            num_slots=num_slots,
-            page_size=page_size,
-            num_pages=num_pages,
-            num_host_pages=host_bytes // page_bytes(model.config, page_size, cache_dtype),
-            cache_dtype=cache_dtype,
-            lora=model.lora,
-            tokens_per_dispatch=tokens_per_dispatch,
-            prefill_chunk=prefill_chunk,
-            adapter_room=room_for(loaded, num_places=max_adapters, rank=adapter_rank),
-            speculation=speculation,
-            draft_params=draft_params,
-            mode=mode,
-        )
+
+        def engine_of(params: dict, lora: Lora | None) -> Engine:
+            return Engine(
+                params,
+                model.config,
+                max_context=max_context,
+                num_slots=num_slots,
+                page_size=page_size,
+                num_pages=num_pages,
+                num_host_pages=host_bytes // replicas // page_bytes(model.config, page_size, cache_dtype),
+                cache_dtype=cache_dtype,
+                lora=lora,
+                tokens_per_dispatch=tokens_per_dispatch,
+                prefill_chunk=prefill_chunk,
+                adapter_room=room_for(loaded, num_places=max_adapters, rank=adapter_rank),
+                speculation=speculation,
+                draft_params=draft_params,
+                mode=mode,
+            )
+
+        engines = [engine_of(model.params, model.lora)]
+        for mesh in meshes[1:]:
+            engines.append(engine_of(*sharding.moved((model.params, model.lora), mesh)))
+        engine = engines[0] if replicas == 1 else Router(engines)
         self._use(engine, model.tokenizer, eos_ids=model.generation.eos_ids, model=model)
         for name, adapter in loaded.items():
             engine.load_adapter(name, as_lora(adapter, model))
@@ -144,14 +157,17 @@ class Pipeline:
         engine.start()
 
     @classmethod
-    def over(cls, engine: Engine, tokenizer: Tokenizer) -> Pipeline:
+    def over(cls, engine: Engine | Router, tokenizer: Tokenizer) -> Pipeline:
         """A pipeline over an engine that runs already."""
         pipeline = cls.__new__(cls)
         pipeline._use(engine, tokenizer, eos_ids=())
         return pipeline
 
-    def _use(self, engine: Engine, tokenizer: Tokenizer, *, eos_ids: Sequence[int], model: Model | None = None) -> None:
+    def _use(
+        self, engine: Engine | Router, tokenizer: Tokenizer, *, eos_ids: Sequence[int], model: Model | None = None
+    ) -> None:
         self.engine = engine
+        self._engines = engine.engines if isinstance(engine, Router) else (engine,)
         self.tokenizer = tokenizer
         self._model = model
         # The last token drawn needs no place in the cache.
@@ -187,12 +203,12 @@ class Pipeline:
         self.engine.unload_adapter(name)
 
     def fault(self) -> str | None:
-        """Why the engine takes no more requests, or None if it does: it is offered one, which is withdrawn at once."""
-        try:
-            self.engine.submit(Request((self.stop_ids[0],), 1)).abort()
-        except RuntimeError as error:
-            return str(error)
-        return None
+        """Why no more requests are taken, or None if they are."""
+        return self.engine.fault
+
+    def faults(self) -> list[str | None]:
+        """Of every replica, why it takes no more requests, or None if it does."""
+        return [engine.fault for engine in self._engines]
 
     def complete(self, prompt: str | Sequence[int], params: Params | None = None) -> Answer:
         """The continuation of a text, or of token ids (taken as they are). Markers in a text are plain text."""

@@ -78,7 +78,7 @@ def start_server(
     while True:
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
             with direct.open(f"{server.url}/health", timeout=5) as response:
-                if json.load(response)["status"] == "ok":
+                if json.load(response)["status"] != "failed":
                     return server
         if not server.alive or time.monotonic() > deadline:
             server.close()

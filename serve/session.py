@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from internjax.decode import request
 from internjax.decode.engine import Engine
+from internjax.decode.router import Router
 from internjax.text import chat as protocol
 from internjax.text.message import Message
 from internjax.text.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ log = logging.getLogger("serve")
 class Answering(NamedTuple):
     """What a session needs of its pipeline."""
 
-    engine: Engine
+    engine: Engine | Router
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...]
     answer_to: Callable[..., Answer]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from internjax import sharding
 from internjax.model.lora import Lora, nodes, put_node, select, stack, target_path
 
 
@@ -49,9 +50,11 @@ class AdapterPlaces:
         self._paths = [target_path(target) for target in targets]
         self._names: list[str | None] = [None] * num_places
         self._versions = [0] * num_places
-        self.stacked = self._padded({}, num_places)
+        # With the kernels, so that no step has to fetch it from elsewhere.
+        everywhere = sharding.replicated(sharding.mesh_of(params))
+        self.stacked = jax.device_put(self._padded({}, num_places), everywhere)
         # Nothing is donated: a step that is about to be dispatched may still hold the stack.
-        self._put = jax.jit(functools.partial(_put))
+        self._put = jax.jit(functools.partial(_put), out_shardings=everywhere)
 
     @property
     def num_compiled(self) -> int:

@@ -260,11 +260,15 @@ class Engine:
     def unload_adapter(self, name: str) -> None:
         """Frees the place of an adapter; raises RuntimeError while requests use it."""
         with self._wake:
-            place = self._room_for_adapters().find(name)
-            num_users = sum(row.adapter == place for row in (*self._seats.taken.values(), *self._queue))
-            if num_users:
+            if num_users := self.num_users(name):
                 raise RuntimeError(f"{num_users} requests use adapter {name!r}; wait until they are done or abort them")
             self._device.adapters.unload(name)
+
+    def num_users(self, adapter: str) -> int:
+        """Returns how many requests that are not done use an adapter."""
+        with self._wake:
+            place = self._room_for_adapters().find(adapter)
+            return sum(row.adapter == place for row in (*self._seats.taken.values(), *self._queue))
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -278,6 +282,11 @@ class Engine:
 
     def _find_adapter(self, name: str | None) -> Place:
         return NO_ADAPTER if name is None else self._room_for_adapters().find(name)
+
+    @property
+    def fault(self) -> str | None:
+        """Why it takes no more requests, or None if it does."""
+        return self._closed
 
     def stats(self) -> Stats:
         """Returns counts of slots, requests, pages and compiled programs."""

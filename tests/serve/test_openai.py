@@ -361,17 +361,12 @@ def refusing(tokenizer):
     """A client of one server for all requests that must not reach the engine."""
     from serve.pipeline import Pipeline
 
-    class NoHandle:
-        def abort(self):
-            pass
-
     class NoEngine:
-        max_context, num_pages, page_size, limits, adapters = 1024, 64, 16, Limits(), ()
+        max_context, num_pages, page_size, limits, adapters, fault = 1024, 64, 16, Limits(), (), None
 
         def submit(self, request):
             check_options(request, self.limits, vocab_size=340)
-            assert request.max_new_tokens == 1, "a bad request reached the engine"
-            return NoHandle()  # for the health check
+            raise AssertionError("a bad request reached the engine")
 
     with start_server(Pipeline.over(NoEngine(), tokenizer), model_name="tiny") as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=20) as client:

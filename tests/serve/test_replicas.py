@@ -1,0 +1,77 @@
+"""Replicas behind one server: what clients see of them, and of one that stops."""
+
+import httpx
+import openai
+import pytest
+
+from internjax import sharding
+from internjax.text.message import Message
+from serve.pipeline import Params, Pipeline
+from serve.server import start_server
+
+SIZES = {"num_slots": 2, "max_context": 128, "page_size": 16, "prefill_chunk": 16}
+GREEDY = Params(max_tokens=12, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_model):
+    with Pipeline(tiny_model, **SIZES, replicas=2) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def one(tiny_model):
+    with Pipeline(tiny_model, **SIZES) as pipeline:
+        yield pipeline
+
+
+def test_prompts_and_sessions_are_answered_as_by_one(pipeline, one):
+    prompts = [[5 + i] * (3 * i + 1) for i in range(12)]
+    assert [each.ids for each in pipeline(prompts, GREEDY)] == [each.ids for each in one(prompts, GREEDY)]
+    assert all(engine.stats().num_drawn_tokens for engine in pipeline.engine.engines)
+    assert pipeline.max_context == one.max_context and pipeline.engine.num_slots == 4
+    sessions = [target.session(max_length=120) for target in (pipeline, one)]
+    for text in ("hello", "and now?"):
+        first, second = (session.chat(Message("user", text), GREEDY).result() for session in sessions)
+        assert (first.ids, first.num_cached_tokens) == (second.ids, second.num_cached_tokens)
+    assert second.num_cached_tokens > 12
+
+
+def test_a_prompt_comes_back_and_health_tells_of_a_replica_that_stopped(pipeline):
+    prompt = list(range(40, 100))
+    with start_server(pipeline, model_name="tiny", drain_seconds=1) as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+
+            def ask() -> int:
+                answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=2, temperature=0)
+                return answer.usage.prompt_tokens_details.cached_tokens
+
+            before = [engine.stats().num_prompt_tokens for engine in pipeline.engine.engines]
+            assert [ask() for _ in range(3)] == [0, 59, 59]
+            (home,) = [
+                engine
+                for engine, count in zip(pipeline.engine.engines, before)
+                if engine.stats().num_prompt_tokens > count
+            ]
+            health = httpx.get(f"{server.url}/health")
+            assert health.json() == {
+                "status": "ok",
+                "model": "tiny",
+                "fault": None,
+                "replicas": [{"fault": None}, {"fault": None}],
+            }
+            home.close()
+            health = httpx.get(f"{server.url}/health")
+            assert (health.status_code, health.json()["status"], health.json()["fault"]) == (200, "degraded", None)
+            assert sum("is closed" in (each["fault"] or "") for each in health.json()["replicas"]) == 1
+            assert [ask() for _ in range(3)] == [0, 59, 59]
+            pipeline.close()
+            health = httpx.get(f"{server.url}/health")
+            assert (health.status_code, health.json()["status"]) == (503, "failed")
+            assert "all 2 engines have stopped" in health.json()["fault"]
+
+
+def test_more_replicas_than_devices_are_refused(tiny_model):
+    with pytest.raises(ValueError, match="9 replicas on 1 devices each are asked for; this process sees 8"):
+        Pipeline(tiny_model, replicas=9)
+    assert sharding.mesh_of(tiny_model.params).size == 1
