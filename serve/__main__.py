@@ -56,8 +56,9 @@ def add_model_flags(parser: argparse.ArgumentParser, *, nargs: str | None = None
     )
     parser.add_argument(
         "--quantize",
-        choices=("int8", "int4"),
-        help="weights to nearest in 8 or 4 bits, in memory (default: as stored; serve.quantize loses less)",
+        choices=("int8", "int4", "nf4"),
+        help="weights to nearest in 8 or 4 bits, in memory; nf4: as QLoRA has them (default: as stored; serve.quantize "
+        "loses less)",
     )
     parser.add_argument("--allow-unknown", nargs="+", default=(), metavar="FIELD", help="of config.json, left unread")
     parser.add_argument(
@@ -161,6 +162,7 @@ def open_weights(args: argparse.Namespace, *, replicas: int = 1):
 
     from internjax.compile_cache import keep_programs
     from internjax.hf.open import open_model
+    from internjax.model.quantize import Quantised
     from internjax.sharding import MeshConfig, make_mesh
 
     keep_programs()
@@ -170,7 +172,8 @@ def open_weights(args: argparse.Namespace, *, replicas: int = 1):
         raise ValueError(f"{asked}: {args.tensor * replicas} of them, and this process sees {len(devices)}")
     if args.tensor > 1:
         mesh = make_mesh(MeshConfig(fsdp=1, tensor=args.tensor), devices[: args.tensor])
-    model = open_model(args.model, mesh=mesh, quantize=args.quantize, allow_unknown=args.allow_unknown)
+    quantize = Quantised() if args.quantize == "nf4" else args.quantize
+    model = open_model(args.model, mesh=mesh, quantize=quantize, allow_unknown=args.allow_unknown)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     kind = args.quantize or model.quantization or model.config.param_dtype
     print(f"weights  {weights / 2**20:,.1f} MiB {kind}, computed in {model.config.dtype} on {jax.devices()[0]}")

@@ -132,7 +132,7 @@ def test_a_conversation_in_the_terminal(run, folder, tmp_path):
     commands = ["/history", "/top-p 7", "/top-k x", "/max-tokens 3", "/max-tokens", "/nothing", "/help"]
     commands += ["/system Be brief.", f"/save {file}", f"/save {tmp_path}"]
     said = "hello\n\n" + "long " * 100 + "\n/reset\nhello\n" + "\n".join(commands) + "\n/exit\nnever read\n"
-    flags = ("--temperature", 0, "--max-tokens", 5, "--max-context", 128, "--quantize", "int8", "--kv", "int8")
+    flags = ("--temperature", 0, "--max-tokens", 5, "--max-context", 128, "--quantize", "nf4", "--kv", "int8")
     flags += ("--speculate", "lookup", "--drafts", 2, "--mode", "exact")
     result = run("serve.chat", folder, *flags, said=said)
     assert result.returncode == 0, result.stderr
