@@ -637,7 +637,7 @@ def test_cache_dtypes_and_adapters_reach_the_model():
     assert ids != without[0], "the adapter changed nothing"
 
 
-def test_requests_choose_adapters_that_come_and_go():
+def test_requests_choose_adapters_that_come_and_go(monkeypatch):
     """None, a small one, a DoRA one of another rank: in one batch, each with what was cached under it."""
 
     def made(config, seed, size):
@@ -672,8 +672,24 @@ def test_requests_choose_adapters_that_come_and_go():
     handle = engine.submit(Request(prompt(20), 10, GREEDY, adapter="small"))
     with pytest.raises(RuntimeError, match="1 requests use adapter 'small'"):
         engine.unload_adapter("small")
+    seat, refused = engine._seats.seat, []
+
+    def unload():
+        with pytest.raises(RuntimeError, match="1 requests use adapter 'small'"):
+            engine.unload_adapter("small")
+        refused.append("small")
+
+    def seat_slowly(row):
+        threads.append(threading.Thread(target=unload))
+        threads[-1].start()
+        threads[-1].join(0.1)  # it is in use on its way from the queue to a slot too
+        return seat(row)
+
+    threads = []
+    monkeypatch.setattr(engine._seats, "seat", seat_slowly)
     drive(engine)
-    assert handle.num_shared == 19
+    threads[0].join()
+    assert handle.num_shared == 19 and refused == ["small"]
     engine.unload_adapter("small")
     big = made(LoraConfig(rank=8, targets=("query", "head")), 3, 0.1)
     with pytest.raises(ValueError, match="has rank 8, and head; there is room for rank 4 on layers.attention.query"):
