@@ -42,6 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="copies of the model that share the requests, each on its own --tensor devices (default: 1)",
     )
+    parser.add_argument(
+        "--adapter-root",
+        type=Path,
+        metavar="DIR",
+        help="clients may load and unload adapters that lie below this folder, while there is room (--max-adapters)",
+    )
     add_model_flags(parser)
     return parser
 
@@ -231,6 +237,8 @@ def start_pipeline(model, args: argparse.Namespace, *, replicas: int = 1):
 def serve(args: argparse.Namespace) -> int:
     from serve.server import start_server, take_port
 
+    if args.adapter_root is not None and not (args.adapter or args.max_adapters):
+        raise ValueError("--adapter-root is given, and there is room for no adapter; give --max-adapters N as well")
     port = take_port(args.host, args.port)  # before the model is read: nobody waits for a port that is taken
     stopping = threading.Event()
     with port, open_pipeline(args, replicas=args.replicas) as pipeline:
@@ -238,7 +246,12 @@ def serve(args: argparse.Namespace) -> int:
             signal.signal(number, lambda *_: stopping.set())
         name = args.name or Path(args.model).name
         server = start_server(
-            pipeline, model_name=name, port=port, api_key=args.api_key, drain_seconds=args.drain_seconds
+            pipeline,
+            model_name=name,
+            port=port,
+            api_key=args.api_key,
+            drain_seconds=args.drain_seconds,
+            adapter_root=args.adapter_root,
         )
         with server:
             print(f"ready    {server.url}/v1  model {name}", flush=True)

@@ -1,7 +1,7 @@
 """The OpenAI REST interface over a pipeline: `create_app(pipeline, model_name=...)` is an ASGI application.
 
 /v1/models, /v1/completions, /v1/chat/completions (streaming or not), /health. What a request may hold is in
-`serve.protocol`. A client that goes away frees its slot and its pages.
+`serve.requests`. A client that goes away frees its slot and its pages.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -24,11 +25,10 @@ from starlette.exceptions import HTTPException
 
 from internjax.decode.request import RequestError
 from internjax.text.chat import CallEnd
+from serve.adapter_routes import add_adapter_routes
 from serve.guided import GuideError
 from serve.pipeline import Answer, ContextTooLong, Delta, Event, Params, Pipeline, Prompt, Result, Token
 from serve.protocol import (
-    ChatRequest,
-    CompletionRequest,
     Refusal,
     chat_logprobs,
     completion_logprobs,
@@ -41,6 +41,7 @@ from serve.protocol import (
     tools_of,
     usage,
 )
+from serve.requests import ChatRequest, CompletionRequest
 from serve.streams import events_of, submitted
 
 MAX_BODY_BYTES = 16 << 20
@@ -49,8 +50,13 @@ MAX_ANSWERS = 512  # of one request: each has a thread that waits for it
 log = logging.getLogger("serve")
 
 
-def create_app(pipeline: Pipeline, *, model_name: str, api_key: str | None = None) -> FastAPI:
-    """The application. With `api_key`, everything under /v1 needs it as bearer token."""
+def create_app(
+    pipeline: Pipeline, *, model_name: str, api_key: str | None = None, adapter_root: Path | None = None
+) -> FastAPI:
+    """The application. With `api_key`, everything under /v1 needs it as bearer token.
+
+    adapter_root: the folder below which clients may have adapters loaded from; None: they may not.
+    """
     app = FastAPI(
         title="InternJAX",
         docs_url=None,  # these two pages would load scripts from elsewhere
@@ -63,6 +69,8 @@ def create_app(pipeline: Pipeline, *, model_name: str, api_key: str | None = Non
         app.add_middleware(_RequireKey, key=api_key)
     if model_name in pipeline.adapters:
         raise ValueError(f"the model and an adapter are both named {model_name!r}; give one of them another name")
+    if adapter_root is not None:
+        add_adapter_routes(app, pipeline, root=adapter_root, model_name=model_name)
     created = int(time.time())
 
     def card_of(name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,7 +23,14 @@ class Server:
     """A running server. Use it as a context manager, or `close` it; the pipeline behind it stays open."""
 
     def __init__(
-        self, pipeline: Pipeline, port: socket.socket, *, model_name: str, api_key: str | None, drain_seconds: int
+        self,
+        pipeline: Pipeline,
+        port: socket.socket,
+        *,
+        model_name: str,
+        api_key: str | None,
+        drain_seconds: int,
+        adapter_root: Path | None,
     ):
         # Here, so that a port can be taken, or found in use, before anything heavy is loaded.
         import uvicorn
@@ -35,7 +43,7 @@ class Server:
         self.model_name = model_name
         self._server = uvicorn.Server(
             uvicorn.Config(
-                create_app(pipeline, model_name=model_name, api_key=api_key),
+                create_app(pipeline, model_name=model_name, api_key=api_key, adapter_root=adapter_root),
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -69,10 +77,15 @@ def start_server(
     port: int | socket.socket = 0,
     api_key: str | None = None,
     drain_seconds: int = 10,
+    adapter_root: Path | None = None,
 ) -> Server:
-    """A server of `pipeline`, answering when this returns. `port` 0 takes a free one: see `Server.url`."""
+    """A server of `pipeline`, answering when this returns. `port` 0 takes a free one: see `Server.url`.
+
+    adapter_root: see `serve.openai.create_app`.
+    """
     taken = port if isinstance(port, socket.socket) else take_port(host, port)
-    server = Server(pipeline, taken, model_name=model_name, api_key=api_key, drain_seconds=drain_seconds)
+    how = {"api_key": api_key, "drain_seconds": drain_seconds, "adapter_root": adapter_root}
+    server = Server(pipeline, taken, model_name=model_name, **how)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the shell names
     deadline = time.monotonic() + _READY_SECONDS
     while True:

@@ -1,7 +1,9 @@
 """Adapters chosen by the model's name, beside a model that drafts."""
 
 import dataclasses
+import shutil
 
+import httpx
 import jax
 import numpy as np
 import openai
@@ -92,3 +94,97 @@ def test_drafts_of_another_vocabulary_are_refused(pipeline, tiny_model, folders)
         Pipeline(tiny_model, speculation=DraftModel(tiny_model.config), draft=draft)
     with pytest.raises(ValueError, match="merge it"):
         Pipeline(tiny_model, speculation=DraftModel(tiny_model.config), draft=dataclasses.replace(draft, lora=object()))
+
+
+def test_clients_load_and_unload_adapters(pipeline, folders, eventually):
+    with start_server(pipeline, model_name="tiny", drain_seconds=1, adapter_root=folders) as server:
+
+        def post(what: str, **body) -> httpx.Response:
+            return httpx.post(f"{server.url}/v1/{what}_lora_adapter", json=body, timeout=60)
+
+        def refused(response: httpx.Response, status: int, param: str, said: str) -> None:
+            error = response.json()["error"]
+            assert (response.status_code, error["param"]) == (status, param) and said in error["message"], error
+
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+
+            def say(name: str):
+                return client.completions.create(model=name, prompt=[5, 6, 7] * 7, max_tokens=12, temperature=0)
+
+            for path in ("first", str(folders / "first"), "first/../first/"):
+                answer = post("load", lora_name="new", lora_path=path, load_inplace=False)
+                assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'new' added successfully.")
+                assert client.models.retrieve("new").parent == "tiny"
+                assert say("new").choices[0].text == say("first").choices[0].text != say("tiny").choices[0].text
+                if path != "first":
+                    answer = post("unload", lora_name="new")
+                    assert (answer.status_code, answer.text) == (
+                        200,
+                        "Success: LoRA adapter 'new' removed successfully.",
+                    )
+                    continue
+                for name in ("new", "tiny"):
+                    taken = post("load", lora_name=name, lora_path="first")
+                    refused(taken, 400, "lora_name", f"'{name}' is served already")
+                refused(post("load", lora_name="third", lora_path="first"), 400, "lora_path", "all 2 places are taken")
+                stream = client.completions.create(model="new", prompt="x", max_tokens=100, stream=True, n=2)
+                next(iter(stream))
+                refused(post("unload", lora_name="new"), 409, "lora_name", "requests use adapter 'new'")
+                stream.close()
+                eventually(lambda: post("unload", lora_name="new").status_code == 200)
+            with pytest.raises(openai.NotFoundError, match="'new' is not served here"):
+                say("new")
+        refused(post("unload", lora_name="new"), 404, "lora_name", "'new' is not loaded; there are: first")
+        refused(post("unload", lora_name="first", lora_int_id=1), 400, "lora_int_id", "by their names")
+        refused(
+            post("load", lora_name="x", lora_path="first", load_inplace=True), 400, "load_inplace", "unload it first"
+        )
+        refused(post("load", lora_name="x y", lora_path="first"), 400, "lora_name", "pattern")
+        refused(post("load", lora_name="x", path="first"), 400, "lora_path", "required")
+        refused(post("load", lora_name="x", lora_path="foreign"), 400, "lora_path", "was trained on")
+        refused(post("load", lora_name="x", lora_path="base"), 400, "lora_path", "no adapter_config.json")
+        refused(post("load", lora_name="x", lora_path="nowhere"), 404, "lora_path", "there is no folder 'nowhere'")
+        for name, content in (("adapter_config.json", b"{"), ("adapter_model.safetensors", b"\xff" * 99)):
+            broken = folders / f"broken {name}"
+            shutil.copytree(folders / "first", broken)
+            (broken / name).write_bytes(content)
+            assert post("load", lora_name="x", lora_path=broken.name).status_code == 400
+        assert pipeline.adapters == ("first",)
+
+
+def test_no_path_leads_out_of_the_folder(scripted, tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "root beside"
+    for folder in (root / "linked file", outside):
+        folder.mkdir(parents=True)
+    (outside / "adapter_config.json").write_text("{}")
+    (root / "linked file" / "adapter_config.json").symlink_to(outside / "adapter_config.json")
+    (root / "linked").symlink_to(outside)
+    (root / "loop").symlink_to(root / "loop")
+    paths = [
+        "..",
+        ".",
+        "linked",
+        "linked file",
+        "loop",
+        "../root beside",
+        "linked file/../../root beside",
+        str(outside),
+    ]
+    paths += ["/", "/etc", str(root), f"{root} beside", "../nowhere", "/nowhere", "a\0b", "x" * 5000, "$HOME/.."]
+    pipeline = scripted("said")
+    pipeline.load_adapter = None  # nothing is to get so far
+    with start_server(pipeline, model_name="tiny", drain_seconds=1, api_key="key", adapter_root=root) as server:
+        for path in paths:
+            body, headers = {"lora_name": "x", "lora_path": path}, {"Authorization": "Bearer key"}
+            answer = httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, headers=headers)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, "lora_path"), path
+            assert error["message"].startswith("lora_path must name a folder below"), path
+        for what in ("load", "unload"):
+            assert httpx.post(f"{server.url}/v1/{what}_lora_adapter", json=body).status_code == 401
+    with start_server(scripted("said"), model_name="tiny", drain_seconds=1) as server:
+        for what in ("load", "unload"):
+            assert httpx.post(f"{server.url}/v1/{what}_lora_adapter", json=body).status_code == 404
+        assert "lora" not in httpx.get(f"{server.url}/openapi.json").text
+    with pytest.raises(ValueError, match="is not there"):
+        create_app(pipeline, model_name="tiny", adapter_root=tmp_path / "nowhere")

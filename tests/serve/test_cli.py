@@ -19,7 +19,7 @@ import pytest
 from internjax.hf.save import save_model
 from internjax.text.message import Message
 from serve import __main__ as server
-from serve import bench, chat, protocol, quantize
+from serve import bench, chat, protocol, quantize, requests
 from serve.chat import _show
 from serve.pipeline import Params
 
@@ -125,6 +125,7 @@ def test_wrong_flags_are_said(run, folder):
     check_failed(run("serve.chat", folder, "--temperature", "-1"), "temperature")
     check_failed(run("serve.chat", folder, "--adapter", "here"), "NAME=FOLDER")
     check_failed(run("serve.chat", folder, "--drafts", 3), "--speculate")
+    check_failed(run("serve", folder, "--adapter-root", folder), "--max-adapters")
 
 
 def test_a_conversation_in_the_terminal(run, folder, tmp_path):
@@ -189,6 +190,7 @@ def test_the_readme_s_python_runs(folder, capsys):
 def test_the_readme_names_every_field():
     text = (ROOT / "serve" / "README.md").read_text()
     refused = protocol.REFUSED_OF_CHATS | protocol.REFUSED_OF_COMPLETIONS | protocol.REFUSED_OF_MESSAGES
-    refused |= protocol.REFUSED_OF_FUNCTIONS | protocol.REFUSED_OF_STREAMS
-    known = {*protocol.ChatRequest.model_fields, *protocol.CompletionRequest.model_fields, *refused}
+    refused |= protocol.REFUSED_OF_FUNCTIONS | protocol.REFUSED_OF_STREAMS | protocol.REFUSED_OF_ADAPTERS
+    known = {*refused, *requests.ChatRequest.model_fields, *requests.CompletionRequest.model_fields}
+    known |= {*requests.LoadAdapterRequest.model_fields, *requests.UnloadAdapterRequest.model_fields}
     assert {name for name in known if f"`{name}`" not in text} == set()

@@ -17,7 +17,7 @@ from internjax.text.chat import render
 from internjax.text.message import Message, ToolCall
 from serve.client import remote_chat
 from serve.pipeline import chat_callable
-from serve.protocol import ChatRequest, CompletionRequest
+from serve.requests import ChatRequest, CompletionRequest
 from serve.server import start_server
 from tests.serve import test_guided
 

@@ -1,0 +1,225 @@
+"""OpenAI's requests as checked values: every field that it documents, and those beyond it, with its type and range.
+
+What cannot be honoured has the type Any here; `serve.protocol` refuses it by name. Fields that stand in no class are
+unknown, and refused by the check itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_prompts(value: Any) -> list[str | list[int]]:
+    """One prompt or several, each a text or token ids."""
+
+    def is_ids(item: Any) -> bool:
+        return isinstance(item, list) and all(type(token_id) is int for token_id in item)
+
+    if isinstance(value, str) or (is_ids(value) and value):
+        return [value]
+    if isinstance(value, list) and value and (all(isinstance(p, str) for p in value) or all(is_ids(p) for p in value)):
+        return value
+    raise ValueError(
+        "give a string, a list of strings, a list of token ids, or a list of lists of token ids, not empty"
+    )
+
+
+def _as_text(value: Any) -> str | None:
+    """The text of a message's content: a string, null, or text parts."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        for part in value:
+            if not isinstance(part, Mapping) or part.get("type") != "text":
+                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+                raise ValueError(f"a content part of type {kind!r} cannot be read; only text parts can")
+            if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+                raise ValueError('a text part is {"type": "text", "text": "..."} and nothing else')
+        return "".join(part["text"] for part in value)
+    raise ValueError("give a string or a list of text parts")
+
+
+Stop = Annotated[
+    list[Annotated[str, Field(min_length=1)]] | None,
+    BeforeValidator(_as_list),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
+]
+Prompts = Annotated[
+    Any,
+    BeforeValidator(_as_prompts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                {"type": "array", "items": {"type": "integer"}},
+                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+            ]
+        }
+    ),
+]
+Content = Annotated[
+    Any,
+    BeforeValidator(_as_text),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}),
+]
+Ids = list[Annotated[int, Field(ge=0, lt=2**31)]]
+Words = list[Annotated[str, Field(min_length=1)]]
+Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class StreamOptions(_Fields):
+    include_usage: bool | None = None
+    include_obfuscation: Any = None
+
+
+class NamedSchema(_Fields):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Fields):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class StructuredOutputs(_Fields):
+    """What the answer is to follow, one of them; as vLLM has it."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
+class _Sampled(_Fields):
+    """What both kinds of request share. From `top_k` on it is not OpenAI's; its clients send it as `extra_body`."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    temperature: Temperature | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: Stop = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    user: str | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: Bias | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    min_p: Share | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    bad_words: Words | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    stop_token_ids: Ids | None = None
+    ignore_eos: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+
+class CompletionRequest(_Sampled):
+    prompt: Prompts
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+    best_of: int | None = None
+    suffix: Any = None
+
+
+class FunctionCall(_Fields):
+    name: str
+    arguments: str
+
+
+class CalledTool(_Fields):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(_Fields):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content = None
+    name: str | None = None
+    tool_calls: list[CalledTool] | None = None
+    tool_call_id: str | None = None
+    refusal: Any = None
+    audio: Any = None
+    function_call: Any = None
+    annotations: Any = None
+
+
+class Function(_Fields):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Any = None
+
+
+class DeclaredTool(_Fields):
+    type: Literal["function"]
+    function: Function
+
+
+class ChatRequest(_Sampled):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    tools: list[DeclaredTool] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    safety_identifier: str | None = None
+    response_format: ResponseFormat | None = None
+    modalities: Any = None
+    audio: Any = None
+    functions: Any = None
+    function_call: Any = None
+    metadata: Any = None
+    moderation: Any = None
+    prediction: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    reasoning_effort: Any = None
+    service_tier: Any = None
+    store: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+
+AdapterName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
+
+
+class LoadAdapterRequest(_Fields):
+    """vLLM's: the adapter of a folder becomes a model of this name."""
+
+    lora_name: AdapterName
+    lora_path: Annotated[str, Field(min_length=1)]
+    load_inplace: Any = None
+    is_3d_lora_weight: Any = None
+
+
+class UnloadAdapterRequest(_Fields):
+    """vLLM's."""
+
+    lora_name: str
+    lora_int_id: Any = None
