@@ -78,8 +78,7 @@ def add_model_flags(parser: argparse.ArgumentParser, *, nargs: str | None = None
     parser.add_argument(
         "--memory-fraction",
         type=_fraction,
-        default=0.9,
-        help="of a GPU's memory, for weights, cache and work (default: %(default)s)",
+        help="of a GPU's memory, for weights, cache and work (default: XLA_PYTHON_CLIENT_MEM_FRACTION, or 0.9)",
     )
     parser.add_argument(
         "--host-memory",
@@ -163,7 +162,9 @@ def open_pipeline(args: argparse.Namespace, *, replicas: int = 1):
 def open_weights(args: argparse.Namespace, *, replicas: int = 1):
     """The Model that the flags describe, on the devices of the first replica. Says what it opened."""
     # Read when jax first meets its devices.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(args.memory_fraction))
+    if args.memory_fraction is not None:
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(args.memory_fraction)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     import jax
 
     from internjax.compile_cache import keep_programs
@@ -181,9 +182,14 @@ def open_weights(args: argparse.Namespace, *, replicas: int = 1):
     quantize = Quantised() if args.quantize == "nf4" else args.quantize
     model = open_model(args.model, mesh=mesh, quantize=quantize, allow_unknown=args.allow_unknown)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    kind = args.quantize or model.quantization or model.config.param_dtype
+    kind = weights_kind(model, args)
     print(f"weights  {weights / 2**20:,.1f} MiB {kind}, computed in {model.config.dtype} on {jax.devices()[0]}")
     return model
+
+
+def weights_kind(model, args: argparse.Namespace) -> str:
+    """How the weights of a model that was opened by the flags are held."""
+    return str(args.quantize or model.quantization or model.config.param_dtype)
 
 
 def start_pipeline(model, args: argparse.Namespace, *, replicas: int = 1):

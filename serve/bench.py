@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.__main__ import add_model_flags, open_weights, start_pipeline
+from serve.__main__ import add_model_flags, open_weights, start_pipeline, weights_kind
 
 _CONTEXT = 2048
 """Context that is measured in if the flags ask for nothing else and the model was trained for as much."""
@@ -121,7 +121,7 @@ def measure_model(args: argparse.Namespace) -> None:
             return runs.step_bytes(weights, model.config, batch=batch, prompt=prompt, completion=completion, kv=kv)
 
         about = {
-            "what": f"{args.model}: {args.quantize or model.config.param_dtype} weights, {kv} cache",
+            "what": f"{args.model}: {weights_kind(model, args)} weights, {kv} cache",
             "model": str(args.model),
             "weight_bytes": weights,
             "max_context": target.max_context,

@@ -20,11 +20,13 @@ from typing import Any
 import jax
 
 from internjax import sharding
+from internjax.decode.adapters import places_bytes
+from internjax.decode.device import AdapterRoom
 from internjax.decode.engine import Engine, Mode
 from internjax.decode.request import Request, RequestError
 from internjax.decode.request import Session as EngineSession
 from internjax.decode.router import Router
-from internjax.decode.sizing import fitting_pages, page_bytes
+from internjax.decode.sizing import fitting_pages, page_bytes, weight_bytes
 from internjax.decode.speculate import Speculation
 from internjax.hf.open import Model
 from internjax.model.cache import CacheDType
@@ -113,17 +115,22 @@ class Pipeline:
         if prefill_chunk is None:
             prefill_chunk = 64 if jax.default_backend() == "cpu" else 512
         draft_params = None if draft is None else draft.params
+        room = room_for(loaded, num_places=max_adapters, rank=adapter_rank)
+        page = page_bytes(model.config, page_size, cache_dtype)
+        page += 0 if draft is None else page_bytes(draft.config, page_size, cache_dtype)
         memory_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         if num_pages is None and memory_bytes is not None:
             num_pages = fitting_pages(
                 model.config,
                 memory_bytes=memory_bytes,
-                weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves((model.params, model.lora, draft_params))),
+                weight_bytes=_standing_bytes(model, draft, room),
                 num_slots=num_slots,
                 max_context=max_context,
                 prefill_chunk=prefill_chunk,
                 page_size=page_size,
                 cache_dtype=cache_dtype,
+                tensor=meshes[0].shape["tensor"],
+                num_drafts=0 if speculation is None else speculation.num_drafts,
                 draft=None if draft is None else draft.config,
             )
 
@@ -135,12 +142,12 @@ class Pipeline:
                 num_slots=num_slots,
                 page_size=page_size,
                 num_pages=num_pages,
-                num_host_pages=host_bytes // replicas // page_bytes(model.config, page_size, cache_dtype),
+                num_host_pages=host_bytes // replicas // page,
                 cache_dtype=cache_dtype,
                 lora=lora,
                 tokens_per_dispatch=tokens_per_dispatch,
                 prefill_chunk=prefill_chunk,
-                adapter_room=room_for(loaded, num_places=max_adapters, rank=adapter_rank),
+                adapter_room=room,
                 speculation=speculation,
                 draft_params=draft_params,
                 mode=mode,
@@ -412,6 +419,15 @@ class Pipeline:
 def _is_one(prompts: Given | Sequence[Given]) -> bool:
     """Whether it is one prompt and not several."""
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Message | int))
+
+
+def _standing_bytes(model: Model, draft: Model | None, room: AdapterRoom | None) -> int:
+    """The bytes of a device that are taken before there is any page."""
+    standing = weight_bytes(model.params, model.config)
+    standing += sum(leaf.nbytes for leaf in jax.tree.leaves(model.lora))
+    standing += 0 if draft is None else weight_bytes(draft.params, draft.config)
+    standing += 0 if room is None else places_bytes(model.params, **room._asdict(), dtype=model.config.dtype)
+    return standing
 
 
 def _check_draft(draft: Model, model: Model) -> None:

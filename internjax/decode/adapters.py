@@ -48,6 +48,11 @@ class AdapterPlaces:
             raise ValueError(f"adapters need a place and a rank of at least 1, given {num_places} places, rank {rank}")
         self._params, self._rank, self._dtype = params, rank, dtype
         self._paths = [target_path(target) for target in targets]
+        missing = [target for target, path in zip(targets, self._paths) if _kernel(params, path) is None]
+        if missing:
+            raise ValueError(
+                f"the model has no {', '.join(missing)} that an adapter could change; leave it out of targets"
+            )
         self._names: list[str | None] = [None] * num_places
         self._versions = [0] * num_places
         # With the kernels, so that no step has to fetch it from elsewhere.
@@ -113,7 +118,7 @@ class AdapterPlaces:
         """Returns `count` adapters as places hold them: what is not in `found` adds nothing."""
         padded: dict = {}
         for path in self._paths:
-            kernel = functools.reduce(lambda tree, name: tree[name], (*path, "kernel"), self._params)
+            kernel = _kernel(self._params, path)
             *lead, inputs, outputs = (*kernel.shape[:-2], count, *kernel.shape[-2:])
             node = found.get(path, {})
             put_node(
@@ -127,6 +132,16 @@ class AdapterPlaces:
                 },
             )
         return padded
+
+
+def _kernel(params: dict, path: tuple[str, ...]) -> jax.Array | None:
+    return functools.reduce(lambda tree, name: tree.get(name, {}), path, params).get("kernel")
+
+
+def places_bytes(params: dict, *, num_places: int, rank: int, targets: Sequence[str], dtype: str) -> int:
+    """Returns the bytes of the places for adapters of these sizes, each device's."""
+    places = functools.partial(AdapterPlaces, params, num_places=num_places, rank=rank, targets=targets, dtype=dtype)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: places().stacked)))
 
 
 def _filled(leaf: jax.Array | None, shape: tuple[int, ...], dtype: str) -> jax.Array:

@@ -146,7 +146,7 @@ def read_chunk(
 
 
 # Positions whose logits are held at once while a prompt is scored: 24 MB an array for a vocabulary of 92,544.
-_SCORED_AT_ONCE = 64
+SCORED_AT_ONCE = 64
 
 
 class Scores(NamedTuple):
@@ -187,7 +187,7 @@ def score_chunk(
     )
     after = _with_own_tables(dataclasses.replace(placed, cache=cache), state)
     K, C = min(num_top, config.vocab_size), chunk.tokens_1C.shape[1]
-    R = min(C, _SCORED_AT_ONCE)
+    R = min(C, SCORED_AT_ONCE)
 
     def cut(x_C):
         return jnp.pad(x_C, ((0, -C % R), *((0, 0),) * (x_C.ndim - 1))).reshape(-1, R, *x_C.shape[1:])

@@ -1,7 +1,7 @@
-"""How many pages of cache fit beside the weights, from shapes alone.
+"""How many pages of cache fit beside the weights, from shapes alone; all bytes are those of one device.
 
-B slots, S longest context, C prompt tokens read at once, K key/value heads, H head dim, N query heads, V vocabulary,
-D embed, F ffn.
+B slots, S longest context, C prompt tokens read at once, T tokens of a row in one step, K key/value heads, H head dim,
+N query heads, V vocabulary, D embed, F ffn.
 """
 
 import functools
@@ -9,30 +9,51 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from internjax.decode.generate import decoding_params
+from internjax.decode.programs import SCORED_AT_ONCE
 from internjax.model.cache import CacheDType, paged_cache
 from internjax.model.config import ModelConfig
 
 
+def weight_bytes(params: dict, config: ModelConfig) -> int:
+    """Returns the bytes of the parameters where they lie, and of those that decoding holds once more in its dtype."""
+
+    def share(leaf) -> int:
+        return leaf.addressable_shards[0].data.nbytes if isinstance(leaf, jax.Array) else leaf.nbytes
+
+    cast = jax.eval_shape(functools.partial(decoding_params, config=config), params)
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(cast), strict=True)
+    return sum(
+        share(leaf) + (0 if leaf.dtype == new.dtype else share(leaf) // leaf.dtype.itemsize * new.dtype.itemsize)
+        for leaf, new in pairs
+    )
+
+
 def page_bytes(config: ModelConfig, page_size: int, dtype: CacheDType) -> int:
-    """Returns the bytes of one page in all layers, scales included."""
+    """Returns the bytes of one page in all layers, scales included, of a cache that is not cut."""
     one = functools.partial(paged_cache, config, 1, page_size, batch=1, pages_per_row=1, dtype=dtype)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(one)) if leaf.ndim > 2)
 
 
-def work_bytes(config: ModelConfig, *, num_slots: int, max_context: int, prefill_chunk: int) -> int:
+def work_bytes(
+    config: ModelConfig, *, num_slots: int, max_context: int, prefill_chunk: int, num_drafts: int = 0
+) -> int:
     """Returns the bytes that a step needs beside weights and pages, at most: what drawing or reading a chunk takes.
 
     Attention reads one layer's pages of its rows into one array each for keys and values (2 S K H), once more where it
-    puts heads before time, and weighs N x S scores in float32, three of them at a time. Drawing holds five arrays of
-    B x V float32, the rows themselves two of B x S. Reading holds a layer's activations of C tokens.
+    puts heads before time, and weighs N x T x S scores in float32, three of them at a time. Drawing holds five arrays
+    of B x V float32 and the logits of all T = 1 + drafts tokens, the rows themselves two of B x S and the counts of
+    every token. Reading holds a layer's activations of C tokens, or three arrays of V float32 for each of those scored
+    at once.
     """
-    B, S, C, itemsize = num_slots, max_context, prefill_chunk, jnp.dtype(config.dtype).itemsize
+    B, S, C, T, itemsize = num_slots, max_context, prefill_chunk, 1 + num_drafts, jnp.dtype(config.dtype).itemsize
     read = 2 * 2 * S * config.num_kv_heads * config.head_dim * itemsize
     scores = 3 * S * config.num_heads * 4
-    drawing = B * (read + scores + 5 * 4 * config.vocab_size)
+    logits = 4 * config.vocab_size
     wide = 4 * config.d_model + 3 * config.ffn_dim + 3 * config.num_heads * config.head_dim
-    reading = read + C * (scores + wide * itemsize)
-    rows = B * (2 * 4 * S + config.vocab_size)
+    drawing = B * (read + 5 * logits + num_drafts * (logits + wide * itemsize) + T * scores)
+    reading = read + max(C * (scores + wide * itemsize), 3 * min(C, SCORED_AT_ONCE) * logits)
+    rows = B * (2 * 4 * S + 5 * config.vocab_size)
     return max(drawing, reading) + rows
 
 
@@ -46,15 +67,21 @@ def fitting_pages(
     prefill_chunk: int,
     page_size: int,
     cache_dtype: CacheDType,
+    tensor: int = 1,
+    num_drafts: int = 0,
     draft: ModelConfig | None = None,
 ) -> int:
     """Returns how many pages fit into `memory_bytes`; raises ValueError where not even one full context does.
 
-    draft: a model that drafts, whose cache has as many pages.
+    weight_bytes: of all that stands beside pages. tensor: devices over which the heads of the cache are cut.
+    num_drafts: tokens that are tried together. draft: a model that drafts, whose cache has as many pages.
     """
-    work = work_bytes(config, num_slots=num_slots, max_context=max_context, prefill_chunk=prefill_chunk)
-    page = page_bytes(config, page_size, cache_dtype)
-    page += 0 if draft is None else page_bytes(draft, page_size, cache_dtype)
+    sizes = {"num_slots": num_slots, "max_context": max_context, "prefill_chunk": prefill_chunk}
+    work = work_bytes(config, **sizes, num_drafts=num_drafts)
+    page = page_bytes(config, page_size, cache_dtype) // tensor
+    if draft is not None:
+        page += page_bytes(draft, page_size, cache_dtype)
+        work = max(work, work_bytes(draft, **sizes))
     fitting, needed = (memory_bytes - weight_bytes - work) // page, -(-max_context // page_size)
     if fitting < needed:
         gib = {"memory": memory_bytes, "weights": weight_bytes, "work": work, "one context": needed * page}

@@ -8,17 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internjax.decode.programs import PromptChunk, Weights, decode_block, empty_state, read_chunk
+from internjax import sharding
+from internjax.decode.adapters import AdapterPlaces, places_bytes
+from internjax.decode.programs import PromptChunk, Weights, decode_block, empty_state, read_chunk, score_chunk
 from internjax.decode.sample import Allowed, Limits
-from internjax.decode.sizing import fitting_pages, page_bytes, work_bytes
+from internjax.decode.sizing import fitting_pages, page_bytes, weight_bytes, work_bytes
+from internjax.decode.speculate import PromptLookup
 from internjax.model import decoder
 from internjax.model.config import INTERNLM2_7B, TINY
+from tests.weights import random_params
 
 CONFIG = dataclasses.replace(TINY, dtype="float32", num_layers=3, vocab_size=512)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int4"])
-def test_the_work_is_not_more_than_foretold(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "speculation"), [("float32", None), ("int4", None), ("float32", PromptLookup(num_drafts=4))]
+)
+def test_the_work_is_not_more_than_foretold(dtype, speculation):
     B, S, C, page_size = 4, 1024, 64, 16
     sizes = {"num_slots": B, "max_context": S}
     make = functools.partial(
@@ -32,15 +38,41 @@ def test_the_work_is_not_more_than_foretold(dtype):
         *[jax.ShapeDtypeStruct((1,), jnp.int32)] * 2,
         jax.ShapeDtypeStruct((1, CONFIG.head_dim // 2), jnp.float32),
     )
-    block = jax.jit(lambda *args: decode_block(*args, None, config=CONFIG, num_turns=2), donate_argnums=1)
+    block = jax.jit(
+        lambda *args: decode_block(*args, None, config=CONFIG, num_turns=2, speculation=speculation), donate_argnums=1
+    )
+    score = jax.jit(lambda *args: score_chunk(*args, None, config=CONFIG, num_top=20), donate_argnums=1)
     read = jax.jit(lambda *args: read_chunk(*args, None, config=CONFIG), donate_argnums=1)
     words = jax.ShapeDtypeStruct((B, CONFIG.vocab_size // 32), jnp.uint32)
     turns = jax.ShapeDtypeStruct((B,), jnp.int32), Allowed(words, jax.ShapeDtypeStruct((B,), bool))
+    scored = jax.ShapeDtypeStruct((1, C), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.float32)
     lowered = block.lower(params, state, table, *turns), read.lower(params, state, chunk)
+    lowered += (score.lower(params, state, chunk, *scored),)
     temporaries = max(each.compile().memory_analysis().temp_size_in_bytes for each in lowered)
-    foretold = work_bytes(CONFIG, prefill_chunk=C, **sizes)
+    num_drafts = 0 if speculation is None else speculation.num_drafts
+    foretold = work_bytes(CONFIG, prefill_chunk=C, num_drafts=num_drafts, **sizes)
     assert temporaries <= foretold + (1 << 20)
     assert foretold < 4 * temporaries, "so much is kept free for nothing"
+
+
+def test_what_stands_beside_pages_is_counted_where_it_lies_and_as_often():
+    """In float32 and once more in bfloat16, the part of one device; and the places for adapters."""
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    params = random_params(config)
+    whole = weight_bytes(params, config)
+    assert whole == 6 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert weight_bytes(params, CONFIG) == whole * 4 // 6
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=1, tensor=2), devices=jax.devices()[:2])
+    try:
+        cut = jax.device_put(params, sharding.shardings(decoder.logical_axes(config), params, mesh))
+    finally:
+        sharding.make_mesh(devices=jax.devices()[:1])
+    assert 0.5 * whole < weight_bytes(cut, config) < 0.52 * whole  # the norms are on both
+    sizes = {"num_places": 3, "rank": 8, "targets": ("query", "down"), "dtype": "bfloat16"}
+    places = AdapterPlaces(params, **sizes)
+    assert places_bytes(params, **sizes) == sum(leaf.nbytes for leaf in jax.tree.leaves(places.stacked))
+    with pytest.raises(ValueError, match="the model has no bias that an adapter could change"):
+        AdapterPlaces(params, **sizes | {"targets": ("bias",)})
 
 
 def test_pages_fill_what_weights_and_work_leave():
@@ -56,6 +88,7 @@ def test_pages_fill_what_weights_and_work_leave():
     )
     one, two = (find(memory_bytes=60 << 30, cache_dtype="int8", draft=draft) for draft in (None, INTERNLM2_7B))
     assert one // 2 == two, "a draft model as large halves the pages"
+    assert find(memory_bytes=60 << 30, cache_dtype="int8", tensor=4) // 4 == one, "each device has a part of every page"
     with pytest.raises(
         ValueError, match=r"4096 tokens does not fit.*memory 15\.00 GiB, weights 15\.00 GiB.*shorter context"
     ):
