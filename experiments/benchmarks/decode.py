@@ -2,6 +2,7 @@
 
     python -m experiments.benchmarks.decode --peer-python PYTHON         # the tiny model on a CPU, batch 1, 8 and 32
     python -m experiments.benchmarks.decode --setting 24m                # a wider model; --list shows all settings
+    python -m experiments.benchmarks.decode --batch --guarantees 8       # only what guarantees cost
 
 Hardware: 2 CPU cores that nobody else uses, or one GPU
 Needs: torch and transformers in this Python (make parity installs them), or, with --peer-python, in another one that
@@ -19,6 +20,15 @@ int8, int4     generate with weights in 8 and 4 bits (other tokens; not compared
 hf-dynamic     transformers generate as it comes: a cache that grows
 hf-static      transformers generate with its static cache
 hf-compile     the same with torch.compile, as its generate does it
+
+What guarantees cost is measured besides, at one batch size (--guarantees):
+
+drawn, one-key                generate at temperature 1, every row with the key of its seed and position: a request
+                              draws the same in any company (L0). one-key: a key for the whole step promises nothing
+traffic-fast, traffic-exact   three times as many requests as slots, alike in their first STEM tokens and of mixed
+                              lengths, through the engine. exact: no bit depends on other requests (L1)
+replay, score                 log-probabilities of given answers, by the step that draws and by the forward pass of
+                              training
 """
 
 import argparse
@@ -56,6 +66,9 @@ SETTINGS = {
 EXACT = ("generate", "engine")
 OURS = (*EXACT, "int8", "int4")
 PEERS = ("hf-dynamic", "hf-static", "hf-compile")
+GUARANTEES = ("drawn", "one-key", "traffic-fast", "traffic-exact", "replay", "score")
+STEM = 100
+"""Tokens that the requests of the traffic begin with: more than a chunk of a prompt, and no multiple of a page."""
 
 
 def prompts_at(setting: Setting, batch: int, position: int) -> np.ndarray:
@@ -67,13 +80,15 @@ def prompts_at(setting: Setting, batch: int, position: int) -> np.ndarray:
 # --- contenders ------------------------------------------------------------------------------------------------------
 
 
-def _generate(setting: Setting, folder: Path, batch: int, *, quantize: str | None) -> Callable[[np.ndarray], Tokens]:
+def _generate(
+    setting: Setting, folder: Path, batch: int, *, quantize: str | None = None, temperature: float = 0.0
+) -> Callable[[np.ndarray], Tokens]:
     from internjax.decode.generate import generate
     from internjax.decode.sample import make_sampling
     from internjax.hf.open import open_model
 
     model, lengths_B = open_model(folder, quantize=quantize), np.full(batch, setting.prompt, np.int32)
-    sampling = make_sampling(batch, temperature=0.0)
+    sampling = make_sampling(batch, temperature=temperature)
 
     def run(prompts_BT: np.ndarray) -> Tokens:
         found = generate(
@@ -107,12 +122,74 @@ def _engine(setting: Setting, folder: Path, batch: int) -> Callable[[np.ndarray]
     return run
 
 
+def _draw_with_one_key() -> None:
+    """Makes every draw that is compiled from now on take one key for the whole step, not one for each row."""
+    import jax
+
+    from internjax.decode import sample
+
+    def uniforms(seed_B, positions_B):
+        return jax.random.uniform(jax.random.fold_in(jax.random.key(seed_B[0]), positions_B[0]), positions_B.shape)
+
+    sample.uniforms = uniforms
+
+
+def _traffic(setting: Setting, folder: Path, batch: int, *, mode: str) -> Callable[[np.ndarray], Tokens]:
+    from internjax.decode.engine import Engine
+    from internjax.decode.request import Request
+    from internjax.decode.sample import SamplingParams
+    from internjax.hf.open import open_model
+
+    model = open_model(folder)
+    length = STEM + setting.prompt + setting.new_tokens
+    engine = Engine(model.params, model.config, max_context=length, num_slots=batch, mode=mode).start()
+    greedy = SamplingParams(temperature=0.0)
+
+    def run(prompts_BT: np.ndarray) -> Tokens:
+        rng = np.random.default_rng(prompts_BT[0])
+        stem = rng.integers(3, setting.model.vocab_size, STEM).tolist()
+        requests = []
+        for prompt in np.tile(prompts_BT, (3, 1)):
+            own = prompt[: rng.integers(1, setting.prompt + 1)].tolist()
+            requests.append(Request((*stem, *own), int(rng.integers(1, setting.new_tokens + 1)), greedy))
+        return [list(handle.result().ids) for handle in [engine.submit(request) for request in requests]]
+
+    return run
+
+
+def _given_answers(setting: Setting, folder: Path, batch: int, *, replayed: bool) -> Callable[[np.ndarray], Tokens]:
+    import jax
+
+    from internjax.decode.generate import replay
+    from internjax.decode.sample import make_sampling
+    from internjax.decode.score import logprobs
+    from internjax.hf.open import open_model
+
+    model, lengths_B = open_model(folder), np.full(batch, setting.prompt, np.int32)
+    answer_lengths_B, sampling = np.full(batch, setting.new_tokens, np.int32), make_sampling(batch)
+    score = jax.jit(logprobs, static_argnames="config")
+
+    def run(prompts_BT: np.ndarray) -> Tokens:
+        # Which tokens they are makes no difference to the time.
+        shape = batch, setting.new_tokens
+        answers_BN = np.random.default_rng(prompts_BT[0]).integers(3, setting.model.vocab_size, shape, np.int32)
+        if replayed:
+            given = (prompts_BT, lengths_B, answers_BN, answer_lengths_B)
+            found = replay(model.params, *given, config=model.config, sampling=sampling)
+        else:
+            found = score(model.params, np.concatenate([prompts_BT, answers_BN], axis=1), config=model.config)
+        np.asarray(found)
+        return []
+
+    return run
+
+
 def _transformers(setting: Setting, folder: Path, *, static: bool, compiled: bool) -> Callable[[np.ndarray], Tokens]:
     import torch
     import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # more threads than cores wait for one another
     dtype = getattr(torch, setting.model.dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     model = model.to(device).eval()
@@ -146,11 +223,19 @@ def contender(name: str, setting: Setting, folder: Path, batch: int) -> Contende
     """Returns the contender `name`: a step generates for the prompts at its position and returns their tokens."""
     if name == "engine":
         run = _engine(setting, folder, batch)
+    elif name in ("drawn", "one-key"):
+        if name == "one-key":
+            _draw_with_one_key()
+        run = _generate(setting, folder, batch, temperature=1.0)
+    elif name.startswith("traffic-"):
+        run = _traffic(setting, folder, batch, mode=name.removeprefix("traffic-"))
+    elif name in ("replay", "score"):
+        run = _given_answers(setting, folder, batch, replayed=name == "replay")
     elif name in OURS:
         run = _generate(setting, folder, batch, quantize=None if name == "generate" else name)
     else:
         run = _transformers(setting, folder, static=name != "hf-dynamic", compiled=name == "hf-compile")
-    peak = contest.peak_bytes if name in OURS else _torch_peak
+    peak = _torch_peak if name in PEERS else contest.peak_bytes
     return Contender(lambda position: run(prompts_at(setting, batch, position)), peak)
 
 
@@ -200,6 +285,22 @@ def figures(answers: contest.Answers, setting: Setting, batch: int) -> dict[str,
     return {name: value for name, value in found.items() if name not in ("mfu", "first_losses")}
 
 
+def costs(found: Mapping[str, dict]) -> dict[str, float]:
+    """Returns what guarantees cost, as seconds with over seconds without; 1 is nothing. Only of what was measured."""
+    pairs = {
+        "L0: drawn / one-key": ("drawn", "one-key"),
+        "L1: traffic-exact / traffic-fast": ("traffic-exact", "traffic-fast"),
+        "replay / drawn": ("replay", "drawn"),
+        "replay / score": ("replay", "score"),
+    }
+    ratios = {
+        name: contest.ratio(found, ours=without, peers=[having])
+        for name, (having, without) in pairs.items()
+        if {having, without} <= found.keys()
+    }
+    return {name: ratio for name, each in ratios.items() for ratio in each.values()}
+
+
 def show(found: Mapping[str, dict], batch: int) -> None:
     """Prints a line for every contender."""
     for who, each in found.items():
@@ -214,13 +315,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks.decode", description=__doc__)
     parser.add_argument("--setting", choices=SETTINGS, default="tiny")
     parser.add_argument("--list", action="store_true", help="show the settings and end")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="rows at once")
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32], help="rows at once")
     parser.add_argument("--contenders", nargs="+", choices=OURS + PEERS, default=list(OURS + PEERS))
+    note = "rows at which the cost of guarantees is measured; 0: not at all"
+    parser.add_argument("--guarantees", type=int, default=8, metavar="BATCH", help=note)
     parser.add_argument("--blocks", type=int, default=7, help="turns of every contender, 5 at least")
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
     contest.add_peer_python(parser)
     parser.add_argument("--output", type=Path, help="default: results/decode_SETTING.json")
-    parser.add_argument("--worker", choices=OURS + PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=OURS + PEERS + GUARANTEES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.list:
@@ -236,21 +339,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # This process looks at the card as well, and must leave it to the contenders.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     about = record.environment()
-    found, ratios = {}, {}
+    how = {"num_blocks": args.blocks, "block": args.steps, "peer_python": args.peer_python}
+    found, ratios, guarantees = {}, {}, {}
     for batch in args.batch:
-        found[batch] = measure(
-            args.contenders,
-            args.setting,
-            batch,
-            num_blocks=args.blocks,
-            block=args.steps,
-            peer_python=args.peer_python,
-        )
+        found[batch] = measure(args.contenders, args.setting, batch, **how)
         show(found[batch], batch)
         peers = [who for who in found[batch] if who in PEERS]
         ratios[batch] = {
             ours: contest.ratio(found[batch], ours=ours, peers=peers) for ours in args.contenders if ours in OURS
         }
+    if args.guarantees:
+        guarantees = measure(GUARANTEES, args.setting, args.guarantees, **how)
+        # Requests of mixed lengths: seconds alone can be compared.
+        guarantees |= {who: each | {"tokens_per_second": None} for who, each in guarantees.items() if "traffic" in who}
     result = {
         "what": "seconds of one greedy generate call (prompts read, new tokens drawn), medians of interleaved blocks",
         "setting": {"name": args.setting, **setting._asdict(), "model": dataclasses.asdict(setting.model)},
@@ -259,10 +360,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "peer_packages": contest.packages_of(args.peer_python),
         "contenders": found,
         "ratio": ratios,
+        "guarantees": {"batch": args.guarantees, "contenders": guarantees, "cost": costs(guarantees)},
     }
-    print(f"transformers over ours: {ratios}")
+    print(f"transformers over ours: {ratios}\nwhat guarantees cost: {costs(guarantees)}")
     record.write(args.output or record.RESULTS / f"decode_{args.setting}.json", result)
-    if any("failed" in each for by_name in found.values() for who, each in by_name.items() if who in OURS):
+    everyone = [*found.values(), guarantees]
+    if any("failed" in each for by_name in everyone for who, each in by_name.items() if who not in PEERS):
         raise SystemExit(1)
 
 

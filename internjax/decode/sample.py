@@ -458,17 +458,21 @@ def _first_crossing(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, j
     return index, jnp.where(index == 0, 0.0, before)
 
 
+def uniforms(seed_B: jax.Array, positions_B: jax.Array) -> jax.Array:
+    """Returns u `[B]`, uniform in [0, 1), under every row's own key fold_in(key(seed), position)."""
+    return jax.vmap(lambda s, p: jax.random.uniform(jax.random.fold_in(jax.random.key(s), p)))(seed_B, positions_B)
+
+
 def draw(logits_BV: jax.Array, *, seed_B: jax.Array, positions_B: jax.Array) -> jax.Array:
     """Returns one token per row, distributed as softmax(logits): inverse of the cumulative distribution at u.
 
-    u is uniform in [0, 1) under the key fold_in(key(seed), position). A token at -inf is never drawn.
+    u are the `uniforms` of seeds and positions. A token at -inf is never drawn.
     """
     B, V = logits_BV.shape
-    uniform_B = jax.vmap(lambda s, p: jax.random.uniform(jax.random.fold_in(jax.random.key(s), p)))(seed_B, positions_B)
     weights_BV = jnp.exp(logits_BV - logits_BV.max(axis=-1, keepdims=True))
     weights_BCW = jnp.pad(weights_BV, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
     sums_BC = weights_BCW.sum(axis=-1)
-    target_B = uniform_B * sums_BC.sum(axis=-1)
+    target_B = uniforms(seed_B, positions_B) * sums_BC.sum(axis=-1)
     block_B, before_B = _first_crossing(sums_BC, target_B)
     weights_BW = jnp.take_along_axis(weights_BCW, block_B[:, None, None], axis=1)[:, 0]
     within_B, _ = _first_crossing(weights_BW, target_B - before_B)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import attention, contest, decode, finetune_step, scaling, train_step
+from internjax.decode import sample
 from internjax.model.config import INTERNLM2_1_8B, INTERNLM2_7B, ModelConfig
 from internjax.train import flops
 
@@ -71,6 +72,30 @@ def test_loop_and_engine_decode_alike_and_others_are_refused(tmp_path):
     answers = contest.Answers({"seconds": [9.0], "results": []}, [{"seconds": [0.5, 0.1, 0.5], "peak_bytes": 7}])
     found = decode.figures(answers, setting, 3)
     assert (found["tokens_per_second"], found["median_seconds"], found["peak_bytes"]) == (30, 0.5, 7)
+
+
+def test_what_guarantees_cost_is_measured_on_equal_work(tmp_path, monkeypatch):
+    setting = decode.Setting(SMALL, prompt=4, new_tokens=5)
+    train_step.write_model(SMALL, tmp_path)
+    monkeypatch.setattr(decode, "STEM", 7)
+    monkeypatch.setattr(sample, "uniforms", sample.uniforms)  # one-key replaces it
+    tokens = {}
+    for name in decode.GUARANTEES:
+        # A shape of its own for one-key: what is compiled with it would be found again.
+        own = setting._replace(new_tokens=6) if name == "one-key" else setting
+        tokens[name] = decode.contender(name, own, tmp_path, 3).step(0)
+    assert np.shape(tokens["drawn"]) == (3, 5) and np.shape(tokens["one-key"]) == (3, 6)
+    assert tokens["drawn"] != np.array(tokens["one-key"])[:, :5].tolist()
+    assert len(tokens["traffic-fast"]) == 9 and len({*map(len, tokens["traffic-fast"])}) > 1
+    assert tokens["traffic-fast"] == tokens["traffic-exact"]
+    seconds = dict(zip(decode.GUARANTEES, (1.5, 1.0, 2.0, 2.2, 3.0, 0.5)))
+    assert decode.costs({who: {"median_seconds": each} for who, each in seconds.items()}) == {
+        "L0: drawn / one-key": 1.5,
+        "L1: traffic-exact / traffic-fast": 1.1,
+        "replay / drawn": 2.0,
+        "replay / score": 6.0,
+    }
+    assert decode.costs({}) == {}
 
 
 CHILD = """
