@@ -338,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--blocks {args.blocks}: a median of fewer than 5 turns says little")
     # This process looks at the card as well, and must leave it to the contenders.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    about = record.environment()
+    about, peer_packages = record.environment(), contest.packages_of(args.peer_python)
     how = {"num_blocks": args.blocks, "block": args.steps, "peer_python": args.peer_python}
     found, ratios, guarantees = {}, {}, {}
     for batch in args.batch:
@@ -357,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "setting": {"name": args.setting, **setting._asdict(), "model": dataclasses.asdict(setting.model)},
         "formula": "tokens per second = batch x new tokens / median seconds of a call; ratio = peer's seconds / ours",
         **about,
-        "peer_packages": contest.packages_of(args.peer_python),
+        "peer_packages": peer_packages,
         "contenders": found,
         "ratio": ratios,
         "guarantees": {"batch": args.guarantees, "contenders": guarantees, "cost": costs(guarantees)},
