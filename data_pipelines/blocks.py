@@ -16,8 +16,8 @@ from numba.extending import intrinsic
 ONES, HIGHS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
 """The lowest and the highest bit of eight bytes."""
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
-TAIL_BYTES = 72
-"""Of the scratch space for a block beyond the end of the data: eight bytes may be read from each of its 64 on."""
+TAIL_BYTES = 96
+"""Of the scratch space for a block beyond the end of the data: 32 bytes may be read from each of its 64 on."""
 
 
 def _cache_folder(sources: Path) -> Path:
@@ -141,6 +141,18 @@ def block_at(data, at, tail):
     tail[:] = 0
     tail[: min(rest, TAIL_BYTES)] = data[at : at + min(rest, TAIL_BYTES)]
     return address_of(tail, 0)
+
+
+@inlined
+def put_piece(out, filled, address, size):
+    """Copies so many bytes, 64 at most, to where `out` is filled, and up to 32 behind them that are to be written over:
+    what is copied in steps of 32 is most often copied in one, which the processor foresees.
+    """
+    for i in range(0, 32, 8):
+        store64(out, filled + i, eight_at(address + i))
+    if size > 32:
+        for i in range(32, 64, 8):
+            store64(out, filled + i, eight_at(address + i))
 
 
 @inlined

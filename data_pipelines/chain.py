@@ -34,7 +34,7 @@ import pyarrow as pa
 
 from data_pipelines.decisions import file_batches, outcome_of, read_changes, read_decision, rows_gone, write_decision
 from data_pipelines.digests import digest, stage_digest
-from data_pipelines.document import SCHEMA, Corpus, Decision, Document, Stage, to_batch
+from data_pipelines.document import SCHEMA, Corpus, Decision, Document, Stage, text_buffer, to_batch
 from data_pipelines.executors import Map
 from data_pipelines.ledger import (
     FATES,
@@ -62,12 +62,12 @@ class Sizes(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A slice of the corpus. read: gives its documents; what cannot be read goes to the function it is given, or, where
-    that is None, raises ValueError. digest: of all that `read` depends on.
+    """A slice of the corpus. read: gives its documents, one by one or in record batches; what cannot be read goes to
+    the function it is given, or, where that is None, raises ValueError. digest: of all that `read` depends on.
     """
 
     digest: str
-    read: Callable[[Callable[[str], None] | None], Iterable[Document]]
+    read: Callable[[Callable[[str], None] | None], Iterable[Document | pa.RecordBatch]]
 
 
 class Shard(NamedTuple):
@@ -297,11 +297,17 @@ def _changes_of(given: Unit | Shard) -> pa.Table | None:
     return read_changes(newest[0]) if newest else None
 
 
-def batches(documents: Iterable[Document], sizes: Sizes) -> Iterator[pa.RecordBatch]:
-    """The documents in record batches of at most about `sizes.batch_bytes`."""
+def batches(documents: Iterable[Document | pa.RecordBatch], sizes: Sizes) -> Iterator[pa.RecordBatch]:
+    """The documents, which may come in batches, in record batches of at most about `sizes.batch_bytes`."""
     waiting: list[Document] = []
     num_characters = 0
     for document in documents:
+        if isinstance(document, pa.RecordBatch):
+            if waiting:
+                yield to_batch(waiting)
+                waiting, num_characters = [], 0
+            yield from _cut(document, sizes)
+            continue
         waiting.append(document)
         num_characters += len(document.text)
         if len(waiting) >= sizes.batch_rows or num_characters >= sizes.batch_bytes:
@@ -309,6 +315,16 @@ def batches(documents: Iterable[Document], sizes: Sizes) -> Iterator[pa.RecordBa
             waiting, num_characters = [], 0
     if waiting:
         yield to_batch(waiting)
+
+
+def _cut(batch: pa.RecordBatch, sizes: Sizes) -> Iterator[pa.RecordBatch]:
+    """The batch in slices, each up to the row that makes it `sizes.batch_bytes` or `sizes.batch_rows` long."""
+    offsets, start = text_buffer(batch).offsets, 0
+    while start < batch.num_rows:
+        stop = int(np.searchsorted(offsets, offsets[start] + sizes.batch_bytes))
+        stop = min(max(stop, start + 1), start + sizes.batch_rows, batch.num_rows)
+        yield batch.slice(start, stop - start)
+        start = stop
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

@@ -124,11 +124,14 @@ class Stage(NamedTuple):
     version: str = ""
 
 
-def document_id(text: str, *, source: str, path: str) -> str:
-    """32 hex digits, the first 128 bits of a SHA-256 over source, path and raw text: equal on every machine."""
+def document_id(text: str | memoryview, *, source: str, path: str) -> str:
+    """32 hex digits, the first 128 bits of a SHA-256 over source, path and raw text: equal on every machine.
+
+    The text may be given as its UTF-8.
+    """
     digest = hashlib.sha256()
     for part in (source, path, text):
-        raw = part.encode("utf-8", "surrogatepass")
+        raw = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         digest.update(len(raw).to_bytes(8, "little"))
         digest.update(raw)
     return digest.hexdigest()[:32]
@@ -145,11 +148,12 @@ def make_document(
     meta: Mapping[str, Any] = EMPTY_META,
 ) -> Document:
     """A document with its content-addressed id. Lone surrogates, which no UTF-8 file can hold, become "?"."""
-    text, source, path = _storable(text), _storable(source), _storable(path)
+    text, source, path = storable(text), storable(source), storable(path)
     return Document(document_id(text, source=source, path=path), text, source, path, domain, language, licence, meta)
 
 
-def _storable(text: str) -> str:
+def storable(text: str) -> str:
+    """The text with "?" in place of lone surrogates."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -164,14 +168,17 @@ def to_batch(documents: Iterable[Document]) -> pa.RecordBatch:
         "language": [row.language for row in rows],
         "path": [row.path for row in rows],
         "licence": [row.licence for row in rows],
-        "meta": [_storable(_meta_json(row.meta)) for row in rows],
+        "meta": [meta_json(row.meta) for row in rows],
     }
     return pa.record_batch([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
 
 
-def _meta_json(meta: Mapping[str, Any]) -> str:
+def meta_json(meta: Mapping[str, Any]) -> str:
+    """The meta of a document as the column holds it."""
+    if not meta:
+        return "{}"
     # Dates, bytes and decimals, which parquet has and JSON lacks, are kept as their text.
-    return json.dumps(dict(meta), sort_keys=True, ensure_ascii=False, default=str) if meta else "{}"
+    return storable(json.dumps(dict(meta), sort_keys=True, ensure_ascii=False, default=str))
 
 
 def to_documents(batch: pa.RecordBatch) -> list[Document]:

@@ -56,6 +56,25 @@ class Row(NamedTuple):
     value: dict[str, Any]
 
 
+class Line(NamedTuple):
+    """The bytes of a line that is not blank, and where it stands: "file:line"."""
+
+    place: str
+    raw: bytes
+
+
+class Described(NamedTuple):
+    """What a row says of its document (`document.Document`), whose id is still to be made."""
+
+    text: str
+    source: str
+    path: str
+    domain: str
+    language: str
+    licence: str | None
+    meta: dict[str, Any]
+
+
 class File(NamedTuple):
     """A file and what its documents are to bear.
 
@@ -184,14 +203,34 @@ def row_documents(
     file: File, *, on_bad_row: BadRow = None, start: int = 0, stop: int = -1, first_line: int = 1
 ) -> Iterator[Document]:
     """A document per row of JSONL or of a JSON array; fields beyond text, FIELDS and id go to meta."""
-    source = file.path.stem
-    for row in _json_rows(file, on_bad_row, start=start, stop=stop, first_line=first_line):
-        line = row.place.rpartition(":")[2]
-        yield from document_of_row(row, path=f"{file.name}:{line}", source=source, on_bad_row=on_bad_row)
+    rows = _json_rows(file, on_bad_row, start=start, stop=stop, first_line=first_line)
+    yield from _row_documents(rows, file, on_bad_row)
+
+
+def documents_of_lines(lines: Iterable[Line], file: File, on_bad_row: BadRow) -> Iterator[Document]:
+    """A document per line of a .jsonl."""
+    yield from _row_documents(_rows_of_lines(lines, on_bad_row), file, on_bad_row)
+
+
+def _row_documents(rows: Iterable[Row], file: File, on_bad_row: BadRow) -> Iterator[Document]:
+    for row in rows:
+        yield from document_of_row(row, path=path_of_row(row, file), source=file.path.stem, on_bad_row=on_bad_row)
+
+
+def path_of_row(row: Row, file: File) -> str:
+    """The path of a row's document where the row has none."""
+    return f"{file.name}:{row.place.rpartition(':')[2]}"
 
 
 def document_of_row(row: Row, *, path: str, source: str, on_bad_row: BadRow) -> Iterator[Document]:
-    """The document of a row, or none where it is set aside. Fields that are null count as absent.
+    """The document of a row, or none where it is set aside."""
+    found = described(row, path=path, source=source, on_bad_row=on_bad_row)
+    if found is not None:
+        yield make_document(**found._asdict())
+
+
+def described(row: Row, *, path: str, source: str, on_bad_row: BadRow) -> Described | None:
+    """What a row says of its document, or None where it is set aside. Fields that are null count as absent.
 
     The text is the field `text`, or, where there is none, `content`: WanJuan 1.0 has id and content, WanJuan-CC also
     title, language, date and scores. Rows of WanJuan's image-text part (img_list with content) are no text.
@@ -202,21 +241,21 @@ def document_of_row(row: Row, *, path: str, source: str, on_bad_row: BadRow) -> 
     if field == "content" and fields.get("img_list"):
         number = len(fields["img_list"])
         set_aside(f"{row.place}: not text: content interleaved with {number} images (img_list)", on_bad_row)
-        return
+        return None
     if not isinstance(text, str):
         kind, names = type(text).__name__, ", ".join(sorted(fields)) or "none"
         reason = f"field {field!r} is {kind}, wanted a string; the row has the fields {names}"
         set_aside(f"{row.place}: {reason}", on_bad_row)
-        return
+        return None
     given = {key: value for key in FIELDS if (value := fields.get(key)) is not None}
     for key, value in given.items():
         if not isinstance(value, str):
             set_aside(f"{row.place}: field {key!r} is {type(value).__name__}, wanted a string", on_bad_row)
-            return
+            return None
     meta = {key: value for key, value in fields.items() if key not in TAKEN and key != field}
     if "id" in fields:
         meta["original_id"] = fields["id"]
-    yield make_document(
+    return Described(
         text,
         source=given.get("source", source),
         path=given.get("path", path),
@@ -244,31 +283,47 @@ def parse_json(raw: bytes) -> Any:
         return json.loads(raw)
 
 
+def parse_line(raw: bytes) -> Any:
+    """`parse_json` of a line, which may begin with a byte order mark."""
+    return parse_json(raw.removeprefix(b"\xef\xbb\xbf"))
+
+
 def _json_rows(file: File, on_bad_row: BadRow, *, start: int = 0, stop: int = -1, first_line: int = 1) -> Iterator[Row]:
     """Of a .jsonl, bytes start:stop are read (stop -1: to the end)."""
     if uncompressed_suffix(file.path) == ".json":
         yield from _json_array(file, on_bad_row)
         return
-    with opened(file) as lines:
-        if start:
-            lines.seek(start)
-        for number, raw in _lines(lines, stop - start if stop >= 0 else None):
-            place = f"{file.path}:{first_line + number}"
-            if raw is None:
-                set_aside(f"{place}: a line of more than {MAX_ROW_BYTES} bytes; split it", on_bad_row)
-                continue
-            if not raw.strip():
-                continue
-            try:
-                value = parse_json(raw.removeprefix(b"\xef\xbb\xbf"))
-            except (ValueError, RecursionError) as error:
-                reason = f"not valid JSON ({error}); wanted one JSON object per line; the line begins {raw[:60]!r}"
-                set_aside(f"{place}: {reason}", on_bad_row)
-                continue
-            if isinstance(value, dict):
-                yield Row(place, value)
-            else:
-                set_aside(f"{place}: a JSON {type(value).__name__}; wanted one JSON object per line", on_bad_row)
+    with opened(file) as content:
+        lines = lines_of(file, content, on_bad_row, start=start, stop=stop, first_line=first_line)
+        yield from _rows_of_lines(lines, on_bad_row)
+
+
+def lines_of(
+    file: File, content: BinaryIO, on_bad_row: BadRow, *, start: int = 0, stop: int = -1, first_line: int = 1
+) -> Iterator[Line]:
+    """The lines in bytes start:stop of an opened file; those that are too long to be held are set aside."""
+    if start:
+        content.seek(start)
+    for number, raw in _lines(content, stop - start if stop >= 0 else None):
+        place = f"{file.path}:{first_line + number}"
+        if raw is None:
+            set_aside(f"{place}: a line of more than {MAX_ROW_BYTES} bytes; split it", on_bad_row)
+        elif not raw.isspace():
+            yield Line(place, raw)
+
+
+def _rows_of_lines(lines: Iterable[Line], on_bad_row: BadRow) -> Iterator[Row]:
+    for place, raw in lines:
+        try:
+            value = parse_line(raw)
+        except (ValueError, RecursionError) as error:
+            reason = f"not valid JSON ({error}); wanted one JSON object per line; the line begins {raw[:60]!r}"
+            set_aside(f"{place}: {reason}", on_bad_row)
+            continue
+        if isinstance(value, dict):
+            yield Row(place, value)
+        else:
+            set_aside(f"{place}: a JSON {type(value).__name__}; wanted one JSON object per line", on_bad_row)
 
 
 def _lines(file: BinaryIO, size: int | None) -> Iterator[tuple[int, bytes | None]]:

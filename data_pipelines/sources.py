@@ -20,11 +20,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import numpy as np
+import pyarrow as pa
+
 from data_pipelines import embedded, rows
 from data_pipelines.archives import ARCHIVE_SUFFIXES, DAMAGE, member_files
-from data_pipelines.chain import Unit
+from data_pipelines.chain import Sizes, Unit
 from data_pipelines.code_languages import DATA, UNKNOWN, language_of
 from data_pipelines.document import Document, fingerprint
+from data_pipelines.json_lines import row_batches
 from data_pipelines.licence import is_licence_file
 from data_pipelines.readers import (
     MANIFESTS,
@@ -264,17 +268,21 @@ def _cut_lines(file: File, size: int) -> Iterator[Slice]:
                 end = block.find(b"\n", max(start + size - at - 1, 0)) + 1
                 if end:
                     digest.update(memoryview(block)[:end])
-                    line += block.count(b"\n", 0, end)
+                    line += _num_lines(memoryview(block)[:end])
                     yield Slice(file, start, at + end, first, digest.hexdigest(), at + end - start)
                     start, first, digest = at + end, line, hashlib.sha256()
                     content.seek(start)
                     at = start
                     continue
             digest.update(block)
-            line += block.count(b"\n")
+            line += _num_lines(block)
             at += len(block)
     if at > start:
         yield Slice(file, start, at, first, digest.hexdigest(), at - start)
+
+
+def _num_lines(block: bytes | memoryview) -> int:
+    return int(np.count_nonzero(np.frombuffer(block, np.uint8) == ord("\n")))
 
 
 def _cut_row_groups(file: File, size: int, digest: str) -> Iterator[Slice]:
@@ -305,22 +313,31 @@ def groups(slices: Iterable[Slice], *, size: int) -> Iterator[list[Slice]]:
         yield waiting
 
 
-def unit(slices: Sequence[Slice]) -> Unit:
-    """The slices as a unit of a chain; numbers of lines and rows are those of the files."""
+def unit(slices: Sequence[Slice], *, sizes: Sizes = Sizes()) -> Unit:
+    """The slices as a unit of a chain; numbers of lines and rows are those of the files. sizes: of what is read at a
+    time.
+    """
     digest = hashlib.sha256()
     for piece in slices:
         path, name, repository, _ = piece.file
         about = f"{path}\0{name}\0{repository}\0{piece.first_line}\0{piece.digest}\n"
         digest.update(about.encode("utf-8", "replace"))
-    return Unit(digest.hexdigest(), functools.partial(_unit_documents, tuple(slices)))
+    return Unit(digest.hexdigest(), functools.partial(_unit_documents, tuple(slices), sizes))
 
 
-def _unit_documents(slices: Sequence[Slice], on_bad_row: BadRow) -> Iterator[Document]:
-    for piece in slices:
-        yield from _file(piece.file, on_bad_row=on_bad_row, start=piece.start, stop=piece.stop, first=piece.first_line)
+Rows = Callable[..., Iterator[Document | pa.RecordBatch]]
+"""What gives the documents of JSONL, one by one (`readers.row_documents`) or in batches (`json_lines.row_batches`)."""
 
 
-def _file(file: File, *, on_bad_row: BadRow, start: int = 0, stop: int = -1, first: int = 1) -> Iterator[Document]:
+def _unit_documents(slices: Sequence[Slice], sizes: Sizes, on_bad_row: BadRow) -> Iterator[Document | pa.RecordBatch]:
+    rows_of = functools.partial(row_batches, sizes=sizes)
+    for file, start, stop, first, *_ in slices:
+        yield from _file(file, on_bad_row=on_bad_row, start=start, stop=stop, first=first, rows_of=rows_of)
+
+
+def _file(
+    file: File, *, on_bad_row: BadRow, start: int = 0, stop: int = -1, first: int = 1, rows_of: Rows = row_documents
+) -> Iterator[Document | pa.RecordBatch]:
     """The documents of a slice of a file; a file that cannot be read at all is set aside as a whole."""
     try:
         if is_name(str(file.path)):
@@ -329,15 +346,17 @@ def _file(file: File, *, on_bad_row: BadRow, start: int = 0, stop: int = -1, fir
             for member in member_files(file, is_read=_may_be_read, on_bad_row=on_bad_row):
                 yield from _member(member, on_bad_row)
         else:
-            yield from _documents(file, on_bad_row, start, stop, first)
+            yield from _documents(file, on_bad_row, start, stop, first, rows_of)
     except (ValueError, OSError) as error:
         set_aside(_about(file, error), on_bad_row)
 
 
-def _documents(file: File, on_bad_row: BadRow, start: int, stop: int, first: int) -> Iterator[Document]:
+def _documents(
+    file: File, on_bad_row: BadRow, start: int, stop: int, first: int, rows_of: Rows = row_documents
+) -> Iterator[Document | pa.RecordBatch]:
     suffix = uncompressed_suffix(file.path)
     if suffix in ROW_SUFFIXES:
-        return row_documents(file, on_bad_row=on_bad_row, start=start, stop=stop, first_line=first)
+        return rows_of(file, on_bad_row=on_bad_row, start=start, stop=stop, first_line=first)
     if suffix == ".parquet":
         return parquet_documents(file, on_bad_row=on_bad_row, start=start, stop=stop, first_row=first)
     if suffix == ".arrow":

@@ -314,7 +314,7 @@ def run_files(
     work = folder.with_name(f".{folder.name}.work")
     with chain.locked(work):
         settings = chain.Settings(work.resolve(), sizes, strict, keep_dropped)
-        units = [sources.unit(group) for group in sources.groups(slices, size=sizes.unit_bytes)]
+        units = [sources.unit(group, sizes=sizes) for group in sources.groups(slices, size=sizes.unit_bytes)]
         found = chain.run(units, stages, settings, run_tasks, progress=progress)
         found.ledger.unreadable.update(file_of(message) for message in bad)
         (work / "set_aside.txt").write_text("".join(f"{message}\n" for message in bad), "utf-8", "replace")

@@ -1,9 +1,17 @@
-"""A row of JSON is what the standard library makes of it, its errors included."""
+"""A row of JSON is what the standard library makes of it, its errors included, one by one and in batches."""
 
+import io
 import json
 import random
+from pathlib import Path
 
-from data_pipelines.readers import parse_json
+import pyarrow as pa
+import pytest
+
+from data_pipelines import json_lines
+from data_pipelines.chain import Sizes, batches
+from data_pipelines.document import to_documents
+from data_pipelines.readers import File, parse_json, row_documents
 
 STRINGS = [
     '"text"', '"te\\u0078t"', '"x"', '"a \\" , { \\\\"', '"\\u4e2d\\ud83d\\ude00\\n"', '"\\ud800"', '"\\q"', '"\t"',
@@ -54,3 +62,45 @@ def test_every_line_is_read_as_the_standard_library_reads_it():
         b"[" * 9999,
     ):
         assert outcome(parse_json, broken) == outcome(json.loads, broken)
+
+
+BROKEN = [b'{"text": "\xff and more"}', b'{"text": "\xed\xa0\x80"}', b"[" * 9999]
+FINE = [
+    b'{"text": "one\\ntwo \\"three\\" \\u00e9\\ud83d\\ude00\\u4e2d\\u0041", "id": 3, '
+    b'"tags": {"text": ["text", {"text": "x"}]}}',
+    '{"path": "a/\\ud800.md", "source": "s", "text": "中文é😀, a\x7f", "licence": null}'.encode(),
+    b'\xef\xbb\xbf  { "content" :\t"", "language": "en", "date": "2020", "n": [1, 2.5, NaN]}\r',
+    b'{"a": "text", "text": "' + b"x" * 62 + b"\\n" + b"y" * 63 + b"\\\\" + b"z" * 200 + b'"}',
+    *(b'{"text": "' + b"a" * size + b'\\t' + b"b" * (64 - size) + b'"}' for size in range(65)),
+]  # fmt: skip
+
+
+def read(how, raw):
+    """The documents of the lines, and what was set aside; and how many came in batches."""
+    bad = []
+    file = File(Path("/nowhere/rows.jsonl"), "rows.jsonl", stream=io.BytesIO(raw))
+    found = list(how(file, on_bad_row=bad.append))
+    documents = [document for batch in batches(found, Sizes()) for document in to_documents(batch)]
+    return (repr(documents), bad), sum(each.num_rows for each in found if isinstance(each, pa.RecordBatch))
+
+
+def test_lines_in_batches_are_what_they_are_one_by_one():
+    for line in [*(line.encode("utf-8", "surrogatepass") for line in lines()), *BROKEN, *FINE]:
+        assert read(json_lines.row_batches, line)[0] == read(row_documents, line)[0], line
+    together = b"\n".join([*FINE, b"", b" \t", FINE[0]])
+    found, in_batches = read(json_lines.row_batches, together)
+    assert found == read(row_documents, together)[0] and in_batches == len(FINE) + 1, "no such line is left over"
+    for broken in BROKEN:
+        one_is_bad = b"\n".join([FINE[0], broken, FINE[1]])
+        (documents, bad), in_batches = read(json_lines.row_batches, one_is_bad)
+        assert (documents, bad) == read(row_documents, one_is_bad)[0] and in_batches == 0
+        assert b"\xed" in broken or bad[0].startswith("/nowhere/rows.jsonl:2: not valid JSON"), "half a pair is read"
+
+
+@pytest.mark.parametrize("sizes", [Sizes(batch_rows=7), Sizes(batch_bytes=300), Sizes()])
+def test_batches_that_are_read_are_cut_to_their_sizes(sizes):
+    (batch,) = json_lines.row_batches(File(Path("r.jsonl"), "r.jsonl", stream=io.BytesIO(b"\n".join(FINE * 3))))
+    found = list(batches([batch, *to_documents(batch)[:2], batch], sizes))
+    assert pa.concat_batches(found).equals(pa.concat_batches([batch, batch.slice(0, 2), batch]))
+    assert max(each.num_rows for each in found) <= sizes.batch_rows
+    assert sizes.batch_bytes > 300 or max(each.num_rows for each in found) < 9
