@@ -386,6 +386,15 @@ def pieces(
         yield whole.batches[number].select(list(columns)).take(pa.array(local))
 
 
+def runs(whole: Places, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
+    """The documents with these ascending numbers, each run of neighbours as a slice of its batch: nothing is copied."""
+    batch_of = np.searchsorted(whole.starts, rows, side="right") - 1
+    bounds = [0, *(1 + np.flatnonzero((np.diff(batch_of) != 0) | (np.diff(rows) != 1))).tolist(), len(rows)]
+    for start, stop in itertools.pairwise(bounds if len(rows) else []):
+        batch = whole.batches[batch_of[start]]
+        yield batch.slice(int(rows[start] - whole.starts[batch_of[start]]), stop - start)
+
+
 def fetch(whole: Places, rows: np.ndarray, *, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.RecordBatch:
     """The documents with these numbers, or some columns of them, in that order; only their batches are touched."""
     order = np.argsort(rows, kind="stable")

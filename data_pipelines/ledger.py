@@ -107,15 +107,23 @@ def enter(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome) 
             dropped[outcome.reasons[row]] += 1
             dropped_bytes[outcome.reasons[row]] += row_bytes[row]
             bytes_kept -= bytes_after[row]
-        ledger.dropped.append(_fates(ledger, stage, before, outcome, gone))
+        ledger.dropped.append(_fates(ledger, stage, before, outcome, gone, row_bytes))
     num_kept = rows - len(gone)
     count = StageCount(stage, rows, num_text_bytes(before), num_kept, bytes_kept, dict(dropped), dict(dropped_bytes))
     ledger.stages[stage] = add(ledger.stages.get(stage, StageCount(stage)), count)
 
 
-def _fates(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome, gone: Sequence[int]) -> pa.RecordBatch:
-    rows = before.take(pa.array(gone, pa.int64()))
-    text = rows.column("text") if ledger.keeps_text else pa.nulls(len(gone), pa.large_string())
+def _fates(
+    ledger: Ledger,
+    stage: str,
+    before: pa.RecordBatch,
+    outcome: Outcome,
+    gone: Sequence[int],
+    row_bytes: Sequence[int],
+) -> pa.RecordBatch:
+    texts = ["text"] if ledger.keeps_text else []
+    rows = before.select(["id", "path", "source", "domain", "language", *texts]).take(pa.array(gone, pa.int64()))
+    text = rows.column("text") if texts else pa.nulls(len(gone), pa.large_string())
     columns = [
         rows.column("id"),
         rows.column("path"),
@@ -123,7 +131,7 @@ def _fates(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome,
         pa.array([outcome.reasons[row] for row in gone], pa.string()),
         pa.array([outcome.details[row] or "" for row in gone], pa.string()),
         *(rows.column(name) for name in ("source", "domain", "language")),
-        pa.array(sizes(rows), pa.int64()),
+        pa.array([row_bytes[row] for row in gone], pa.int64()),
         text,
     ]
     return pa.record_batch([column.cast(kind.type) for column, kind in zip(columns, FATES)], schema=FATES)
@@ -355,7 +363,8 @@ def regroup(
 
 
 def _one(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> pa.RecordBatch:
-    return pa.concat_batches([batch for batch in batches if batch.num_rows])
+    some = [batch for batch in batches if batch.num_rows]
+    return some[0] if len(some) == 1 else pa.concat_batches(some)
 
 
 def dropped_by_reason(ledger: Ledger) -> dict[str, int]:

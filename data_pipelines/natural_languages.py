@@ -58,11 +58,14 @@ class Languages(NamedTuple):
 def identify_languages(batch: pa.RecordBatch) -> Outcome:
     """The stage that enters the language of every row that has none and is not code; nothing is dropped."""
     languages, domains = batch.column("language").to_pylist(), batch.column("domain").to_pylist()
+    import pyarrow.compute as pc
+
     data, offsets = text_buffer(batch)
     content, bounds, mixed = memoryview(data), offsets.tolist(), {}
+    is_ascii = pc.string_is_ascii(batch.column("text")).to_pylist()
     for row, (language, domain) in enumerate(zip(languages, domains, strict=True)):
         if language == UNKNOWN and domain != "code":
-            found = _found(bytes(content[bounds[row] : bounds[row + 1]]))
+            found = _found(content[bounds[row] : bounds[row + 1]], is_ascii[row])
             languages[row] = found.language
             if found.is_mixed:
                 mixed[row] = found.shares
@@ -96,23 +99,23 @@ def languages_of(raw: bytes) -> Languages:
     return Languages(max(shares, key=lambda code: (shares[code], code)), shares)
 
 
-def _found(text: bytes) -> Languages:
+def _found(text: memoryview, is_ascii: bool) -> Languages:
     """The languages of a text, by a sample of it."""
-    if len(text) > FIRST_LOOK.num_bytes and text.isascii():
+    if len(text) > FIRST_LOOK.num_bytes and is_ascii:
         found = languages_of(_sample(text, FIRST_LOOK))
         if len(found.shares) == 1:
             return found
     return languages_of(_sample(text, SAMPLE))
 
 
-def _sample(text: bytes, pieces: Pieces) -> bytes:
+def _sample(text: memoryview, pieces: Pieces) -> bytes:
     """The text, or pieces of a long one, cut between characters."""
     if len(text) <= pieces.num_bytes:
-        return text
+        return bytes(text)
     size = pieces.num_bytes // pieces.number
     gap = len(text) - size
     firsts = [gap * piece // (pieces.number - 1) for piece in range(pieces.number)]
-    taken = [text[first : first + size] for first in firsts]
+    taken = [bytes(text[first : first + size]) for first in firsts]
     together = b"\n".join(taken)
     if together.isascii():
         return together

@@ -64,8 +64,8 @@ def write_folder(
     with new_folder(folder, overwrite=True, marker="ledger.json") as new:
         (new / "documents").mkdir()
         whole, order = dependency_rows(found.shards)
-        batches = counted(_in_order(whole, order), found.ledger.stayed)
-        for number, of_file in enumerate(_files(regroup(batches, SCHEMA))):
+        groups = counted(regroup(_in_order(whole, order), SCHEMA), found.ledger.stayed)
+        for number, of_file in enumerate(_files(groups)):
             counts: list[int] = []
             counting = (counts.append(group.num_rows) or group for group in of_file)
             write_parquet(counting, new / "documents" / f"{number:05d}.parquet", SCHEMA)
@@ -83,11 +83,11 @@ def write_folder(
 
 
 def _in_order(whole: chain.Places, order: np.ndarray) -> Iterator[pa.RecordBatch]:
-    """The documents with these numbers, in that order; where it is that of the input they are copied once less."""
+    """The documents with these numbers, in that order; where it is that of the input they are not copied."""
     for start in range(0, len(order), 1024):
         rows = order[start : start + 1024]
         if (np.diff(rows) > 0).all():
-            yield from chain.pieces(whole, rows)
+            yield from chain.runs(whole, rows)
         else:
             yield chain.fetch(whole, rows)
 
