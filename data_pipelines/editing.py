@@ -16,22 +16,14 @@ from data_pipelines.blocks import (
     compiled,
     eight_at,
     inlined,
-    load64,
     lowest,
     num_ones,
-    store64,
+    put_piece,
     trailing_zeros,
 )
 from data_pipelines.kernels import MIX, MIX_AGAIN, mixed
 
 COPY, DROP, HARD = 0, 1, 2
-
-
-@inlined
-def _is_visible(word):
-    """Whether all eight bytes are ASCII and no control characters."""
-    delete = word ^ (ONES * np.uint64(127))
-    return ((word | (word - ONES * np.uint64(32)) | (delete - ONES)) & HIGHS) == 0
 
 
 @inlined
@@ -95,22 +87,27 @@ def _without_trailing(out, start, stop):
 
 @compiled
 def normalise(data, offsets, out, out_offsets, hard):
-    """`rules.normalise_text`; `out` must hold all bytes and one more per document."""
-    filled = np.int64(0)
+    """`rules.normalise_text`; `out` must hold all bytes, one more per document, and 64."""
+    tail = np.zeros(TAIL_BYTES, np.uint8)
+    filled, block_start, block, stops = np.int64(0), np.int64(0), np.int64(0), np.uint64(0)
     out_offsets[0] = 0
     for document in range(offsets.shape[0] - 1):
         at, end = offsets[document], offsets[document + 1]
         first = line = filled
         newlines = 0
         hard[document] = False
+        block_start = at - 64
         while at < end:
-            if at + 8 <= end:
-                word = load64(data, at)
-                if _is_visible(word):
-                    store64(out, filled, word)
-                    filled += 8
-                    at += 8
-                    continue
+            if at >= block_start + 64:
+                block, block_start = block_at(data, at, tail), at
+                stops = between(block, 0, 8) | between(block, 10, 31) | between(block, 127, 255)
+            known = at - block_start
+            size = min(trailing_zeros(stops & ~lowest(known)) - known, end - at)
+            put_piece(out, filled, block + known, size)
+            filled += size
+            at += size
+            if at >= end or at >= block_start + 64:
+                continue
             byte = data[at]
             if byte >= 0x80:
                 what = _settled(data, at, end)
@@ -147,6 +144,7 @@ def normalise(data, offsets, out, out_offsets, hard):
             out[filled] = 10
             filled += 1
         out_offsets[document + 1] = filled
+    tail[0] = 0  # it is in use up to here
 
 
 @inlined

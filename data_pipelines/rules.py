@@ -299,7 +299,7 @@ class Edited(NamedTuple):
 
 def _compiled_edit(batch: pa.RecordBatch, kernel: Callable[..., None], *arguments: np.ndarray) -> Edited:
     data, offsets = text_buffer(batch)
-    out = np.empty(int(offsets[-1] - offsets[0]) + batch.num_rows + 1, np.uint8)
+    out = np.empty(int(offsets[-1] - offsets[0]) + batch.num_rows + 64, np.uint8)
     edited = Edited(out, np.zeros(batch.num_rows + 1, np.int64), np.zeros(batch.num_rows, bool))
     kernel(data, offsets, *arguments, *edited)
     return edited

@@ -4,20 +4,18 @@ import numpy as np
 
 from data_pipelines import kernels
 from data_pipelines.blocks import (
-    HIGHS,
-    ONES,
     TAIL_BYTES,
     address_of,
     between,
     block_at,
     compiled,
+    eight_at,
     inlined,
-    load64,
     lowest,
     num_ones,
     trailing_zeros,
 )
-from data_pipelines.kernels import hash_bytes
+from data_pipelines.kernels import MIX, MIX_AGAIN, mixed
 
 _combine, _enter, _kind, _width = kernels._combine, kernels._enter, kernels._kind, kernels._width
 
@@ -161,29 +159,37 @@ def _count_characters(data, begin, end, tail, row):
 
 
 @inlined
-def _num_continued(word):
-    """How many of eight bytes continue a character."""
-    return np.int64((((word & ~(word << np.uint64(1)) & HIGHS) >> np.uint64(7)) * ONES) >> np.uint64(56))
+def _line(data, at, end, tail):
+    """(place of its first byte that is no white space or control character, or where it ends; place of the newline that
+    ends it, or the end; characters before that): of the line from `at` on.
+    """
+    first, characters = end, 0
+    while at < end:
+        block = block_at(data, at, tail)
+        size = min(trailing_zeros(between(block, 10, 10)), end - at)
+        inside = lowest(size)
+        shown = between(block, 33, 255) & inside
+        if first == end and shown != 0:
+            first = at + trailing_zeros(shown)
+        characters += size - num_ones(between(block, 0x80, 0xBF) & inside)
+        at += size
+        if size < 64:
+            break
+    return min(first, at), at, characters
 
 
 @inlined
-def _end_of_line(data, at, end):
-    """(place of the next newline or the end, characters before it)."""
-    characters = 0
-    while at + 8 <= end:
-        word = load64(data, at)
-        other = word ^ (ONES * np.uint64(10))
-        newlines = (other - ONES) & ~other & HIGHS
-        if newlines != 0:
-            size = trailing_zeros(newlines) >> 3
-            before = word & ((np.uint64(1) << np.uint64(8 * size)) - np.uint64(1))
-            return at + size, characters + size - _num_continued(before)
-        characters += 8 - _num_continued(word)
-        at += 8
-    while at < end and data[at] != 10:
-        characters += (data[at] & 0xC0) != 0x80
-        at += 1
-    return at, characters
+def _line_hash(address, size):
+    """Hash of so many bytes, one at least. Up to eight bytes that differ have different hashes; the parts of a longer
+    line are mixed beside one another. Eight bytes must be readable.
+    """
+    if size <= 8:
+        return mixed(eight_at(address) & lowest(8 * size))
+    value, salt = np.uint64(size) * np.uint64(MIX), np.uint64(0)
+    for at in range(0, size - 8, 8):
+        salt += np.uint64(MIX_AGAIN)
+        value += mixed(eight_at(address + at) ^ salt)
+    return mixed(value ^ mixed(eight_at(address + size - 8)))
 
 
 @inlined
@@ -195,13 +201,9 @@ def _count_lines(data, at, end, table, tail, row):
     paragraphs, repeated_paragraphs, repeated_lines, repeated_bytes, line_bytes = 0, 0, 0, 0, 0
     paragraph = np.uint64(0)
     while at < end:
-        start = at
-        at, characters = _end_of_line(data, start, end)
-        stop = at
-        at += 1
+        start, stop, characters = _line(data, at, end, tail)
+        at = stop + 1
         row[LONGEST_LINE] = max(row[LONGEST_LINE], characters)
-        while start < stop and data[start] <= 32:
-            start += 1
         while stop > start and data[stop - 1] <= 32:
             stop -= 1
         if start < stop:
@@ -209,7 +211,7 @@ def _count_lines(data, at, end, table, tail, row):
             while last > start and (data[last] & 0xC0) == 0x80:
                 last -= 1
             place = block_at(data, start, tail) if stop - start <= 8 else address_of(data, start)
-            value = hash_bytes(place, stop - start, np.uint64(0))
+            value = _line_hash(place, stop - start)
             seen = _enter(table[:size], value)
             repeated_lines += seen
             repeated_bytes += seen * (stop - start)
