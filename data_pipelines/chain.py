@@ -3,14 +3,15 @@
 The corpus is cut into units (64 MiB of input). A task takes one unit through all batch stages up to the next corpus
 stage, a batch at a time, and writes a part: an Arrow file of documents, the sketches that the corpus stage decides
 from, the documents that were dropped, and a ledger. The corpus stage resolves the sketches of all parts to one
-decision, and the next tasks begin by leaving out what it drops and entering what it changes.
+decision, and the next tasks begin by leaving out what it drops and entering what it changes. Corpus stages that follow
+one another are sketched together, while the batch is at hand.
 
 A part lies in a folder named by the digest of its input and of the stages, and appears by one rename: what a killed run
 has finished is taken over, and nothing is counted twice. Nothing in the result depends on how the corpus was cut, on
 the executor or on the number of its workers.
 
     parts/DIGEST/documents.arrow   documents after the batch stages (absent where nothing changed them)
-                 sketch.arrow      where a corpus stage follows
+                 N.sketch.arrow    for the corpus stage that follows (0) and those directly after it (1, 2 ...)
                  dropped.arrow     `ledger.FATES`
                  measures.arrow    `measures.MEASURES`: what stages measured of a sample
                  set_aside.txt     rows that could not be read, one message per line
@@ -50,6 +51,7 @@ from data_pipelines.ledger import (
     record,
 )
 from data_pipelines.measures import MEASURES, count_in
+from data_pipelines.words import forget
 from internjax.hf.folder import sync_tree
 
 
@@ -87,21 +89,24 @@ class Settings(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A unit or shard to take through batch stages. decided: the corpus stage that the newest decision is of."""
+    """A unit or shard to take through batch stages. decided: the corpus stage that the newest decision is of.
+    sketched: the part that holds the sketches for the corpus stages as N + 1, of documents before that decision.
+    """
 
     key: str
     given: Unit | Shard
     decided: str | None
     stages: tuple[Stage, ...]
-    corpus: Stage | None
+    corpora: tuple[Stage, ...]
+    sketched: Path | None
     settings: Settings
 
 
 class Segment(NamedTuple):
-    """Batch stages, and the corpus stage that ends them."""
+    """Batch stages, and the corpus stages that follow them: the first one ends the segment."""
 
     stages: tuple[Stage, ...]
-    corpus: Stage | None
+    corpora: tuple[Stage, ...]
 
 
 class Run(NamedTuple):
@@ -113,20 +118,21 @@ class Run(NamedTuple):
 
 
 def segments(stages: Sequence[Stage]) -> list[Segment]:
-    """The stages cut after every corpus stage; the last segment has none."""
+    """The stages cut after every corpus stage. After the last of these comes a segment that has none."""
     names = Counter(stage.name for stage in stages)
     if twice := [name for name, count in names.items() if count > 1]:
         raise ValueError(f"stage {twice[0]!r} stands twice in the chain; give each stage a name of its own")
     found, waiting = [], []
-    for stage in stages:
+    for number, stage in enumerate(stages):
         if stage.scope == "batch":
             waiting.append(stage)
             continue
         if not isinstance(stage.apply, Corpus):
             raise ValueError(f"stage {stage.name!r} has scope corpus and is no Corpus; give Corpus(sketch, resolve)")
-        found.append(Segment(tuple(waiting), stage))
+        together = itertools.takewhile(lambda stage: stage.scope == "corpus", stages[number:])
+        found.append(Segment(tuple(waiting), tuple(together)))
         waiting = []
-    return [*found, Segment(tuple(waiting), None)]
+    return [*found, Segment(tuple(waiting), ())]
 
 
 def run(
@@ -148,17 +154,19 @@ def run(
     ledger, set_aside = Ledger(keeps_text=settings.keep_dropped), []
     given: list[Unit | Shard] = list(units)
     keys = [unit.digest for unit in units]
-    decided = None
+    decided, parts = None, []
     for segment in segments(stages):
-        of_stages = digest([stage_digest(stage) for stage in (*segment.stages, *filter(None, [segment.corpus]))])
+        of_stages = digest([stage_digest(stage) for stage in (*segment.stages, *segment.corpora)])
         marks = f"{settings.keep_dropped}{settings.strict}"
         keys = [digest(["part", key, decided or "", of_stages, marks]) for key in keys]
+        sketched = parts if decided and segment.corpora and not segment.stages else [None] * len(given)
         tasks = [
-            Task(key, each, decided, segment.stages, segment.corpus, settings)
-            for key, each in zip(keys, given, strict=True)
+            Task(key, each, decided, segment.stages, segment.corpora, part, settings)
+            for key, each, part in zip(keys, given, sketched, strict=True)
         ]
+        corpus = segment.corpora[0] if segment.corpora else None
         label = ", ".join(stage.name for stage in segment.stages) or f"without {decided}"
-        label = f"{label} | {segment.corpus.name}" if segment.corpus else label
+        label = f"{label} | {corpus.name}" if corpus else label
         progress(label, 0, len(tasks))
         for done, _ in enumerate(run_tasks(run_task, tasks), 1):
             progress(label, done, len(tasks))
@@ -168,9 +176,9 @@ def run(
         set_aside += [part / "set_aside.txt" for part in parts]
         given = [_shard(part, each) for part, each in zip(parts, given, strict=True)]
         decided = None
-        if segment.corpus:
-            decided = segment.corpus.name
-            place, report = _decide(segment.corpus, parts, given, keys, settings)
+        if corpus:
+            decided = corpus.name
+            place, report = _decide(corpus, parts, given, keys, settings)
             ledger.reports[decided] = report
             given = [
                 shard._replace(decisions=(*shard.decisions, place / f"{number}.arrow"))
@@ -194,14 +202,17 @@ def run_task(task: Task) -> str:
     names = [*filter(None, [task.decided]), *(stage.name for stage in task.stages)]
     ledger.stages.update({name: StageCount(name) for name in names})
     writes = isinstance(task.given, Unit) or bool(task.stages) or _changes_of(task.given) is not None
-    sketch = task.corpus.apply.sketch if task.corpus else None
+    sketched = None if writes else task.sketched
     num_rows = 0
     with contextlib.ExitStack() as files:
         documents = _Writer(files, new / "documents.arrow", SCHEMA) if writes else None
         dropped = _Writer(files, new / "dropped.arrow", FATES)
-        sketches = _Writer(files, new / "sketch.arrow", None) if sketch else None
+        sketches = [
+            (stage.apply.sketch, _Writer(files, _sketch_of(new, number), None))
+            for number, stage in enumerate(task.corpora)
+        ]
         set_aside = files.enter_context((new / "set_aside.txt").open("w", encoding="utf-8"))
-        looks = writes or bool(task.stages) or sketch is not None
+        looks = writes or bool(task.stages) or bool(task.corpora) and sketched is None
         for rows, batch in _input(task, ledger, set_aside, looks=looks):
             for stage in task.stages:
                 batch = record(ledger, stage.name, batch, stage.apply(batch))
@@ -212,10 +223,14 @@ def run_task(task: Task) -> str:
                 documents.write(batch)
                 rows = np.arange(num_rows, num_rows + batch.num_rows)
                 num_rows += batch.num_rows
-            if sketches:
-                sketches.write(_numbered(sketch(batch), rows))
-        if sketches and sketches.writer is None:
-            sketches.write(sketch(to_batch([])))
+            for sketch, sketches_of in sketches if sketched is None else ():
+                sketches_of.write(_numbered(sketch(batch), rows))
+        for number, (sketch, sketches_of) in enumerate(sketches):
+            for made in _left(_sketch_of(sketched, number + 1), task.given) if sketched else ():
+                sketches_of.write(made)
+            if sketches_of.writer is None:
+                sketches_of.write(sketch(to_batch([])))
+    forget()
     with pa.ipc.new_file(str(new / "measures.arrow"), MEASURES) as writer:
         for rows in part_samples(ledger):
             writer.write_batch(rows)
@@ -253,6 +268,17 @@ class _Writer:
         self.writer = self.writer or self._open(batch.schema)
         if batch.num_rows:
             self.writer.write_batch(batch)
+
+
+def _sketch_of(part: Path, number: int) -> Path:
+    return part / f"{number}.sketch.arrow"
+
+
+def _left(path: Path, shard: Shard) -> Iterator[pa.RecordBatch]:
+    """Of a shard's sketches what its newest decision leaves."""
+    gone = rows_gone(shard.decisions[-1:])
+    for batch in file_batches(path):
+        yield batch.filter(pa.array(~np.isin(batch.column("row").to_numpy(), gone)))
 
 
 def _numbered(sketch: pa.RecordBatch, rows: np.ndarray) -> pa.RecordBatch:
@@ -423,7 +449,7 @@ def _decide(
                 batch.schema.get_field_index("row"), "row", pa.array(batch.column("row").to_numpy() + first, pa.int64())
             )
             for part, first in zip(parts, firsts)
-            for batch in file_batches(part / "sketch.arrow")
+            for batch in file_batches(_sketch_of(part, 0))
         ]
         new = Path(tempfile.mkdtemp(dir=settings.work / "new"))
         (new / "scratch").mkdir()

@@ -25,7 +25,7 @@ from data_pipelines.document import SCHEMA, Document, Outcome, make_document, te
 from data_pipelines.executors import shown_progress
 from data_pipelines.ngrams import find_ngrams, ngram_hashes, span_bytes
 from data_pipelines.readers import json_rows
-from data_pipelines.rules import Words, find_words
+from data_pipelines.words import Words, find_words
 
 
 @dataclass(frozen=True)

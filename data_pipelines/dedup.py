@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipelines.document import Corpus, Decision, Fetch, text_buffer
-from data_pipelines.rules import Words, edit, find_words, plain_rows, power_of_two
+from data_pipelines.rules import edit, plain_rows, power_of_two
+from data_pipelines.words import Words, find_words
 
 NUM_HASHES = 128
 SHINGLE_WORDS = 5

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from data_pipelines.document import Document, Outcome, num_text_bytes, text_buffer
 from data_pipelines.measures import MEASURES, Bound, Profile, Sample, add_profile, add_sample, bounded, measure, settled
+from data_pipelines.words import follow
 from internjax.hf.folder import sync_tree
 
 FORMAT = 1
@@ -82,9 +84,12 @@ def sizes(batch: pa.RecordBatch) -> list[int]:
 def record(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome) -> pa.RecordBatch:
     """The rows that stay; the others are entered with their reason. Fails if the stage lost or invented rows."""
     enter(ledger, stage, before, outcome)
-    if all(reason is None for reason in outcome.reasons):
+    stays = np.array([reason is None for reason in outcome.reasons], bool)
+    if stays.all():
         return outcome.batch
-    return outcome.batch.filter(pa.array([reason is None for reason in outcome.reasons], pa.bool_()))
+    kept = outcome.batch.filter(pa.array(stays))
+    follow(outcome.batch, np.flatnonzero(stays), kept)
+    return kept
 
 
 def enter(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from data_pipelines import kernels
 from data_pipelines.blocks import compiled
-from data_pipelines.rules import Words
+from data_pipelines.words import Words
 
 FACTOR = 0x9E3779B97F4A7C15
 _kind, _width = kernels._kind, kernels._width

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from data_pipelines.document import Check, Outcome, text_buffer, with_text
 from data_pipelines.outline import outline
+from data_pipelines.words import Words, find_words
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 MARKS_OF_GENERATED_CODE = re.compile(
@@ -103,27 +104,6 @@ REFERENCE = TextRules(
     min_letters=0.3, max_punctuation=0.5, max_hashes_per_word=0.3, allow_braces=True,
 )  # fmt: skip
 """Documentation: short entries, signatures, tables and code between the sentences are what it is made of."""
-
-
-class Words(NamedTuple):
-    """Hash, bytes and flags of every word of a batch; those of row d lie at starts[d]:starts[d + 1]."""
-
-    hashes: np.ndarray
-    lengths: np.ndarray
-    flags: np.ndarray
-    starts: np.ndarray
-
-
-def find_words(batch: pa.RecordBatch) -> Words:
-    """Returns the words of every row, as `kernels.words` defines a word."""
-    from data_pipelines import kernels
-
-    data, offsets = text_buffer(batch)
-    size = 2 * int(offsets[-1] - offsets[0]) // 3 + 2
-    hashes, lengths, flags = np.empty(size, np.uint64), np.empty(size, np.int32), np.empty(size, np.uint8)
-    starts = np.zeros(len(offsets), np.int64)
-    found = kernels.words(data, offsets, hashes, lengths, flags, starts)
-    return Words(hashes[:found], lengths[:found], flags[:found], starts)
 
 
 def judge(batch: pa.RecordBatch, checks: Iterable[Check]) -> Outcome:

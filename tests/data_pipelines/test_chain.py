@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,8 +16,8 @@ import pytest
 from data_pipelines import chain, dedup, executors, readers, sources, wanjuan
 from data_pipelines.chain import Sizes
 from data_pipelines.digests import stage_digest
-from data_pipelines.document import Outcome, Stage
-from data_pipelines.ledger import explain_run
+from data_pipelines.document import Corpus, Decision, Outcome, Stage, make_document
+from data_pipelines.ledger import Ledger, explain_run
 from tests.data_pipelines.small_chain import SIZES, contents, run, stages, write_corpus
 from tests.data_pipelines.test_archives import tar_bytes, zip_bytes
 from tests.data_pipelines.test_web_pages import page, response
@@ -279,3 +281,41 @@ def test_a_digest_follows_settings_and_code_and_refuses_what_it_cannot_tell():
         chain.segments([stage(1), stage(2)])
     with pytest.raises(ValueError, match="scope corpus and is no Corpus"):
         chain.segments([stage(1)._replace(scope="corpus")])
+
+
+def test_corpus_stages_that_follow_one_another_are_sketched_together(tmp_path):
+    """Once, of what comes in; anew only where a decision between them changes documents."""
+    documents = [make_document(f"text {number}", source="s", path=str(number)) for number in range(6)]
+
+    def run(changes):
+        seen, decided = {"one": [], "other": []}, {}
+
+        def sketch(name, batch):
+            seen[name].append(batch.column("language").to_pylist())
+            return pa.record_batch({"row": pa.array(range(batch.num_rows), pa.int64()), "path": batch.column("path")})
+
+        def resolve(name, sketches, fetch, scratch):
+            paths = [path for batch in sketches for path in batch.column("path").to_pylist()]
+            rows = [row for batch in sketches for row in batch.column("row").to_pylist()]
+            decided[name] = paths
+            assert fetch(np.array(rows)).column("path").to_pylist() == paths
+            gone = {"one": ["1"], "other": ["4"]}[name]
+            changed = pa.record_batch({"row": [3], "language": ["xx"]}) if changes and name == "one" else None
+            places = [row for row, path in zip(rows, paths, strict=True) if path in gone]
+            return Decision(np.array(places), ["gone"] * len(places), [""] * len(places), changes=changed)
+
+        stages = [
+            Stage(name, "corpus", Corpus(partial(sketch, name), partial(resolve, name))) for name in ("one", "other")
+        ]
+        ledger = Ledger()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("data_pipelines.chain.stage_digest", lambda stage: stage.name)
+            kept = wanjuan.run_chain(documents, stages, ledger, sizes=Sizes(unit_bytes=15, batch_rows=2))
+        return seen, decided, [document.path for document in kept]
+
+    seen, decided, kept = run(changes=False)
+    assert seen["one"] == seen["other"] and sum(map(len, seen["other"])) == 6
+    assert decided == {"one": list("012345"), "other": list("02345")} and kept == list("0235")
+    seen, again, kept = run(changes=True)
+    assert again == decided and kept == list("0235")
+    assert "xx" in sum(seen["other"], []) and "xx" not in sum(seen["one"], [])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_pipelines import blocks, kernels, rules, text_counts
+from data_pipelines import blocks, kernels, rules, text_counts, words
 from data_pipelines.dedup import plain_text
 from data_pipelines.document import make_document, text_buffer, to_batch, with_text
 
@@ -116,6 +116,27 @@ def test_words_equal_a_regular_expression(texts):
     lowered = [re.sub("[A-Z]", lambda m: m.group().lower(), word) for row in found for word in row]
     assert words.hashes.tolist() == [plain_hash(word) for word in lowered]
     assert words.lengths.tolist() == [len(word.encode()) for word in lowered]
+
+
+def test_words_are_found_once_and_those_of_rows_are_the_ones_of_their_texts(monkeypatch):
+    words.forget()
+    searched = []
+    monkeypatch.setattr(words, "_found", lambda batch, found=words._found: searched.append(batch) or found(batch))
+    before = batch_of("a b c", "", "中文 d", "e_f 1", "g")
+    rows = np.array([0, 2, 3])
+    after = before.filter(pa.array([True, False, True, True, False]))
+    wanted = [words._found(batch) for batch in (before, after, after.slice(1))]
+    searched.clear()
+    first = rules.find_words(before)
+    words.follow(before, rows, after)
+    words.follow(after, np.array([1, 2]), after.slice(1))
+    again = rules.find_words(after.slice(1))
+    assert len(searched) == 1 and searched[0] is before
+    for found, known in ((first, wanted[0]), (again, wanted[2])):
+        assert all(np.array_equal(one, other) for one, other in zip(found, known, strict=True))
+    words.follow(before, rows, after)  # of words that are no longer known
+    found = rules.find_words(after)
+    assert len(searched) == 2 and all(np.array_equal(one, other) for one, other in zip(found, wanted[1], strict=True))
 
 
 def test_words_and_lines_that_differ_in_the_upper_bytes_alone_have_different_hashes():
