@@ -169,12 +169,28 @@ def test_a_corpus_of_ten_times_the_memory_passes(tmp_path):
 
 
 @pytest.mark.slow
+def two_ray_nodes():
+    """A cluster of two nodes. Ray waits half a minute for each to start, which can be little on a busy machine."""
+    from ray.cluster_utils import Cluster
+
+    small = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    for is_last in (False, False, True):
+        cluster = Cluster()
+        try:
+            cluster.add_node(**small, include_dashboard=False)
+            cluster.add_node(**small)
+            return cluster
+        except Exception:  # what Ray raises has no kind of its own
+            cluster.shutdown()
+            if is_last:
+                raise
+
+
 def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes_though_a_worker_is_killed(expected, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "240")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    from ray.cluster_utils import Cluster
 
     def refused(**how):
         raise ConnectionError("nobody answers")
@@ -183,10 +199,8 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes_though_a_worker_is_kill
         patch.setattr("ray.init", refused)
         with executors.ray("a:1"):
             pass
-    small = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=small)
+    cluster = two_ray_nodes()
     try:
-        cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
         write_corpus(tmp_path / "in.jsonl")
         (tmp_path / "kill").touch()
         with executors.ray(cluster.address) as run_tasks:
