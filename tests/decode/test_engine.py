@@ -22,25 +22,11 @@ from internjax.decode.sample import Allowed, Limits, SamplingParams, stack
 from internjax.decode.score import logprobs
 from internjax.decode.speculate import DraftModel, PromptLookup, look_up
 from internjax.model import decoder, rope
-from internjax.model.config import DynamicNTK, ModelConfig
+from internjax.model.config import DynamicNTK
 from internjax.model.lora import LoraConfig, apply_config, init_lora
 from tests.decode import numpy_sampling
-from tests.weights import random_params
+from tests.decode.small import CONFIG, PARAMS
 
-CONFIG = ModelConfig(
-    vocab_size=64,
-    d_model=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    ffn_dim=48,
-    max_position_embeddings=64,
-    rope_theta=10_000.0,
-    initializer_range=0.2,
-    dtype="float32",
-)
-PARAMS = random_params(CONFIG, seed=1)
 # The longest context is 16 tokens: what is longer has frequencies of its own.
 SCALED = dataclasses.replace(CONFIG, max_position_embeddings=16, rope_scaling=DynamicNTK(2.0))
 _LOGPROBS = jax.jit(logprobs, static_argnames="config")

@@ -28,25 +28,11 @@ from internjax.decode.sample import make_sampling
 from internjax.decode.score import logprobs
 from internjax.model import decoder, rope
 from internjax.model.cache import dense_cache, paged_cache
-from internjax.model.config import DynamicNTK, ModelConfig
+from internjax.model.config import DynamicNTK
 from internjax.model.lora import LoraConfig, apply_config, init_lora
 from internjax.model.quantize import quantize_params
-from tests.weights import random_params
+from tests.decode.small import CONFIG, PARAMS
 
-CONFIG = ModelConfig(
-    vocab_size=64,
-    d_model=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    ffn_dim=48,
-    max_position_embeddings=64,
-    rope_theta=10_000.0,
-    initializer_range=0.2,
-    dtype="float32",
-)
-PARAMS = random_params(CONFIG, seed=1)
 LENGTHS = np.array([5, 1, 9, 3], np.int32)
 # Padding holds real-looking tokens: whatever stands there must not matter.
 PROMPTS = np.random.default_rng(0).integers(0, 64, (4, 9)).astype(np.int32)

@@ -15,24 +15,9 @@ from internjax.decode.request import Request
 from internjax.decode.router import Router, _pages
 from internjax.decode.sample import SamplingParams
 from internjax.model import decoder
-from internjax.model.config import ModelConfig
 from internjax.model.lora import LoraConfig, apply_config, init_lora
-from tests.weights import random_params
+from tests.decode.small import CONFIG, PARAMS
 
-CONFIG = ModelConfig(
-    vocab_size=64,
-    d_model=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    ffn_dim=48,
-    max_position_embeddings=64,
-    rope_theta=10_000.0,
-    initializer_range=0.2,
-    dtype="float32",
-)
-PARAMS = random_params(CONFIG, seed=1)
 GREEDY = SamplingParams(temperature=0.0)
 DRAWN = SamplingParams(temperature=0.9, top_k=30, top_p=0.95, seed=7)
 SIZES = {"max_context": 64, "num_slots": 2, "page_size": 4, "prefill_chunk": 16}
