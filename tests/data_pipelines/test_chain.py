@@ -168,7 +168,6 @@ def test_a_corpus_of_ten_times_the_memory_passes(tmp_path):
     assert times >= 10 and kept == 1567
 
 
-@pytest.mark.slow
 def two_ray_nodes():
     """A cluster of two nodes. Ray waits half a minute for each to start, which can be little on a busy machine."""
     from ray.cluster_utils import Cluster
@@ -186,6 +185,7 @@ def two_ray_nodes():
                 raise
 
 
+@pytest.mark.slow
 def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes_though_a_worker_is_killed(expected, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")

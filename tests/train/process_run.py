@@ -1,6 +1,7 @@
 """One process of a training run on 8 devices: the program that test_processes.py starts, alone or twice.
 
-python process_run.py RUN_FOLDER[:RUN_FOLDER ...] HOW [HOW ...] runs them one after the other, with HOW one of
+python process_run.py RUN_FOLDER[:RUN_FOLDER ...] HOW [HOW ...] runs them one after the other (what is complete is
+passed over), with HOW one of
     end              run to the end
     step:N:P         process P is killed when step N is done
     write:N:P        process P is killed while the checkpoint of step N is written
@@ -10,7 +11,8 @@ python process_run.py RUN_FOLDER[:RUN_FOLDER ...] HOW [HOW ...] runs them one af
     hang:N:P         the data of process P never comes after step N
     raise:N:P        process P raises ValueError after step N
     full:N:P         from step N on process P cannot write files beyond 2 kB
-Each happens once, however often the run is started again. The environment says where this process stands in the job
+Each happens once, however often the run is started again, in the run folder that a fourth part names (term:1:0:broken),
+or in all. The environment says where this process stands in the job
 (internjax.train.processes), and how many devices it has.
 """
 
@@ -38,7 +40,7 @@ from internjax.train.loop import Every, train
 from internjax.train.losses import next_token
 from internjax.train.optimizer import AdamW, Cosine, make_optimizer
 from internjax.train.step import init_state, make_step
-from internjax.train.tracking import TrackingConfig, open_run
+from internjax.train.tracking import TrackingConfig, completed, open_run
 from tests.weights import random_params
 
 NUM_STEPS, BATCH_SIZE = 6, 8
@@ -143,12 +145,13 @@ def run(folder: Path, plans: list[tuple[str, int]]) -> None:
 
 
 def main() -> None:
-    folders = map(Path, sys.argv[1].split(os.pathsep))
-    plans = [(how + ":0:0").split(":")[:3] for how in sys.argv[2:]]
+    folders = [folder for folder in map(Path, sys.argv[1].split(os.pathsep)) if completed(folder) is None]
+    plans = [(f"{how}:0:0" if how == "end" else how).split(":") for how in sys.argv[2:]]
     with processes.job():
+        own = [(how, int(at), where) for how, at, who, *where in plans if int(who) == processes.index()]
         try:
             for folder in folders:
-                run(folder, [(how, int(at)) for how, at, who in plans if int(who) == processes.index()])
+                run(folder, [(how, at) for how, at, where in own if where in ([], [folder.name])])
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from error

@@ -59,30 +59,16 @@ def losses(folder: Path) -> np.ndarray:
 @pytest.mark.slow
 def test_two_processes_train_save_and_resume_as_one(tmp_path):
     whole, alone, broken, other, full = (tmp_path / name for name in ("whole", "alone", "broken", "other", "full"))
-    code, said = ended(start(whole))
-    assert code == 0, said
+    # One job: `whole` from end to end. In `broken` process 0 gets SIGTERM; process 1 is killed while step 4 is saved,
+    # then stopped after step 5; each time the job ends and starts again. In `full` process 1 cannot write step 6.
+    plans = ("term:1:0:broken", "commit:4:1:broken", "stop:5:1:broken", "full:5:1:full")
+    code, said = ended(start(whole, broken, full, plans=plans, restarts=3))
+    assert code == 1, said
     assert committed_steps(whole / "checkpoints") == [4, 6]
     listed = json.loads((whole / "checkpoints" / "6" / "checksums.json").read_text())
     writers = {part for name in listed for part in name.split("/") if part.startswith("ocdbt.process_")}
     assert writers == {"ocdbt.process_0", "ocdbt.process_1"} and problem(whole / "checkpoints", 6) is None
 
-    # One process with all 8 devices: from the start, and from what two have saved.
-    for folder in (other, full):
-        shutil.copytree(whole, folder)
-        shutil.rmtree(folder / "checkpoints" / "6")
-        (folder / "complete.json").unlink()
-    code, said = ended(start(alone, other, num_processes=1))
-    assert code == 0 and said.count("resumed from step") == said.count("resumed from step 4") == 1, said
-    np.testing.assert_allclose(losses(alone), losses(whole), rtol=1e-5)
-    assert order_of(alone) == order_of(whole) and len(order_of(whole)) == 6 * 8
-    np.testing.assert_allclose(losses(other), losses(whole), rtol=1e-5)
-    assert set(order_of(other)) == {f"{position}-{row}" for position in range(4, 6) for row in range(8)}
-    assert order_of(other).items() <= order_of(whole).items()
-
-    # Process 0 gets SIGTERM; process 1 is killed while step 4 is saved, then stopped after step 5. Each time the job
-    # ends and starts again.
-    code, said = ended(start(broken, plans=("term:1:0", "commit:4:1", "stop:5:1"), restarts=3))
-    assert code == 0, said
     assert said.count("started again") == 3 and "process 1 ended with exit code 137" in said
     assert said.count(f"exit code {EXIT_PREEMPTED}: started again") == 1
     assert f"process 0 ended with exit code {EXIT_PEER_LOST}" in said
@@ -97,11 +83,21 @@ def test_two_processes_train_save_and_resume_as_one(tmp_path):
     assert order_of(broken) == order_of(whole)
 
     # What one process cannot write ends the job with its message, and both with its exit code.
-    code, said = ended(start(full, plans=("full:5:1",)))
-    assert code == 1 and "resumed from step 4" in said, said
     assert "[1] error: the checkpoint of step 6 could not be written" in said and "the disk is full" in said
     assert re.search(r"^\[0\] process 0 ends: (process 1 ended with )?exit code 1", said, re.MULTILINE), said
-    assert committed_steps(full / "checkpoints") == [4]
+    assert committed_steps(full / "checkpoints") == [2, 4]
+
+    # One process with all 8 devices: from the start, and from what two have saved.
+    shutil.copytree(whole, other)
+    shutil.rmtree(other / "checkpoints" / "6")
+    (other / "complete.json").unlink()
+    code, said = ended(start(alone, other, num_processes=1))
+    assert code == 0 and said.count("resumed from step") == said.count("resumed from step 4") == 1, said
+    np.testing.assert_allclose(losses(alone), losses(whole), rtol=1e-5)
+    assert order_of(alone) == order_of(whole) and len(order_of(whole)) == 6 * 8
+    np.testing.assert_allclose(losses(other), losses(whole), rtol=1e-5)
+    assert set(order_of(other)) == {f"{position}-{row}" for position in range(4, 6) for row in range(8)}
+    assert order_of(other).items() <= order_of(whole).items()
 
 
 def beat(count=1, doing="trains", step=5, seconds=1.0, **more) -> Beat:
