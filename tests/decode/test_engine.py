@@ -18,6 +18,7 @@ from internjax.decode.engine import Engine
 from internjax.decode.generate import generate
 from internjax.decode.programs import Admission, Weights, decode_block, empty_state
 from internjax.decode.request import Event, Handle, Request, RequestError, Result
+from internjax.decode.rounds import Rounds
 from internjax.decode.sample import Allowed, Limits, SamplingParams, stack
 from internjax.decode.score import logprobs
 from internjax.decode.speculate import DraftModel, PromptLookup, look_up
@@ -376,7 +377,7 @@ def test_an_aborted_turn_counts_as_far_as_it_came_and_a_failed_one_does_not(engi
     drive(engine)
     ids = handle.result().ids
     assert 0 < len(ids) < 40 and session.tokens == prompt(5) + ids
-    monkeypatch.setattr(Engine, "_place", lambda *_: 1 / 0)
+    monkeypatch.setattr(Rounds, "_place", lambda *_: 1 / 0)
     failed = engine.submit(Request(prompt(3), 4, GREEDY), session=session)
     drive(engine)
     assert failed.result().finish == "error" and session.tokens == prompt(5) + ids and not session.busy
@@ -463,14 +464,14 @@ def test_abort_while_waiting_reading_and_drawing(engine):
 
 
 def test_a_failure_on_the_host_ends_one_request_only(engine, monkeypatch):
-    place = Engine._place
+    place = Rounds._place
 
     def failing(self, index, row):
         place(self, index, row)
         if row.handle.request.max_new_tokens == 13:
             raise RuntimeError("planted")
 
-    monkeypatch.setattr(Engine, "_place", failing)
+    monkeypatch.setattr(Rounds, "_place", failing)
     good, bad = Request(prompt(9), 12, DRAWN, logprobs=0), Request(prompt(9), 13, GREEDY)
     first, failed, second = answer(engine, good, bad, good)
     assert failed == Result((), None, "error", "RuntimeError: planted")
@@ -658,7 +659,7 @@ def test_requests_choose_adapters_that_come_and_go(monkeypatch):
     handle = engine.submit(Request(prompt(20), 10, GREEDY, adapter="small"))
     with pytest.raises(RuntimeError, match="1 requests use adapter 'small'"):
         engine.unload_adapter("small")
-    seat, refused = engine._seats.seat, []
+    seat, refused = engine._rounds.seats.seat, []
 
     def unload():
         with pytest.raises(RuntimeError, match="1 requests use adapter 'small'"):
@@ -672,7 +673,7 @@ def test_requests_choose_adapters_that_come_and_go(monkeypatch):
         return seat(row)
 
     threads = []
-    monkeypatch.setattr(engine._seats, "seat", seat_slowly)
+    monkeypatch.setattr(engine._rounds.seats, "seat", seat_slowly)
     drive(engine)
     threads[0].join()
     assert handle.num_shared == 19 and refused == ["small"]
@@ -904,9 +905,9 @@ def test_pages_come_back_after_any_traffic(engine):
     drive(engine)
     finishes = [handle.result().finish for handle in handles]
     assert set(finishes) == {"length", "stop", "aborted"} and len(finishes) == 150
-    assert sorted(pages := engine._seats.tree.allocate(engine.num_pages)) == list(range(engine.num_pages))
-    engine._seats.tree.free(pages)
-    assert (engine._seats.page_table_BM == engine.num_pages).all()
+    assert sorted(pages := engine._rounds.seats.tree.allocate(engine.num_pages)) == list(range(engine.num_pages))
+    engine._rounds.seats.tree.free(pages)
+    assert (engine._rounds.seats.page_table_BM == engine.num_pages).all()
 
 
 def test_threads_submit_to_a_running_engine():

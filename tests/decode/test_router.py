@@ -37,7 +37,7 @@ def shared_engines():
 def engines(shared_engines):
     """Two engines on two devices, idle and with empty caches; a test drives them itself."""
     for engine in shared_engines:
-        engine._seats.tree.clear()
+        engine._rounds.seats.tree.clear()
     yield shared_engines
     drive(shared_engines)
     assert all(engine.stats().num_free_pages == engine.num_pages for engine in shared_engines)
@@ -89,7 +89,7 @@ def test_conversations_come_back_to_their_cache(engines):
 
     assert num_shared(itertools.repeat(router)) >= 3 * (17 + 30) + 4
     for engine in engines:
-        engine._seats.tree.clear()
+        engine._rounds.seats.tree.clear()
     assert num_shared(itertools.cycle(engines)) < 3 * (17 + 30) / 2
 
 
@@ -190,7 +190,7 @@ def test_a_session_stays_where_it_began_and_a_fork_follows(engines):
         drive(engines)
         wanted.append(handle.result().ids)
     for engine in engines:
-        engine._seats.tree.clear()
+        engine._rounds.seats.tree.clear()
     handle = router.submit(Request(texts[0], 4, GREEDY), session=session)
     home = loads(engines).index(1)
     with pytest.raises(RuntimeError, match="the last request of this session is not done"):

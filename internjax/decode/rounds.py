@@ -1,0 +1,322 @@
+"""The engine's serving loop: rounds of admission, prompt reading and drawing, all in the thread that serves.
+
+Other threads add rows to the queue and look at the rows, under the lock of `wake`; whatever they look at is changed
+under it here.
+
+B slots, M pages of a row.
+"""
+
+import collections
+import functools
+import threading
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from internjax.decode.device import Device
+from internjax.decode.generate import FINISH_NAMES
+from internjax.decode.programs import Admission, unpack, unpack_scores
+from internjax.decode.request import Finish, prompt_event, tokens_event
+from internjax.decode.sample import Limits, stack
+from internjax.decode.seats import Row, Seats
+
+
+class Rounds:
+    """A queue of rows, the seats of those that are served, and the blocks that are under way."""
+
+    def __init__(
+        self, device: Device, empty_seats: Callable[[], Seats], *, max_context: int, page_size: int, limits: Limits
+    ):
+        """empty_seats: returns the host's books of a device that holds nothing."""
+        self._device, self._empty_seats = device, empty_seats
+        self._max_context, self._page_size, self._limits = max_context, page_size, limits
+        self.wake = threading.Condition()
+        self.queue: collections.deque[Row] = collections.deque()
+        self.closed: str | None = None
+        """Why no more rows are taken, or None if they are."""
+        self.num_prompt_tokens = self.num_shared_tokens = self.num_preempted = 0
+        self.num_drawn_tokens = self.num_turns = 0
+        self._forget_all()
+
+    def _forget_all(self) -> None:
+        """Begins with empty slots and pages, as far as the host is concerned."""
+        # Blocks that were dispatched and not read yet, with the rows in their slots and the turn of each.
+        self._in_flight: collections.deque[tuple[jax.Array, dict[int, tuple[Row, int]]]] = collections.deque()
+        self.seats = self._empty_seats()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a round would have anything to do."""
+        return bool(self.queue or self._in_flight or any(self.seats.rows))
+
+    # From any thread.
+
+    def add(self, row: Row) -> None:
+        """Lets a row wait for a slot."""
+        with self.wake:
+            self.queue.append(row)
+            self.wake.notify_all()
+
+    @property
+    def rows(self) -> list[Row]:
+        """All that are not done, to be looked at under the lock."""
+        return [*self.seats.taken.values(), *self.queue]
+
+    def notify(self) -> None:
+        """Wakes the thread that serves, to look for what has changed."""
+        with self.wake:
+            self.wake.notify_all()
+
+    def close(self, reason: str) -> None:
+        """Lets `run` return after the round that it does."""
+        with self.wake:
+            self.closed = self.closed or reason
+            self.wake.notify_all()
+
+    # In the thread that serves.
+
+    def run(self) -> None:
+        """Does rounds whenever there is anything to do, until it is closed."""
+        while True:
+            with self.wake:
+                self.wake.wait_for(lambda: self.closed or self.busy)
+                if self.closed:
+                    return
+            self.tick()
+
+    def tick(self) -> bool:
+        """Does one round of admission, prompt reading and drawing; returns whether there was anything to do."""
+        try:
+            self._drop_aborted()
+            self._admit_waiting()
+            for index, row in self.seats.taken.items():
+                if not row.drawing:
+                    self._guarded(index, row, self._read_prompt)
+            # The next block is dispatched before the last one is read, so the device never waits for the host.
+            dispatched = self._dispatch()
+            if self._in_flight and (len(self._in_flight) > 1 or not dispatched):
+                self._deliver(*self._in_flight.popleft())
+        except Exception as error:
+            self._recover(error)
+        return self.busy
+
+    def _drop_aborted(self) -> None:
+        for index, row in self.seats.taken.items():
+            if row.handle.aborted:
+                self._leave(index, whole_pages=True)
+                self._end(row, "aborted")
+        with self.wake:
+            aborted = [row for row in self.queue if row.handle.aborted]
+            for row in aborted:
+                self.queue.remove(row)
+        for row in aborted:
+            self._end(row, "aborted")
+
+    def _admit_waiting(self) -> None:
+        for row in list(self.queue):
+            if None not in self.seats.rows:
+                return
+            if self.seats.is_read_elsewhere(row):
+                continue  # soon it need not be read; whoever came later may go first
+            if not self.seats.has_pages_for(row):
+                return  # in order: a small request does not overtake a large one for ever
+            with self.wake:  # whoever looks from another thread sees the row in one of both
+                self.queue.remove(row)
+                index = self.seats.seat(row)
+            self._guarded(index, row, self._place)
+
+    def _guarded(self, index: int, row: Row, work: Callable[[int, Row], None]) -> None:
+        """Runs the work of one request; if it fails, that request ends and the others go on."""
+        try:
+            work(index, row)
+        except Exception as error:
+            if self._device.lost:
+                raise
+            self._fail(index, f"{type(error).__name__}: {error}")
+
+    def _place(self, index: int, row: Row) -> None:
+        """Gives a row its pages."""
+        self.seats.give_pages(index)
+        if row.num_turns == 1:
+            row.handle.num_shared = row.num_read
+            self.num_prompt_tokens += row.num_prompt
+            self.num_shared_tokens += row.num_read
+
+    def _read_prompt(self, index: int, row: Row) -> None:
+        """Reads the next chunk of what a row begins with; after the last one it draws."""
+        start = row.num_read
+        end = min(start + self._device.chunks[-1], len(row.tokens) - 1)
+        if end > start:
+            place = {"inv_freq_F": row.inv_freq_F, "adapter": row.adapter.index}
+            tokens, pages_M = row.tokens[start:end], self.seats.page_table_BM[index]
+            if row.scored:
+                self._device.read(tokens, pages_M, start, **place)
+            else:
+                following, temperature = row.tokens[start + 1 : end + 1], row.handle.request.sampling.temperature
+                scores = self._device.score(tokens, following, pages_M, start, temperature=temperature, **place)
+                row.scores.append((end - start, scores))
+            row.num_read = end
+        if end == len(row.tokens) - 1:
+            self.seats.keep(index, whole_pages=True)
+            self._start_drawing(index, row)
+
+    def _start_drawing(self, index: int, row: Row) -> None:
+        request, length = row.handle.request, len(row.tokens)
+        tokens_S = np.zeros(self._max_context, np.int32)
+        tokens_S[:length] = row.tokens
+        stop_ids_I = np.full(self._limits.stop_ids, -1, np.int32)
+        stop_ids_I[: len(request.stop_ids)] = request.stop_ids
+        self._device.admit(
+            Admission(
+                slot=np.array(index, np.int32),
+                tokens_S=tokens_S,
+                length=np.array(length, np.int32),
+                prompt_length=np.array(row.num_prompt, np.int32),
+                max_length=np.array(row.total, np.int32),
+                stop_ids_I=stop_ids_I,
+                inv_freq_F=row.inv_freq_F,
+                sampling_1=stack([request.sampling], limits=self._limits),
+                top_asked=np.array(bool(request.logprobs)),
+            )
+        )
+        row.drawing, row.longest, row.num_in_flight = True, length, 0
+
+    def _dispatch(self) -> bool:
+        """Sends off one block for all slots that draw; returns whether there were any."""
+        self._grow()
+        drawing = {index: row for index, row in self.seats.taken.items() if row.drawing}
+        # What is under way may be all that a row needs; and a guide has to see a token before it knows the next.
+        going = {index: row for index, row in drawing.items() if self.seats.longest_next(row) > row.longest}
+        masks = self._masks(going)
+        going = {index: row for index, row in going.items() if self.seats.rows[index] is row}
+        if not going:
+            return False
+        turns_B = np.full(len(self.seats.rows), -1, np.int32)
+        turns_B[[*drawing]] = 0
+        for index, row in going.items():
+            turns_B[index] = self._device.turns_per_block if row.guide is None else 1
+            row.longest = self.seats.longest_next(row)
+            row.num_in_flight += 1
+        width = self._device.width(max(row.longest for row in drawing.values()))
+        adapters = [-1 if row is None else row.adapter.index for row in self.seats.rows]
+        packed = self._device.block(self.seats.page_table_BM[:, :width], turns_B, adapters=adapters, masks=masks)
+        self._in_flight.append((packed, {index: (row, row.num_turns) for index, row in going.items()}))
+        return True
+
+    def _masks(self, rows: dict[int, Row]) -> dict[int, np.ndarray]:
+        """Returns what guides allow next; a row whose guide fails ends."""
+        masks = {}
+
+        def ask(index: int, row: Row) -> None:
+            words_W, wanted = np.asarray(row.guide.mask()), -(-self._device.config.vocab_size // 32)
+            if words_W.shape != (wanted,) or words_W.dtype != np.uint32:
+                raise ValueError(
+                    f"a guide's mask must be {wanted} words of uint32, given {words_W.dtype}{words_W.shape}"
+                )
+            masks[index] = words_W
+
+        for index, row in rows.items():
+            if row.guide is not None:
+                self._guarded(index, row, ask)
+        return masks
+
+    def _grow(self) -> None:
+        """Gives every row that draws the pages of its next block, the oldest first; the youngest may have to leave."""
+        for index in self.seats.oldest_first():
+            while (row := self.seats.rows[index]) is not None and row.drawing and not self.seats.grow(index):
+                self._preempt(self.seats.oldest_first()[-1])
+
+    def _preempt(self, index: int) -> None:
+        row = self.seats.rows[index]
+        with self.wake:
+            self._leave(index, whole_pages=True)
+            self.queue.appendleft(row)
+        row.num_read, row.num_judged, row.drawing, row.scores = 0, 0, False, []
+        self.num_preempted += 1
+
+    def _deliver(self, packed: jax.Array, drawing: dict[int, tuple[Row, int]]) -> None:
+        """Hands out the tokens of a block, and frees the slots of rows that are done."""
+        block = unpack(np.asarray(packed), num_tokens=self._device.tokens_per_block)
+        for index, (row, turn) in drawing.items():
+            if self.seats.rows[index] is not row or row.num_turns != turn:
+                continue  # done, aborted or preempted before this block was read
+            finish = FINISH_NAMES[block.finish_B[index]]
+            event = tokens_event(row.handle.request, block, index, None if finish == "error" else finish)
+            row.tokens += event.ids
+            row.num_in_flight -= 1
+            # Where drafts did not come true it is shorter than it could have been.
+            most = 1 if row.guide is not None else self._device.tokens_per_block
+            row.longest = min(len(row.tokens) + row.num_in_flight * most, row.total)
+            self.num_drawn_tokens += len(event.ids)
+            self.num_turns += int(block.turns_B[index])
+            if event.ids:
+                judged = row.num_cached // self._page_size
+                self._device.judge(row.pages[row.num_judged : judged])
+                row.num_judged = judged
+                self._deliver_scores(row)
+            if finish and finish != "error":
+                self._device.judge(row.pages)
+                self._leave(index, whole_pages=False)
+                if row.session is not None:
+                    row.session.end(row.tokens)
+            if event.ids:
+                row.handle.deliver(event)
+            if finish == "error":
+                self._fail(index, "the model's logits are not finite (NaN or infinite)")
+            elif not finish and row.guide is not None:
+                self._guarded(index, row, functools.partial(_guide_on, event.ids))
+
+    def _deliver_scores(self, row: Row) -> None:
+        """Hands out the scores of a prompt, before its first token."""
+        if not row.scored:
+            chunks = [unpack_scores(np.asarray(scores)[:count]) for count, scores in row.scores]
+            row.handle.deliver(prompt_event(row.handle.request, chunks))
+            row.scored, row.scores = True, []
+
+    def _leave(self, index: int, *, whole_pages: bool) -> None:
+        """Frees a slot; what its row did so far stays until the pages are needed."""
+        self.seats.keep(index, whole_pages=whole_pages)
+        self.seats.release(index)
+
+    def _end(self, row: Row, finish: Finish, error: str | None = None) -> None:
+        """Ends a request without further tokens. An aborted turn of a session counts as far as it was delivered."""
+        if row.session is not None:
+            row.session.end(row.tokens if finish == "aborted" and len(row.tokens) > row.num_prompt else None)
+        row.handle.end(finish, error)
+
+    def _fail(self, index: int, error: str) -> None:
+        """Ends a request that failed; nobody is to begin with what it left unjudged."""
+        row = self.seats.rows[index]
+        self.seats.tree.forget(self._device.unjudged(row.pages))
+        self.seats.release(index)
+        self._end(row, "error", error)
+
+    def _recover(self, error: Exception) -> None:
+        """The device state is lost: requests in slots end with the error, those that wait are served afresh."""
+        message = f"{type(error).__name__}: {error}"
+        rows = list(self.seats.taken.values())
+        try:
+            self._device.reset()
+        except Exception as again:
+            with self.wake:
+                self.closed = f"the engine stopped: its state could not be made anew: {again} (after {message})"
+        self._forget_all()
+        for row in rows:
+            self._end(row, "error", message)
+        if self.closed:
+            self.end_all("error", self.closed)
+
+    def end_all(self, finish: Finish, error: str | None) -> None:
+        """Ends every request that is not done."""
+        for index, row in self.seats.taken.items():
+            self.seats.release(index)
+            self._end(row, finish, error)
+        self._in_flight.clear()
+        while self.queue:
+            self._end(self.queue.popleft(), finish, error)
+
+
+def _guide_on(ids: Sequence[int], index: int, row: Row) -> None:
+    for token in ids:
+        row.guide.take(token)
