@@ -15,8 +15,10 @@ from tests.conftest import QUICK_FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "experiments" / "notebooks"
-NAMES = ("00_tour", "01_training", "02_finetuning", "03_data")
-TOUR, TRAINING, FINETUNING, DATA = (FOLDER / f"{name}.ipynb" for name in NAMES)
+NAMES = ("00_tour", "01_training", "02_finetuning", "03_data", "04_decoding")
+ALL = [FOLDER / f"{name}.ipynb" for name in NAMES]
+TOUR, TRAINING, FINETUNING, DATA, DECODING = ALL
+IDS = [name[3:] for name in NAMES]
 
 
 def read(path):
@@ -137,6 +139,30 @@ def data(said, pages, work):
     assert (work / "records" / "00000.array_record").is_file()
 
 
+def decoding(said, pages, work):
+    # What the table says is what the reports say, and those are about folders that are there.
+    for name in ("rtn", "gptq", "awq"):
+        report = json.loads((work / name / "quantization_report.json").read_text())
+        after, kl = numbers(rf"\n{name} +\d+ +(\S+) +(\S+) ", said)
+        assert (after, kl) == (
+            round(report["held_out"]["perplexity_after"], 4),
+            round(report["held_out"]["kl_mean"], 5),
+        )
+        assert 0 < kl < 0.1 and report["bytes"]["after"] < 0.6 * report["bytes"]["before"]
+    assert "is not written: mean KL" in said and not (work / "refused").exists()
+    # A session reads what is new, and answers as the conversation asked at once.
+    turns = [tuple(map(int, found)) for found in re.findall(r"\[(\d+) tokens before it, (\d+) of them held", said)]
+    (first, _), (_, second), *forked = turns
+    assert len(turns) == 4 and second > first and all(held > second for _, held in forked)
+    assert re.search(r"> Where is \w+\?\n  It is in \w+\.", said) and ", the same; " in said
+    # Every cell of the grid, in the page's files too.
+    cells = json.loads((work / "bench" / "bench.json").read_text())["cells"]
+    sizes = [(cell["batch"], cell["prompt"], cell["completion"]) for cell in cells]
+    assert sizes == [(batch, *size) for size in ((8, 16), (64, 16), (8, 48)) for batch in (1, 2, 4)]
+    assert all(cell["throughput"] > 0 for cell in cells)
+    assert [page.count("srcdoc=") for page in pages] == [1] and "Prefix hits" in pages[0]
+
+
 FROM_BASE = r"from the base: (\S+); by rounding the merged weights to bfloat16: (\S+)"
 
 
@@ -148,8 +174,9 @@ FROM_BASE = r"from the base: (\S+); by rounding the merged weights to bfloat16: 
         (TRAINING, ROOT / "tests" / "golden", training, 4),
         (FINETUNING, FOLDER, finetuning, 5),
         (DATA, FOLDER, data, 5),
+        (DECODING, FOLDER, decoding, 4),
     ],
-    ids=["tour", "training", "finetuning", "data"],
+    ids=IDS,
 )
 def test_a_notebook_runs_from_any_folder_and_says_what_it_claims(notebook, folder, check, num_figures, tmp_path):
     cells = executed(notebook, folder, tmp_path)
@@ -163,11 +190,11 @@ def test_a_notebook_runs_from_any_folder_and_says_what_it_claims(notebook, folde
 
 def test_all_notebooks_find_it_in_the_same_way():
     notebooks = sorted(FOLDER.glob("*.ipynb"))
-    assert notebooks == [TOUR, TRAINING, FINETUNING, DATA]  # another one is executed too
+    assert notebooks == ALL  # another one is executed too
     assert len({read(path).cells[1].source for path in notebooks}) == 1
 
 
-@pytest.mark.parametrize("path", [TOUR, TRAINING, FINETUNING, DATA], ids=["tour", "training", "finetuning", "data"])
+@pytest.mark.parametrize("path", ALL, ids=IDS)
 def test_it_is_committed_without_outputs(path):
     notebook = read(path)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
