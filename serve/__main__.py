@@ -36,13 +36,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="model name that clients give (default: the last part of MODEL)")
     parser.add_argument("--drain-seconds", type=int, default=10, help="for answers under way at the end (%(default)s)")
     parser.add_argument(
-        "--replicas",
-        type=int,
-        default=1,
-        metavar="N",
-        help="copies of the model that share the requests, each on its own --tensor devices (default: 1)",
-    )
-    parser.add_argument(
         "--adapter-root",
         type=Path,
         metavar="DIR",
@@ -73,8 +66,15 @@ def add_model_flags(parser: argparse.ArgumentParser, *, nargs: str | None = None
         help="key/value cache (default: as computed)",
     )
     parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        default=1,
+        metavar="N",
+        help="copies of the model that share the requests, each on its own --tensor devices (default: 1)",
+    )
     parser.add_argument("--max-context", type=int, help="prompt and answer together (default: as trained)")
-    parser.add_argument("--max-batch", type=int, default=8, help="answers generated at once (default: %(default)s)")
+    parser.add_argument("--max-batch", type=int, default=8, help="answers at once, each replica (default: %(default)s)")
     parser.add_argument(
         "--memory-fraction",
         type=_fraction,
@@ -154,12 +154,12 @@ def _speculation(args: argparse.Namespace):
     return DraftModel(draft.config, num_drafts=num_drafts), draft
 
 
-def open_pipeline(args: argparse.Namespace, *, replicas: int = 1):
+def open_pipeline(args: argparse.Namespace):
     """The pipeline that the flags describe, with its programs compiled. Says what it opened and has room for."""
-    return start_pipeline(open_weights(args, replicas=replicas), args, replicas=replicas)
+    return start_pipeline(open_weights(args), args)
 
 
-def open_weights(args: argparse.Namespace, *, replicas: int = 1):
+def open_weights(args: argparse.Namespace):
     """The Model that the flags describe, on the devices of the first replica. Says what it opened."""
     # Read when jax first meets its devices.
     if args.memory_fraction is not None:
@@ -174,9 +174,9 @@ def open_weights(args: argparse.Namespace, *, replicas: int = 1):
 
     keep_programs()
     mesh, devices = None, jax.devices()
-    if min(args.tensor, replicas) < 1 or args.tensor * replicas > len(devices):
-        asked = f"--replicas {replicas} on --tensor {args.tensor} devices each"
-        raise ValueError(f"{asked}: {args.tensor * replicas} of them, and this process sees {len(devices)}")
+    if min(args.tensor, args.replicas) < 1 or args.tensor * args.replicas > len(devices):
+        asked = f"--replicas {args.replicas} on --tensor {args.tensor} devices each"
+        raise ValueError(f"{asked}: {args.tensor * args.replicas} of them, and this process sees {len(devices)}")
     if args.tensor > 1:
         mesh = make_mesh(MeshConfig(fsdp=1, tensor=args.tensor), devices[: args.tensor])
     quantize = Quantised() if args.quantize == "nf4" else args.quantize
@@ -192,7 +192,7 @@ def weights_kind(model, args: argparse.Namespace) -> str:
     return str(args.quantize or model.quantization or model.config.param_dtype)
 
 
-def start_pipeline(model, args: argparse.Namespace, *, replicas: int = 1):
+def start_pipeline(model, args: argparse.Namespace):
     """A pipeline over the model, with its programs compiled. Says what it has room for."""
     from internjax.decode.sizing import page_bytes
     from serve.pipeline import Pipeline
@@ -216,7 +216,7 @@ def start_pipeline(model, args: argparse.Namespace, *, replicas: int = 1):
         speculation=speculation,
         draft=draft,
         mode=args.mode,
-        replicas=replicas,
+        replicas=args.replicas,
         on_program=lambda name, seconds: seconds > 1 and print(f"  {name}: {seconds:.1f} s", flush=True),
     )
     engine, config = pipeline.engine, model.config
@@ -233,8 +233,9 @@ def start_pipeline(model, args: argparse.Namespace, *, replicas: int = 1):
         tokens = engine.num_host_pages * engine.page_size
         print(f"host     {engine.num_host_pages:,} pages more: {tokens:,} tokens wait in this machine's memory")
     print(f"slots    {engine.num_slots} answers at once, {args.mode} mode")
-    if replicas > 1:
-        print(f"replicas {replicas} on {args.tensor} devices each, with such a cache and {args.max_batch} slots each")
+    if args.replicas > 1:
+        of_each = f"with such a cache and {args.max_batch} slots each"
+        print(f"replicas {args.replicas} on {args.tensor} devices each, {of_each}")
     if pipeline.adapters:
         print(f"adapters {', '.join(pipeline.adapters)}")
     return pipeline
@@ -247,7 +248,7 @@ def serve(args: argparse.Namespace) -> int:
         raise ValueError("--adapter-root is given, and there is room for no adapter; give --max-adapters N as well")
     port = take_port(args.host, args.port)  # before the model is read: nobody waits for a port that is taken
     stopping = threading.Event()
-    with port, open_pipeline(args, replicas=args.replicas) as pipeline:
+    with port, open_pipeline(args) as pipeline:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopping.set())
         name = args.name or Path(args.model).name

@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m serve.bench",
         description=__doc__.partition("\n")[0],
         epilog=f"Without --max-context, the context is the largest that is asked for and at least {_CONTEXT} where the "
-        "model was trained for it; without --max-batch, as many answers at once as the largest --batch.",
+        "model was trained for it; without --max-batch, as many answers at once in all as the largest --batch.",
     )
     add_model_flags(parser, nargs="?")
     parser.set_defaults(max_batch=None)
@@ -86,8 +86,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.url is None:
         if args.served is not None or args.last_id != parser.get_default("last_id"):
             parser.error("--model and --last-id are for a server's model; give its --url")
-        if args.max_batch is not None and args.max_batch < max(args.batch, default=1):
-            parser.error(f"--batch {max(args.batch)} requests at once, but --max-batch is {args.max_batch}")
+        if args.max_batch is not None and args.max_batch * args.replicas < max(args.batch, default=1):
+            slots = f"--max-batch {args.max_batch} in each of --replicas {args.replicas}"
+            parser.error(f"--batch {max(args.batch)} requests at once, but there is room for {slots}")
         return
     model_flags = argparse.ArgumentParser()
     add_model_flags(model_flags, nargs="?")
@@ -103,7 +104,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def measure_model(args: argparse.Namespace) -> None:
     """Measures a model in this process and writes the files."""
     model = open_weights(args)
-    args.max_batch = args.max_batch or max(args.batch, default=8)
+    args.max_batch = args.max_batch or -(-max(args.batch, default=8) // args.replicas)
     args.max_context = args.max_context or _context(args, model.config.max_position_embeddings)
     from internjax.train.progress import memory_in_use
     from serve import bench_runs as runs
@@ -114,11 +115,13 @@ def measure_model(args: argparse.Namespace) -> None:
         target = engine_target(engine)
         _require_fitting(target, args)
         weights = runs.weight_bytes(model.params, model.config)
-        bandwidth = args.tensor * runs.copy_bandwidth(_copied_bytes())
+        bandwidth = args.replicas * args.tensor * runs.copy_bandwidth(_copied_bytes())
         kv = args.kv or model.config.dtype
 
         def read_bytes(batch: int, prompt: int, completion: int) -> int:
-            return runs.step_bytes(weights, model.config, batch=batch, prompt=prompt, completion=completion, kv=kv)
+            most = -(-batch // args.replicas)  # rows of the fullest replica: the others wait for nothing else
+            one = runs.step_bytes(weights, model.config, batch=most, prompt=prompt, completion=completion, kv=kv)
+            return args.replicas * one
 
         about = {
             "what": f"{args.model}: {weights_kind(model, args)} weights, {kv} cache",

@@ -40,7 +40,8 @@ _NOTES = (
 _CEILING = (
     "Ceiling = batch x copy bandwidth / bytes of a step; a step must read the weights (without the embedding table) "
     "and the keys and values of every row at the cell's mean context, prompt + completion / 2. The bandwidth is that "
-    "of a large array's copy on this device, reads and writes counted. A model that fits into the processor's caches "
+    "of a large array's copy on this device, reads and writes counted. Replicas count as if all "
+    "had the rows of the fullest, and their bandwidths add up. A model that fits into the processor's caches "
     "can pass it."
 )
 

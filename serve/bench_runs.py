@@ -28,6 +28,7 @@ import numpy as np
 
 from internjax.decode.engine import Engine
 from internjax.decode.generate import decoding_params
+from internjax.decode.router import Router
 from internjax.decode.sizing import page_bytes
 from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
@@ -307,7 +308,7 @@ def measure_prefix(
 
 
 def measure_sessions(
-    engine: Engine,
+    engine: Engine | Router,
     *,
     turns: int = 8,
     new_tokens: int = 32,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from internjax.decode.engine import Engine
 from internjax.decode.request import Request, Session
+from internjax.decode.router import Router
 from internjax.decode.sample import SamplingParams
 from internjax.train.progress import memory_in_use
 from serve.client import api_address
@@ -49,7 +50,7 @@ class Target(NamedTuple):
     """Bytes in use: the device's peak, or what this process holds where devices do not tell. None: not known."""
 
 
-def engine_target(engine: Engine) -> Target:
+def engine_target(engine: Engine | Router) -> Target:
     """Returns an engine that runs as who is asked."""
     return Target(
         lambda prompt, num_new: ask_engine(engine, prompt, num_new),
@@ -60,7 +61,9 @@ def engine_target(engine: Engine) -> Target:
     )
 
 
-def ask_engine(engine: Engine, prompt: Sequence[int], num_new: int, *, session: Session | None = None) -> Timing:
+def ask_engine(
+    engine: Engine | Router, prompt: Sequence[int], num_new: int, *, session: Session | None = None
+) -> Timing:
     """Returns how a greedy request was answered; raises RuntimeError where it ended with an error."""
     request = Request(tuple(prompt), num_new, SamplingParams(temperature=0.0))
     arrivals, counts = [], []

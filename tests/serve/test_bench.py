@@ -125,11 +125,13 @@ def test_the_command_writes_what_it_measured(pipeline, tiny_model, monkeypatch, 
     monkeypatch.setattr(bench, "start_pipeline", lambda model, args: contextlib.nullcontext(pipeline))
     monkeypatch.setattr(bench, "_copied_bytes", lambda: 2**16)
     flags = ["some/model", "--output", str(tmp_path), "--batch", "1", "2", "--turns", "2", "--turn-tokens", "8"]
+    flags += ["--replicas", "2"]
     monkeypatch.setattr("sys.argv", ["serve/bench.py", *flags])
     assert bench.main([*flags, *FLAGS]) == 0
     said = json.loads((tmp_path / "bench.json").read_text())
     assert [cell["batch"] for cell in said["cells"]] == [1, 2] and said["copy_bytes_per_second"] > 0
-    assert said["cells"][0]["ceiling"]["step_bytes"] > said["weight_bytes"] > 0
+    first, second = (cell["ceiling"]["step_bytes"] for cell in said["cells"])
+    assert first == second > 2 * said["weight_bytes"] > 0  # of two replicas, the fullest has one row in both cells
     assert said["cells"][0]["memory_bytes"] > 10**6 and said["memory"] == "of the host"
     assert said["packages"]["jax"] and said["devices"].endswith(" x cpu") and " some/model --output " in said["command"]
     with (tmp_path / "bench.csv").open(newline="") as file:
@@ -189,7 +191,7 @@ def test_a_server_is_measured(pipeline, tmp_path, capsys, monkeypatch, key):
         (("m", "--url", "u"), "give MODEL"),
         (("m", "--model", "n"), "give its --url"),
         (("--url", "u", "--quantize", "int8", "--num-pages", "3"), "--quantize, --num-pages"),
-        (("m", "--batch", "9", "--max-batch", "8"), "--batch 9"),
+        (("m", "--batch", "9", "--max-batch", "4", "--replicas", "2"), "--batch 9"),
         (("m", "--rate", "0"), "--rate"),
         (("m", "--prompt", "0"), "1 or more"),
     ],

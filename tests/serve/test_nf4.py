@@ -73,7 +73,7 @@ def test_the_server_takes_it_and_replicas_of_it(folder, capsys):
     args = server.build_parser().parse_args(
         [str(folder), "--quantize", "nf4", "--replicas", "2", "--max-batch", "2", "--max-context", "64"]
     )
-    with server.open_pipeline(args, replicas=args.replicas) as pipeline:
+    with server.open_pipeline(args) as pipeline:
         texts = [result.ids for result in pipeline([PROMPT] * 6, Params(max_tokens=4, temperature=0.0))]
     assert len(set(texts)) == 1
     printed = capsys.readouterr().out

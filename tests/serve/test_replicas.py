@@ -6,6 +6,8 @@ import pytest
 
 from internjax import sharding
 from internjax.text.message import Message
+from serve import bench_runs
+from serve.bench_targets import engine_target
 from serve.pipeline import Params, Pipeline
 from serve.server import start_server
 
@@ -35,6 +37,16 @@ def test_prompts_and_sessions_are_answered_as_by_one(pipeline, one):
         first, second = (session.chat(Message("user", text), GREEDY).result() for session in sessions)
         assert (first.ids, first.num_cached_tokens) == (second.ids, second.num_cached_tokens)
     assert second.num_cached_tokens > 12
+
+
+def test_a_benchmark_asks_all_of_them(pipeline):
+    engines = pipeline.engine.engines
+    target, before = engine_target(pipeline.engine), [engine.stats().num_drawn_tokens for engine in engines]
+    cell = bench_runs.measure_cell(target, batch=4, prompt=20, completion=6, rounds=1)
+    drawn = [engine.stats().num_drawn_tokens - count for engine, count in zip(engines, before)]
+    assert sum(drawn) == 2 * 4 * 6 and min(drawn) > 0 and cell.throughput > 0 and target.max_context == 128
+    turns = bench_runs.measure_sessions(pipeline.engine, turns=3, new_tokens=20, answer=4, rounds=1)
+    assert [turn.history for turn in turns] == [0, 24, 48]
 
 
 def test_a_prompt_comes_back_and_health_tells_of_a_replica_that_stopped(pipeline):
