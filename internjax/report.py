@@ -219,17 +219,27 @@ def _without_zeros(value: Any) -> str:
     return re.sub(r"^(-?[\d,]+)(?:\.0+|(\.\d*?[1-9])0+)(e[-+]\d+)?$", r"\1\2\3", format_value(value))
 
 
+MOST_COLUMNS = 8
+"""Of a table that is shown as one on a narrow screen too."""
+
+
 def _table_html(block: Table) -> str:
     numeric = [
         all(_is_number(row[index]) for row in block.rows) and bool(block.rows) for index in range(len(block.columns))
     ]
     kind = ["n" if is_numeric else "t" for is_numeric in numeric]
     head = "".join(f'<th class="{k}">{escape(name)}</th>' for k, name in zip(kind, block.columns))
+    # Where a row does not fit beside its neighbours, a narrow screen shows it as a list, a name before every value.
+    wide = len(block.columns) > MOST_COLUMNS
+    names = [f' data-name="{escape(name)}"' if wide else "" for name in block.columns]
     rows = "".join(
-        "<tr>" + "".join(f'<td class="{k}">{_inline_html(format_value(x))}</td>' for k, x in zip(kind, row)) + "</tr>"
+        "<tr>"
+        + "".join(f'<td class="{k}"{n}>{_inline_html(format_value(x))}</td>' for k, n, x in zip(kind, names, row))
+        + "</tr>"
         for row in block.rows
     )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    start = '<table class="wide">' if wide else "<table>"
+    table = f"{start}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return f'{_caption_html(block.caption)}<div class="scroll">{table}</div>'
 
 
@@ -383,6 +393,11 @@ display:flex;flex-wrap:wrap;gap:.1rem .9rem;font-size:.83rem;color:var(--soft);m
 display:block;width:100%;height:auto}.chart text{fill:var(--soft);font-size:14px}.chart .grid{stroke:var(--line);
 stroke-width:1}.chart .axis{stroke:var(--soft);stroke-width:1}.chart path{fill:none;stroke-width:2;
 stroke-linejoin:round;stroke-linecap:round}@media (min-width:62rem){.tiles{grid-template-columns:repeat(auto-fit,
-minmax(14rem,1fr))}}@media (max-width:34rem){header,main{padding:0 .9rem}.chart text{font-size:18px}.tile strong{
+minmax(14rem,1fr))}}@media (max-width:62rem){.wide thead{
+display:none}.wide tr{display:grid;grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));gap:0 1.6rem;
+padding:.4rem .8rem;border-bottom:1px solid var(--line)}.wide tr:last-child{border-bottom:0}.wide td{display:flex;
+justify-content:space-between;gap:1rem;padding:.12rem 0;border:0}.wide td::before{content:attr(data-name);
+color:var(--soft);font-size:.85rem;white-space:nowrap}}@media (max-width:34rem){header,main{padding:0 .9rem}
+.chart text{font-size:18px}.tile strong{
 font-size:1.3rem}}@media print{pre{max-height:none}.tile,.chart,.scroll,figure{break-inside:avoid}}
 """.replace("\n", "")

@@ -94,6 +94,14 @@ def test_both_forms_say_the_same():
     assert "| train | 2 | 4.000 | 2.500 | 2.500 | 4.000 | █▁ |" in lines
 
 
+def test_values_of_a_wide_table_keep_their_names_where_its_head_is_not_shown():
+    columns = [f"column {index} {EVIL}" for index in range(report.MOST_COLUMNS + 1)]
+    document = report.page("t", [Section("s", [Table(columns, [[1] * len(columns)] * 2), Table(columns[1:], [])])])
+    names = [value for name, value in Checker(document).attributes if name == "data-name"]
+    assert names == [report.printable(name) for name in columns] * 2
+    assert document.count('<table class="wide">') == 1 and ".wide thead{display:none}" in document
+
+
 def test_bars_have_one_scale_and_both_numbers():
     bars = Bars("Kept", [Bar("a", 200, 50, "50 of 200"), Bar("b", 100, 0, "none of 100")], "in", "kept")
     document = report.page("t", [Section("s", [bars])])
