@@ -180,10 +180,13 @@ class Device:
         self, tokens: Sequence[int], pages_M: np.ndarray, start: int, *, inv_freq_F: np.ndarray, adapter: int = -1
     ) -> None:
         """Reads the next tokens of a prompt, at most `chunks[-1]`, from position `start` on, into the row's pages."""
-        # Smaller chunks are for short prompts only, where they need one width: few programs to compile.
-        largest, end = self.chunks[-1], start + len(tokens)
-        size = largest if start else next(size for size in self.chunks if size >= end)
-        width = self.width(end if size == largest else size)
+        # A smaller chunk is for the end of a prompt, or for a turn of a session, wherever it starts. It is compiled for
+        # one width, that of a prompt as short: few programs. Where there are more widths, the largest chunk goes there.
+        end = start + len(tokens)
+        size = next(size for size in self.chunks if size >= len(tokens))
+        if self.width(end) != self.width(size):
+            size = self.chunks[-1]
+        width = self.width(end if size == self.chunks[-1] else size)
         tokens_C = np.pad(np.asarray(tokens, np.int32), (0, size - len(tokens)))
         self._read(tokens_C, pages_M[:width], start, end, inv_freq_F, adapter)
 

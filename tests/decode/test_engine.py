@@ -60,8 +60,8 @@ def shared_engine():
 
 @pytest.fixture(scope="module")
 def small_engine():
-    """An engine with 14 pages of 4 tokens."""
-    return build(num_pages=14)
+    """An engine with 14 pages of 4 tokens, and chunks of two sizes."""
+    return build(num_pages=14, prefill_chunk=32)
 
 
 @pytest.fixture
@@ -589,6 +589,22 @@ def test_nothing_compiles_after_warm_up(bucketed):
         drive(engine)
     assert compiled.names == [] and engine.stats().num_compiled == warm
     assert {handle.result().finish for handle in handles} == {"length", "stop", "aborted"}
+
+
+@pytest.mark.parametrize(
+    ("buckets", "wanted"),
+    [((), [(16, 16), (16, 16), (32, 16), (64, 16)]), ((20,), [(16, 5), (64, 16), (32, 16), (64, 16)])],
+    ids=["one width", "two widths"],
+)
+def test_a_turn_is_read_in_the_smallest_chunk_that_is_compiled_for_it(buckets, wanted, monkeypatch):
+    """Wherever it starts: a turn of a session costs what a first turn does."""
+    device = build(prefill_chunk=64, context_buckets=buckets)._device
+    assert device.chunks == [16, 32, 64]
+    reads = []
+    monkeypatch.setattr(device, "_read", lambda tokens_C, pages_M, *_: reads.append((len(tokens_C), len(pages_M))))
+    for start, count in ((6, 10), (30, 10), (30, 20), (0, 40)):
+        device.read([1] * count, np.zeros(16, np.int32), start, inv_freq_F=None)
+    assert reads == wanted
 
 
 def test_context_buckets_change_no_token(bucketed):
