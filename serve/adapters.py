@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from internjax.decode.device import AdapterRoom
-from internjax.hf.adapter import Adapter, check_copies, combine, load_adapter
+from internjax.hf.adapter import Adapter, check_copies, load_adapter
 from internjax.hf.open import Model
 from internjax.hf.weights import list_tensors
-from internjax.model.lora import Lora, with_gains
 
 
 def read_adapter(folder: str | os.PathLike, model: Model) -> Adapter:
@@ -29,11 +28,6 @@ def read_adapter(folder: str | os.PathLike, model: Model) -> Adapter:
     if adapter.copies:
         check_copies(adapter, list_tensors(model.source.folder), where=folder)
     return adapter
-
-
-def as_lora(adapter: Adapter, model: Model) -> Lora:
-    """Returns what the engine loads."""
-    return with_gains(combine([adapter]), model.params)
 
 
 def room_for(adapters: Mapping[str, Adapter], *, num_places: int | None, rank: int | None) -> AdapterRoom | None:

@@ -30,11 +30,11 @@ from internjax.decode.sizing import fitting_pages, page_bytes, weight_bytes
 from internjax.decode.speculate import Speculation
 from internjax.hf.open import Model
 from internjax.model.cache import CacheDType
-from internjax.model.lora import Lora
+from internjax.model.lora import Lora, apply_config
 from internjax.text import chat as protocol
 from internjax.text.message import INTERPRETER_PROMPT, Chat, Message, tools_message
 from internjax.text.tokenizer import ACTION_END, ACTION_START, INTERPRETER, PLUGIN, Tokenizer, differing_id
-from serve.adapters import as_lora, read_adapter, room_for
+from serve.adapters import read_adapter, room_for
 from serve.answer import Answer, Delta, Event, Prompt, Result, Token
 from serve.guided import Following, GuideError, Guides, GuideSpec
 from serve.params import Params, sampling_of, with_sampling
@@ -159,7 +159,7 @@ class Pipeline:
         engine = engines[0] if replicas == 1 else Router(engines)
         self._use(engine, model.tokenizer, eos_ids=model.generation.eos_ids, model=model)
         for name, adapter in loaded.items():
-            engine.load_adapter(name, as_lora(adapter, model))
+            engine.load_adapter(name, apply_config(adapter.weights, adapter.config))
         engine.warmup(on_program)
         engine.start()
 
@@ -203,7 +203,8 @@ class Pipeline:
             raise ValueError(
                 "this pipeline was made over an engine and knows no folder of its model: load adapters there"
             )
-        self.engine.load_adapter(name, as_lora(read_adapter(folder, self._model), self._model))
+        adapter = read_adapter(folder, self._model)
+        self.engine.load_adapter(name, apply_config(adapter.weights, adapter.config))
 
     def unload_adapter(self, name: str) -> None:
         """Frees the place of an adapter; raises RuntimeError while answers use it."""

@@ -652,8 +652,10 @@ def test_requests_choose_adapters_that_come_and_go(monkeypatch):
     engine = build(adapter_room=AdapterRoom(2, rank=4), num_pages=60)
     engine.warmup()
     warm = engine.stats().num_compiled
-    engine.load_adapter("small", small)
-    engine.load_adapter("turned", turned)
+    with CompileCounter() as compiled:
+        engine.load_adapter("small", small)
+        engine.load_adapter("turned", turned)
+    assert compiled.names == []
     assert engine.adapters == ("small", "turned")
     loras = {None: None, "small": small, "turned": turned}
     wanted = {}
