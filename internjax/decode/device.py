@@ -239,7 +239,8 @@ class Device:
             guided_B = np.zeros(self._num_slots, bool)
             for index, words_W in masks.items():
                 words_BW[index], guided_B[index] = words_W, True
-            allowed = Allowed(words_BW, guided_B)
+            # Placed as what stands in for it: an array of the host would make another program.
+            allowed = jax.device_put(Allowed(words_BW, guided_B), sharding.replicated(self._mesh))
         # A copy: the host changes its table while the device may still read what it was given.
         table_BM, rows = page_table_BM.copy(), self._rows(adapters)
         self._state, packed = self._run(

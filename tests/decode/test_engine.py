@@ -17,6 +17,7 @@ from internjax.decode.device import AdapterRoom
 from internjax.decode.engine import Engine
 from internjax.decode.generate import generate
 from internjax.decode.programs import Admission, Weights, decode_block, empty_state
+from internjax.decode.replay import replay
 from internjax.decode.request import Event, Handle, Request, RequestError, Result
 from internjax.decode.rounds import Rounds
 from internjax.decode.sample import Allowed, Limits, SamplingParams, stack
@@ -243,6 +244,23 @@ def test_exact_mode_gives_the_same_bits_after_any_history():
     assert stats.num_saved_pages > 0
     for request in requests:
         assert first[request].ids == generated(request)[0]
+    # Replayed, in other company and with what was cached since: the same log-probabilities.
+    compiled = engine.stats().num_compiled
+    handles = [replay(engine, request, first[request].ids) for request in reversed(requests)]
+    others = [tuple(reversed(first[request].ids)) for request in requests[:2]]
+    handles += [replay(engine, request, ids) for request, ids in zip(requests, others)]
+    drive(engine)
+    *again, back, also_back = [handle.result() for handle in handles]
+    assert again == [first[request]._replace(finish="length") for request in reversed(requests)]
+    assert engine.stats().num_compiled == compiled
+    for request, ids, result in zip(requests, others, (back, also_back)):
+        assert result.ids == ids != first[request].ids
+        scored = _LOGPROBS(PARAMS, jnp.array([request.tokens + ids]), config=CONFIG, temperature=DRAWN.temperature)
+        np.testing.assert_allclose(result.logprobs, scored[0, len(request.tokens) :], atol=2e-5)
+    with pytest.raises(ValueError, match="at least one; given no token"):
+        replay(engine, requests[0], ())
+    with pytest.raises(ValueError, match=r"tokens in 0..63, at least one; given \[64\]"):
+        replay(engine, requests[0], (64,))
     with pytest.raises(ValueError, match="exact mode wants no context_buckets and a prefill_chunk of whole pages of 4"):
         build(mode="exact", prefill_chunk=18)
 
@@ -587,6 +605,8 @@ def test_nothing_compiles_after_warm_up(bucketed):
             if i % 7 == 3:
                 rng.choice(handles).abort()
         drive(engine)
+        replay(engine, Request(prompt(5), 3, GREEDY), (1, 2, 3))  # with a guide
+        drive(engine)
     assert compiled.names == [] and engine.stats().num_compiled == warm
     assert {handle.result().finish for handle in handles} == {"length", "stop", "aborted"}
 
@@ -621,6 +641,19 @@ def test_dynamic_ntk_is_fixed_by_each_requests_own_length(bucketed):
     for request, result in zip(requests, results):
         assert result.ids == generated(request, config=SCALED)[0]
     assert results[1].ids != results[2].ids[:10], "the declared length changed nothing"
+    # Read in chunks far beyond the 16 tokens of training, drawn and replayed: one full forward of these frequencies.
+    request = Request(prompt(50), 10, GREEDY, logprobs=0)
+    (result,) = answer(engine, request)
+    again = replay(engine, request, result.ids[:4])
+    drive(engine)
+    tokens = jnp.array([request.tokens + result.ids])
+    scored, unscaled = (
+        _LOGPROBS(PARAMS, tokens, config=SCALED, inv_freq_BF=rope.inv_freq(SCALED, length=length)[None])[0, 50:]
+        for length in (60, 16)
+    )
+    np.testing.assert_allclose(result.logprobs, scored, atol=2e-5)
+    np.testing.assert_allclose(again.result().logprobs, scored[:4], atol=2e-5)
+    assert np.abs(scored - unscaled).max() > 1e-3, "the frequencies changed nothing"
 
 
 def test_cache_dtypes_and_adapters_reach_the_model():
