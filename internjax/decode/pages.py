@@ -1,5 +1,6 @@
 """Who owns which page of the cache: reference counts on the host. The cache arrays themselves never allocate."""
 
+import collections
 from collections.abc import Iterable
 
 
@@ -49,8 +50,8 @@ class PageAllocator:
         Raises ValueError, changing nothing, if a page would be given back more often than it is held.
         """
         pages = list(pages)
-        for page in set(pages):
-            self._check_held([page], owners=pages.count(page))
+        for page, count in collections.Counter(pages).items():
+            self._check_held([page], owners=count)
         for page in pages:
             self._counts[page] -= 1
             if self._counts[page] == 0:

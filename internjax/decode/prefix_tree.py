@@ -237,8 +237,15 @@ class PrefixTree:
                 self._remove(child)
 
     def _remove(self, node: _Node) -> None:
-        for child in list(node.children.values()):
-            self._remove(child)
+        """Removes a node with all that follows it."""
+        # In a list that grows, not by recursion: what follows may be thousands of pages, one below the other.
+        below = [node]
+        for each in below:
+            below += each.children.values()
+        for each in reversed(below):
+            self._remove_last(each)
+
+    def _remove_last(self, node: _Node) -> None:
         parent = node.parent
         del parent.children[node.tokens]
         parent.ordered.remove(node.tokens)

@@ -1,5 +1,7 @@
 """The prefix tree against a plain model: every page is a list of slots, and a slot is the whole text up to it."""
 
+import sys
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -216,3 +218,15 @@ def test_rows_that_grew_alike_share_one_page_in_the_end(arrays):
     assert tree.num_idle == 0  # the second still uses it
     tree.free(second)
     assert tree.num_idle == 1 and tree.num_available == NUM_PAGES
+
+
+def test_a_row_of_more_pages_than_python_recurses_into_is_forgotten_whole():
+    num_pages = 2 * sys.getrecursionlimit()
+    tree = PrefixTree(PageAllocator(num_pages), 1, Moves(lambda pages: None, *[None] * 3))
+    tokens = list(range(num_pages))
+    pages = tree.take("a", tokens, num_pages).pages
+    assert tree.insert("a", tokens, pages) == pages and tree.num_shared("a", tokens) == num_pages
+    tree.forget(pages)
+    assert tree.num_shared("a", tokens) == 0 and tree.num_available == 0  # the row still owns them
+    tree.free(pages)
+    assert tree.num_available == num_pages and tree.num_idle == 0
