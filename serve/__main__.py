@@ -6,6 +6,7 @@ Exit status: 0 after SIGTERM or Ctrl-C, 1 when the model cannot be opened or the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import signal
@@ -65,6 +66,9 @@ def add_model_flags(parser: argparse.ArgumentParser, *, nargs: str | None = None
         choices=("float32", "bfloat16", "float16", "int8", "int4"),
         help="key/value cache (default: as computed)",
     )
+    kernels = "kernels of {}: mosaic is for one NVIDIA GPU of the Hopper generation (default: xla)"
+    for flag, what in (("--paged-attention", "attention over the cache"), ("--quant-matmul", "products with int4")):
+        parser.add_argument(flag, choices=("xla", "mosaic"), default="xla", help=kernels.format(what))
     parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
     parser.add_argument(
         "--replicas",
@@ -181,9 +185,12 @@ def open_weights(args: argparse.Namespace):
         mesh = make_mesh(MeshConfig(fsdp=1, tensor=args.tensor), devices[: args.tensor])
     quantize = Quantised() if args.quantize == "nf4" else args.quantize
     model = open_model(args.model, mesh=mesh, quantize=quantize, allow_unknown=args.allow_unknown)
+    backends = {"paged_attention": args.paged_attention, "quant_matmul": args.quant_matmul}
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, **backends))
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     kind = weights_kind(model, args)
     print(f"weights  {weights / 2**20:,.1f} MiB {kind}, computed in {model.config.dtype} on {jax.devices()[0]}")
+    print(f"kernels  paged attention {args.paged_attention}, products with int4 {args.quant_matmul}")
     return model
 
 

@@ -32,6 +32,7 @@ from internjax.decode.router import Router
 from internjax.decode.sizing import page_bytes
 from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
+from internjax.model.quantize import num_bytes
 from serve.bench_targets import FIRST_ID, Target, Timing, ask_engine, engine_target
 
 MEAN_PROMPT, MEAN_ANSWER = 161, 338
@@ -359,7 +360,7 @@ def weight_bytes(params: dict, config: ModelConfig) -> int:
     read = jax.eval_shape(lambda params: decoding_params(params, config), params)
     if not config.tie_embeddings:
         read = {name: part for name, part in read.items() if name != "embed"}
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(read))
+    return sum(num_bytes(leaf) for leaf in jax.tree.leaves(read))
 
 
 def step_bytes(weights: int, config: ModelConfig, *, batch: int, prompt: int, completion: int, kv: CacheDType) -> int:

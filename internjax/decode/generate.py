@@ -24,7 +24,7 @@ from internjax.model import decoder, rope
 from internjax.model.cache import CacheDType, KVCache, dense_cache
 from internjax.model.config import ModelConfig
 from internjax.model.lora import Lora, with_gains
-from internjax.model.quantize import QuantArray
+from internjax.model.quantize import QuantArray, packed_for
 
 RUNNING, STOP, LENGTH, ERROR = range(4)
 """Codes in `finish`: not done; drew a stop token; reached its longest length; the model's logits are not finite."""
@@ -293,13 +293,14 @@ def step(
 def decoding_params(params: dict, config: ModelConfig) -> dict:
     """Returns the parameters in the computing dtype, so that a step reads no wider weights than it multiplies with.
 
-    The results are the same: the model casts each of them on use. QuantArrays stay, and so does a head whose rows are
-    normalised in float32.
+    The results are the same: the model casts each of them on use. QuantArrays are packed for the config's back end, and
+    stay otherwise; a head whose rows are normalised in float32 stays too. Who generates often with one model calls this
+    once before.
     """
     dtype = jnp.dtype(config.dtype)
 
     def cast(leaf):
-        return leaf if isinstance(leaf, QuantArray) else leaf.astype(dtype)
+        return packed_for(leaf, config.quant_matmul) if isinstance(leaf, QuantArray) else leaf.astype(dtype)
 
     cast_params = jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, QuantArray))
     return cast_params | {"head": params["head"]} if config.norm_head else cast_params

@@ -192,7 +192,7 @@ def _cast(leaf: jax.Array | QuantArray, *, dtype: np.dtype, use_up: bool) -> jax
 
 
 # Fields of ModelConfig that say how to compute, not what; config.json does not hold them.
-_HOW = {"dtype", "param_dtype", "remat", "unroll_layers", "attention"}
+_HOW = {"dtype", "param_dtype", "remat", "unroll_layers", "attention", "paged_attention", "quant_matmul"}
 
 
 def _differing(first: ModelConfig, second: ModelConfig) -> list[tuple[str, Any, Any]]:

@@ -1,13 +1,43 @@
-"""Attention of queries over a paged key/value cache: arrays only.
+"""Attention of queries over a paged key/value cache: arrays only; a jnp reference (`xla`) and a kernel (`mosaic`).
+
+xla: gathers a row's pages, restores what has few bits, and attends. mosaic: reads pages where they are, on NVIDIA's
+Hopper (kernels.mosaic_paged_attention).
 
 B batch, T query time, N query heads, K key/value heads, H head dim, L layers, P pages, S slots of a page, M pages of a
 row. A dense cache is the case M = 1: every row owns one page as long as the longest sequence.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
+from internjax.kernels import mosaic, mosaic_paged_attention
 from internjax.kernels.attention import attention
+
+Backend = Literal["xla", "mosaic"]
+
+
+def check(
+    backend: Backend,
+    *,
+    dtype: jnp.dtype,
+    head_dim: int,
+    page_size: int,
+    alibi: bool = False,
+    window: int | None = None,
+) -> None:
+    """Raises ValueError naming what `backend` cannot do; a back end never falls back to another silently."""
+    if backend == "xla":
+        return
+    if backend != "mosaic":
+        raise ValueError(f"unknown back end {backend!r} of paged attention; known: xla, mosaic")
+    how = {"head_dim": head_dim, "page_size": page_size, "alibi": alibi, "window": window}
+    limits = mosaic.unsupported() | mosaic_paged_attention.limits(dtype=dtype, **how)
+    if found := [limit for limit, holds in limits.items() if holds]:
+        raise ValueError(
+            f"back end 'mosaic' of paged attention cannot do {'; '.join(found)}. Use paged_attention='xla'."
+        )
 
 
 def gather_pages(pages_LPS: jax.Array, layer: jax.Array, page_table_BM: jax.Array) -> jax.Array:
@@ -43,13 +73,32 @@ def paged_attention(
     window: int | None = None,
     alibi_slopes_N: jax.Array | None = None,
     scale: float | None = None,
+    backend: Backend = "xla",
 ) -> jax.Array:
     """Returns causal attention outputs `[B, T, N, H]` over the slots of each row's pages, the last `window` if given.
 
     Slot i of a row (page i // S of its table, slot i % S) holds the key of absolute position i, so causality alone
     hides what was not written yet. With scales and offsets `[L, P, S, K]` the pages hold 8-bit values, or 4-bit ones
-    where they are half as wide as a head.
+    where they are half as wide as a head. Raises ValueError when `backend` cannot serve the arguments.
+
+    mosaic: positions of a row go up, and a row ends at its first unmapped page. What is stored in few bits is not
+    rounded to q's dtype first.
     """
+    H, alibi = q_BTNH.shape[-1], alibi_slopes_N is not None
+    check(backend, dtype=q_BTNH.dtype, head_dim=H, page_size=k_LPSKH.shape[2], alibi=alibi, window=window)
+    if backend == "mosaic":
+        with jax.named_scope("paged_attention"):
+            return mosaic_paged_attention.paged_attention(
+                q_BTNH,
+                k_LPSKH,
+                v_LPSKH,
+                layer=layer,
+                page_table_BM=page_table_BM,
+                q_positions_BT=q_positions_BT,
+                scales=None if k_scales is None else (k_scales, k_offsets, v_scales, v_offsets),
+                scale=H**-0.5 if scale is None else scale,
+                run=mosaic.COMPILED,
+            )
 
     def read(pages, scales, offsets):
         values = gather_pages(pages, layer, page_table_BM)

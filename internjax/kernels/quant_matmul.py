@@ -1,16 +1,23 @@
-"""Products with quantised matrices: arrays only, jnp reference.
+"""Products with quantised matrices: arrays only; a jnp reference (`xla`) and a kernel (`mosaic`).
+
+xla: restores the matrix and multiplies. mosaic: multiplies few rows with 4 bits as they are, on NVIDIA's Hopper, from a
+matrix that was packed for it (kernels.mosaic_quant_matmul).
 
 I input features, O output features, g groups along I. 4-bit values lie two per byte along I: the even input row in the
 low half, the odd one in the high half.
 """
 
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from internjax.kernels import mosaic, mosaic_quant_matmul
+
 Scheme = Literal["int8", "int4", "nf4"]
+Backend = Literal["xla", "mosaic"]
 
 # The 16 levels of 4-bit NormalFloat (QLoRA, arXiv:2305.14314, appendix E).
 NF4_LEVELS = (
@@ -32,8 +39,28 @@ def unpack_nibbles(packed: jax.Array) -> jax.Array:
     return pairs.reshape(*packed.shape[:-2], 2 * packed.shape[-2], packed.shape[-1])
 
 
-def dequantize(values, scales_gO, zeros_gO, *, scheme: Scheme, dtype: jnp.dtype) -> jax.Array:
-    """Returns the matrix `[..., I, O]`: (value - zero) * scale, or level[value] * scale for nf4, per group of rows."""
+def check(backend: Backend, *, scheme: Scheme, group: int, in_features: int, out_features: int) -> None:
+    """Raises ValueError naming what `backend` cannot do; a back end never falls back to another silently."""
+    if backend == "xla":
+        return
+    if backend != "mosaic":
+        raise ValueError(f"unknown back end {backend!r} of products with quantised matrices; known: xla, mosaic")
+    sizes = {"group": group, "in_features": in_features, "out_features": out_features}
+    limits = mosaic.unsupported() | mosaic_quant_matmul.limits(scheme=scheme, **sizes)
+    if found := [limit for limit, holds in limits.items() if holds]:
+        raise ValueError(
+            f"back end 'mosaic' of products with quantised matrices cannot do {'; '.join(found)}. Use "
+            "quant_matmul='xla'."
+        )
+
+
+def dequantize(values, scales_gO, zeros_gO, *, scheme: Scheme, dtype: jnp.dtype, backend: Backend = "xla") -> jax.Array:
+    """Returns the matrix `[..., I, O]`: (value - zero) * scale, or level[value] * scale for nf4, per group of rows.
+
+    backend: whose packing the values have.
+    """
+    if backend == "mosaic":
+        return mosaic_quant_matmul.unpack(mosaic_quant_matmul.Packed(values, scales_gO, zeros_gO), dtype=dtype)
     if scheme == "int8":
         integers = values.astype(jnp.float32)
     elif scheme == "int4":
@@ -48,7 +75,16 @@ def dequantize(values, scales_gO, zeros_gO, *, scheme: Scheme, dtype: jnp.dtype)
     return (integers * scales_gO[..., :, None, :].astype(jnp.float32)).reshape(*lead, I, O).astype(dtype)
 
 
-def quant_matmul(x, values, scales_gO, zeros_gO, *, scheme: Scheme) -> jax.Array:
-    """Returns x `[..., I]` times the dequantised matrix, `[..., O]` in x's dtype."""
+def quant_matmul(x, values, scales_gO, zeros_gO, *, scheme: Scheme, backend: Backend = "xla") -> jax.Array:
+    """Returns x `[..., I]` times the dequantised matrix, `[..., O]` in x's dtype.
+
+    mosaic: the kernel takes up to 64 rows of bfloat16 or float16. More rows are bound by arithmetic and not by how fast
+    weights arrive: for them the matrix is restored, as the reference does.
+    """
     with jax.named_scope("quant_matmul"):
-        return x @ dequantize(values, scales_gO, zeros_gO, scheme=scheme, dtype=x.dtype)
+        num_rows = math.prod(x.shape[:-1])
+        if backend == "mosaic" and num_rows <= mosaic_quant_matmul.MAX_ROWS:
+            packed = mosaic_quant_matmul.Packed(values, scales_gO, zeros_gO)
+            out = mosaic_quant_matmul.quant_matmul(x.reshape(num_rows, -1), packed, run=mosaic.COMPILED)
+            return out.reshape(*x.shape[:-1], -1)
+        return x @ dequantize(values, scales_gO, zeros_gO, scheme=scheme, dtype=x.dtype, backend=backend)

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from internjax.kernels.mosaic_paged_attention import BLOCK
 from internjax.model.config import ModelConfig
 
 CacheDType = Literal["float32", "bfloat16", "float16", "int8", "int4"]
@@ -62,7 +63,12 @@ def paged_cache(
 
 
 def dense_cache(config: ModelConfig, batch: int, length: int, *, dtype: CacheDType) -> KVCache:
-    """Returns an empty cache in which row b owns page b, `length` slots long."""
+    """Returns an empty cache in which row b owns page b, `length` slots long.
+
+    Rounded up to whole blocks where the config's back end reads blocks.
+    """
+    if config.paged_attention == "mosaic":
+        length += -length % BLOCK
     cache = paged_cache(config, batch, length, batch=batch, pages_per_row=1, dtype=dtype)
     return dataclasses.replace(cache, page_table_BM=jnp.arange(batch, dtype=jnp.int32)[:, None])
 

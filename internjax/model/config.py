@@ -145,6 +145,11 @@ class ModelConfig:
     attention: Literal["xla", "chunked", "ring", "cudnn", "cudnn_packed"] = "xla"
     """Attention back end of full sequences: the reference, queries in chunks, keys round the sequence axis of the mesh,
     NVIDIA's fused kernel with a mask, the same told where documents lie; see internjax.kernels.attention."""
+    paged_attention: Literal["xla", "mosaic"] = "xla"
+    """Back end of attention over a key/value cache: the reference, a kernel for NVIDIA's Hopper; see
+    internjax.kernels.paged_attention."""
+    quant_matmul: Literal["xla", "mosaic"] = "xla"
+    """Back end of decoding's products with matrices of 4 bits, likewise; see internjax.kernels.quant_matmul."""
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"):

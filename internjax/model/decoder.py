@@ -107,6 +107,7 @@ class Attention(nn.Module):
                 v_offsets=cache.v_offsets_LPSK,
                 window=config.window,
                 alibi_slopes_N=slopes_N,
+                backend=config.paged_attention,
             )
         biased = config.attention_bias == "all"
         output = self.linear(config.d_model, axes=("heads", "embed"), use_bias=biased, name="output")

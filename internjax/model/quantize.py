@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from internjax.kernels import mosaic_quant_matmul
 from internjax.kernels import quant_matmul as kernels
 from internjax.kernels.quant_matmul import Scheme
 
@@ -37,6 +38,8 @@ class QuantArray:
     steps: jax.Array | None = None
     offsets: jax.Array | None = None
     order: jax.Array | None = None
+    packing: kernels.Backend = dataclasses.field(default="xla", metadata={"static": True})
+    """Whose packing the values have (`packed_for`); all said above is that of xla."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,7 +47,12 @@ class QuantArray:
 
     @property
     def nbytes(self) -> int:
-        return sum(field.size * field.dtype.itemsize for field in jax.tree.leaves(self))
+        return sum(num_bytes(field) for field in jax.tree.leaves(self))
+
+
+def num_bytes(array: Any) -> int:
+    """Returns the bytes of an array, two 4-bit integers to a byte."""
+    return array.size // 2 if array.dtype == jnp.int4 else array.size * array.dtype.itemsize
 
 
 def fitting_group(in_features: int, *, largest: int = 128) -> int:
@@ -218,10 +226,26 @@ def dequantize_params(params: dict) -> dict:
 
 
 def _restored(array: QuantArray, dtype: jnp.dtype) -> jax.Array:
-    rows = kernels.dequantize(array.values, full_scales(array), array.zeros, scheme=array.scheme, dtype=dtype)
+    how = {"scheme": array.scheme, "dtype": dtype, "backend": array.packing}
+    rows = kernels.dequantize(array.values, full_scales(array), array.zeros, **how)
     if array.order is None:
         return rows
     return jnp.take_along_axis(rows, jnp.argsort(array.order, axis=-1)[..., None], axis=-2)
+
+
+def packed_for(array: QuantArray, backend: kernels.Backend) -> QuantArray:
+    """Returns the matrix as `backend` reads it; that of xla, and what is packed already, as it is.
+
+    mosaic: int4 values `[..., O, I]` less 8, scales and float16 zeros less 8 beside them, their groups filled up.
+    Raises ValueError naming what the back end cannot do.
+    """
+    if array.packing == backend:
+        return array
+    assert array.packing == "xla", array.packing
+    *_, I, O = array.shape
+    kernels.check(backend, scheme=array.scheme, group=array.group, in_features=I, out_features=O)
+    packed = mosaic_quant_matmul.pack(kernels.unpack_nibbles(array.values), full_scales(array), array.zeros)
+    return dataclasses.replace(array, **packed._asdict(), steps=None, offsets=None, packing=backend)
 
 
 def column_squares(kernel: Any) -> jax.Array:
@@ -279,7 +303,8 @@ def logical_axes(params: dict, params_axes: dict) -> dict:
 @jax.custom_vjp
 def _quant_matmul(x: jax.Array, array: QuantArray) -> jax.Array:
     x = x if array.order is None else jnp.take(x, array.order, axis=-1)
-    return kernels.quant_matmul(x, array.values, full_scales(array), array.zeros, scheme=array.scheme)
+    how = {"scheme": array.scheme, "backend": array.packing}
+    return kernels.quant_matmul(x, array.values, full_scales(array), array.zeros, **how)
 
 
 def _quant_matmul_forward(x, array):
