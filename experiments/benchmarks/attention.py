@@ -155,14 +155,14 @@ def measure(cell: Cell, backends: Sequence[Backend], *, num_turns: int, calls: i
                     found[backend] = {"error": errors}
                 else:
                     found[backend] = {"failed": f"differs from xla: {errors}"}
-        seconds = _in_turns(programs, x, num_turns=num_turns, calls=calls)
+        seconds = in_turns(programs, x, num_turns=num_turns, calls=calls)
     for backend, compiled in programs.items():
         found[backend] |= {what: _figures(cell, what, compiled[what], seconds[backend][what]) for what in compiled}
     return found
 
 
-def _in_turns(programs: dict[str, dict[str, Any]], x: Inputs, *, num_turns: int, calls: int) -> dict[str, dict]:
-    """Returns the seconds of every blocked call, by back end and program."""
+def in_turns(programs: dict[str, dict[str, Any]], x: Any, *, num_turns: int, calls: int) -> dict[str, dict]:
+    """Returns the seconds of every blocked call on `x`, by back end and program."""
     import jax
 
     seconds = {backend: {what: [] for what in compiled} for backend, compiled in programs.items()}

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.benchmarks import attention, contest, decode, finetune_step, scaling, train_step
+from experiments.benchmarks import attention, contest, decode, decode_kernels, finetune_step, scaling, train_step
 from internjax.decode import sample
 from internjax.model.config import INTERNLM2_1_8B, INTERNLM2_7B, ModelConfig
 from internjax.train import flops
@@ -145,6 +145,35 @@ def test_a_limit_is_a_share_of_the_card(monkeypatch):
     assert finetune_step.environment(finetune_step.SETTINGS["7b-lora"]) == {}
     with pytest.raises(SystemExit, match="the device gave more than the limit of 1000 bytes"):
         finetune_step.prove_limit(1000)
+
+
+# --- kernels of decoding ---------------------------------------------------------------------------------------------
+
+
+def test_kernels_of_decoding_are_measured_and_what_was_not_run_is_said(tmp_path, monkeypatch):
+    cells = {
+        "cache": decode_kernels.Paged(2, 8, 2, 1, 8, 4, "int4", 2),
+        "weights": decode_kernels.Product(1, 128, 8, 1),
+    }
+    monkeypatch.setattr(decode_kernels, "CPU_CELLS", cells)
+    output = tmp_path / "kernels.json"
+    decode_kernels.main(["--turns", "1", "--calls", "2", "--output", str(output)])
+    result = json.loads(output.read_text())
+    # Two layers of keys and values, two rows of eight tokens, 4 bytes and a scale and an offset; the matrix in 4 bits,
+    # with a scale and a zero for each column, beside that of 16.
+    by_hand = {
+        ("cache", "xla"): 2 * 2 * 2 * 8 * (4 + 4),
+        ("weights", "xla"): 8 * 64 + 8 * 3,
+        ("weights", "bfloat16"): 2048,
+    }
+    for (name, backend), wanted in by_hand.items():
+        assert decode_kernels.num_bytes(cells[name], backend) == wanted
+        figures = result["cells"][name]["back_ends"][backend]
+        assert figures["error"] < decode_kernels.TOLERANCE and figures["share_of_bandwidth"] is None
+        assert figures["gigabytes_per_second"] == pytest.approx(wanted / figures["median_seconds"] / 1e9, abs=0.01)
+    refused = sorted(name for names in result["not_run"].values() for name in names)
+    assert refused == ["cache: mosaic", "weights: mosaic"]
+    assert all("the cpu platform (NVIDIA GPUs only)" in reason for reason in result["not_run"])
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
