@@ -7,9 +7,10 @@ the programs of a row found is put together afterwards.
 Order-dependent choices:
 1. SPLIT is a number of slots, not of programs, and what the splits found is added pairwise, neighbours first. A row's
    result then depends neither on how wide the page table is nor on the other rows: more splits add exact zeros.
-2. Queries beyond 64 per key/value head are cut into tiles, which read the keys again; the order of a query's sums does
-   not change. So a prompt's chunk and a step add up alike, up to what the tensor cores do with other rows in a tile.
-3. Values of few bits go to the tensor cores as whole numbers, exact in bfloat16 (in float16 as well). Scales and
+2. Queries beyond 64 per key/value head (a prompt's chunk) are cut into tiles, which read the keys again. Then there are
+   programs enough, and a split is the whole row: what splits find takes memory, queries x splits. A chunk and a step
+   therefore add up in different orders.
+3. Values of few bits go to the tensor cores as whole numbers, exact in bfloat16. Scales and
    offsets act on scores and weights in float32: sum_s w_s (o_s + c_s v_s) = sum_s (w_s c_s) v_s + sum_s w_s o_s. They
    are gathered ahead, 8 bytes per token and head beside 128 or 256 of values: rows of a page's scales are too short
    for the copy engine.
@@ -33,7 +34,7 @@ from internjax.kernels.mosaic import Run
 BLOCK = 64
 """Slots that are multiplied at once."""
 SPLIT = 512
-"""Slots of one program."""
+"""Slots of one program where one tile holds all queries of a key/value head."""
 _ROWS = 64
 """Queries of one program: the fewest rows that a product of Hopper's tensor cores has."""
 _STAGES = 2
@@ -41,11 +42,15 @@ _STAGES = 2
 _LOG2_E = math.log2(math.e)
 
 
-def limits(*, dtype: jnp.dtype, head_dim: int, page_size: int, alibi: bool, window: int | None) -> dict[str, bool]:
+def limits(
+    *, dtype: jnp.dtype, cache_dtype: jnp.dtype, head_dim: int, page_size: int, alibi: bool, window: int | None
+) -> dict[str, bool]:
     """Returns what the kernel cannot take of a call, each with whether it holds; see `mosaic.unsupported` besides."""
-    dtype = jnp.dtype(dtype)
+    # float16 beside few bits would lose weights times scales, which are small numbers.
+    dtype, cache_dtype = jnp.dtype(dtype), jnp.dtype(cache_dtype)
     return {
-        f"dtype {dtype.name} (bfloat16 or float16 only)": dtype not in (jnp.bfloat16, jnp.float16),
+        f"dtype {dtype.name} (bfloat16 only)": dtype != jnp.bfloat16,
+        f"a cache of {cache_dtype.name} (bfloat16, int8 or int4 only)": cache_dtype not in (jnp.bfloat16, jnp.uint8),
         f"head_dim {head_dim} (64 or 128 only)": head_dim not in (64, 128),
         f"pages of {page_size} slots (8, 16, 32 or a multiple of 64 only)": page_size not in (8, 16, 32)
         and page_size % BLOCK != 0,
@@ -87,6 +92,7 @@ def paged_attention(
     B, T, N, H = q_BTNH.shape
     P, S, K = k_LPSKH.shape[1:4]
     R, M = T * N // K, page_table_BM.shape[1]
+    split = split if R <= _ROWS else -(-M * S // BLOCK) * BLOCK
     call = _Call(run, S, scale, 16 if scales is None else 8 * k_LPSKH.shape[-1] // H, H, split)
     num_tiles, num_splits = -(-R // _ROWS), -(-M * S // split)
     # Fewer rows than a tile has are not written: of a step's outputs most would be empty.

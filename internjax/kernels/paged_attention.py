@@ -22,17 +22,21 @@ def check(
     backend: Backend,
     *,
     dtype: jnp.dtype,
+    cache_dtype: jnp.dtype,
     head_dim: int,
     page_size: int,
     alibi: bool = False,
     window: int | None = None,
 ) -> None:
-    """Raises ValueError naming what `backend` cannot do; a back end never falls back to another silently."""
+    """Raises ValueError naming what `backend` cannot do; a back end never falls back to another silently.
+
+    cache_dtype: of the pages, uint8 where they hold few bits.
+    """
     if backend == "xla":
         return
     if backend != "mosaic":
         raise ValueError(f"unknown back end {backend!r} of paged attention; known: xla, mosaic")
-    how = {"head_dim": head_dim, "page_size": page_size, "alibi": alibi, "window": window}
+    how = {"cache_dtype": cache_dtype, "head_dim": head_dim, "page_size": page_size, "alibi": alibi, "window": window}
     limits = mosaic.unsupported() | mosaic_paged_attention.limits(dtype=dtype, **how)
     if found := [limit for limit, holds in limits.items() if holds]:
         raise ValueError(
@@ -84,8 +88,8 @@ def paged_attention(
     mosaic: positions of a row go up, and a row ends at its first unmapped page. What is stored in few bits is not
     rounded to q's dtype first.
     """
-    H, alibi = q_BTNH.shape[-1], alibi_slopes_N is not None
-    check(backend, dtype=q_BTNH.dtype, head_dim=H, page_size=k_LPSKH.shape[2], alibi=alibi, window=window)
+    H, how = q_BTNH.shape[-1], {"alibi": alibi_slopes_N is not None, "window": window}
+    check(backend, dtype=q_BTNH.dtype, cache_dtype=k_LPSKH.dtype, head_dim=H, page_size=k_LPSKH.shape[2], **how)
     if backend == "mosaic":
         with jax.named_scope("paged_attention"):
             return mosaic_paged_attention.paged_attention(

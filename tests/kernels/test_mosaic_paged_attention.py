@@ -111,7 +111,7 @@ CASES = {
     "int8": Case("int8", page_size=64, last=(70, 20), width=128, groups=1),
     "int4, several queries of rows that begin": Case("int4", last=(2, 40), num_queries=3, head_dim=128),
     "pages of two blocks, more queries than a tile": Case(
-        page_size=128, last=(70,), num_queries=23, groups=3, width=128
+        page_size=128, last=(150,), num_queries=23, groups=3, width=256
     ),
 }
 
@@ -172,13 +172,27 @@ def test_it_lowers_for_cuda(dtype):
 
 
 def test_it_is_refused_by_name():
-    how = {"dtype": jnp.float32, "head_dim": 96, "page_size": 48, "alibi": True, "window": 7}
+    how = {
+        "dtype": jnp.float16,
+        "cache_dtype": jnp.float32,
+        "head_dim": 96,
+        "page_size": 48,
+        "alibi": True,
+        "window": 7,
+    }
     check("xla", **how)
     with pytest.raises(ValueError, match="cannot do .*the cpu platform") as raised:
         check("mosaic", **how)
     said = str(raised.value)
     assert "Use paged_attention='xla'" in said
-    for reason in ("dtype float32", "head_dim 96", "pages of 48 slots", "ALiBi slopes", "a window of 7 tokens"):
+    for reason in (
+        "dtype float16",
+        "a cache of float32",
+        "head_dim 96",
+        "pages of 48 slots",
+        "ALiBi slopes",
+        "a window of 7 tokens",
+    ):
         assert reason in said
     with pytest.raises(ValueError, match="unknown back end 'triton'"):
         check("triton", **how)
