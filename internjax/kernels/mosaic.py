@@ -124,9 +124,8 @@ def _capability() -> tuple[int, ...]:
 
 
 def _transpose(ref: Any) -> Any:
-    plgpu = modules().plgpu
-    if hasattr(plgpu, "transpose_ref"):  # until 0.11
-        return plgpu.transpose_ref(ref, (1, 0))
+    if _version() < (0, 11):
+        return modules().plgpu.transpose_ref(ref, (1, 0))
     return ref.transpose((1, 0))
 
 
