@@ -88,6 +88,19 @@ def num_ones(typing, value):
 
 
 @intrinsic
+def folded_product(typing, one, other):
+    """Both halves of the 128-bit product of two 64-bit numbers, the upper one xor the lower one."""
+
+    def generate(context, builder, signature, arguments):
+        wide = ir.IntType(128)
+        product = builder.mul(*(builder.zext(value, wide) for value in arguments))
+        low = builder.trunc(product, ir.IntType(64))
+        return builder.xor(low, builder.trunc(builder.lshr(product, wide(64)), ir.IntType(64)))
+
+    return numba.types.uint64(numba.types.uint64, numba.types.uint64), generate
+
+
+@intrinsic
 def address_of(typing, data, at):
     """The address of data[at] of contiguous bytes, which the caller keeps alive."""
 
@@ -153,6 +166,28 @@ def put_piece(out, filled, address, size):
     if size > 32:
         for i in range(32, 64, 8):
             store64(out, filled + i, eight_at(address + i))
+
+
+@inlined
+def put_point(out, filled, point):
+    """Number of bytes filled in after the UTF-8 of a code point."""
+    if point < 0x80:
+        out[filled] = point
+        return filled + 1
+    if point < 0x800:
+        out[filled] = 0xC0 | point >> 6
+        out[filled + 1] = 0x80 | point & 0x3F
+        return filled + 2
+    if point < 0x10000:
+        out[filled] = 0xE0 | point >> 12
+        out[filled + 1] = 0x80 | point >> 6 & 0x3F
+        out[filled + 2] = 0x80 | point & 0x3F
+        return filled + 3
+    out[filled] = 0xF0 | point >> 18
+    out[filled + 1] = 0x80 | point >> 12 & 0x3F
+    out[filled + 2] = 0x80 | point >> 6 & 0x3F
+    out[filled + 3] = 0x80 | point & 0x3F
+    return filled + 4
 
 
 @inlined

@@ -22,10 +22,9 @@ import pyarrow as pa
 
 from data_pipelines.document import Corpus, Decision, Fetch, text_buffer
 from data_pipelines.rules import edit, plain_rows, power_of_two
-from data_pipelines.words import Words, find_words
+from data_pipelines.words import Spans, find_spans
 
 NUM_HASHES = 128
-SHINGLE_WORDS = 5
 KEYS_AT_ONCE = 16 << 20
 """Band keys that are sorted together (40 bytes each)."""
 PAIRS_AT_ONCE = 1 << 20
@@ -182,7 +181,7 @@ def near_duplicates(settings: NearDuplicates) -> Corpus:
 
 def sketch_near(batch: pa.RecordBatch, *, settings: NearDuplicates) -> pa.RecordBatch:
     """Returns identity, number of distinct shingles and MinHash signature of every row."""
-    sizes, signatures = sign(find_words(batch), seed=settings.seed)
+    sizes, signatures = sign(find_spans(batch), seed=settings.seed)
     raw = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(4 * NUM_HASHES), batch.num_rows, [None, pa.py_buffer(signatures.tobytes())]
     )
@@ -260,7 +259,7 @@ def _distances(rows: np.ndarray, fetch: Fetch, settings: NearDuplicates) -> dict
     by_row = np.argsort(rows)
     place_of = np.empty(len(rows), np.int64)
     place_of[by_row] = np.arange(len(rows))
-    shingles = shingle(find_words(fetch(rows[by_row])))
+    shingles = shingle(find_spans(fetch(rows[by_row])))
     spans = [(shingles.starts[place], shingles.starts[place + 1]) for place in place_of.tolist()]
     found = [(kernels.jaccard(shingles.values, *spans[a], *spans[b]), a, b) for b in range(len(rows)) for a in range(b)]
     nearest, farthest = max(found, key=lambda pair: pair[0]), min(found, key=lambda pair: pair[0])
@@ -301,7 +300,7 @@ def group(sketches: Sequence[pa.RecordBatch], fetch: Fetch, scratch: Path, setti
             by_row = np.argsort(rows_D[places])
             back = np.empty(len(places), np.int64)
             back[by_row] = np.arange(len(places))
-            shingles = shingle(find_words(fetch(rows_D[places][by_row])))
+            shingles = shingle(find_spans(fetch(rows_D[places][by_row])))
             report["verified"] += kernels.unite(
                 block, back[local.reshape(block.shape)], shingles.values, shingles.starts, settings.threshold,
                 root_D, partner_D, similarity_D,
@@ -393,7 +392,7 @@ def _blocks(pairs: np.ndarray, sizes_D: np.ndarray) -> Iterator[np.ndarray]:
         start, number = stop, number + 1
 
 
-def sign(words: Words, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def sign(words: Spans, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Returns (number of distinct shingles [D], MinHash signatures [D, 128] uint32) of the rows.
 
     Two signatures agree in a share of their hashes that estimates the Jaccard similarity of the rows.
@@ -401,33 +400,28 @@ def sign(words: Words, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     from data_pipelines import kernels
 
     draws = _random_words(seed, 2 * NUM_HASHES)
-    out = np.empty((len(words.starts) - 1, NUM_HASHES), np.uint32)
-    sizes = np.empty(len(words.starts) - 1, np.int64)
-    most = int(np.diff(words.starts).max(initial=0))
+    num_rows, most = len(words.starts), int((words.stops - words.starts).max(initial=0))
+    sizes, out = np.empty(num_rows, np.int64), np.empty((num_rows, NUM_HASHES), np.uint32)
     scratch = (
-        np.empty(power_of_two(2 * most), np.uint64), np.empty(power_of_two(2 * most), np.int32),
+        np.empty(power_of_two(2 * most), np.uint64), np.empty(power_of_two(4 * most), np.uint8),
         np.empty(most + 4, np.int32), np.empty(most + 4, np.uint64),
     )  # fmt: skip
     odd = draws[:NUM_HASHES] | np.uint32(1)
-    kernels.signatures(words.hashes, words.starts, SHINGLE_WORDS, odd, draws[NUM_HASHES:], *scratch, sizes, out)
+    kernels.signatures(*words, odd, draws[NUM_HASHES:], *scratch, sizes, out)
     return sizes, out
 
 
-def shingle(words: Words) -> Shingles:
+def shingle(words: Spans) -> Shingles:
     """Returns the distinct shingles of every row: 5 words running; a row of fewer words has one shingle of them all."""
     from data_pipelines import kernels
 
-    values = np.empty(len(words.hashes), np.uint64)
-    starts = np.empty(len(words.starts), np.int64)
-    kernels.shingles(words.hashes, words.starts, SHINGLE_WORDS, values, starts)
-    kept = np.zeros(len(starts), np.int64)
-    at = 0
-    for row, (start, stop) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist())):
-        found = np.unique(values[start:stop])
-        values[at : at + len(found)] = found  # never beyond what is still to be read
-        at += len(found)
-        kept[row + 1] = at
-    return Shingles(values[:at], kept)
+    values = np.empty(int((words.stops - words.starts).sum()), np.uint64)
+    starts = np.empty(len(words.starts) + 1, np.int64)
+    kernels.shingles(*words, values, starts)
+    for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist()):
+        values[start:stop].sort()
+    kernels.distinct(values, starts)
+    return Shingles(values[: starts[-1]], starts)
 
 
 def _random_words(seed: int, count: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from data_pipelines.blocks import (
     lowest,
     num_ones,
     put_piece,
+    put_point,
     trailing_zeros,
 )
 from data_pipelines.kernels import MIX, MIX_AGAIN, mixed
@@ -292,8 +293,11 @@ PLAIN = _plain_bytes()
 
 
 @compiled
-def plain(data, offsets, out, out_offsets, hard):
-    """The text in lower case, each run of white space one space, none at the ends; `out` must hold all bytes."""
+def plain(data, offsets, points, out, out_offsets, hard):
+    """The text in lower case, each run of white space one space, none at the ends; `out` must hold all bytes.
+
+    points: of every code point below 0x20000 what it becomes; 0 where the text has to be left to the definition.
+    """
     filled = np.int64(0)
     out_offsets[0] = 0
     for document in range(offsets.shape[0] - 1):
@@ -311,16 +315,26 @@ def plain(data, offsets, out, out_offsets, hard):
                 space = is_space
                 at += 1
                 continue
-            if not _is_plain(data, at, end):
-                hard[document] = True
-                break
-            raises = byte == 0xC3 and data[at + 1] < 0x9F and data[at + 1] != 0x97  # capital letters of Latin-1
             size = _char_bytes(byte)
+            if byte < 0xF0 or byte == 0xF0 and data[at + 1] < 0xA0:
+                point = _point(data, at, size)
+                becomes = points[point]
+                if becomes == 0:
+                    hard[document] = True
+                    break
+                if becomes != point:
+                    if becomes != 32:
+                        filled = put_point(out, filled, becomes)
+                        space = False
+                    elif not space:
+                        out[filled] = 32
+                        filled += 1
+                        space = True
+                    at += size
+                    continue
             for i in range(at, at + size):
                 out[filled] = data[i]
                 filled += 1
-            if raises:
-                out[filled - 1] += np.uint8(32)
             space = False
             at += size
         if hard[document]:
@@ -331,30 +345,28 @@ def plain(data, offsets, out, out_offsets, hard):
 
 
 @inlined
-def _is_plain(data, at, end):
-    """Whether the non-ASCII character is no white space and has no lower case, or is a letter of Latin-1."""
-    byte = data[at]
-    second = data[at + 1] if at + 1 < end else np.uint8(0)
-    third = data[at + 2] if at + 2 < end else np.uint8(0)
-    if 0xE4 <= byte <= 0xE9 or byte == 0xC3:
-        return True
-    if byte == 0xC2:
-        return second > 0xA0
-    if byte == 0xE3:
-        return second != 0x80 or third != 0x80
-    if byte == 0xE2:
-        if second == 0x80:
-            return 0x90 <= third <= 0xA7 or third >= 0xB0
-        if second == 0x81:
-            return third != 0x9F
-        arrows = second == 0x86 and third >= 0x90
-        return second == 0x82 or second == 0x83 or arrows or 0x87 <= second <= 0x91 or 0x94 <= second <= 0xAF
-    if byte == 0xEF:  # full-width capitals are left to the definition
-        selects = second == 0xB8 and third < 0x90
-        return second == 0xBC and (third < 0xA1 or third > 0xBA) or second == 0xBD or second == 0xBF or selects
-    if byte == 0xF0:
-        return second == 0x9F
-    return 0xEB <= byte <= 0xEC or (byte == 0xEA and second >= 0xB0) or (byte == 0xED and second < 0x9E)
+def _point(data, at, size):
+    """The code point of the character of two bytes or more at `at`."""
+    point = np.int64(data[at]) & (0x7F >> size)
+    for i in range(at + 1, at + size):
+        point = point << 6 | np.int64(data[i]) & 0x3F
+    return point
+
+
+@compiled
+def may_be_blank(data, offsets, out):
+    """Fills out[d] with whether the first 64 bytes of the text hold no character of which it is plain that it is no
+    white space.
+    """
+    for document in range(offsets.shape[0] - 1):
+        begin = offsets[document]
+        blank = True
+        for i in range(begin, min(begin + 64, offsets[document + 1])):
+            byte = data[i]
+            if 32 < byte < 127 or 0xC2 < byte < 0xE1 or byte > 0xE3:
+                blank = False
+                break
+        out[document] = blank
 
 
 @inlined
@@ -419,4 +431,18 @@ def plain_keys(data, offsets, out, is_ascii):
                 at += rest
         out[document, 0], out[document, 1] = mixed(one), mixed(other)
         is_ascii[document] = highs == 0
+    tail[0] = 0  # it is in use up to here
+
+
+@compiled
+def are_ascii(data, offsets, out):
+    """Fills out[d] with whether there is no byte above 127 in the text."""
+    tail = np.zeros(TAIL_BYTES, np.uint8)
+    for document in range(offsets.shape[0] - 1):
+        at, end = offsets[document], offsets[document + 1]
+        highs = np.uint64(0)
+        while at < end and highs == 0:
+            highs = between(block_at(data, at, tail), 128, 255) & lowest(min(end - at, 64))
+            at += 64
+        out[document] = highs == 0
     tail[0] = 0  # it is in use up to here

@@ -10,6 +10,7 @@ from data_pipelines.blocks import (
     inlined,
     lowest,
     put_piece,
+    put_point,
     trailing_zeros,
 )
 
@@ -79,28 +80,6 @@ def _hex(data, at, end):
 
 
 @inlined
-def _put_point(out, filled, point):
-    """Number of bytes filled in after the UTF-8 of a code point."""
-    if point < 0x80:
-        out[filled] = point
-        return filled + 1
-    if point < 0x800:
-        out[filled] = 0xC0 | point >> 6
-        out[filled + 1] = 0x80 | point & 0x3F
-        return filled + 2
-    if point < 0x10000:
-        out[filled] = 0xE0 | point >> 12
-        out[filled + 1] = 0x80 | point >> 6 & 0x3F
-        out[filled + 2] = 0x80 | point & 0x3F
-        return filled + 3
-    out[filled] = 0xF0 | point >> 18
-    out[filled + 1] = 0x80 | point >> 12 & 0x3F
-    out[filled + 2] = 0x80 | point >> 6 & 0x3F
-    out[filled + 3] = 0x80 | point & 0x3F
-    return filled + 4
-
-
-@inlined
 def _put_escape(data, at, end, out, filled):
     """(end of the escape whose backslash is at `at`, or BROKEN; number of bytes filled in)."""
     if at + 1 >= end:
@@ -123,7 +102,7 @@ def _put_escape(data, at, end, out, filled):
         at += 6
     if point < 0:
         return BROKEN, filled
-    return at, _put_point(out, filled, point)
+    return at, put_point(out, filled, point)
 
 
 @inlined

@@ -22,6 +22,7 @@ from data_pipelines.blocks import (
     num_ones,
     trailing_zeros,
 )
+from data_pipelines.words import SHINGLE_WORDS
 
 WORD_HAS_LETTER = np.uint8(1)
 WORD_IS_HAN = np.uint8(2)
@@ -173,17 +174,20 @@ def word_totals(hashes, lengths, flags, starts, wanted, out):
     """Fills out[d] with the bytes of the words of document d, its words with a letter, and how many of `wanted`, at
     most 64 hashes, it has.
     """
-    sieve = np.uint64(0)  # most words are told from all of them by six bits
+    sieve, every = np.uint64(0), lowest(wanted.shape[0])  # most words are told from all of them by six bits
     for w in range(wanted.shape[0]):
         sieve |= np.uint64(1) << (wanted[w] & np.uint64(63))
     for document in range(starts.shape[0] - 1):
+        start, end = starts[document], starts[document + 1]
         num_bytes, num_letters, seen = np.int64(0), np.int64(0), np.uint64(0)
-        for i in range(starts[document], starts[document + 1]):
+        for i in range(start, end):
             num_bytes += lengths[i]
             num_letters += flags[i] & WORD_HAS_LETTER
-            if (sieve >> (hashes[i] & np.uint64(63))) & np.uint64(1):
+        while start < end and seen != every:
+            if (sieve >> (hashes[start] & np.uint64(63))) & np.uint64(1):
                 for w in range(wanted.shape[0]):
-                    seen |= np.uint64(hashes[i] == wanted[w]) << np.uint64(w)
+                    seen |= np.uint64(hashes[start] == wanted[w]) << np.uint64(w)
+            start += 1
         out[document, 0], out[document, 1], out[document, 2] = num_bytes, num_letters, num_ones(seen)
 
 
@@ -205,13 +209,22 @@ def emptied(table, num_values):
 
 
 @inlined
-def _enter(table, value):
-    """Whether the value was in the open-addressed table (its size a power of two); it is in it afterwards."""
+def probe(table, spread, value):
+    """The slot of an open-addressed table (its size a power of two) that has the value or, being 0, may take it; the
+    search begins where `spread`, which says where the value belongs, points to.
+    """
     mask = np.uint64(table.shape[0] - 1)
-    value = value | np.uint64(1)  # 0 marks a free slot
-    slot = (value ^ (value >> np.uint64(32))) & mask
+    slot = (spread ^ (spread >> np.uint64(32))) & mask
     while table[slot] != 0 and table[slot] != value:
         slot = (slot + np.uint64(1)) & mask
+    return slot
+
+
+@inlined
+def _enter(table, value):
+    """Whether the value was in the open-addressed table (its size a power of two); it is in it afterwards."""
+    value = value | np.uint64(1)  # 0 marks a free slot
+    slot = probe(table, value, value)
     known = table[slot] == value
     table[slot] = value
     return known
@@ -226,21 +239,47 @@ def _shingle(hashes, at, size):
     return value
 
 
-@compiled
-def shingles(hashes, starts, size, values, out):
-    """Number of shingles; those of document d lie at out[d]:out[d + 1] of values, repeated ones included.
+@inlined
+def _put_shingles(hashes, start, end, values, filled):
+    """How many values are filled after the shingles of a document, repeated ones included: of `SHINGLE_WORDS` words
+    running each; a document of fewer words has one of them all.
+    """
+    for i in range(start, end - SHINGLE_WORDS + 1):
+        values[filled] = _shingle(hashes, i, SHINGLE_WORDS)
+        filled += 1
+    if start < end < start + SHINGLE_WORDS:
+        values[filled] = _shingle(hashes, start, end - start)
+        filled += 1
+    return filled
 
-    A shingle is `size` words running; a document of fewer words has one of them all.
+
+@compiled
+def shingles(hashes, starts, stops, values, out):
+    """Number of shingles; those of document d, whose words are starts[d]:stops[d], lie at out[d]:out[d + 1] of values,
+    repeated ones included.
     """
     filled = 0
-    for document in range(starts.shape[0] - 1):
+    for document in range(starts.shape[0]):
         out[document] = filled
-        start, end = starts[document], starts[document + 1]
-        for i in range(start, max(end - size + 1, min(start + 1, end))):
-            values[filled] = _shingle(hashes, i, min(size, end - i))
-            filled += 1
-    out[starts.shape[0] - 1] = filled
+        filled = _put_shingles(hashes, starts[document], stops[document], values, filled)
+    out[starts.shape[0]] = filled
     return filled
+
+
+@compiled
+def distinct(values, starts):
+    """Leaves each value once in every run values[starts[d]:starts[d + 1]], sorted, and moves the runs together;
+    `starts` says afterwards where they lie.
+    """
+    filled = start = 0
+    for document in range(starts.shape[0] - 1):
+        first, stop = filled, starts[document + 1]
+        for i in range(start, stop):
+            value = values[i]
+            if filled == first or values[filled - 1] != value:
+                values[filled] = value
+                filled += 1
+        start, starts[document + 1] = stop, filled
 
 
 @inlined
@@ -260,15 +299,26 @@ def count_slots(values, num_values, counts, slots):
 
 
 @inlined
-def _num_distinct(values, num_values, counts, slots, table):
-    """How many different values there are; scratch space as `signatures` has it."""
-    count_slots(values, num_values, counts, slots)
+def _num_distinct(values, num_values, seen, slots, table):
+    """How many different values there are; scratch space as `signatures` has it.
+
+    Those alone in their slot of `seen`, where 1 stands for one value and 2 for more, are met once.
+    """
+    size = 16
+    while size < 4 * num_values:
+        size *= 2
+    seen[:size] = 0
+    mask = np.uint64(size - 1)
+    for i in range(num_values):
+        slot = np.int64((values[i] ^ (values[i] >> np.uint64(32))) & mask)
+        slots[i] = slot
+        seen[slot] += seen[slot] < 2
     shared = 0
     for i in range(num_values):
-        shared += counts[slots[i]] > 1
+        shared += seen[slots[i]] > 1
     own, repeats = emptied(table, shared), 0
     for i in range(num_values):
-        if counts[slots[i]] > 1:
+        if seen[slots[i]] > 1:
             repeats += _enter(own, values[i])
     return num_values - repeats
 
@@ -297,21 +347,17 @@ def _least(values, num_values, multipliers, constants, row):
 
 
 @compiled
-def signatures(hashes, starts, size, multipliers, constants, table, counts, slots, values, sizes, out):
-    """Fills sizes[d] with the distinct shingles of document d, and out[d, p] with the least value of permutation p over
-    them; all ones where there are none.
+def signatures(hashes, starts, stops, multipliers, constants, table, seen, slots, values, sizes, out):
+    """Fills sizes[d] with the distinct shingles of document d, whose words are starts[d]:stops[d], and out[d, p] with
+    the least value of permutation p over them; all ones where there are none.
 
     A permutation is a product with an odd number, for which the lower half of a shingle's hash is random enough, and
-    the upper half in it. Scratch space: `table` and `counts`, powers of two, at least twice the words of any document;
-    `slots` and `values`, at least as many words and three.
+    the upper half in it. Scratch space: `table` (uint64) and `seen` (uint8), powers of two, at least twice and four
+    times the words of any document; `slots` and `values`, at least as many words and three.
     """
-    for document in range(starts.shape[0] - 1):
-        start, end = starts[document], starts[document + 1]
-        found = 0
-        for i in range(start, max(end - size + 1, min(start + 1, end))):
-            values[found] = _shingle(hashes, i, min(size, end - i))
-            found += 1
-        sizes[document] = _num_distinct(values, found, counts, slots, table)
+    for document in range(starts.shape[0]):
+        found = _put_shingles(hashes, starts[document], stops[document], values, 0)
+        sizes[document] = _num_distinct(values, found, seen, slots, table)
         while found % 4 != 0:
             values[found] = values[found - 1]
             found += 1

@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from data_pipelines.code_languages import UNKNOWN
@@ -58,11 +59,13 @@ class Languages(NamedTuple):
 def identify_languages(batch: pa.RecordBatch) -> Outcome:
     """The stage that enters the language of every row that has none and is not code; nothing is dropped."""
     languages, domains = batch.column("language").to_pylist(), batch.column("domain").to_pylist()
-    import pyarrow.compute as pc
+    from data_pipelines import editing
 
     data, offsets = text_buffer(batch)
     content, bounds, mixed = memoryview(data), offsets.tolist(), {}
-    is_ascii = pc.string_is_ascii(batch.column("text")).to_pylist()
+    is_ascii_D = np.empty(batch.num_rows, bool)
+    editing.are_ascii(data, offsets, is_ascii_D)
+    is_ascii = is_ascii_D.tolist()
     for row, (language, domain) in enumerate(zip(languages, domains, strict=True)):
         if language == UNKNOWN and domain != "code":
             found = _found(content[bounds[row] : bounds[row + 1]], is_ascii[row])

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipelines.blocks import compiled, inlined
-from data_pipelines.kernels import MIX
+from data_pipelines.kernels import MIX, probe
 from data_pipelines.rules import power_of_two
 
 BITS = np.uint64(18)
@@ -71,13 +71,7 @@ def empty_cache(length: int, vocabulary: int) -> Cache:
 @inlined
 def _slot(slots, key):
     """Where the key is in the table, or the free slot where it belongs."""
-    mask = np.uint64(slots.shape[0] - 1)
-    at = key * np.uint64(MIX)
-    at = (at ^ (at >> np.uint64(32))) & mask
-    wanted = key + np.uint64(1)
-    while slots[at] != 0 and slots[at] != wanted:
-        at = (at + np.uint64(1)) & mask
-    return at
+    return probe(slots, key * np.uint64(MIX), key + np.uint64(1))
 
 
 @inlined

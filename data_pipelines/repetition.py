@@ -5,59 +5,47 @@ import numpy as np
 from data_pipelines import kernels
 from data_pipelines.blocks import compiled, inlined
 
-_combine, _enter, emptied = kernels._combine, kernels._enter, kernels.emptied
+_combine, _enter, emptied, probe = kernels._combine, kernels._enter, kernels.emptied, kernels.probe
 
 TOP_NGRAMS = (2, 3, 4)
 DUPLICATE_NGRAMS = (5, 6, 7, 8, 9, 10)
 
 
 @compiled
-def duplicate_ngrams(hashes, lengths, starts, repeated, rows, table, alive, out):
+def duplicate_ngrams(hashes, lengths, starts, repeated, rows, table, values, places, ends, out):
     """Fills out[d, n - 5] for the documents `rows`: bytes of words inside n-grams met before over bytes of all words.
 
     The scan jumps n after a hit (arXiv:2112.11446, A1.1). Only n-grams all of whose 5-grams are `repeated` can have
     been met before or be met again; the others are passed over. Scratch space: table, a power of two, at least twice
-    the words of any of the documents; alive, as many words.
+    the words of any of the documents; values, places, ends, as many words and one.
     """
     for document in rows:
-        start, end = starts[document], starts[document + 1]
-        total, num_places = 0, end - start - 4
-        for word in range(start, end):
-            total += lengths[word]
-        for i in range(num_places):
-            alive[i] = repeated[start + i]
+        start, num_words = starts[document], starts[document + 1] - starts[document]
+        ends[0] = 0  # bytes of the words before each
+        left = 0
+        for i in range(num_words):
+            ends[i + 1] = ends[i] + lengths[start + i]
+        for i in range(num_words - 4):
+            if repeated[start + i]:
+                values[left], places[left] = kernels._shingle(hashes, start + i, 5), i
+                left += 1
         for n in DUPLICATE_NGRAMS:
-            looked = 0
-            for i in range(end - start - n + 1):
-                if n > 5:
-                    alive[i] = alive[i] and alive[i + 1]
-                looked += alive[i]
-            own = emptied(table, looked)
-            inside, i = 0, start
-            while i + n <= end:
-                if not alive[i - start]:
-                    i += 1
-                    continue
-                value, gram_bytes = np.uint64(n), 0
-                for k in range(n):
-                    value = _combine(value, hashes[i + k])
-                    gram_bytes += lengths[i + k]
-                if _enter(own, value):
-                    inside += gram_bytes
-                    i += n
-                else:
-                    i += 1
-            out[document, n - 5] = inside / total if total > 0 else 0.0
-
-
-@inlined
-def _slot_of(table, value):
-    """The slot of an open-addressed table (its size a power of two) that has the value or, being 0, may take it."""
-    mask = np.uint64(table.shape[0] - 1)
-    slot = (value ^ (value >> np.uint64(32))) & mask
-    while table[slot] != 0 and table[slot] != value:
-        slot = (slot + np.uint64(1)) & mask
-    return slot
+            if n > 5:
+                both = 0  # the (n - 1)-grams here and one word on are left
+                for i in range(left - 1):
+                    if places[i + 1] == places[i] + 1:
+                        place = places[i]
+                        values[both] = _combine(values[i], hashes[start + place + n - 1])
+                        places[both] = place
+                        both += 1
+                left = both
+            own, inside, after = emptied(table, left), 0, 0
+            for i in range(left):
+                place = places[i]
+                if place >= after and _enter(own, values[i]):
+                    after = place + n
+                    inside += ends[after] - ends[place]
+            out[document, n - 5] = inside / ends[num_words] if ends[num_words] > 0 else 0.0
 
 
 @inlined
@@ -85,7 +73,7 @@ def _most_costly(values, gram_bytes, costs, num_values, table, counts):
     for i in range(num_values):
         if costs[i] > least:
             value = values[i] | np.uint64(1)
-            slot = _slot_of(own, value)
+            slot = probe(own, value, value)
             counts[slot] = 1 if own[slot] == 0 else counts[slot] + 1
             own[slot] = value
             if counts[slot] > 1:
@@ -99,7 +87,7 @@ def _covered_again(values, places, num_values, ends, n, table, counts, repeated)
     own, inside, covered = emptied(table, num_values), 0, 0
     for i in range(num_values):
         value, first = values[i] | np.uint64(1), places[i]
-        slot = _slot_of(own, value)
+        slot = probe(own, value, value)
         if own[slot] == 0:
             own[slot], counts[slot] = value, first
         else:
@@ -131,11 +119,12 @@ def repetition(
         for i in range(num_words):
             ends[i + 1] = ends[i] + lengths[start + i]
         for i in range(left):
-            values[i], places[i] = hashes[start + i], i
+            values[i], places[i] = _combine(hashes[start + i], hashes[start + i + 1]), i
         total = max(ends[num_words], 1)
         for n in range(2, 5):
-            for i in range(left):
-                values[i] = _combine(values[i], hashes[start + places[i] + n - 1])
+            if n > 2:
+                for i in range(left):
+                    values[i] = _combine(values[i], hashes[start + places[i] + n - 1])
             kernels.count_slots(values, left, counts, slots)
             several = 0
             for i in range(left):

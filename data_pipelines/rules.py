@@ -8,6 +8,7 @@ the same bounds hold for Chinese; the two that do not (stop words, length of wor
 Code: generated, minified, data without program, Python that does not parse.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -232,7 +233,10 @@ def duplicate_ngram_shares(words: Words, found: Repetition, rows: np.ndarray) ->
 
     shares_D6 = np.zeros((len(words.starts) - 1, len(kernels.DUPLICATE_NGRAMS)))
     most = int(np.diff(words.starts)[rows].max(initial=0))
-    scratch = np.zeros(power_of_two(2 * most), np.uint64), np.zeros(most + 1, bool)
+    scratch = (
+        np.empty(power_of_two(2 * most), np.uint64), np.empty(most + 1, np.uint64),
+        np.empty(most + 1, np.int64), np.empty(most + 1, np.int64),
+    )  # fmt: skip
     kernels.duplicate_ngrams(words.hashes, words.lengths, words.starts, found.repeated, rows, *scratch, shares_D6)
     return shares_D6
 
@@ -305,7 +309,21 @@ def plain_rows(batch: pa.RecordBatch) -> Edited:
     """The text as exact duplicates compare it (`dedup.plain_text`), compiled."""
     from data_pipelines import editing
 
-    return _compiled_edit(batch, editing.plain)
+    return _compiled_edit(batch, editing.plain, _plain_points())
+
+
+@functools.cache
+def _plain_points() -> np.ndarray:
+    """Code point below 0x20000 -> what it becomes in plain text; 0 where that cannot be said of it alone: it becomes
+    several characters or more bytes, or its neighbours decide, as they do of a capital sigma.
+    """
+    points = np.array([0 if 0xD800 <= point < 0xE000 else point for point in range(0x20000)], np.uint32)
+    points[[0x130, 0x3A3]] = 0
+    texts = points.tobytes().decode("utf-32-le"), re.sub(r"\s", " ", points.tobytes().decode("utf-32-le").lower())
+    becomes = np.frombuffer(texts[1].encode("utf-32-le"), np.uint32).copy()
+    num_bytes = [np.digitize(each, [0x80, 0x800, 0x10000]) for each in (points, becomes)]
+    becomes[num_bytes[1] > num_bytes[0]] = 0
+    return becomes
 
 
 def edit(
@@ -322,9 +340,14 @@ def edit(
         else:
             texts = _texts(batch, fast(batch), change)
         reasons: list[str | None] = [None] * batch.num_rows
-        for row in np.flatnonzero(_may_be_blank(texts)).tolist():
+        from data_pipelines import editing
+
+        may_be_blank_D = np.empty(batch.num_rows, bool)
+        edited = with_text(batch, texts)
+        editing.may_be_blank(*text_buffer(edited), may_be_blank_D)
+        for row in np.flatnonzero(may_be_blank_D).tolist():
             reasons[row] = None if texts[row].as_py().strip() else "empty"
-        return Outcome(with_text(batch, texts), reasons, [reason and "no character is left" for reason in reasons])
+        return Outcome(edited, reasons, [reason and "no character is left" for reason in reasons])
 
     return apply
 
@@ -344,14 +367,6 @@ def _texts(batch: pa.RecordBatch, edited: Edited, change: Callable[[str], str]) 
         data, offsets = b"".join(pieces), offsets + np.cumsum(sizes)
         return pa.LargeStringArray.from_buffers(batch.num_rows, pa.py_buffer(offsets), pa.py_buffer(data))
     return pa.LargeStringArray.from_buffers(batch.num_rows, pa.py_buffer(offsets), pa.py_buffer(data[: offsets[-1]]))
-
-
-def _may_be_blank(texts: pa.Array) -> np.ndarray:
-    """Rows whose first 64 characters are white space, or that are empty."""
-    import pyarrow.compute as pc
-
-    heads = pc.utf8_slice_codeunits(texts, 0, 64)
-    return pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(heads)), 0).to_numpy(zero_copy_only=False)
 
 
 # --- code ------------------------------------------------------------------------------------------------------------

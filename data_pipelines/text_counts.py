@@ -10,6 +10,7 @@ from data_pipelines.blocks import (
     block_at,
     compiled,
     eight_at,
+    folded_product,
     inlined,
     lowest,
     num_ones,
@@ -25,6 +26,8 @@ NUM_COUNTS = 22
     NEWLINES, LINES, BLANK_LINES, BULLET_LINES, ELLIPSIS_LINES, TERMINAL_LINES, SHORT_LINES, LONGEST_LINE,
     DUPLICATE_LINES, DUPLICATE_LINE_BYTES, DUPLICATE_PARAGRAPHS,
 ) = range(NUM_COUNTS)  # fmt: skip
+
+NOWHERE = -1
 
 
 @compiled
@@ -159,37 +162,35 @@ def _count_characters(data, begin, end, tail, row):
 
 
 @inlined
-def _line(data, at, end, tail):
-    """(place of its first byte that is no white space or control character, or where it ends; place of the newline that
-    ends it, or the end; characters before that): of the line from `at` on.
-    """
-    first, characters = end, 0
-    while at < end:
-        block = block_at(data, at, tail)
-        size = min(trailing_zeros(between(block, 10, 10)), end - at)
-        inside = lowest(size)
-        shown = between(block, 33, 255) & inside
-        if first == end and shown != 0:
-            first = at + trailing_zeros(shown)
-        characters += size - num_ones(between(block, 0x80, 0xBF) & inside)
-        at += size
-        if size < 64:
-            break
-    return min(first, at), at, characters
-
-
-@inlined
 def _line_hash(address, size):
-    """Hash of so many bytes, one at least. Up to eight bytes that differ have different hashes; the parts of a longer
-    line are mixed beside one another. Eight bytes must be readable.
+    """Hash of so many bytes, one at least. Up to eight bytes that differ have different hashes; of a longer line,
+    sixteen bytes are one product. Eight bytes must be readable.
     """
     if size <= 8:
         return mixed(eight_at(address) & lowest(8 * size))
-    value, salt = np.uint64(size) * np.uint64(MIX), np.uint64(0)
-    for at in range(0, size - 8, 8):
-        salt += np.uint64(MIX_AGAIN)
-        value += mixed(eight_at(address + at) ^ salt)
-    return mixed(value ^ mixed(eight_at(address + size - 8)))
+    value, end = np.uint64(size) * np.uint64(MIX_AGAIN), address + size
+    while address + 16 < end:
+        value = folded_product(value ^ eight_at(address), eight_at(address + 8) ^ np.uint64(MIX))
+        address += 16
+    first = eight_at(end - min(size, 16))
+    return mixed(folded_product(value ^ first, eight_at(end - 8) ^ np.uint64(MIX)))
+
+
+@inlined
+def _is_bullet(data, start, stop):
+    """Whether the line begins with a hyphen or a round dot, U+2022."""
+    first = data[start]
+    dot = first == 0xE2 and stop - start >= 3 and data[start + 1] == 0x80 and data[start + 2] == 0xA2
+    return first == 45 or dot
+
+
+@inlined
+def _ends_in_ellipsis(data, start, stop):
+    """Whether the line ends in three full stops or U+2026."""
+    if stop - start < 3:
+        return False
+    one, two, three = data[stop - 3], data[stop - 2], data[stop - 1]
+    return (one == 46 and two == 46 and three == 46) or (one == 0xE2 and two == 0x80 and three == 0xA6)
 
 
 @inlined
@@ -198,41 +199,56 @@ def _count_lines(data, at, end, table, tail, row):
     while size < 2 * (row[NEWLINES] + 2):
         size *= 2
     table[: 2 * size] = 0  # lines in the lower half, paragraphs in the upper
+    lines, blank, short, bullets, terminal, ellipses, longest = 0, 0, 0, 0, 0, 0, 0
     paragraphs, repeated_paragraphs, repeated_lines, repeated_bytes, line_bytes = 0, 0, 0, 0, 0
     paragraph = np.uint64(0)
+    begin, start, characters = at, NOWHERE, 0  # of the line: its first byte, its first shown one, what it has so far
     while at < end:
-        start, stop, characters = _line(data, at, end, tail)
-        at = stop + 1
-        row[LONGEST_LINE] = max(row[LONGEST_LINE], characters)
-        while stop > start and data[stop - 1] <= 32:
-            stop -= 1
-        if start < stop:
-            last = stop - 1
-            while last > start and (data[last] & 0xC0) == 0x80:
-                last -= 1
-            place = block_at(data, start, tail) if stop - start <= 8 else address_of(data, start)
-            value = _line_hash(place, stop - start)
-            seen = _enter(table[:size], value)
-            repeated_lines += seen
-            repeated_bytes += seen * (stop - start)
-            line_bytes += stop - start
-            paragraph = _combine(paragraph, value)
-            row[LINES] += 1
-            row[SHORT_LINES] += characters <= 30
-            first = data[start]
-            dot = first == 0xE2 and stop - start >= 3 and data[start + 1] == 0x80 and data[start + 2] == 0xA2
-            row[BULLET_LINES] += first == 45 or dot
-            row[TERMINAL_LINES] += _is_terminal(data, last, stop)
-            dots = stop - start >= 3 and data[stop - 1] == 46 and data[stop - 2] == 46 and data[stop - 3] == 46
-            mark = stop - last == 3 and data[last] == 0xE2 and data[last + 1] == 0x80 and data[last + 2] == 0xA6
-            row[ELLIPSIS_LINES] += dots or mark
-        else:
-            row[BLANK_LINES] += 1
-        if paragraph != 0 and (start >= stop or at >= end):
-            paragraphs += 1
-            repeated_paragraphs += _enter(table[size : 2 * size], paragraph)
-            paragraph = np.uint64(0)
-    if row[LINES] > 0:
-        row[DUPLICATE_LINES] = repeated_lines / row[LINES]
+        block, known = block_at(data, at, tail), min(end - at, 64)
+        breaks, shown = between(block, 10, 10) & lowest(known), between(block, 33, 255)
+        firsts, rest = ~between(block, 0x80, 0xBF), lowest(known)  # of characters; of bytes not seen yet
+        for _ in range(num_ones(breaks) + 1):
+            stop = min(trailing_zeros(breaks), known)
+            inside = rest & lowest(stop)
+            characters += num_ones(firsts & inside)
+            if start == NOWHERE and shown & inside != 0:
+                start = at + trailing_zeros(shown & inside)
+            rest &= ~lowest(min(stop + 1, 64))
+            if breaks == 0 and (at + known < end or begin >= end):
+                continue  # the line goes on, or there is none
+            breaks &= breaks - np.uint64(1)
+            stop += at
+            longest = max(longest, characters)
+            if start != NOWHERE:
+                while data[stop - 1] <= 32:
+                    stop -= 1
+                last = stop - 1
+                while last > start and (data[last] & 0xC0) == 0x80:
+                    last -= 1
+                place = block_at(data, start, tail) if stop - start <= 8 else address_of(data, start)
+                value = _line_hash(place, stop - start)
+                seen = _enter(table[:size], value)
+                repeated_lines += seen
+                repeated_bytes += seen * (stop - start)
+                line_bytes += stop - start
+                paragraph = _combine(paragraph, value)
+                lines += 1
+                short += characters <= 30
+                bullets += _is_bullet(data, start, stop)
+                terminal += _is_terminal(data, last, stop)
+                ellipses += _ends_in_ellipsis(data, start, stop)
+            else:
+                blank += 1
+            begin = at + known - num_ones(rest)
+            if paragraph != 0 and (start == NOWHERE or begin >= end):
+                paragraphs += 1
+                repeated_paragraphs += _enter(table[size : 2 * size], paragraph)
+                paragraph = np.uint64(0)
+            start, characters = NOWHERE, 0
+        at += known
+    row[LINES], row[BLANK_LINES], row[SHORT_LINES], row[BULLET_LINES] = lines, blank, short, bullets
+    row[TERMINAL_LINES], row[ELLIPSIS_LINES], row[LONGEST_LINE] = terminal, ellipses, longest
+    if lines > 0:
+        row[DUPLICATE_LINES] = repeated_lines / lines
         row[DUPLICATE_LINE_BYTES] = repeated_bytes / line_bytes
         row[DUPLICATE_PARAGRAPHS] = repeated_paragraphs / paragraphs

@@ -8,6 +8,9 @@ import pyarrow as pa
 
 from data_pipelines.document import text_buffer
 
+SHINGLE_WORDS = 5
+"""Words running that are a shingle."""
+
 
 class Words(NamedTuple):
     """Hash, bytes and flags of every word of a batch; those of row d lie at starts[d]:starts[d + 1]."""
@@ -16,6 +19,14 @@ class Words(NamedTuple):
     lengths: np.ndarray
     flags: np.ndarray
     starts: np.ndarray
+
+
+class Spans(NamedTuple):
+    """Hash of every word; those of row d lie at starts[d]:stops[d]. Other words may lie between."""
+
+    hashes: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
 
 
 class _Known(NamedTuple):
@@ -44,6 +55,15 @@ def find_words(batch: pa.RecordBatch) -> Words:
         words = _of_rows(known.words, known.rows)
     _last.known = _Known(batch.column("text"), words, None)
     return words
+
+
+def find_spans(batch: pa.RecordBatch) -> Spans:
+    """`find_words` for what needs hashes alone: where rows follow others, they are not copied."""
+    known = _known(batch)
+    if known is None or known.rows is None:
+        words = find_words(batch)
+        return Spans(words.hashes, words.starts[:-1], words.starts[1:])
+    return Spans(known.words.hashes, known.words.starts[known.rows], known.words.starts[known.rows + 1])
 
 
 def follow(before: pa.RecordBatch, rows: np.ndarray, after: pa.RecordBatch) -> None:

@@ -40,6 +40,7 @@ import pyarrow as pa
 
 from data_pipelines import chain, dedup, executors, ledger, natural_languages, rules, sources, wanjuan
 from data_pipelines.document import num_text_bytes
+from data_pipelines.words import find_spans
 from experiments.benchmarks import data_peers, record
 
 SUFFIXES = {".py", ".rst", ".md", ".txt"}
@@ -89,7 +90,7 @@ def stages() -> dict[str, Callable[[pa.RecordBatch], Any]]:
         "rules_reference": rules.text_rules(rules.REFERENCE),
         "rules_web": rules.text_rules(rules.WEB),
         "exact": dedup.sketch_exact,
-        "minhash": lambda batch: dedup.sign(rules.find_words(batch), seed=near.seed),
+        "minhash": lambda batch: dedup.sign(find_spans(batch), seed=near.seed),
         "near_sketch": lambda batch: dedup.sketch_near(batch, settings=near),
     }
 
@@ -137,7 +138,8 @@ def watched_memory() -> Iterator[list[int]]:
 
 
 def whole(chain_name: str, path: Path, output: Path) -> dict[str, Any]:
-    """Runs a chain on one thread of this process."""
+    """Runs a chain on one thread of this process, which keeps its memory as the command does."""
+    executors.keep_memory()
     stages_of_chain = CHAINS[chain_name]
     with executors.local(1) as run_tasks:
         warm = output / "warm.jsonl"

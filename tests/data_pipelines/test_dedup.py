@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_pipelines import dedup
 from data_pipelines.document import make_document, to_batch, to_documents
-from data_pipelines.rules import find_words
+from data_pipelines.words import find_spans
 from tests.data_pipelines.test_rules import plain_words
 
 
@@ -54,24 +54,24 @@ def corpus():
 
 def test_shingles_are_five_words_running_and_chinese_needs_no_spaces():
     shingles = dedup.shingle(
-        find_words(batch_of(["a b c d e f", "a b", "", "我是中国人民", "A\tb\n  c, d. e f!", "b a"]))
+        find_spans(batch_of(["a b c d e f", "a b", "", "我是中国人民", "A\tb\n  c, d. e f!", "b a"]))
     )
     sizes = np.diff(shingles.starts).tolist()
     assert sizes == [2, 1, 0, 2, 2, 1]
     rows = [shingles.values[a:b].tolist() for a, b in zip(shingles.starts[:-1], shingles.starts[1:], strict=True)]
     assert rows[0] == rows[4] == sorted(rows[0]) and rows[1] != rows[5]
-    assert len(dedup.shingle(find_words(batch_of([]))).values) == 0
+    assert len(dedup.shingle(find_spans(batch_of([]))).values) == 0
 
 
 def test_indentation_leaves_code_the_same():
     code = "def f(x):\n    if x:\n        return 1\n    return 2\n"
-    shingles = dedup.shingle(find_words(batch_of([code, code.replace("    ", "\t"), code.replace("    ", "  ")])))
+    shingles = dedup.shingle(find_spans(batch_of([code, code.replace("    ", "\t"), code.replace("    ", "  ")])))
     a, b, c = (shingles.values[i:j].tolist() for i, j in zip(shingles.starts[:-1], shingles.starts[1:], strict=True))
     assert a == b == c
 
 
 def test_signatures_estimate_the_true_jaccard(corpus):
-    sizes, signatures = dedup.sign(find_words(batch_of(corpus)))
+    sizes, signatures = dedup.sign(find_spans(batch_of(corpus)))
     assert sizes.tolist() == [len(plain_shingles(text)) for text in corpus]
     errors = []
     for a, b in combinations(range(len(corpus)), 2):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from data_pipelines import dedup, rules
-from data_pipelines.rules import find_words
+from data_pipelines.words import find_spans, find_words
 from tests.data_pipelines.test_dedup import batch_of, corpus, plain_jaccard, plain_shingles
 from tests.data_pipelines.test_rules import GOOD, plain_words
 
@@ -182,7 +182,7 @@ def sketches(corpus):
 
 
 def test_our_signatures_err_no_more_than_those_of_datasketch(corpus, sketches):
-    _, signatures = dedup.sign(find_words(batch_of(corpus)))
+    _, signatures = dedup.sign(find_spans(batch_of(corpus)))
     errors = []
     for a, b in combinations(range(len(corpus)), 2):
         true = plain_jaccard(corpus[a], corpus[b])
