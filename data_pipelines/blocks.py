@@ -4,9 +4,11 @@ A block is 64 bytes, named by its address; which of its bytes are letters, newli
 one step finds, counts or passes over all of them. LLVM makes of it what the processor has.
 """
 
+import functools
 import hashlib
-import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -20,20 +22,30 @@ TAIL_BYTES = 96
 """Of the scratch space for a block beyond the end of the data: 32 bytes may be read from each of its 64 on."""
 
 
-def _cache_folder(sources: Path) -> Path:
-    """Returns the folder of compiled loops that belongs to the texts of all functions compiled into them."""
+@functools.cache
+def _digest(sources: Path) -> str:
+    """Of the texts of all files of compiled loops in a folder: any of them may be compiled into a loop of another."""
     texts = [path.read_bytes() for path in sorted(sources.glob("*.py"))]
-    digest = hashlib.sha256(b"".join(text for text in texts if b"inlined" in text)).hexdigest()
-    return sources / "__pycache__" / f"loops-{digest[:16]}"
+    return hashlib.sha256(
+        b"\0".join(text for text in texts if b"blocks import" in text or b"@inlined" in text)
+    ).hexdigest()
 
 
-_HERE = Path(__file__).parent
-# numba looks at the one file that a loop stands in, and would go on with what an older version of another file was
-# compiled into. Where the sources cannot be written beside, it has a place of its own.
-if not numba.config.CACHE_DIR and os.access(_HERE, os.W_OK):
-    numba.config.CACHE_DIR = str(_cache_folder(_HERE))
+def compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the loop compiled at its first call, for other processes as well: numba keeps it beside its source, or in
+    NUMBA_CACHE_DIR, or, where neither can be written to, among the user's caches.
 
-compiled = numba.njit(cache=True, nogil=True)
+    numba looks at the one file that a loop stands in, and would go on with what an older version of another file was
+    compiled into. So what is kept bears the digest of all of them; that of another version is compiled anew and written
+    over.
+    """
+    found = numba.njit(cache=True, nogil=True)(loop)
+    if found is not loop:  # as it is with NUMBA_DISABLE_JIT
+        kept = found._cache._cache_file
+        kept._source_stamp = kept._source_stamp, _digest(Path(loop.__code__.co_filename).parent)
+    return found
+
+
 inlined = numba.njit(nogil=True)
 """For what compiled loops call: of a function that is read from the cache only machine code is there, and the compiler
 can make nothing better of it where it is called. So these are not cached, but compiled into each of their callers.

@@ -142,8 +142,9 @@ def normalise(data, offsets, out, out_offsets, hard):
             filled = _without_trailing(out, line, filled)
             while filled > first and out[filled - 1] == 10:
                 filled -= 1
-            out[filled] = 10
-            filled += 1
+            if filled > first:
+                out[filled] = 10
+                filled += 1
         out_offsets[document + 1] = filled
     tail[0] = 0  # it is in use up to here
 

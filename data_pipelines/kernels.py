@@ -22,10 +22,11 @@ from data_pipelines.blocks import (
     num_ones,
     trailing_zeros,
 )
-from data_pipelines.words import SHINGLE_WORDS
 
 WORD_HAS_LETTER = np.uint8(1)
 WORD_IS_HAN = np.uint8(2)
+SHINGLE_WORDS = 5
+"""Words running that are a shingle."""
 
 MIX = 0x9E3779B97F4A7C15
 MIX_AGAIN = 0xD6E8FEB86659FD93
@@ -280,22 +281,6 @@ def distinct(values, starts):
                 values[filled] = value
                 filled += 1
         start, starts[document + 1] = stop, filled
-
-
-@inlined
-def count_slots(values, num_values, counts, slots):
-    """Fills slots[i] with the slot of values[i] in a table of counts, and the front of `counts`, a power of two of at
-    least twice as many places, with how many values each slot has: those alone in theirs are met once.
-    """
-    size = 16
-    while size < 2 * num_values:
-        size *= 2
-    counts[:size] = 0
-    mask = np.uint64(size - 1)
-    for i in range(num_values):
-        slot = np.int64((values[i] ^ (values[i] >> np.uint64(32))) & mask)
-        slots[i] = slot
-        counts[slot] += 1
 
 
 @inlined

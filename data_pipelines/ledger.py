@@ -87,9 +87,20 @@ def record(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome)
     stays = np.array([reason is None for reason in outcome.reasons], bool)
     if stays.all():
         return outcome.batch
-    kept = outcome.batch.filter(pa.array(stays))
+    kept = _rows_that_stay(outcome.batch, stays)
     follow(outcome.batch, np.flatnonzero(stays), kept)
     return kept
+
+
+def _rows_that_stay(batch: pa.RecordBatch, stays: np.ndarray) -> pa.RecordBatch:
+    """The rows; where those that go have no text any more, the texts of the others are not copied."""
+    data, offsets = text_buffer(batch)
+    if (np.diff(offsets)[~stays] > 0).any():
+        return batch.filter(pa.array(stays))
+    bounds = np.append(offsets[:-1][stays], offsets[-1])
+    texts = pa.LargeStringArray.from_buffers(len(bounds) - 1, pa.py_buffer(bounds), pa.py_buffer(data))
+    columns = [texts if name == "text" else batch.column(name).filter(pa.array(stays)) for name in batch.schema.names]
+    return pa.record_batch(columns, schema=batch.schema)
 
 
 def enter(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome) -> None:

@@ -115,17 +115,20 @@ def repetition(
         own = repeated[start : start + num_words]
         own[:] = False
         ends[0] = 0  # bytes of the words before each
-        left = max(num_words - 1, 0)
         for i in range(num_words):
             ends[i + 1] = ends[i] + lengths[start + i]
-        for i in range(left):
-            values[i], places[i] = _combine(hashes[start + i], hashes[start + i + 1]), i
-        total = max(ends[num_words], 1)
+            values[i], places[i] = hashes[start + i], i
+        total, left = max(ends[num_words], 1), max(num_words - 1, 0)
         for n in range(2, 5):
-            if n > 2:
-                for i in range(left):
-                    values[i] = _combine(values[i], hashes[start + places[i] + n - 1])
-            kernels.count_slots(values, left, counts, slots)
+            size = 16
+            while size < 2 * left:
+                size *= 2
+            counts[:size] = 0  # how many n-grams share a slot: those alone in theirs are met once
+            for i in range(left):
+                value = _combine(values[i], hashes[start + places[i] + n - 1])
+                slot = (value ^ (value >> np.uint64(32))) & np.uint64(size - 1)
+                values[i], slots[i] = value, slot
+                counts[slot] += 1
             several = 0
             for i in range(left):
                 count, place = counts[slots[i]], places[i]

@@ -23,10 +23,10 @@ from data_pipelines.readers import (
     existing,
     given_file,
     json_rows,
-    open_parquet,
     opened,
     uncompressed_suffix,
 )
+from data_pipelines.tables import open_parquet
 from internjax.hf.hub import resolve_data
 
 _NAMED = re.compile(r"(?P<where>datasets|hf|modelscope):(?P<name>[^@:]+)(?::(?P<config>[^@:]+))?(?:@(?P<split>.+))?")

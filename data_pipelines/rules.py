@@ -255,12 +255,15 @@ CITATION = re.compile(r"\[(\d+|edit|citation needed)\]")
 
 
 def normalise_text(text: str) -> str:
-    """Returns the text in NFC with \\n line ends, without invisible and control characters and runs of blank lines."""
+    """Returns the text in NFC with \\n line ends, without invisible and control characters and runs of blank lines; a
+    text of which nothing is left is "".
+    """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.isascii():
         text = INVISIBLE.sub("", unicodedata.normalize("NFC", text))
     text = "\n".join([line.rstrip(TRAILING) for line in CONTROL.sub("", text).split("\n")])
-    return BLANK_RUN.sub("\n\n\n", text).strip("\n") + "\n"
+    text = BLANK_RUN.sub("\n\n\n", text).strip("\n")
+    return text and text + "\n"
 
 
 def normalise_code(text: str) -> str:

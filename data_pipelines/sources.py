@@ -36,18 +36,16 @@ from data_pipelines.readers import (
     TEXT_SUFFIXES,
     BadRow,
     File,
-    arrow_documents,
     bare_name,
     document_of_row,
     existing,
     files_below,
-    open_parquet,
-    parquet_documents,
     row_documents,
     set_aside,
     text_document,
     uncompressed_suffix,
 )
+from data_pipelines.tables import arrow_documents, open_parquet, parquet_documents
 from data_pipelines.web_pages import html_document, warc_documents
 
 WHAT_IS_READ = (

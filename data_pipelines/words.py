@@ -8,9 +8,6 @@ import pyarrow as pa
 
 from data_pipelines.document import text_buffer
 
-SHINGLE_WORDS = 5
-"""Words running that are a shingle."""
-
 
 class Words(NamedTuple):
     """Hash, bytes and flags of every word of a batch; those of row d lie at starts[d]:starts[d + 1]."""

@@ -1,5 +1,7 @@
+import importlib
 import random
 import re
+import sys
 from collections import Counter
 
 import numpy as np
@@ -343,12 +345,21 @@ def test_compiled_edits_are_what_their_definitions_say(definition, rows):
     assert rules.edit(definition, rows)(batch).batch.column("text").to_pylist() == list(map(definition, texts))
 
 
-def test_compiled_loops_are_kept_apart_for_every_version_of_what_they_call(tmp_path):
+def test_compiled_loops_follow_what_they_call_in_other_files(tmp_path, monkeypatch):
     """A loop read from the cache would hold the functions of another file as they were."""
-    (tmp_path / "loops.py").write_text("inlined one")
-    (tmp_path / "rows.py").write_text("calls nothing compiled")
-    before = blocks._cache_folder(tmp_path)
-    (tmp_path / "rows.py").write_text("changed")
-    assert blocks._cache_folder(tmp_path) == before and before.parent == tmp_path / "__pycache__"
-    (tmp_path / "loops.py").write_text("inlined two")
-    assert blocks._cache_folder(tmp_path) != before
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    lines = ["from data_pipelines.blocks import compiled", "from called import number", "@compiled", "def loop():"]
+    (tmp_path / "caller.py").write_text("\n".join([*lines, "    return number()"]))
+    found = []
+    for version in (1, 1, 2):
+        text = f"from data_pipelines.blocks import inlined\n@inlined\ndef number():\n    return {version}\n"
+        (tmp_path / "called.py").write_text(text)
+        for name in ("caller", "called"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        blocks._digest.cache_clear()
+        loop = importlib.import_module("caller").loop
+        found.append((loop(), loop.stats.cache_hits.total()))
+    assert found == [(1, 0), (1, 1), (2, 0)]
+    assert len(list(tmp_path.rglob("*.nbc"))) == 1, "what is stale is written over"
