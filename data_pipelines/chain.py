@@ -59,7 +59,7 @@ class Sizes(NamedTuple):
     """How the corpus is cut; no result depends on it. A batch, with what stages make of it, is in memory per worker."""
 
     unit_bytes: int = 64 << 20
-    batch_bytes: int = 4 << 20
+    batch_bytes: int = 8 << 20
     batch_rows: int = 4096
 
 
