@@ -129,11 +129,11 @@ def document_id(text: str | memoryview, *, source: str, path: str) -> str:
 
     The text may be given as its UTF-8.
     """
-    digest = hashlib.sha256()
-    for part in (source, path, text):
-        raw = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
-        digest.update(len(raw).to_bytes(8, "little"))
-        digest.update(raw)
+    source, path = (part.encode("utf-8", "surrogatepass") for part in (source, path))
+    raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    source_size, path_size, size = (len(part).to_bytes(8, "little") for part in (source, path, raw))
+    digest = hashlib.sha256(b"".join((source_size, source, path_size, path, size)))
+    digest.update(raw)
     return digest.hexdigest()[:32]
 
 

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 
 from data_pipelines import embedded, rows
@@ -266,21 +265,17 @@ def _cut_lines(file: File, size: int) -> Iterator[Slice]:
                 end = block.find(b"\n", max(start + size - at - 1, 0)) + 1
                 if end:
                     digest.update(memoryview(block)[:end])
-                    line += _num_lines(memoryview(block)[:end])
+                    line += block.count(b"\n", 0, end)
                     yield Slice(file, start, at + end, first, digest.hexdigest(), at + end - start)
                     start, first, digest = at + end, line, hashlib.sha256()
                     content.seek(start)
                     at = start
                     continue
             digest.update(block)
-            line += _num_lines(block)
+            line += block.count(b"\n")
             at += len(block)
     if at > start:
         yield Slice(file, start, at, first, digest.hexdigest(), at - start)
-
-
-def _num_lines(block: bytes | memoryview) -> int:
-    return int(np.count_nonzero(np.frombuffer(block, np.uint8) == ord("\n")))
 
 
 def _cut_row_groups(file: File, size: int, digest: str) -> Iterator[Slice]:

@@ -8,7 +8,8 @@ older pyarrow).
 
 Both have the bounds of our chain `reference` (documentation and code), where they know them.
 datatrove: its local executor with one task: Gopher's repetition and quality filters, C4's filter, MinHash with 20
-buckets of 6 hashes over 5-grams, clusters, filter. There is no exact step, and candidates are not verified.
+buckets of 6 hashes over 5-grams, clusters, filter. There is no exact step, and candidates are not verified. It wants
+an xxhash before 4, which takes texts as well as bytes.
 daft: native expressions on one thread: the bounds that its functions can tell (words, their length, hash signs, lorem
 ipsum; nothing on repetition, lines or characters), distinct texts, MinHash of 120 hashes in 20 bands; in each bucket
 the least row stays. Candidates are not verified.
@@ -128,7 +129,11 @@ def daft(corpus: Path, folder: Path) -> int:
 
 
 PEERS = {
-    "datatrove": (datatrove, ("datatrove", "spacy", "orjson"), ("datatrove.pipeline.dedup.minhash", "spacy")),
+    "datatrove": (
+        datatrove,
+        ("datatrove", "spacy", "orjson", "xxhash"),
+        ("datatrove.pipeline.dedup.minhash", "spacy"),
+    ),
     "daft": (daft, ("daft",), ("daft.functions",)),
 }
 """By name: the function, the packages that it needs, and the modules whose import is not timed."""

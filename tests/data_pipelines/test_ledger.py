@@ -1,5 +1,6 @@
 import json
 
+import pyarrow as pa
 import pytest
 
 from data_pipelines import ledger as books
@@ -21,6 +22,17 @@ def test_record_keeps_and_names():
     dropped = batch.column("id")[1].as_py()
     assert books.explain(ledger, dropped[:12]) == f"{dropped} f:1: dropped by length: long (4 is above 3)"
     assert books.dropped_by_reason(ledger) == {"long": 1}
+
+
+def test_texts_are_not_copied_where_the_rows_that_go_have_none():
+    whole = batch_of("before", "", "one", "", "", "zwei 二", "")
+    batch = whole.slice(1)
+    reasons = ["empty" if not text else None for text in batch.column("text").to_pylist()]
+    kept = books.record(books.Ledger(), "edit", batch, Outcome(batch, reasons, reasons))
+    assert kept.equals(batch.filter(pa.array([reason is None for reason in reasons])))
+    assert kept.column("text").buffers()[2].address == whole.column("text").buffers()[2].address
+    nothing = books.record(books.Ledger(), "edit", whole.slice(3, 2), Outcome(whole.slice(3, 2), ["x"] * 2, [None] * 2))
+    assert nothing.num_rows == 0 and nothing.schema.equals(whole.schema)
 
 
 def test_a_stage_that_loses_rows_fails_at_once():

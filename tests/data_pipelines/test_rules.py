@@ -1,4 +1,5 @@
 import importlib
+import itertools
 import random
 import re
 import sys
@@ -132,6 +133,9 @@ def test_words_are_found_once_and_those_of_rows_are_the_ones_of_their_texts(monk
     first = rules.find_words(before)
     words.follow(before, rows, after)
     words.follow(after, np.array([1, 2]), after.slice(1))
+    spans = words.find_spans(after.slice(1))
+    hashes = [spans.hashes[start:stop].tolist() for start, stop in zip(spans.starts, spans.stops, strict=True)]
+    assert hashes == [wanted[2].hashes[a:b].tolist() for a, b in itertools.pairwise(wanted[2].starts)]
     again = rules.find_words(after.slice(1))
     assert len(searched) == 1 and searched[0] is before
     for found, known in ((first, wanted[0]), (again, wanted[2])):
