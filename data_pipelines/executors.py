@@ -11,21 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
-import pyarrow as pa
-
-from internjax.host_memory import keep_heap
-
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 """(function, items) -> its results, in the order of the items."""
-
-
-def keep_memory() -> None:
-    """Has this process keep the memory that batches free for the next ones: for a command to call at its start.
-
-    Arrow and numpy give blocks of some megabytes back to the system, which then zeroes and maps every page anew.
-    """
-    if keep_heap():
-        pa.set_memory_pool(pa.system_memory_pool())
 
 
 @contextlib.contextmanager

@@ -354,7 +354,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--address is for --executor ray")
     if given.threads is not None and (given.executor == "ray" or given.threads < 1):
         parser.error("--threads is for --executor local, 1 or more")
-    executors.keep_memory()
     executor = executors.ray(given.address) if given.executor == "ray" else executors.local(given.threads)
     folder = Path(given.output)
     try:

@@ -10,6 +10,8 @@ import ctypes
 import os
 from pathlib import Path
 
+import jax
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _MOST_KEPT = 2**31 - 1
 """Bytes at the end of the heap that stay with the process: the largest number that mallopt takes."""
@@ -23,16 +25,9 @@ def keep_freed() -> bool:
     """
     if Path("/proc/driver/nvidia").exists() and os.environ.get("JAX_PLATFORMS") != "cpu":
         return False
-    if not keep_heap():
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not (mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)):
         return False
-    import jax
-
     if "JAX_CPU_ENABLE_ASYNC_DISPATCH" not in os.environ:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     return True
-
-
-def keep_heap() -> bool:
-    """Has malloc keep what is freed, of whatever size; returns whether it does. For a command to call at its start."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT))

@@ -138,8 +138,7 @@ def watched_memory() -> Iterator[list[int]]:
 
 
 def whole(chain_name: str, path: Path, output: Path) -> dict[str, Any]:
-    """Runs a chain on one thread of this process, which keeps its memory as the command does."""
-    executors.keep_memory()
+    """Runs a chain on one thread of this process."""
     stages_of_chain = CHAINS[chain_name]
     with executors.local(1) as run_tasks:
         warm = output / "warm.jsonl"
