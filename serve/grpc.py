@@ -22,9 +22,9 @@ from serve.kserve_answer import Response, answer
 from serve.kserve_messages import Messages, messages
 from serve.protocol import Refusal
 
-MAX_MESSAGE_BYTES = 16 << 20
+MAX_CALLS = 1000  # at once, an open stream being one; more are refused with RESOURCE_EXHAUSTED
 MAX_IN_STREAM = 64  # requests of one stream that are answered at once; the next one is read when one of them is over
-_MAX_DETAILS = 2000  # characters: gRPC sends them in a header, of which clients take 8 KiB
+_MAX_DETAILS = 2000  # bytes: gRPC sends them in a header, up to three times as long, and clients take 8 KiB of it
 _START_SECONDS = 30.0
 
 log = logging.getLogger("serve")
@@ -94,9 +94,10 @@ class GrpcServer:
             runner.run(self._serve())
 
     async def _serve(self) -> None:
-        limits = ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", -1)
+        limits = ("grpc.max_receive_message_length", kserve.MAX_BYTES), ("grpc.max_send_message_length", -1)
         # Else a second server might share the port with this one, and each get some of the requests.
-        server = grpc.aio.server(options=(*limits, ("grpc.so_reuseport", 0)))
+        options = (*limits, ("grpc.so_reuseport", 0))
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=MAX_CALLS)
         server.add_generic_rpc_handlers((_handlers(self._served, self._leaving),))
         try:
             server.add_insecure_port(self.address)
@@ -172,7 +173,7 @@ def _check_key(context: grpc.aio.ServicerContext, served: kserve.Served) -> None
 
 def _details(message: str) -> str:
     """The message as gRPC can carry it, which takes no half characters that a client's JSON may have held."""
-    return message[:_MAX_DETAILS].encode(errors="replace").decode()
+    return message.encode(errors="replace")[:_MAX_DETAILS].decode(errors="ignore")
 
 
 async def _told(tell: Callable[[Any], Mapping], response: Any, request: Any) -> Any:
@@ -216,9 +217,15 @@ def _stream(served: kserve.Served, found: Messages, leaving: asyncio.Event) -> C
             await context.abort(_CODES[error.status], error.message)
         room, writing = asyncio.Semaphore(MAX_IN_STREAM), asyncio.Lock()
 
-        async def send(response: Response) -> None:
+        async def write(message: Any) -> None:
             async with writing:
-                await context.write(envelope(infer_response=_response(response, found)))
+                try:
+                    await context.write(message)
+                except grpc.aio.BaseError as error:  # the client has gone, and this call is about to be cancelled
+                    raise asyncio.CancelledError from error
+
+        async def send(response: Response) -> None:
+            await write(envelope(infer_response=_response(response, found)))
 
         async def respond(request: Any) -> None:
             try:
@@ -233,8 +240,7 @@ def _stream(served: kserve.Served, found: Messages, leaving: asyncio.Event) -> C
 
         async def fail(request: Any, why: str) -> None:
             message = _response(Response(request.model_name, request.id, [], is_last=True), found)
-            async with writing:
-                await context.write(envelope(error_message=_details(why), infer_response=message))
+            await write(envelope(error_message=_details(why), infer_response=message))
 
         async with asyncio.TaskGroup() as responding:
             async for request in _until(leaving, requests):

@@ -24,6 +24,7 @@ from serve.requests import ChatRequest, CompletionRequest
 from serve.tensors import Tensor
 
 MAX_PROMPTS = 512  # of one request: each has a thread that waits for its answer
+MAX_BYTES = 16 << 20  # of a request, after it is decompressed
 VERSION = "1"
 NO_STATISTICS = "there are none by the model; counts and times of each request are in the server's log"
 

@@ -24,7 +24,6 @@ from serve.kserve_answer import answer
 from serve.pipeline import Pipeline
 from serve.protocol import Refusal
 
-MAX_TENSOR_BYTES = 16 << 20  # of a body, after it is decompressed
 HEADER_LENGTH = "Inference-Header-Content-Length"  # how much of a body is JSON: raw tensors follow
 _KEYS = {"id", "parameters", "inputs", "outputs"}
 _INPUT_KEYS = {"name", "shape", "datatype", "parameters", "data"}
@@ -145,11 +144,11 @@ def _decompressed(body: bytes, headers: Mapping[str, str]) -> bytes:
         raise Refusal(f"the Content-Encoding is {encoding!r:.50}; gzip, deflate or none is read", status=415)
     try:
         reader = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either, by its first bytes
-        read = reader.decompress(body, MAX_TENSOR_BYTES + 1)
+        read = reader.decompress(body, kserve.MAX_BYTES + 1)
     except zlib.error as error:
         raise Refusal(f"the body is no {encoding}: {error}") from error
-    if len(read) > MAX_TENSOR_BYTES:
-        raise Refusal(f"the body has more than {MAX_TENSOR_BYTES} bytes; send less", status=413)
+    if len(read) > kserve.MAX_BYTES:
+        raise Refusal(f"the body has more than {kserve.MAX_BYTES} bytes; send less", status=413)
     if not reader.eof:
         raise Refusal(f"the body ends inside its {encoding}; send all of it")
     return read

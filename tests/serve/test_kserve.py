@@ -27,8 +27,8 @@ from tritonclient.utils import InferenceServerException, deserialize_bytes_tenso
 from internjax.text.chat import render
 from internjax.text.message import Message
 from serve import __main__ as command
+from serve import grpc as front
 from serve import server as serving
-from serve.grpc import MAX_IN_STREAM
 from serve.kserve import INPUTS, ONLY_IF_ASKED, OUTPUTS, SAMPLING
 from serve.kserve_messages import messages, read_proto
 from serve.kserve_routes import HEADER_LENGTH
@@ -476,7 +476,9 @@ def test_tensors_in_contents(engine, running):
         wrong[1].raw_input_contents.extend([b""] * 2)
         wrong[2].inputs[0].contents.int_contents.append(1)
         wrong[3].inputs[0].shape[0] = 2
-        for message, said in zip(wrong, ("beside raw", "2 raw_input", "has int_contents", "1 elements")):
+        wrong.append(message_of(text_input=[b"x"]))
+        wrong[4].inputs[0].name, wrong[4].inputs[0].shape[0] = "你" * 5000, 2  # more than a header holds
+        for message, said in zip(wrong, ("beside raw", "2 raw_input", "has int_contents", "1 elements", "你")):
             with pytest.raises(grpc.RpcError) as caught:
                 stub.ModelInfer(message)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT and said in caught.value.details()
@@ -546,7 +548,7 @@ def test_requests_of_one_stream(engine, running, tokenizer):
 
 
 def test_more_requests_than_a_stream_answers_at_once(engine, running):
-    number = MAX_IN_STREAM + 5
+    number = front.MAX_IN_STREAM + 5
     with Stream(running[0]) as stream:
         for index in range(number):
             stream.ask(str(index), {"text_input": ["x"]})
@@ -637,6 +639,24 @@ def test_who_does_not_read_holds_up_nobody(engine, running, over_grpc, eventuall
         assert len(ask(over_grpc, {"text_input": ["x"]})["text_output"]) == 1
         stream.cancel()
     eventually(lambda: not engine.active)
+
+
+def test_more_calls_than_are_taken_at_once(scripted, eventually, monkeypatch):
+    monkeypatch.setattr(front, "MAX_CALLS", 2)
+    pipeline = scripted(TEXT)
+    asked = endless(pipeline.engine)
+    with start_server(pipeline, model_name="tiny", grpc_port=0, drain_seconds=1) as server, Stream(server) as stream:
+        stream.ask("a", asked)
+        eventually(lambda: len(pipeline.engine.active) == 1)
+        with tritonclient.grpc.InferenceServerClient(server.grpc_address) as client:
+            call = client.async_infer("tiny", inputs_of(client, asked), lambda result, error: None)
+            eventually(lambda: len(pipeline.engine.active) == 2)
+            with pytest.raises(InferenceServerException) as caught:
+                ask(client, {"text_input": ["x"]})
+            assert status_of(caught.value) == "RESOURCE_EXHAUSTED"
+            call.cancel()
+        stream.client.stop_stream(cancel_requests=True)
+        eventually(lambda: not pipeline.engine.active)
 
 
 def test_the_key(scripted):
