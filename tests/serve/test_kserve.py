@@ -556,12 +556,13 @@ def test_more_requests_than_a_stream_answers_at_once(engine, running):
 
 
 def endless(engine):
+    """A request that takes longer than anything here is waited for."""
     engine.script = lambda request: [70] * 900
-    engine.seconds_per_event = 0.005
+    engine.seconds_per_event = 0.02
     return {"text_input": ["x"], "max_tokens": [900]}
 
 
-def test_whoever_leaves_frees_the_engine(engine, running, over_grpc, eventually):
+def test_whoever_leaves_frees_the_engine(engine, running, over_grpc, eventually, caplog):
     """A call that is cancelled, one past its deadline, a stream that is cancelled and a client that is gone."""
     asked = endless(engine)
     told = queue.Queue()
@@ -596,6 +597,7 @@ def test_whoever_leaves_frees_the_engine(engine, running, over_grpc, eventually)
     gone.kill()
     gone.wait()
     eventually(lambda: not engine.active)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_a_lost_http_connection_frees_the_engine(engine, running, eventually):
