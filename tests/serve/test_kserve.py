@@ -29,7 +29,7 @@ from internjax.text.message import Message
 from serve import __main__ as command
 from serve import grpc as front
 from serve import server as serving
-from serve.kserve import INPUTS, ONLY_IF_ASKED, OUTPUTS, SAMPLING
+from serve.kserve import INPUTS, ONLY_IF_ASKED, OUTPUTS, SAMPLING, Served
 from serve.kserve_messages import messages, read_proto
 from serve.kserve_routes import HEADER_LENGTH
 from serve.pipeline import Pipeline
@@ -713,6 +713,10 @@ def test_ports_and_packages(scripted, monkeypatch):
         with pytest.raises(ValueError, match=f"port {port} on 127.0.0.1 is in use; give another one with --grpc-port"):
             start_server(scripted(TEXT), model_name="tiny", grpc_port=port)
     start_server(scripted(TEXT), model_name="tiny", grpc_port=port).close()
+    with socket.create_server(("127.0.0.1", 0)) as other:  # one that came while the model was read
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=f"127.0.0.1:{port} cannot be taken for gRPC .*; give another port"):
+            front.GrpcServer(Served(scripted(TEXT), "tiny", None), host="127.0.0.1", port=port, drain_seconds=1)
     monkeypatch.setattr(serving, "_is_installed", lambda name: name != "grpc")
     with pytest.raises(ValueError, match="grpcio and protobuf, and grpc cannot be imported; install the extra `serve`"):
         take_grpc_port("127.0.0.1", 0)
