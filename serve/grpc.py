@@ -8,6 +8,7 @@ nobody else.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -77,7 +78,7 @@ class GrpcServer:
 
     def leave(self) -> None:
         """Takes no more requests; those under way have the drain time. Returns at once: `close` waits."""
-        if self._thread.is_alive():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has left
             self._loop.call_soon_threadsafe(self._leaving.set)
 
     def close(self) -> None:
@@ -102,7 +103,7 @@ class GrpcServer:
         try:
             server.add_insecure_port(self.address)
             await server.start()
-        except RuntimeError as error:
+        except Exception as error:
             self._fault = error
             return
         finally:

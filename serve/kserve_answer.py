@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
@@ -112,7 +113,7 @@ def _outputs(job: Job, results: Sequence[Result]) -> list[Tensor]:
     def tensor(name: str) -> Tensor:
         kind, values = OUTPUTS[name].datatype, []
         for result, body, echo in zip(results, job.bodies, job.echoes, strict=True):
-            values.append(_output(name, result, body, echo, is_told=job.streams, call_id=f"call_{job.request.id}"))
+            values.append(_output(name, result, body, echo, is_told=job.streams))
         if name != "output_ids":
             return Tensor(name, kind, job.shape, values)
         longest = max(map(len, values))
@@ -129,7 +130,6 @@ def _output(
     echo: str,
     *,
     is_told: bool,
-    call_id: str,
 ) -> Any:
     match name:
         case "text_output":
@@ -137,7 +137,7 @@ def _output(
         case "finish_reason":
             return result.finish.encode()
         case "tool_calls":
-            return json.dumps(tool_calls(result, call_id) or []).encode()
+            return json.dumps(tool_calls(result, f"call_{uuid.uuid4().hex}") or []).encode()
         case "num_prompt_tokens":
             return result.num_prompt_tokens
         case "num_generated_tokens":
