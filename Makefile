@@ -48,6 +48,7 @@ endef
 export FIND_PYTHON PYTHON
 
 # install LOCK STAMP: makes .venv where there is none that fits, then installs the lock with hashes.
+# Without dependencies: the lock has them all, some newer than a package asks for (pyproject.toml, tool.uv).
 # uv comes from its own hashed lines of the lock (seconds instead of a minute); where it cannot reach an index that pip can, pip installs.
 define INSTALL
 lock="$$1" stamp="$$2"
@@ -61,11 +62,11 @@ rm -f .venv/.ready-"$$lock"-*
 echo "Installing $$lock into .venv"
 awk '/^[^ #]/ { keep = /^uv==/ } keep' "$$lock" > .venv/uv.lock
 if .venv/bin/python -m pip install -qq --require-hashes --no-deps -r .venv/uv.lock \
-    && .venv/bin/python -m uv pip install --quiet --python .venv/bin/python --require-hashes -r "$$lock"; then
+    && .venv/bin/python -m uv pip install --quiet --python .venv/bin/python --require-hashes --no-deps -r "$$lock"; then
   .venv/bin/python -m uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
 else
   echo "uv could not install the lock (message above); installing with pip, which takes about a minute"
-  .venv/bin/python -m pip install -qq --require-hashes -r "$$lock"
+  .venv/bin/python -m pip install -qq --require-hashes --no-deps -r "$$lock"
   .venv/bin/python -m pip install -qq --no-deps --no-build-isolation --editable .
 fi
 touch "$$stamp"

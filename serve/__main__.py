@@ -33,6 +33,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m serve", description=__doc__.partition("\n")[0])
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument(
+        "--grpc-port",
+        type=int,
+        metavar="PORT",
+        help="answer the KServe v2 protocol over gRPC there as well (Triton has 8001); over HTTP it is at /v2 anyway",
+    )
     parser.add_argument("--api-key", help="clients must send it as bearer token (default: none is needed)")
     parser.add_argument("--name", help="model name that clients give (default: the last part of MODEL)")
     parser.add_argument("--drain-seconds", type=int, default=10, help="for answers under way at the end (%(default)s)")
@@ -249,11 +255,12 @@ def start_pipeline(model, args: argparse.Namespace):
 
 
 def serve(args: argparse.Namespace) -> int:
-    from serve.server import start_server, take_port
+    from serve.server import start_server, take_grpc_port, take_port
 
     if args.adapter_root is not None and not (args.adapter or args.max_adapters):
         raise ValueError("--adapter-root is given, and there is room for no adapter; give --max-adapters N as well")
     port = take_port(args.host, args.port)  # before the model is read: nobody waits for a port that is taken
+    grpc_port = None if args.grpc_port is None else take_grpc_port(args.host, args.grpc_port)
     stopping = threading.Event()
     with port, open_pipeline(args) as pipeline:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -266,8 +273,11 @@ def serve(args: argparse.Namespace) -> int:
             api_key=args.api_key,
             drain_seconds=args.drain_seconds,
             adapter_root=args.adapter_root,
+            grpc_port=grpc_port,
         )
         with server:
+            if server.grpc_address is not None:
+                print(f"grpc     {server.grpc_address}")
             print(f"ready    {server.url}/v1  model {name}", flush=True)
             while server.alive and not stopping.wait(1.0):
                 pass

@@ -27,6 +27,7 @@ from internjax.decode.request import RequestError
 from internjax.text.chat import CallEnd
 from serve.adapter_routes import add_adapter_routes
 from serve.guided import GuideError
+from serve.kserve_routes import add_kserve_routes
 from serve.pipeline import Answer, ContextTooLong, Delta, Event, Params, Pipeline, Prompt, Result, Token
 from serve.protocol import (
     Refusal,
@@ -71,6 +72,7 @@ def create_app(
         raise ValueError(f"the model and an adapter are both named {model_name!r}; give one of them another name")
     if adapter_root is not None:
         add_adapter_routes(app, pipeline, root=adapter_root, model_name=model_name)
+    add_kserve_routes(app, pipeline, model_name=model_name, api_key=api_key)
     created = int(time.time())
 
     def card_of(name: str) -> dict[str, Any]:

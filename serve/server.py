@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import json
 import socket
 import threading
@@ -31,19 +32,31 @@ class Server:
         api_key: str | None,
         drain_seconds: int,
         adapter_root: Path | None,
+        grpc_port: socket.socket | None,
     ):
         # Here, so that a port can be taken, or found in use, before anything heavy is loaded.
         import uvicorn
 
         from serve.openai import create_app
 
+        app = create_app(pipeline, model_name=model_name, api_key=api_key, adapter_root=adapter_root)
+        self._grpc = None
+        if grpc_port is not None:
+            from serve.grpc import GrpcServer
+            from serve.kserve import Served
+
+            host, number = grpc_port.getsockname()[:2]
+            grpc_port.close()  # gRPC takes no socket of others: it was held so far to be there for it now
+            served = Served(pipeline, model_name, api_key)
+            self._grpc = GrpcServer(served, host=host, port=number, drain_seconds=drain_seconds)
         port.listen(128)
         host, number = port.getsockname()[:2]
         self.url = f"http://[{host}]:{number}" if ":" in host else f"http://{host}:{number}"
+        self.grpc_address = None if self._grpc is None else self._grpc.address
         self.model_name = model_name
         self._server = uvicorn.Server(
             uvicorn.Config(
-                create_app(pipeline, model_name=model_name, api_key=api_key, adapter_root=adapter_root),
+                app,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -62,11 +75,15 @@ class Server:
     def close(self) -> None:
         """Takes no more requests, lets those under way finish for the drain time, and frees the port."""
         self._server.should_exit = True
+        if self._grpc is not None:
+            self._grpc.leave()
         self._thread.join()
+        if self._grpc is not None:
+            self._grpc.close()
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and (self._grpc is None or self._grpc.alive)
 
 
 def start_server(
@@ -78,13 +95,17 @@ def start_server(
     api_key: str | None = None,
     drain_seconds: int = 10,
     adapter_root: Path | None = None,
+    grpc_port: int | socket.socket | None = None,
 ) -> Server:
     """A server of `pipeline`, answering when this returns. `port` 0 takes a free one: see `Server.url`.
 
-    adapter_root: see `serve.openai.create_app`.
+    adapter_root: see `serve.openai.create_app`. grpc_port: for the KServe v2 protocol over gRPC as well, 0 for a free
+    one: see `Server.grpc_address`.
     """
     taken = port if isinstance(port, socket.socket) else take_port(host, port)
-    how = {"api_key": api_key, "drain_seconds": drain_seconds, "adapter_root": adapter_root}
+    if isinstance(grpc_port, int):
+        grpc_port = take_grpc_port(host, grpc_port)
+    how = {"api_key": api_key, "drain_seconds": drain_seconds, "adapter_root": adapter_root, "grpc_port": grpc_port}
     server = Server(pipeline, taken, model_name=model_name, **how)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the shell names
     deadline = time.monotonic() + _READY_SECONDS
@@ -99,7 +120,25 @@ def start_server(
         time.sleep(0.02)
 
 
-def take_port(host: str, port: int) -> socket.socket:
+def take_grpc_port(host: str, port: int) -> socket.socket:
+    """`take_port` for gRPC. Raises ValueError as well where its packages are not installed."""
+    missing = [name for name in ("grpc", "google.protobuf") if not _is_installed(name)]
+    if missing:
+        raise ValueError(
+            f"gRPC needs the packages grpcio and protobuf, and {' and '.join(missing)} cannot be imported; "
+            "install the extra `serve`, or leave out --grpc-port: /v2 answers over HTTP"
+        )
+    return take_port(host, port, flag="--grpc-port")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package that it is in is not there
+        return False
+
+
+def take_port(host: str, port: int, *, flag: str = "--port") -> socket.socket:
     """A socket bound to the address, not yet listening. Raises ValueError if somebody else has it."""
     if not 0 <= port <= 65535:
         raise ValueError(f"port is {port}; give 1..65535, or 0 for a free one")
@@ -118,7 +157,7 @@ def take_port(host: str, port: int) -> socket.socket:
         taken.close()
         if error.errno == errno.EADDRINUSE:
             raise ValueError(
-                f"port {port} on {host} is in use; give another one with --port, or 0 for a free one"
+                f"port {port} on {host} is in use; give another one with {flag}, or 0 for a free one"
             ) from error
         raise ValueError(f"{host}:{port} cannot be taken ({error.strerror}); give another host or port") from error
     return taken

@@ -79,6 +79,7 @@ def test_a_server_from_start_to_sigterm(folder):
                 model=model.id, messages=[{"role": "user", "content": "hi"}], max_tokens=4
             )
         assert answer.usage.completion_tokens <= 4
+        assert "cygrpc" not in Path(f"/proc/{process.pid}/maps").read_text()  # nobody asked for --grpc-port
         process.send_signal(signal.SIGTERM)
         rest, log = process.communicate(timeout=30)
         assert (process.returncode, rest) == (0, "stopping\n"), log

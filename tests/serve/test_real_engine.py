@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,8 @@ import jax
 import numpy as np
 import openai
 import pytest
+import tritonclient.grpc
+from tritonclient.utils import InferenceServerException
 
 from internjax.model import decoder
 from internjax.text.message import Message
@@ -71,6 +74,40 @@ def test_a_stream_that_is_left_frees_its_pages(client, pipeline, eventually):
     next(iter(stream))
     stream.close()
     eventually(lambda: is_idle(pipeline))
+
+
+def test_over_grpc_as_in_this_process(pipeline, eventually):
+    """The same tokens; a stream of requests that is cancelled, and a call past its deadline, free their pages."""
+    prompts, params = ["def f", "The answer is", "6"], Params(max_tokens=12, temperature=0.0)
+
+    def inputs(**given) -> list:
+        kinds = {str: ("BYTES", object), int: ("INT32", "i4"), float: ("FP32", "f4"), bool: ("BOOL", "?")}
+        found = []
+        for name, values in given.items():
+            datatype, dtype = kinds[type(values[0])]
+            found.append(tritonclient.grpc.InferInput(name, [len(values)], datatype))
+            found[-1].set_data_from_numpy(np.array(values, dtype))
+        return found
+
+    with start_server(pipeline, model_name="tiny", grpc_port=0, drain_seconds=1) as server:
+        with tritonclient.grpc.InferenceServerClient(server.grpc_address) as client:
+            answer = client.infer("tiny", inputs(text_input=prompts, max_tokens=[12], temperature=[0.0]))
+            assert [text.decode() for text in answer.as_numpy("text_output")] == [
+                result.text for result in pipeline(prompts, params)
+            ]
+            told = queue.Queue()
+            client.start_stream(lambda result, error: told.put(error or result))
+            asked = inputs(text_input=["x"], max_tokens=[100], stream=[True], ignore_eos=[True])
+            for index in range(2 * NUM_SLOTS):
+                client.async_stream_infer("tiny", asked, request_id=str(index))
+            assert told.get(timeout=20).get_response().outputs
+            client.stop_stream(cancel_requests=True)
+            eventually(lambda: is_idle(pipeline))
+            with pytest.raises(InferenceServerException, match="Deadline"):
+                client.infer(
+                    "tiny", inputs(text_input=["x"] * 40, max_tokens=[100], ignore_eos=[True]), client_timeout=0.05
+                )
+            eventually(lambda: is_idle(pipeline))
 
 
 def test_stop_strings_end_real_answers(pipeline, eventually):
