@@ -164,6 +164,7 @@ function ask(turns) {
     keep(conversation);
     show();
     scrollToEnd();
+    if (document.activeElement === document.body && !isNarrow.matches) at("input").focus();
     announce("The answer is being written");
   };
   respond(conversation, turns, { model, key: () => state.key, askKey, began, grown: (message) => grown(conversation, message), ended });
@@ -201,10 +202,11 @@ const act = {
     if (message.failure && !message.content && !message.calls) removeLeaf(state.current, message);
     ask(turns);
   },
-  choose(message) {
+  choose(message, label) {
     choose(state.current, message);
     keep(state.current);
     show();
+    at("turns").querySelector(`[data-id="${message.id}"] [aria-label="${label}"]`)?.focus();
   },
   /** What a tool returned; the model is asked when each call of the turn has its output. */
   output(call, text) {

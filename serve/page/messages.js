@@ -48,22 +48,23 @@ function turn(message, context) {
 function foot(message, context, element) {
   const { act, running } = context;
   const buttons = [versionButtons(message, context)];
-  if (message.content) buttons.push(copyButton(() => message.content, "Copy the text"));
-  if (!running) {
+  if (message.content && message.role !== "tool") buttons.push(copyButton(() => message.content, "Copy the text"));
+  if (!running && !message.failure) {
     if (message.role === "assistant") {
       buttons.push(iconButton("again", "Answer again", () => act.again(message)));
     } else {
       buttons.push(iconButton("edit", "Edit and send again", () => edit(message, context, element)));
     }
   }
-  return h("footer", {}, buttons, message.role === "assistant" ? counters(message) : null);
+  const took = message.role === "assistant" && (message.content || message.calls) ? counters(message) : null;
+  return h("footer", {}, buttons, took);
 }
 
 function versionButtons(message, { conversation, running, act }) {
   const { all, at } = versions(conversation, message);
   if (all.length < 2) return null;
   const step = (shape, label, to) =>
-    iconButton(shape, label, () => act.choose(all[to]), { disabled: Boolean(running) || all[to] === undefined });
+    iconButton(shape, label, () => act.choose(all[to], label), { disabled: Boolean(running) || all[to] === undefined });
   const where = h("span", { "aria-label": `Version ${at + 1} of ${all.length}` }, `${at + 1} / ${all.length}`);
   return h("span", { class: "versions" }, step("left", "Earlier version", at - 1), where, step("right", "Later version", at + 1));
 }
@@ -127,7 +128,8 @@ function calls(message, context) {
     const { name, arguments: text } = call.function;
     const parsed = parse(text);
     const isCode = name === "interpreter" && typeof parsed?.code === "string";
-    const shown = isCode ? parsed.code : parsed === undefined ? text : JSON.stringify(parsed, null, 2);
+    const isShort = parsed === undefined || (text.length < 70 && !text.includes("\n"));
+    const shown = isCode ? parsed.code : isShort ? text : JSON.stringify(parsed, null, 2);
     return h(
       "section",
       { class: "call", "aria-label": `Tool call: ${name}` },
@@ -183,7 +185,7 @@ function failure(message, { act }) {
   const button = h("button", { type: "button", class: "plain" }, kind === "key" ? "Enter the API key" : "Try again");
   button.addEventListener("click", () => (kind === "key" ? act.giveKey(message) : act.again(message)));
   if (retryAt) countDown(button, retryAt);
-  return h("div", { class: "failure", role: "alert" }, h("p", {}, text, hints[kind] ? ` ${hints[kind]}` : null), button);
+  return h("div", { class: "failure" }, h("p", {}, text, hints[kind] ? ` ${hints[kind]}` : null), button);
 }
 
 /** Keeps a button from being pressed until the server wants to be asked again. */
@@ -202,13 +204,14 @@ function counters({ model, usage, times }) {
   const parts = [];
   if (usage) {
     const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
-    const held = cached ? ` (${cached.toLocaleString("en")} held)` : "";
-    parts.push([`${usage.prompt_tokens.toLocaleString("en")}${held} → ${usage.completion_tokens.toLocaleString("en")} tokens`, "Prompt (of it held in the server's cache) → answer"]);
+    const held = cached ? ` (${cached.toLocaleString("en")} cached)` : "";
+    const [prompt, said] = [usage.prompt_tokens, usage.completion_tokens].map((each) => each.toLocaleString("en"));
+    parts.push([`${prompt}${held} → ${said} tokens`, "Prompt (of it in the server's cache) → answer"]);
   }
   if (Number.isFinite(times?.first)) {
     parts.push([`first after ${seconds(times.first)}`, "Until the first token was here"]);
     const during = (times.total - times.first) / 1000;
-    if (usage?.completion_tokens > 1 && during > 0) {
+    if (usage?.completion_tokens > 1 && during > 0.05) {
       const rate = (usage.completion_tokens - 1) / during;
       const shown = rate < 100 ? rate.toPrecision(2) : Math.round(rate).toLocaleString("en");
       parts.push([`${shown} tokens/s`, "From the first token to the last"]);

@@ -4,6 +4,7 @@
 import { h } from "./element.js";
 
 const NUMBERS = [
+  // Checked as the server checks them; `above` is a bound that is not allowed itself.
   { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.1, about: "0 is greedy" },
   { name: "top_p", label: "Top-p", min: 0, max: 1, step: 0.05, above: 0, about: "the most likely tokens with this probability together" },
   { name: "top_k", label: "Top-k", min: 0, step: 1, about: "the k most likely tokens; 0: all" },
@@ -13,15 +14,27 @@ const NUMBERS = [
   { name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, step: 0.1, about: "0 is none" },
   { name: "seed", label: "Seed", step: 1, about: "the same answer again; else a new one each time" },
 ];
-const DEFAULTS = { temperature: "1", top_p: "1", top_k: "all", max_tokens: "context", repetition_penalty: "1" };
-const EMPTY = { presence_penalty: "0", frequency_penalty: "0", seed: "random" };
 
 /** What of the settings goes into a request. */
 export function asFields(settings) {
   const numbers = NUMBERS.filter(({ name }) => Number.isFinite(settings[name])).map(({ name }) => [name, settings[name]]);
-  const stop = Array.isArray(settings.stop) && settings.stop.length ? { stop: settings.stop } : {};
-  const tools = typeof settings.tools === "string" && settings.tools ? { tools: readTools(settings.tools) } : {};
+  const stop = settings.stop?.length ? { stop: settings.stop } : {};
+  const tools = settings.tools ? { tools: readTools(settings.tools) } : {};
   return { ...Object.fromEntries(numbers), ...stop, ...tools };
+}
+
+/** The settings of a value that was read: those that a request may hold. */
+export function checkedSettings(value) {
+  const numbers = NUMBERS.filter((each) => Number.isFinite(value?.[each.name]) && faultOf(each, value[each.name]) === null);
+  const settings = Object.fromEntries(numbers.map(({ name }) => [name, value[name]]));
+  if (typeof value?.system === "string" && value.system) settings.system = value.system;
+  if (Array.isArray(value?.stop)) settings.stop = value.stop.filter((each) => typeof each === "string" && each);
+  try {
+    if (readTools(value.tools)) settings.tools = value.tools;
+  } catch {
+    // no tools, or none that can be read
+  }
+  return settings;
 }
 
 /** How many settings are not the server's own. */
@@ -104,14 +117,15 @@ function textField(label, name, value, { rows, placeholder, read }) {
       read(input.value);
       say(null);
     } catch (error) {
-      say(`${error.message}. It is not used.`);
+      say(`${error.message}. Not used.`);
     }
   });
   return element;
 }
 
-function numberField({ name, label, min, max, step, above, about }, settings, set) {
-  const placeholder = DEFAULTS[name] ?? EMPTY[name];
+function numberField(kind, settings, set) {
+  const { name, label, min, max, step, about } = kind;
+  const placeholder = "default";
   const input = h("input", { type: "number", name, min, max, step: "any", inputmode: step === 1 ? "numeric" : "decimal", placeholder });
   input.step = String(step);
   if (Number.isFinite(settings[name])) input.value = String(settings[name]);
@@ -119,18 +133,19 @@ function numberField({ name, label, min, max, step, above, about }, settings, se
   input.addEventListener("input", () => {
     const [value, isEmpty] = [input.valueAsNumber, input.value === "" && !input.validity.badInput];
     if (isEmpty) return say(null), set(name, null);
-    const isBad = Number.isNaN(value) || (step === 1 && !Number.isSafeInteger(value));
-    const isOut = value < (min ?? -Infinity) || value > (max ?? Infinity) || value === above;
-    if (isBad || isOut) return say(`Give ${rangeOf({ min, max, step, above })}. It is not used.`);
-    say(null);
-    return set(name, value);
+    const fault = faultOf(kind, value);
+    say(fault);
+    return fault === null ? set(name, value) : null;
   });
   return element;
 }
 
-function rangeOf({ min, max, step, above }) {
-  const kind = step === 1 ? "a whole number" : "a number";
-  if (min === undefined) return kind;
-  const low = above === min ? `more than ${min}` : `${min} or more`;
-  return max === undefined ? `${kind}, ${low}` : `${kind}, ${low}, at most ${max}`;
+/** What is wrong with a number, or null. */
+function faultOf({ min = -Infinity, max = Infinity, step, above }, value) {
+  const isRight = step === 1 ? Number.isSafeInteger(value) : Number.isFinite(value);
+  if (isRight && value >= min && value <= max && value !== above) return null;
+  const words = [step === 1 ? "a whole number" : "a number"];
+  if (min !== -Infinity) words.push(above === min ? `more than ${min}` : `from ${min} on`);
+  if (max !== Infinity) words.push(above === min ? `at most ${max}` : `to ${max}`);
+  return `Wanted: ${words.join(", ")}. Not used.`.replace("on, to", "to");
 }

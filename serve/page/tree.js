@@ -5,15 +5,20 @@
 // message: {id, parent, role: "user" | "assistant" | "tool", content, created} and, of an answer, {calls, model, finish,
 // usage, times, failure}; of a tool's output, {callId, name}. A parent is an id, or "" for the first turn.
 
+import { checkedSettings } from "./settings.js";
+
 export const VERSION = 1;
 const ROLES = ["user", "assistant", "tool"];
 
-export const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(9)), (byte) => byte.toString(36).padStart(2, "0")).join("");
+export function newId() {
+  const bytes = crypto.getRandomValues(new Uint8Array(9));
+  return Array.from(bytes, (byte) => byte.toString(36).padStart(2, "0")).join("");
+}
 
 export function newConversation(settings) {
   const now = Date.now();
-  const settled = structuredClone(settings);
-  return { version: VERSION, id: newId(), title: "", created: now, updated: now, model: "", settings: settled, messages: [], chosen: {} };
+  const empty = { title: "", model: "", messages: [], chosen: {} };
+  return { version: VERSION, id: newId(), created: now, updated: now, ...empty, settings: checkedSettings(settings) };
 }
 
 const childrenOf = (conversation, parent) => conversation.messages.filter((message) => message.parent === parent);
@@ -89,13 +94,12 @@ export function checked(value) {
   const fail = (what) => {
     throw new Error(`it is no conversation of this page: ${what}`);
   };
-  const isObject = (each) => typeof each === "object" && each !== null && !Array.isArray(each);
   if (!isObject(value)) fail("not an object");
   if (value.version !== VERSION) fail(`its version is ${JSON.stringify(value.version)}, not ${VERSION}`);
   if (typeof value.id !== "string" || !/^\w{1,64}$/.test(value.id)) fail("it has no id");
   if (!Array.isArray(value.messages)) fail("it has no messages");
   const seen = new Set([""]);
-  for (const [at, message] of value.messages.entries()) {
+  const messages = value.messages.map((message, at) => {
     if (!isObject(message) || !ROLES.includes(message.role)) fail(`message ${at} has no role of ${ROLES.join(", ")}`);
     if (typeof message.content !== "string") fail(`message ${at} has no text`);
     if (typeof message.id !== "string" || seen.has(message.id)) fail(`message ${at} has no id of its own`);
@@ -104,17 +108,45 @@ export function checked(value) {
       fail(`message ${at} has calls without arguments`);
     }
     seen.add(message.id);
-  }
-  const time = (each) => (Number.isFinite(each) ? each : Date.now());
+    return checkedMessage(message);
+  });
   return {
     version: VERSION,
     id: value.id,
-    title: typeof value.title === "string" ? value.title : "",
-    created: time(value.created),
-    updated: time(value.updated),
-    model: typeof value.model === "string" ? value.model : "",
-    settings: isObject(value.settings) ? value.settings : {},
-    messages: value.messages,
+    title: text(value.title),
+    created: number(value.created) ?? Date.now(),
+    updated: number(value.updated) ?? Date.now(),
+    model: text(value.model),
+    settings: checkedSettings(value.settings),
+    messages,
     chosen: isObject(value.chosen) ? value.chosen : {},
   };
+}
+
+const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+const text = (value) => (typeof value === "string" ? value : "");
+const number = (value) => (Number.isFinite(value) ? value : undefined);
+
+/** A message with what this page shows of it; a detail that is not of its kind is left out. */
+function checkedMessage({ id, parent, created, role, content, ...rest }) {
+  const message = { id, parent, created: number(created) ?? 0, role, content };
+  if (role === "tool") return { ...message, callId: text(rest.callId), name: text(rest.name) };
+  if (role === "user") return message;
+  const { calls, model, finish, usage, times, failure } = rest;
+  const called = (call) => ({
+    id: text(call.id),
+    type: "function",
+    function: { name: text(call.function.name), arguments: call.function.arguments },
+  });
+  message.model = text(model);
+  if (calls?.length) message.calls = calls.map(called);
+  if (text(finish)) message.finish = finish;
+  if (number(usage?.prompt_tokens) !== undefined && number(usage.completion_tokens) !== undefined) {
+    const { prompt_tokens, completion_tokens } = usage;
+    const cached_tokens = number(usage.prompt_tokens_details?.cached_tokens) ?? 0;
+    message.usage = { prompt_tokens, completion_tokens, prompt_tokens_details: { cached_tokens } };
+  }
+  if (number(times?.first) !== undefined) message.times = { first: times.first, total: number(times.total) };
+  if (isObject(failure)) message.failure = { kind: text(failure.kind), text: text(failure.text), retryAt: number(failure.retryAt) };
+  return message;
 }
