@@ -1,14 +1,15 @@
 """Headless Chromium for tests, driven over its DevTools protocol by two pipes: no driver program, no port, no package.
 
-    with browser(folder) as page:
-        page.open(url)
-        page.wait("document.querySelector('h1')")
-        page.type("#input", "hi")
-        page.press("Enter")
+with browser(folder) as page:
+    page.open(url)
+    page.wait("document.querySelector('h1')")
+    page.type("#input", "hi")
+    page.press("Enter")
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import fcntl
 import json
@@ -88,6 +89,13 @@ class Page:
             raise RuntimeError(f"{method}: {answer['error']['message']}")
         return answer["result"]
 
+    def event(self, method: str) -> dict:
+        """What the browser tells with an event, which may still have to come."""
+        while (found := next((each for each in self.events if each["method"] == method), None)) is None:
+            self.events.append(self._next(method))
+        self.events.remove(found)
+        return found["params"]
+
     def _next(self, waiting_for: str) -> dict:
         while b"\0" not in self._read:
             if not select.select([self._answers], [], [], SECONDS)[0]:
@@ -158,8 +166,8 @@ class Page:
 
     def type(self, selector: str, text: str) -> None:
         """Puts a text where the one of a field was, as a keyboard does."""
-        self.wait(f"(() => {{ const field = document.querySelector({json.dumps(selector)}); field.focus(); field.select();"
-                  f" return document.activeElement === field; }})()")  # fmt: skip
+        field = f"document.querySelector({json.dumps(selector)})"
+        self.wait(f"({field}.focus(), {field}.select(), document.activeElement === {field})")
         self.call("Input.insertText", text=text)
 
     def press(self, key: str, *, shift: bool = False, ctrl: bool = False) -> None:
@@ -177,8 +185,6 @@ class Page:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def screenshot(self, path: Path) -> None:
-        import base64
-
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     def faults(self) -> list[str]:

@@ -14,9 +14,10 @@ export const stop = (conversation) => running.get(conversation.id)?.controller.a
 
 /**
  * Asks `model` for an answer to `turns`, which becomes a message behind the last of them. Calls `began()`, `grown(message)`
- * with every part and `ended(message)`. `askKey()` resolves to a key, or to null: then the answer fails.
+ * with every part and `ended(message)`. `askKey()` resolves to a key, or to null: then the answer fails. `fault`: why
+ * nothing can be asked at all, or null.
  */
-export async function respond(conversation, turns, { model, key, askKey, began, grown, ended }) {
+export async function respond(conversation, turns, { model, fault, key, askKey, began, grown, ended }) {
   const message = addMessage(conversation, turns.at(-1).id, { role: "assistant", model });
   const controller = new AbortController();
   running.set(conversation.id, { controller, message });
@@ -30,6 +31,7 @@ export async function respond(conversation, turns, { model, key, askKey, began, 
     grown(message);
   };
   try {
+    if (fault) throw fault;
     const request = { model, messages: asRequest(turns, conversation.settings.system), ...asFields(conversation.settings) };
     const asked = (withKey) => answer(request, { key: withKey, signal: controller.signal, onPart });
     const { finish, usage } = await asked(key()).catch(async (error) => {

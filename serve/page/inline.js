@@ -140,8 +140,8 @@ function link(text, at, { absent, depth, inLink, image }) {
   return { node: anchor(href, inline(label, depth + 1, true)), end: end + 1 };
 }
 
-// How far the end of a bracket is looked for: an address is short, unless it is the picture itself.
-const LONGEST = { text: 1000, address: 4000, picture: 8_000_000 };
+// How far an end is looked for: an address is short, unless it is the picture itself.
+const LONGEST = { text: 1000, address: 2000, picture: 8_000_000, emphasis: 1500 };
 
 function bracketEnd(text, at, open, close) {
   const kind = open === "[" ? "text" : text.startsWith("data:", at + 1) ? "picture" : "address";
@@ -161,9 +161,8 @@ function emphasis(text, at, { absent, depth, inLink }) {
   const inWord = mark[0] === "_" && WORD.test(text[at - 1] ?? " ");
   const after = text[at + mark.length] ?? " ";
   const opens = /\S/.test(after) && after !== mark[0] && !inWord;
-  const end = opens && !absent.has(mark) ? closing(text, at + mark.length, mark) : -1;
+  const end = opens && !absent.has(mark) ? closing(text, at + mark.length, mark, absent) : -1;
   if (end < 0) {
-    if (opens) absent.add(mark);
     let run = at; // the whole run is text, so that *** is not tried again as ** and *
     while (text[run] === mark[0]) run += 1;
     return { node: text.slice(at, run), end: run };
@@ -174,23 +173,29 @@ function emphasis(text, at, { absent, depth, inLink }) {
   return { node, end: end + mark.length };
 }
 
-/** Where a mark ends what it began: behind no space, not inside code, and as long as it was. */
-function closing(text, from, mark) {
-  for (let at = from; at < text.length; ) {
+/** Where a mark ends what it began: behind no space, not inside code or what it begins anew, and as long as it was.
+ * A mark that ends nowhere from here on becomes `absent`. */
+function closing(text, from, mark, absent) {
+  const end = Math.min(text.length, from + LONGEST.emphasis);
+  let [inner, hasInner] = [0, false];
+  for (let at = from; at < end; ) {
     if (text[at] === "\\") {
       at += 2;
     } else if (text[at] === "`") {
       at = code(text, at, new Set()).end;
     } else if (text[at] === mark[0]) {
-      let end = at;
-      while (text[end] === mark[0]) end += 1;
-      const closes = /\S/.test(text[at - 1]) && !(mark[0] === "_" && WORD.test(text[end] ?? " "));
-      if (closes && end - at === mark.length) return at;
-      if (closes && end - at === 3 && mark.length < 3) return end - mark.length; // **bold and *both***
-      at = end;
+      let after = at;
+      while (text[after] === mark[0]) after += 1;
+      const isMark = after - at === mark.length;
+      const closes = /\S/.test(text[at - 1]) && !(mark[0] === "_" && WORD.test(text[after] ?? " "));
+      if (closes && isMark && (inner -= 1) < 0) return at;
+      if (closes && inner <= 0 && after - at === 3 && mark.length < 3) return after - mark.length; // **bold and *both***
+      if (!closes && isMark && /\S/.test(text[after] ?? " ")) [inner, hasInner] = [inner + 1, true];
+      at = after;
     } else {
       at += 1;
     }
   }
+  if (!hasInner && end === text.length) absent.add(mark);
   return -1;
 }

@@ -146,8 +146,9 @@ function changedElsewhere(id) {
 
 // ------------------------------------------------------------------------------------------------- said
 
-function ask(turns) {
+async function ask(turns) {
   const conversation = state.current;
+  const fault = state.models.length ? null : await loadModels();
   const model = modelOf(conversation);
   const ended = (message) => {
     keep(conversation);
@@ -167,7 +168,7 @@ function ask(turns) {
     if (document.activeElement === document.body && !isNarrow.matches) at("input").focus();
     announce("The answer is being written");
   };
-  respond(conversation, turns, { model, key: () => state.key, askKey, began, grown: (message) => grown(conversation, message), ended });
+  respond(conversation, turns, { model, fault, key: () => state.key, askKey, began, grown: (message) => grown(conversation, message), ended });
 }
 
 function say(fields, parent) {
@@ -230,19 +231,22 @@ async function askKey() {
   if (given === null) return null;
   state.key = given;
   store.saveKey(given);
-  if (state.models.length === 0) loadModels();
+  if (state.models.length === 0) await loadModels();
   return given;
 }
 
+/** Asks for the models that are served; resolves to why that failed, or to null. */
 async function loadModels() {
   try {
     state.models = await models(state.key);
     clearNotice("models");
     showModels();
+    return null;
   } catch (error) {
-    if (error.kind === "key" && (await askKey()) !== null) return; // which loads them
+    if (error.kind === "key" && (await askKey()) !== null) return null; // which has loaded them
     const button = h("button", { type: "button", class: "plain", on: { click: loadModels } }, "Try again");
     notify("models", error.message, button);
+    return error;
   }
 }
 
