@@ -185,8 +185,11 @@ function failure(message, { act }) {
   const button = h("button", { type: "button", class: "plain" }, kind === "key" ? "Enter the API key" : "Try again");
   button.addEventListener("click", () => (kind === "key" ? act.giveKey(message) : act.again(message)));
   if (retryAt) countDown(button, retryAt);
-  return h("div", { class: "failure" }, h("p", {}, text, hints[kind] ? ` ${hints[kind]}` : null), button);
+  return h("div", { class: "failure" }, h("p", {}, sentence(text), hints[kind] ? ` ${hints[kind]}` : null), button);
 }
+
+/** The server's messages begin small and end open, as those of programs do. */
+const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
 
 /** Keeps a button from being pressed until the server wants to be asked again. */
 function countDown(button, until) {

@@ -1,4 +1,7 @@
-"""Texts for the chat page: markdown with the elements that it becomes, attacks, and what is made to be slow to read."""
+"""Texts for the chat page: markdown with the elements that it becomes, attacks, what is made to be slow to read.
+
+SHOW and LAWFUL are functions of the browser: of texts, the elements they become, and what is wrong with those.
+"""
 
 MARKDOWN = {
     "a *b* **c** ***d*** ~~e~~ `f * g` _h_ i_j_k": (
@@ -78,3 +81,30 @@ SLOW = [
     )
 ]
 SLOW += [" " * _MANY + "x", "-" + " " * _MANY + ":", "```python\n" + '"""' * _MANY]
+
+SHOW = """(async (texts) => {
+  const { showMarkdown } = await import("/page/markdown.js");
+  return texts.map((text) => {
+    const element = document.createElement("div");
+    showMarkdown(element, text);
+    for (const bar of element.querySelectorAll(".bar")) bar.remove();
+    return element.innerHTML.replaceAll(' target="_blank" rel="noopener noreferrer"', "");
+  });
+})"""
+LAWFUL = """(texts) => import("/page/markdown.js").then(({ showMarkdown }) => texts.map((text) => {
+  const element = document.createElement("div");
+  document.body.append(element);
+  showMarkdown(element, text);
+  const blocks = "div p h3 pre ul ol li blockquote table thead tbody tr th td button svg path";
+  const names = new Set(`${blocks} span em strong del code a img br`.split(" "));
+  const faults = [...element.querySelectorAll("*")].flatMap((each) => [
+    ...(names.has(each.localName) ? [] : [each.localName]),
+    ...[...each.attributes].filter(({ name }) => /^(on|style|srcdoc)/.test(name)).map(({ name }) => name),
+    ...(each.href && !/^https?:/.test(each.href) ? [each.href] : []),
+    ...(each.src && !each.src.startsWith(location.origin) ? [each.src] : []),
+  ]);
+  for (const link of element.querySelectorAll("a")) if (!/^https?:/.test(link.href)) faults.push(link.href);
+  const shown = element.textContent;
+  element.remove();
+  return [faults, shown];
+}))"""

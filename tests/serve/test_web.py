@@ -1,5 +1,6 @@
 """The chat page: its files over HTTP, and in a headless browser against a real server whose engine has a script."""
 
+import base64
 import json
 import re
 
@@ -10,7 +11,7 @@ from serve import __main__ as command
 from serve.server import start_server
 from serve.web import FOLDER
 from tests.browser import browser, find_browser
-from tests.serve.page_texts import ATTACKS, MARKDOWN, SLOW
+from tests.serve.page_texts import ATTACKS, LAWFUL, MARKDOWN, SHOW, SLOW
 
 CALL = 'I add.<|action_start|><|plugin|>\n{"name": "add", "parameters": {"a": 1, "b": 2}}<|action_end|><|im_end|>'
 BROKEN_CALL = '<|action_start|><|plugin|>\n{"name": "add", <|action_end|><|im_end|>'
@@ -254,7 +255,7 @@ def test_settings_and_tool_calls(visit, tokenizer):
     fields = {"temperature": "0.5", "top_k": "7", "seed": "11", "presence_penalty": "-1", "system": "Be brief."}
     for name, value in (fields | {"tools": ADD, "stop": "stop here\nor here"}).items():
         page.type(f"[name={name}]", value)
-    for name, value in (("top_p", "1.5"), ("max_tokens", "0.5")):
+    for name, value in (("top_p", "1.5"), ("max_tokens", "0.5"), ("repetition_penalty", "0")):
         page.type(f"[name={name}]", value)
         page.wait(f"document.querySelector('[name={name}]').getAttribute('aria-invalid') === 'true'")
     assert page.evaluate("document.querySelector('.count').dataset.count") == "7"
@@ -310,12 +311,21 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(visit):
     assert all("401" in fault for fault in page.faults())
 
 
+def fulfil(page, status, body, headers=None):
+    """Answers the next request in the server's place."""
+    asked = page.event("Fetch.requestPaused")["requestId"]
+    given = [{"name": name, "value": value} for name, value in (headers or {}).items()]
+    said = base64.b64encode(body.encode()).decode()
+    page.call("Fetch.fulfillRequest", requestId=asked, responseCode=status, responseHeaders=given, body=said)
+
+
 def test_what_fails_is_told_and_what_came_stays(visit, tokenizer):
     half = tokenizer.encode("half an answer")
     page, engine, server = visit(half, "whole", "never sent")
     (_, shown) = say(page, "hi", 2)
     assert shown and "half an answer".startswith(shown)
-    assert "the script ran out" in page.evaluate("document.querySelector('.failure').innerText")
+    failure = page.evaluate("document.querySelector('.failure').innerText")
+    assert failure.startswith("The answer broke off: the engine failed: the script ran out. What had")
     page.click(".failure button")
     page.wait(f"{DONE} === 2 && !document.querySelector('.failure')")
     assert page.evaluate(SHOWN) == ["hi", "whole"]
@@ -324,11 +334,17 @@ def test_what_fails_is_told_and_what_came_stays(visit, tokenizer):
     page.call("Fetch.enable", patterns=[{"urlPattern": "*/v1/chat/completions"}])
     page.type("#input", "hi")
     page.press("Enter")
-    asked = page.event("Fetch.requestPaused")["requestId"]
-    headers = [{"name": "Retry-After", "value": "1"}]
-    page.call("Fetch.fulfillRequest", requestId=asked, responseCode=429, responseHeaders=headers)
-    page.call("Fetch.disable")
     last = ".turn:last-child .failure button"
+    chunk = 'data: {"choices": [{"delta": {"content": "cut o"}}]}\r\n\r\ndata: {"choi'  # by a proxy, say
+    fulfil(page, 200, chunk)
+    page.click(last)
+    assert page.evaluate("document.querySelector('.turn:last-child .said').textContent") == ""
+    fulfil(page, 429, "", {"Retry-After": "1"})
+    page.call("Fetch.disable")
+    page.click(".turn:last-child [aria-label='Earlier version']")
+    page.wait("document.querySelector('.turn:last-child .said').textContent === 'cut o'")
+    assert "The connection broke off before" in page.evaluate("document.querySelector('.turn:last-child').innerText")
+    page.click(".turn:last-child [aria-label='Later version']")
     page.wait(f"document.querySelector('{last}')?.disabled")
     assert page.evaluate(f"document.querySelector('{last}').textContent") == "Try again in 1 s"
     server.close()
@@ -461,33 +477,6 @@ def test_everything_has_a_name_and_its_turn(visit):
 
 
 # ------------------------------------------------------------------------------------------------------ markdown
-
-SHOW = """(async (texts) => {
-  const { showMarkdown } = await import("/page/markdown.js");
-  return texts.map((text) => {
-    const element = document.createElement("div");
-    showMarkdown(element, text);
-    for (const bar of element.querySelectorAll(".bar")) bar.remove();
-    return element.innerHTML.replaceAll(' target="_blank" rel="noopener noreferrer"', "");
-  });
-})"""
-LAWFUL = """(texts) => import("/page/markdown.js").then(({ showMarkdown }) => texts.map((text) => {
-  const element = document.createElement("div");
-  document.body.append(element);
-  showMarkdown(element, text);
-  const blocks = "div p h3 pre ul ol li blockquote table thead tbody tr th td button svg path";
-  const names = new Set(`${blocks} span em strong del code a img br`.split(" "));
-  const faults = [...element.querySelectorAll("*")].flatMap((each) => [
-    ...(names.has(each.localName) ? [] : [each.localName]),
-    ...[...each.attributes].filter(({ name }) => /^(on|style|srcdoc)/.test(name)).map(({ name }) => name),
-    ...(each.href && !/^https?:/.test(each.href) ? [each.href] : []),
-    ...(each.src && !each.src.startsWith(location.origin) ? [each.src] : []),
-  ]);
-  for (const link of element.querySelectorAll("a")) if (!/^https?:/.test(link.href)) faults.push(link.href);
-  const shown = element.textContent;
-  element.remove();
-  return [faults, shown];
-}))"""
 
 
 def test_markdown(visit):
