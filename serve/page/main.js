@@ -34,14 +34,20 @@ function show() {
   const running = runningIn(conversation);
   showTurns(at("turns"), conversation, { running, act });
   at("welcome").hidden = conversation.messages.length > 0;
-  at("title").textContent = conversation.title || "New chat";
-  document.title = conversation.title ? `${conversation.title} · InternJAX` : "InternJAX";
+  showTitle();
   at("send").replaceChildren(icon(running ? "stop" : "send"));
   at("send").setAttribute("aria-label", running ? "Stop the answer" : "Send");
   at("send").title = running ? "Stop (Esc)" : "Send (Enter)";
   at("send").classList.toggle("stop", Boolean(running));
   showSide();
   showModels();
+}
+
+function showTitle() {
+  const { title } = state.current;
+  at("title").textContent = title || "New chat";
+  at("title").title = title;
+  document.title = title ? `${title} · InternJAX` : "InternJAX";
 }
 
 function showSide() {
@@ -95,8 +101,8 @@ function keep(conversation) {
     store.save(conversation);
     clearNotice("storage");
   } catch (error) {
-    const button = h("button", { type: "button", class: "plain", on: { click: exportAll } }, "Export all");
-    notify("storage", `“${conversation.title}” is not kept: ${error.message}. It is lost with this tab unless you export it.`, button);
+    const lost = "It is lost with this tab unless you export it";
+    notify("storage", `“${conversation.title}” is not kept: ${error.message}. ${lost}.`, plainButton("Export all", exportAll));
   }
 }
 
@@ -111,8 +117,11 @@ function keepNow() {
   for (const conversation of state.unsaved) keep(conversation);
 }
 
+const plainButton = (text, listener) => h("button", { type: "button", class: "plain", on: { click: listener } }, text);
+
 function exportAll() {
-  const url = URL.createObjectURL(new Blob([store.exported(state.conversations, state.unreadable)], { type: "application/json" }));
+  const text = store.exported(state.conversations, state.unreadable);
+  const url = URL.createObjectURL(new Blob([text], { type: "application/json" }));
   const name = `internjax-chats-${new Date().toISOString().slice(0, 10)}.json`;
   h("a", { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 60_000);
@@ -126,7 +135,8 @@ async function importFile() {
     const added = store.imported(await file.text(), state.conversations);
     state.conversations.push(...added);
     for (const conversation of added) keep(conversation);
-    notify("import", added.length === 1 ? "One conversation was imported." : `${added.length} conversations were imported.`);
+    const count = added.length === 1 ? "One conversation was" : `${added.length} conversations were`;
+    notify("import", `${count} imported.`);
   } catch (error) {
     notify("import", `Nothing was imported: ${error.message}.`);
   }
@@ -152,14 +162,13 @@ async function ask(turns) {
   const model = modelOf(conversation);
   const ended = (message) => {
     keep(conversation);
-    if (conversation === state.current) {
-      const follows = isAtEnd();
-      show();
-      if (follows) scrollToEnd();
-      announce(message.failure ? message.failure.text : message.finish === "stopped" ? "Stopped" : `Answer: ${message.content.slice(0, 500)}`);
-    } else {
-      showSide();
-    }
+    if (message.failure?.kind === "refused") loadModels(); // another one may be served by now
+    if (conversation !== state.current) return showSide();
+    const follows = isAtEnd();
+    show();
+    if (follows) scrollToEnd();
+    const said = message.finish === "stopped" ? "Stopped" : `Answer: ${message.content.slice(0, 500)}`;
+    return announce(message.failure ? message.failure.text : said);
   };
   const began = () => {
     keep(conversation);
@@ -168,7 +177,8 @@ async function ask(turns) {
     if (document.activeElement === document.body && !isNarrow.matches) at("input").focus();
     announce("The answer is being written");
   };
-  respond(conversation, turns, { model, fault, key: () => state.key, askKey, began, grown: (message) => grown(conversation, message), ended });
+  const more = (message) => grown(conversation, message);
+  respond(conversation, turns, { model, fault, key: () => state.key, askKey, began, grown: more, ended });
 }
 
 function say(fields, parent) {
@@ -244,8 +254,7 @@ async function loadModels() {
     return null;
   } catch (error) {
     if (error.kind === "key" && (await askKey()) !== null) return null; // which has loaded them
-    const button = h("button", { type: "button", class: "plain", on: { click: loadModels } }, "Try again");
-    notify("models", error.message, button);
+    notify("models", error.message, plainButton("Try again", loadModels));
     return error;
   }
 }
@@ -282,7 +291,8 @@ async function rename(conversation) {
   if (title === null) return;
   conversation.title = title;
   keep(conversation);
-  show();
+  showTitle();
+  showSide();
 }
 
 async function remove(conversation) {
@@ -341,7 +351,8 @@ function placeButtons() {
   at("new").append(icon("plus"), "New chat");
   at("close-drawer").append(iconButton("close", "Close the list", () => openDrawer(false)));
   at("open-drawer").append(iconButton("menu", "Conversations", () => openDrawer(true)));
-  at("open-settings").append(iconButton("sliders", "Settings of this chat", () => openSettings(at("settings").hidden), { class: "quiet count" }));
+  const toggle = () => openSettings(at("settings").hidden);
+  at("open-settings").append(iconButton("sliders", "Settings of this chat", toggle, { class: "quiet count" }));
   at("close-settings").append(iconButton("close", "Close the settings", () => openSettings(false)));
   at("jump-place").append(jump);
   at("tools").append(
@@ -405,7 +416,8 @@ openDrawer(false);
 openHash();
 if (loaded.fault) notify("storage", `${loaded.fault}: conversations last as long as this tab.`);
 if (loaded.unreadable.length) {
-  const [count, button] = [loaded.unreadable.length, h("button", { type: "button", class: "plain", on: { click: exportAll } }, "Export all")];
-  notify("unreadable", `${count === 1 ? "One conversation" : `${count} conversations`} in the browser's storage cannot be read. They stay there, and are in an export as they are.`, button);
+  const count = loaded.unreadable.length === 1 ? "One conversation" : `${loaded.unreadable.length} conversations`;
+  const stays = "What cannot be read stays there, and is in an export as it is";
+  notify("unreadable", `${count} in the browser's storage cannot be read. ${stays}.`, plainButton("Export all", exportAll));
 }
 loadModels();

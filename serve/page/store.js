@@ -77,14 +77,17 @@ export function imported(text, here) {
     throw new Error(`the file is not JSON (${error.message})`);
   }
   if (value?.kind !== "internjax-chats" || !Array.isArray(value.conversations)) {
-    throw new Error('the file is not one that this page exported; wanted {"kind": "internjax-chats", "conversations": [...]}');
+    const wanted = '{"kind": "internjax-chats", "conversations": [...]}';
+    throw new Error(`the file is not one that this page exported; wanted ${wanted}`);
   }
-  return value.conversations.flatMap((each) => {
+  const come = [];
+  for (const each of value.conversations) {
     const conversation = checked(each);
-    const own = here.find(({ id }) => id === conversation.id);
-    if (own && JSON.stringify(checked(own)) === JSON.stringify(conversation)) return [];
-    return [own ? { ...conversation, id: newId() } : conversation];
-  });
+    const own = [...here, ...come].find(({ id }) => id === conversation.id);
+    if (own && JSON.stringify(checked(own)) === JSON.stringify(conversation)) continue;
+    come.push(own ? { ...conversation, id: newId() } : conversation);
+  }
+  return come;
 }
 
 const kept = (storage, name) => {

@@ -96,13 +96,13 @@ export function checked(value) {
   };
   if (!isObject(value)) fail("not an object");
   if (value.version !== VERSION) fail(`its version is ${JSON.stringify(value.version)}, not ${VERSION}`);
-  if (typeof value.id !== "string" || !/^\w{1,64}$/.test(value.id)) fail("it has no id");
+  if (!isId(value.id)) fail("it has no id");
   if (!Array.isArray(value.messages)) fail("it has no messages");
   const seen = new Set([""]);
   const messages = value.messages.map((message, at) => {
     if (!isObject(message) || !ROLES.includes(message.role)) fail(`message ${at} has no role of ${ROLES.join(", ")}`);
     if (typeof message.content !== "string") fail(`message ${at} has no text`);
-    if (typeof message.id !== "string" || seen.has(message.id)) fail(`message ${at} has no id of its own`);
+    if (!isId(message.id) || seen.has(message.id)) fail(`message ${at} has no id of its own`);
     if (!seen.has(message.parent)) fail(`message ${at} stands behind none`);
     if (!(message.calls ?? []).every?.((call) => typeof call?.function?.arguments === "string")) {
       fail(`message ${at} has calls without arguments`);
@@ -123,6 +123,7 @@ export function checked(value) {
   };
 }
 
+const isId = (value) => typeof value === "string" && /^\w{1,64}$/.test(value);
 const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
 const text = (value) => (typeof value === "string" ? value : "");
 const number = (value) => (Number.isFinite(value) ? value : undefined);

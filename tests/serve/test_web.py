@@ -285,6 +285,25 @@ def test_settings_and_tool_calls(visit, tokenizer):
     assert engine.requests[-1].sampling.temperature == 1 and "Be brief." not in told(engine, tokenizer)
 
 
+def test_adapters_are_models_and_one_that_is_gone_is_replaced(visit):
+    page, engine, _ = visit("hi")
+    engine.adapters = ("terse",)
+    page.reload()
+    page.wait("document.querySelector('#model').length === 2")
+    page.evaluate("(({model}) => { model.value = 'terse'; model.dispatchEvent(new Event('change')); })(window)")
+    say(page, "short", 2)
+    assert engine.requests[-1].adapter == "terse" and "terse" in page.evaluate(
+        "document.querySelector('.counters').innerText"
+    )
+    engine.adapters = ()
+    say(page, "and now?", 4)
+    assert "'terse' is not served here; 'tiny' is" in page.evaluate("document.querySelector('.failure').innerText")
+    page.wait("document.querySelector('#model').value === 'tiny'")
+    page.click(".failure button")
+    page.wait(f"{DONE} === 4 && !document.querySelector('.failure')")
+    assert engine.requests[-1].adapter is None and all("404" in fault for fault in page.faults())
+
+
 def test_a_key_is_asked_for_and_kept_for_the_tab(visit):
     page, _, _ = visit("welcome", api_key="secret")
     page.type("dialog input", "wrong")
