@@ -32,7 +32,11 @@ export async function respond(conversation, turns, { model, fault, key, askKey, 
   };
   try {
     if (fault) throw fault;
-    const request = { model, messages: asRequest(turns, conversation.settings.system), ...asFields(conversation.settings) };
+    const request = {
+      model,
+      messages: asRequest(turns, conversation.settings.system),
+      ...asFields(conversation.settings),
+    };
     const asked = (withKey) => answer(request, { key: withKey, signal: controller.signal, onPart });
     const { finish, usage } = await asked(key()).catch(async (error) => {
       if (error.kind !== "key") throw error;

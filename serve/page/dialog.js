@@ -1,13 +1,20 @@
 // Questions that wait for an answer, and a notice that stays until it is closed.
 
-import { h, iconButton } from "./element.js";
+import { h, iconButton, plainButton } from "./element.js";
 
 /** Opens a dialog over the page; resolves to what `read(form)` returns on its button, to null when it is left. */
 function opened({ title, text, fields, action, isDanger = false, read }) {
   const heading = h("h2", { id: "dialog-title" }, title);
-  const cancel = h("button", { type: "button", class: "plain", on: { click: () => dialog.close() } }, "Cancel");
+  const cancel = plainButton("Cancel", () => dialog.close());
   const confirm = h("button", { type: "submit", class: isDanger ? "danger" : "main" }, action);
-  const form = h("form", { method: "dialog" }, heading, text && h("p", {}, text), fields, h("div", { class: "row" }, cancel, confirm));
+  const form = h(
+    "form",
+    { method: "dialog" },
+    heading,
+    text && h("p", {}, text),
+    fields,
+    h("div", { class: "row" }, cancel, confirm),
+  );
   const dialog = h("dialog", { "aria-labelledby": "dialog-title" }, form);
   return new Promise((resolve) => {
     let answer = null;

@@ -35,7 +35,8 @@ const SHAPES = {
   down: "M12 5v14M6 13l6 6 6-6",
   close: "M6 6l12 12M18 6L6 18",
   sliders: "M4 7h9M19 7h1M16 4.5v5M4 17h3M13 17h7M10 14.5v5",
-  light: "M12 8a4 4 0 1 0 .01 0zM12 2.5v2M12 19.5v2M2.5 12h2M19.5 12h2M5.300 5.300l1.400 1.400M17.300 17.300l1.400 1.400M5.300 18.700l1.400-1.400M17.300 6.700l1.400-1.400",
+  light:
+    "M12 8a4 4 0 1 0 .01 0zM12 2.5v2M12 19.5v2M2.5 12h2M19.5 12h2M5.300 5.300l1.400 1.400M17.300 17.300l1.400 1.400M5.300 18.700l1.400-1.400M17.300 6.700l1.400-1.400",
   dark: "M20 14.5A8 8 0 0 1 9.5 4 8 8 0 1 0 20 14.5z",
   auto: "M12 4a8 8 0 1 0 .01 0zM12 4v16M12 8h6M12 12h8M12 16h6",
   tool: "M14.5 6.5a4 4 0 0 1 5-1L17 8l.5 1.5L19 10l2.5-2.5a4 4 0 0 1-5.5 5L8 20.5 3.5 16l8-8a4 4 0 0 1 3-1.5z",
@@ -60,6 +61,11 @@ export function icon(name) {
 export function iconButton(shape, label, listener, attributes = {}) {
   const told = { type: "button", class: "quiet", "aria-label": label, title: label, on: { click: listener } };
   return h("button", { ...told, ...attributes }, icon(shape));
+}
+
+/** A button that shows what it does. */
+export function plainButton(text, listener, attributes = {}) {
+  return h("button", { type: "button", class: "plain", on: { click: listener }, ...attributes }, text);
 }
 
 /** Puts a text on the clipboard; false where the browser does not let it (pages of other hosts without TLS). */

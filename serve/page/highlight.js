@@ -5,7 +5,8 @@ import { h } from "./element.js";
 const PYTHON_WORDS =
   "and as assert async await break case class continue def del elif else except finally for from global if import in is " +
   "lambda match nonlocal not or pass raise return try while with yield";
-const SHELL_WORDS = "if then elif else fi for while until do done case esac in function return export local set unset exit";
+const SHELL_WORDS =
+  "if then elif else fi for while until do done case esac in function return export local set unset exit";
 const words = (text) => `\\b(?:${text.replaceAll(" ", "|")})\\b`;
 
 // The groups are comment, string, number, word, constant, name: their names are the classes of the style.

@@ -64,7 +64,7 @@ function code(text, at, absent) {
   const [run] = ticks.exec(text);
   const literal = { node: run, end: at + run.length };
   if (absent.has(run)) return literal;
-  for (let from = at + run.length; ; ) {
+  for (let from = at + run.length; ;) {
     const end = text.indexOf(run, from);
     if (end < 0) break;
     let after = end + run.length;
@@ -178,7 +178,7 @@ function emphasis(text, at, { absent, depth, inLink }) {
 function closing(text, from, mark, absent) {
   const end = Math.min(text.length, from + LONGEST.emphasis);
   let [inner, hasInner] = [0, false];
-  for (let at = from; at < end; ) {
+  for (let at = from; at < end;) {
     if (text[at] === "\\") {
       at += 2;
     } else if (text[at] === "`") {

@@ -3,11 +3,12 @@
 import { respond, runningIn, stop } from "./answers.js";
 import { models } from "./api.js";
 import { announce, asked, clearNotice, confirmed, notify } from "./dialog.js";
-import { h, icon, iconButton } from "./element.js";
+import { h, icon, iconButton, plainButton } from "./element.js";
 import { fit, growTurn, isSend, showTurns } from "./messages.js";
 import { numSet, showSettings } from "./settings.js";
 import { showList } from "./sidebar.js";
 import * as store from "./store.js";
+import { placeTheme } from "./theme.js";
 import { addMessage, choose, newConversation, path, pathBefore, removeLeaf } from "./tree.js";
 
 const at = (id) => document.getElementById(id);
@@ -102,7 +103,11 @@ function keep(conversation) {
     clearNotice("storage");
   } catch (error) {
     const lost = "It is lost with this tab unless you export it";
-    notify("storage", `“${conversation.title}” is not kept: ${error.message}. ${lost}.`, plainButton("Export all", exportAll));
+    notify(
+      "storage",
+      `“${conversation.title}” is not kept: ${error.message}. ${lost}.`,
+      plainButton("Export all", exportAll),
+    );
   }
 }
 
@@ -116,8 +121,6 @@ function keepNow() {
   state.timer = null;
   for (const conversation of state.unsaved) keep(conversation);
 }
-
-const plainButton = (text, listener) => h("button", { type: "button", class: "plain", on: { click: listener } }, text);
 
 function exportAll() {
   const text = store.exported(state.conversations, state.unreadable);
@@ -296,7 +299,7 @@ async function rename(conversation) {
 }
 
 async function remove(conversation) {
-  const text = `“${conversation.title}” and its ${conversation.messages.length} messages are deleted from this browser.`;
+  const text = `“${conversation.title}” is deleted from this browser with its ${conversation.messages.length} messages.`;
   if (!(await confirmed({ title: "Delete the conversation?", text, action: "Delete" }))) return;
   state.conversations = state.conversations.filter((each) => each !== conversation);
   stop(conversation);
@@ -332,21 +335,6 @@ function openSettings(isOpen) {
 
 // ------------------------------------------------------------------------------------------------- buttons and keys
 
-const THEMES = ["auto", "light", "dark"];
-
-function showTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  const next = THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length];
-  const names = { auto: "as the system", light: "light", dark: "dark" };
-  const button = iconButton(theme, `Colours: ${names[theme]}; press for ${names[next]}`, () => {
-    store.saveTheme(next);
-    showTheme(next);
-    at("theme").focus();
-  });
-  button.id = "theme";
-  (at("theme") ?? at("tools").lastChild).replaceWith(button);
-}
-
 function placeButtons() {
   at("new").append(icon("plus"), "New chat");
   at("close-drawer").append(iconButton("close", "Close the list", () => openDrawer(false)));
@@ -355,14 +343,14 @@ function placeButtons() {
   at("open-settings").append(iconButton("sliders", "Settings of this chat", toggle, { class: "quiet count" }));
   at("close-settings").append(iconButton("close", "Close the settings", () => openSettings(false)));
   at("jump-place").append(jump);
+  const themePlace = h("span");
   at("tools").append(
     iconButton("out", "Export all conversations to a file", exportAll),
     iconButton("in", "Import conversations from a file", () => at("file").click()),
     iconButton("key", "API key", askKey),
-    h("span"),
+    themePlace,
   );
-  const theme = store.loadTheme();
-  showTheme(THEMES.includes(theme) ? theme : "auto");
+  placeTheme(themePlace);
 }
 
 function onKey(event) {
@@ -418,6 +406,10 @@ if (loaded.fault) notify("storage", `${loaded.fault}: conversations last as long
 if (loaded.unreadable.length) {
   const count = loaded.unreadable.length === 1 ? "One conversation" : `${loaded.unreadable.length} conversations`;
   const stays = "What cannot be read stays there, and is in an export as it is";
-  notify("unreadable", `${count} in the browser's storage cannot be read. ${stays}.`, plainButton("Export all", exportAll));
+  notify(
+    "unreadable",
+    `${count} in the browser's storage cannot be read. ${stays}.`,
+    plainButton("Export all", exportAll),
+  );
 }
 loadModels();

@@ -30,7 +30,7 @@ const keyOf = (block) => `${block.kind}\n${block.lines.join("\n")}`;
 /** The blocks of lines: {kind, lines}, where lines are as they were written. */
 function blocks(lines) {
   const found = [];
-  for (let at = 0; at < lines.length; ) {
+  for (let at = 0; at < lines.length;) {
     const kind = kindOf(lines, at);
     const end = ENDS[kind](lines, at);
     if (kind !== "empty") found.push({ kind, lines: lines.slice(at, end) });
@@ -130,11 +130,22 @@ const ELEMENTS = {
   paragraph: (lines) => h("p", {}, inline(lines.map((line) => line.trim()).join("\n"))),
   heading(lines) {
     const [whole, marks] = HEADING.exec(lines[0]);
-    const text = lines[0].slice(whole.length).trim().replace(/(^|[ \t])#+$/, "");
+    const text = lines[0]
+      .slice(whole.length)
+      .trim()
+      .replace(/(^|[ \t])#+$/, "");
     // The page's own headings are above: an answer's begin at the third level.
     return h(`h${Math.min(6, marks.length + 2)}`, { class: `h${marks.length}` }, inline(text.trim()));
   },
-  quote: (lines, depth) => h("blockquote", {}, children(lines.map((line) => line.replace(QUOTE, "")), depth)),
+  quote: (lines, depth) =>
+    h(
+      "blockquote",
+      {},
+      children(
+        lines.map((line) => line.replace(QUOTE, "")),
+        depth,
+      ),
+    ),
   fence(lines) {
     const [, indent, fence, info] = FENCE.exec(lines[0]);
     const isClosed = lines.length > 1 && lines.at(-1).trim().startsWith(fence);
@@ -149,7 +160,11 @@ const ELEMENTS = {
     });
     const row = (line, name) => {
       const texts = cells(line);
-      return h("tr", {}, sides.map((side, at) => h(name, { class: side }, inline(texts[at] ?? ""))));
+      return h(
+        "tr",
+        {},
+        sides.map((side, at) => h(name, { class: side }, inline(texts[at] ?? ""))),
+      );
     };
     const body = lines.slice(2).map((line) => row(line, "td"));
     const table = h("table", {}, h("thead", {}, row(lines[0], "th")), h("tbody", {}, body));
@@ -199,7 +214,10 @@ function items(lines) {
 function cells(line) {
   const found = [""];
   let inCode = false;
-  const text = line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "");
+  const text = line
+    .trim()
+    .replace(/^\|/, "")
+    .replace(/(?<!\\)\|$/, "");
   for (let at = 0; at < text.length; at += 1) {
     if (text[at] === "`") inCode = !inCode && text.indexOf("`", at + 1) > 0;
     if (text[at] === "\\" && text[at + 1] === "|") {
@@ -217,6 +235,11 @@ function cells(line) {
 /** Code with its language and a button that copies it. */
 export function codeBlock(code, language, label = language || "text") {
   const pre = h("pre", { tabindex: "0", "aria-label": `Code, ${label}` }, h("code", {}, highlighted(code, language)));
-  const bar = h("div", { class: "bar" }, h("span", {}, label), copyButton(() => code, "Copy code"));
+  const bar = h(
+    "div",
+    { class: "bar" },
+    h("span", {}, label),
+    copyButton(() => code, "Copy code"),
+  );
   return h("div", { class: "code" }, bar, pre);
 }

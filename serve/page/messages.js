@@ -1,6 +1,6 @@
 // The turns of a conversation as elements: what was said, what can be done with it, what it took.
 
-import { copyButton, h, icon, iconButton } from "./element.js";
+import { copyButton, h, icon, iconButton, plainButton } from "./element.js";
 import { codeBlock, showMarkdown } from "./markdown.js";
 import { path, versions } from "./tree.js";
 
@@ -25,7 +25,11 @@ const NAMES = { user: "You", assistant: "Answer", tool: "Tool output" };
 
 function turn(message, context) {
   const isRunning = context.running === message;
-  const element = h("article", { class: `turn ${message.role}`, "data-id": message.id, "aria-label": NAMES[message.role] });
+  const element = h("article", {
+    class: `turn ${message.role}`,
+    "data-id": message.id,
+    "aria-label": NAMES[message.role],
+  });
   if (message.role === "assistant") {
     const said = h("div", { class: "said" });
     showMarkdown(said, message.content);
@@ -35,7 +39,13 @@ function turn(message, context) {
   } else if (message.role === "user") {
     element.append(h("div", { class: "bubble" }, message.content));
   } else {
-    element.append(h("div", { class: "output" }, codeBlock(message.content, outputLanguage(message.content), `output of ${message.name || "a tool"}`)));
+    element.append(
+      h(
+        "div",
+        { class: "output" },
+        codeBlock(message.content, outputLanguage(message.content), `output of ${message.name || "a tool"}`),
+      ),
+    );
   }
   if (isRunning) return element;
   const fault = failure(message, context);
@@ -66,7 +76,13 @@ function versionButtons(message, { conversation, running, act }) {
   const step = (shape, label, to) =>
     iconButton(shape, label, () => act.choose(all[to], label), { disabled: Boolean(running) || all[to] === undefined });
   const where = h("span", { "aria-label": `Version ${at + 1} of ${all.length}` }, `${at + 1} / ${all.length}`);
-  return h("span", { class: "versions" }, step("left", "Earlier version", at - 1), where, step("right", "Later version", at + 1));
+  return h(
+    "span",
+    { class: "versions" },
+    step("left", "Earlier version", at - 1),
+    where,
+    step("right", "Later version", at + 1),
+  );
 }
 
 function edit(message, { act }, element) {
@@ -86,12 +102,7 @@ function edit(message, { act }, element) {
     "form",
     { class: "edit", on: { submit: send } },
     input,
-    h(
-      "div",
-      { class: "row" },
-      h("button", { type: "button", class: "plain", on: { click: cancel } }, "Cancel"),
-      h("button", { type: "submit", class: "main" }, "Send"),
-    ),
+    h("div", { class: "row" }, plainButton("Cancel", cancel), h("button", { type: "submit", class: "main" }, "Send")),
   );
   input.addEventListener("keydown", (event) => {
     if (event.key === "Escape") {
@@ -110,7 +121,8 @@ function edit(message, { act }, element) {
 }
 
 /** Enter alone, and not the one that chooses among words of an input method. */
-export const isSend = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
+export const isSend = (event) =>
+  event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
 
 /** Makes a text field as high as its text, up to its largest height in the style. */
 export function fit(input) {
@@ -135,7 +147,8 @@ function calls(message, context) {
       { class: "call", "aria-label": `Tool call: ${name}` },
       h("p", { class: "name" }, icon("tool"), h("span", {}, "Calls "), h("code", {}, name || "no tool by name")),
       codeBlock(shown, isCode ? "python" : "json", isCode ? "code" : "arguments"),
-      parsed === undefined && h("p", { class: "fault" }, "Its arguments are not JSON, so this turn cannot be sent on; let it answer again."),
+      parsed === undefined &&
+        h("p", { class: "fault" }, "Its arguments are not JSON, so this turn cannot be sent on; let it answer again."),
       isOpen && parsed !== undefined && !given.has(call.id) ? outputForm(call, act) : null,
     );
   });
@@ -153,14 +166,23 @@ const outputLanguage = (text) => (/^\s*[[{]/.test(text) && parse(text) !== undef
 
 /** The place for what a tool returned: this page runs none. */
 function outputForm(call, act) {
-  const input = h("textarea", { rows: "2", placeholder: "What the tool returned", "aria-label": `Output of ${call.function.name}` });
+  const input = h("textarea", {
+    rows: "2",
+    placeholder: "What the tool returned",
+    "aria-label": `Output of ${call.function.name}`,
+  });
   const send = (event) => {
     event.preventDefault();
     act.output(call, input.value);
   };
   input.addEventListener("keydown", (event) => isSend(event) && send(event));
   input.addEventListener("input", () => fit(input));
-  return h("form", { class: "tool-output", on: { submit: send } }, input, h("button", { type: "submit", class: "main" }, "Send output"));
+  return h(
+    "form",
+    { class: "tool-output", on: { submit: send } },
+    input,
+    h("button", { type: "submit", class: "main" }, "Send output"),
+  );
 }
 
 const NOTES = {
@@ -182,8 +204,9 @@ function failure(message, { act }) {
     context: "Start a new chat, edit an earlier message, or lower the largest number of tokens.",
     broken: message.content ? "What had come is kept above." : null,
   };
-  const button = h("button", { type: "button", class: "plain" }, kind === "key" ? "Enter the API key" : "Try again");
-  button.addEventListener("click", () => (kind === "key" ? act.giveKey(message) : act.again(message)));
+  const isKey = kind === "key";
+  const again = () => (isKey ? act.giveKey(message) : act.again(message));
+  const button = plainButton(isKey ? "Enter the API key" : "Try again", again);
   if (retryAt) countDown(button, retryAt);
   return h("div", { class: "failure" }, h("p", {}, sentence(text), hints[kind] ? ` ${hints[kind]}` : null), button);
 }
@@ -221,7 +244,11 @@ function counters({ model, usage, times }) {
     }
   }
   if (model) parts.push([model, "The model that answered"]);
-  return h("span", { class: "counters" }, parts.map(([text, title]) => h("span", { title }, text)));
+  return h(
+    "span",
+    { class: "counters" },
+    parts.map(([text, title]) => h("span", { title }, text)),
+  );
 }
 
 const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);

@@ -1,15 +1,31 @@
 // How a conversation is answered: what the model is told first, sampling, and tools. An empty field is the server's own
 // value and is not sent.
 
-import { h } from "./element.js";
+import { h, plainButton } from "./element.js";
 
 const NUMBERS = [
   // Checked as the server checks them; `above` is a bound that is not allowed itself.
   { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.1, about: "0 is greedy" },
-  { name: "top_p", label: "Top-p", min: 0, max: 1, step: 0.05, above: 0, about: "the most likely tokens with this probability together" },
+  {
+    name: "top_p",
+    label: "Top-p",
+    min: 0,
+    max: 1,
+    step: 0.05,
+    above: 0,
+    about: "the most likely tokens with this probability together",
+  },
   { name: "top_k", label: "Top-k", min: 0, step: 1, about: "the k most likely tokens; 0: all" },
   { name: "max_tokens", label: "Max tokens", min: 1, step: 1, about: "of one answer; else what the context holds" },
-  { name: "repetition_penalty", label: "Repetition penalty", min: 0, max: 10, step: 0.05, above: 0, about: "1 is none" },
+  {
+    name: "repetition_penalty",
+    label: "Repetition penalty",
+    min: 0,
+    max: 10,
+    step: 0.05,
+    above: 0,
+    about: "1 is none",
+  },
   { name: "presence_penalty", label: "Presence penalty", min: -2, max: 2, step: 0.1, about: "0 is none" },
   { name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, step: 0.1, about: "0 is none" },
   { name: "seed", label: "Seed", step: 1, about: "the same answer again; else a new one each time" },
@@ -17,7 +33,10 @@ const NUMBERS = [
 
 /** What of the settings goes into a request. */
 export function asFields(settings) {
-  const numbers = NUMBERS.filter(({ name }) => Number.isFinite(settings[name])).map(({ name }) => [name, settings[name]]);
+  const numbers = NUMBERS.filter(({ name }) => Number.isFinite(settings[name])).map(({ name }) => [
+    name,
+    settings[name],
+  ]);
   const stop = settings.stop?.length ? { stop: settings.stop } : {};
   const tools = settings.tools ? { tools: readTools(settings.tools) } : {};
   return { ...Object.fromEntries(numbers), ...stop, ...tools };
@@ -25,7 +44,9 @@ export function asFields(settings) {
 
 /** The settings of a value that was read: those that a request may hold. */
 export function checkedSettings(value) {
-  const numbers = NUMBERS.filter((each) => Number.isFinite(value?.[each.name]) && faultOf(each, value[each.name]) === null);
+  const numbers = NUMBERS.filter(
+    (each) => Number.isFinite(value?.[each.name]) && faultOf(each, value[each.name]) === null,
+  );
   const settings = Object.fromEntries(numbers.map(({ name }) => [name, value[name]]));
   if (typeof value?.system === "string" && value.system) settings.system = value.system;
   if (Array.isArray(value?.stop)) settings.stop = value.stop.filter((each) => typeof each === "string" && each);
@@ -86,10 +107,20 @@ export function showSettings(panel, settings, { changed, useForNew }) {
   const buttons = h(
     "div",
     { class: "row" },
-    h("button", { type: "button", class: "plain", on: { click: reset } }, "Reset"),
-    h("button", { type: "button", class: "plain", title: "New chats begin with these settings", on: { click: useForNew } }, "Use for new chats"),
+    plainButton("Reset", reset),
+    plainButton("Use for new chats", useForNew, { title: "New chats begin with these settings" }),
   );
-  panel.replaceChildren(system, h("div", { class: "numbers" }, NUMBERS.map((each) => numberField(each, settings, set))), stop, tools, buttons);
+  panel.replaceChildren(
+    system,
+    h(
+      "div",
+      { class: "numbers" },
+      NUMBERS.map((each) => numberField(each, settings, set)),
+    ),
+    stop,
+    tools,
+    buttons,
+  );
 }
 
 let fieldCount = 0;
@@ -126,13 +157,21 @@ function textField(label, name, value, { rows, placeholder, read }) {
 function numberField(kind, settings, set) {
   const { name, label, min, max, step, about } = kind;
   const placeholder = "default";
-  const input = h("input", { type: "number", name, min, max, step: "any", inputmode: step === 1 ? "numeric" : "decimal", placeholder });
+  const input = h("input", {
+    type: "number",
+    name,
+    min,
+    max,
+    step: "any",
+    inputmode: step === 1 ? "numeric" : "decimal",
+    placeholder,
+  });
   input.step = String(step);
   if (Number.isFinite(settings[name])) input.value = String(settings[name]);
   const { element, say } = field(label, input, about);
   input.addEventListener("input", () => {
     const [value, isEmpty] = [input.valueAsNumber, input.value === "" && !input.validity.badInput];
-    if (isEmpty) return say(null), set(name, null);
+    if (isEmpty) return (say(null), set(name, null));
     const fault = faultOf(kind, value);
     say(fault);
     return fault === null ? set(name, value) : null;

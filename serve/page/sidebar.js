@@ -7,7 +7,9 @@ const DAY = 86_400_000;
 /** Shows the conversations whose title or text holds `query`. `act`: {open, rename, remove}, each of a conversation. */
 export function showList(list, { conversations, current, query, isRunning, act }) {
   const wanted = query.trim().toLowerCase();
-  const found = conversations.filter((each) => !wanted || textOf(each).includes(wanted)).sort((a, b) => b.updated - a.updated);
+  const found = conversations
+    .filter((each) => !wanted || textOf(each).includes(wanted))
+    .sort((a, b) => b.updated - a.updated);
   const groups = Map.groupBy(found, ({ updated }) => dayOf(updated));
   const item = (conversation) => {
     const open = h(

@@ -26,7 +26,7 @@ const childrenOf = (conversation, parent) => conversation.messages.filter((messa
 /** The messages that are shown, from the first to the last. */
 export function path(conversation) {
   const shown = [];
-  for (let parent = ""; ; ) {
+  for (let parent = ""; ;) {
     const children = childrenOf(conversation, parent);
     if (children.length === 0) return shown;
     const next = children.find((message) => message.id === conversation.chosen[parent]) ?? children.at(-1);
@@ -148,6 +148,7 @@ function checkedMessage({ id, parent, created, role, content, ...rest }) {
     message.usage = { prompt_tokens, completion_tokens, prompt_tokens_details: { cached_tokens } };
   }
   if (number(times?.first) !== undefined) message.times = { first: times.first, total: number(times.total) };
-  if (isObject(failure)) message.failure = { kind: text(failure.kind), text: text(failure.text), retryAt: number(failure.retryAt) };
+  if (isObject(failure))
+    message.failure = { kind: text(failure.kind), text: text(failure.text), retryAt: number(failure.retryAt) };
   return message;
 }
