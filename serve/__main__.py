@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="clients may load and unload adapters that lie below this folder, while there is room (--max-adapters)",
     )
+    parser.add_argument("--no-web", dest="web", action="store_false", help="no chat page at / (default: it is there)")
     add_model_flags(parser)
     return parser
 
@@ -274,10 +275,13 @@ def serve(args: argparse.Namespace) -> int:
             drain_seconds=args.drain_seconds,
             adapter_root=args.adapter_root,
             grpc_port=grpc_port,
+            web=args.web,
         )
         with server:
             if server.grpc_address is not None:
                 print(f"grpc     {server.grpc_address}")
+            if args.web:
+                print(f"page     {server.url}/")
             print(f"ready    {server.url}/v1  model {name}", flush=True)
             while server.alive and not stopping.wait(1.0):
                 pass

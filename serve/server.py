@@ -33,13 +33,17 @@ class Server:
         drain_seconds: int,
         adapter_root: Path | None,
         grpc_port: socket.socket | None,
+        web: bool,
     ):
         # Here, so that a port can be taken, or found in use, before anything heavy is loaded.
         import uvicorn
 
         from serve.openai import create_app
+        from serve.web import add_page
 
         app = create_app(pipeline, model_name=model_name, api_key=api_key, adapter_root=adapter_root)
+        if web:
+            add_page(app)
         self._grpc = None
         if grpc_port is not None:
             from serve.grpc import GrpcServer
@@ -96,16 +100,18 @@ def start_server(
     drain_seconds: int = 10,
     adapter_root: Path | None = None,
     grpc_port: int | socket.socket | None = None,
+    web: bool = True,
 ) -> Server:
     """A server of `pipeline`, answering when this returns. `port` 0 takes a free one: see `Server.url`.
 
     adapter_root: see `serve.openai.create_app`. grpc_port: for the KServe v2 protocol over gRPC as well, 0 for a free
-    one: see `Server.grpc_address`.
+    one: see `Server.grpc_address`. web: whether the chat page is at `/`.
     """
     taken = port if isinstance(port, socket.socket) else take_port(host, port)
     if isinstance(grpc_port, int):
         grpc_port = take_grpc_port(host, grpc_port)
-    how = {"api_key": api_key, "drain_seconds": drain_seconds, "adapter_root": adapter_root, "grpc_port": grpc_port}
+    how = {"api_key": api_key, "drain_seconds": drain_seconds, "adapter_root": adapter_root}
+    how |= {"grpc_port": grpc_port, "web": web}
     server = Server(pipeline, taken, model_name=model_name, **how)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the shell names
     deadline = time.monotonic() + _READY_SECONDS

@@ -73,6 +73,7 @@ def test_a_server_from_start_to_sigterm(folder):
         assert "float32" in printed and "8 pages of 16 tokens" in printed and "2.0 conversations of 64" in printed
         url = lines[-1].split()[1]
         assert url.startswith("http://127.0.0.1:") and "model my tiny" in lines[-1]
+        assert lines[-2] == f"page     {url.removesuffix('v1')}\n"
         with openai.OpenAI(base_url=url, api_key="secret", max_retries=0, timeout=30) as client:
             (model,) = client.models.list()
             answer = client.chat.completions.create(
