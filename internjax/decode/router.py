@@ -191,6 +191,10 @@ class Router:
     def _serving(self) -> list[Engine]:
         return [engine for engine in self.engines if engine.fault is None]
 
+    def silent_seconds(self) -> float:
+        """Returns the longest of all engines; see `Engine.silent_seconds`."""
+        return max(engine.silent_seconds() for engine in self.engines)
+
     def stats(self) -> Stats:
         """Returns the sums over all engines; those of one: `engines[i].stats()`."""
         return Stats(*map(sum, zip(*(engine.stats() for engine in self.engines), strict=True)))
