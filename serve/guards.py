@@ -1,75 +1,312 @@
-"""What stands before the routes: OpenAI's error envelope for every failure, a limit for bodies, the API key."""
+"""What stands before the routes: OpenAI's error envelope for every failure, keys, and limits of what is taken on.
+
+From outside in: a browser's origin, the key, the doors. Through the doors go all requests that may bring a body: it is
+read whole, within its limits, then the request waits for a place in order of arrival, or is refused.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import collections
+import contextlib
+import hashlib
 import hmac
 import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from serve.protocol import Refusal, envelope
+from serve.request_log import MAX_PROMPT_BYTES, note
 
-MAX_BODY_BYTES = 16 << 20
+OPEN_PATHS = frozenset({"/health", "/live", "/ready", "/metrics"})
+"""What needs no key: it tells of the server, not of its users."""
+RETRY_SECONDS = 2
 
 
-def add_guards(app: FastAPI, *, api_key: str | None = None) -> None:
-    """Gives the application its error envelopes and its guards. With `api_key`, everything under /v1 needs it."""
+class Limits(NamedTuple):
+    """What a server takes on. Requests beyond are refused: too large 413, too slow 408, too many 429."""
+
+    body_bytes: int = 16 << 20
+    body_seconds: float = 60.0
+    """For a body to come in."""
+    send_seconds: float = 60.0
+    """For a client to read more of its answer, before it is given up."""
+    max_running: int = 256
+    """Requests that are worked on at once. The engine has a queue of its own for those that it has no slot for."""
+    max_waiting: int = 256
+    """Requests that wait until one of those is done."""
+
+
+class Operation(NamedTuple):
+    """How a server is run."""
+
+    limits: Limits = Limits()
+    origins: tuple[str, ...] = ()
+    """Of pages whose scripts may ask it."""
+    log_prompts: bool = False
+    """Whether bodies of requests go into the log."""
+    stuck_seconds: float = 120.0
+    """Without a sign of life of an engine that has work, after which it counts as stuck."""
+
+
+class Doors:
+    """Who is inside, who waits, and whether more are let in. For one event loop; other threads may read."""
+
+    def __init__(self, limits: Limits = Limits()):
+        if limits.max_running < 1 or limits.max_waiting < 0 or min(limits[:3]) <= 0:
+            raise ValueError(f"limits are positive (max_waiting: or 0), given {limits}")
+        self.limits = limits
+        self.closed: str | None = None
+        """Why nobody is let in, or None."""
+        self.num_inside = self.num_running = 0
+        """Requests whose body is read, that wait or that run; of those, the ones that run."""
+        self._waiting: collections.deque[asyncio.Future] = collections.deque()
+        self._works: set[asyncio.Task] = set()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a place."""
+        return len(self._waiting)
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Lets a request in. Raises Refusal where there are too many, or none is let in any more."""
+        self._refuse_if_closed()
+        limits = self.limits
+        if self.num_inside >= limits.max_running + limits.max_waiting:
+            raise Refusal(
+                f"the server is busy: {limits.max_running} requests run and {limits.max_waiting} wait; try again later",
+                status=429,
+                code="rate_limit_exceeded",
+            )
+        self.num_inside += 1
+        try:
+            yield
+        finally:
+            self.num_inside -= 1
+
+    async def place(self, gone: asyncio.Task) -> bool:
+        """Waits for a place; returns whether there is one, which is to be given back. `gone` ends with the client."""
+        if self.num_running < self.limits.max_running:
+            self.num_running += 1
+            return True
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await asyncio.wait({turn, gone}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            if turn.done() and turn.result():
+                self.give_back()
+            raise
+        finally:
+            if not turn.done():
+                self._waiting.remove(turn)
+        if turn.done() and not turn.result():
+            self._refuse_if_closed()
+        return turn.done()
+
+    def give_back(self) -> None:
+        """Frees a place, for who waits longest."""
+        if self._waiting:
+            self._waiting.popleft().set_result(True)
+        else:
+            self.num_running -= 1
+
+    async def work(self, work: asyncio.Task) -> bool:
+        """Waits for the work of a request; returns False where `cut` ended it."""
+        self._works.add(work)
+        try:
+            await asyncio.wait({work})
+        except asyncio.CancelledError:  # the server's own end
+            work.cancel()
+            raise
+        finally:
+            self._works.discard(work)
+        if work.cancelled():
+            return False
+        work.result()
+        return True
+
+    def close(self, reason: str) -> None:
+        """Lets nobody in from now on; who waits is refused, who runs may finish."""
+        self.closed = reason
+        while self._waiting:
+            self._waiting.popleft().set_result(False)
+
+    def cut(self) -> None:
+        """Ends all that runs."""
+        for work in self._works:
+            work.cancel()
+
+    def _refuse_if_closed(self) -> None:
+        if self.closed is not None:
+            raise Refusal(self.closed, status=503, code="unavailable")
+
+
+def add_guards(app: FastAPI, doors: Doors, *, api_keys: Sequence[str], operation: Operation) -> None:
+    """Gives the application its error envelopes and its guards.
+
+    api_keys: one of them is wanted as bearer token, but for OPEN_PATHS; none: no key is needed.
+    """
     _add_error_envelopes(app)
-    app.add_middleware(_LimitBody)
-    if api_key is not None:
-        app.add_middleware(_RequireKey, key=api_key)
+    app.add_middleware(_ThroughDoors, doors=doors, log_prompts=operation.log_prompts)
+    if api_keys:
+        app.add_middleware(_RequireKey, keys=api_keys)
+    if operation.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(operation.origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
 
 
-class _LimitBody:
-    """Refuses to read more of a body than MAX_BODY_BYTES."""
+class _ThroughDoors:
+    """Reads bodies, gives requests their places, and gives up clients that are gone or do not read."""
 
-    def __init__(self, app):
-        self._app = app
+    def __init__(self, app: Callable, doors: Doors, log_prompts: bool):
+        self._app, self._doors, self._limits, self._log_prompts = app, doors, doors.limits, log_prompts
 
     async def __call__(self, scope, receive, send) -> None:
-        num_bytes = 0
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        try:
+            with self._doors.inside():
+                if bodies := await self._bodies(scope, receive):
+                    await self._serve(scope, bodies, receive, send)
+        except Refusal as refusal:
+            # What is left of a body that comes in too slowly is not waited for.
+            await respond(refusal, close=refusal.status == 408)(scope, receive, send)
 
-        async def limited():
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > MAX_BODY_BYTES:
-                raise HTTPException(413, f"the body has more than {MAX_BODY_BYTES} bytes; send less")
-            return message
+    async def _bodies(self, scope, receive) -> list[bytes]:
+        """The whole body, alone in a list from which it can be taken, or nothing where the client has gone."""
+        limits, parts, num_bytes, more = self._limits, [], 0, True
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and len(length) < 20:
+            self._check_size(int(length))
+        try:
+            async with asyncio.timeout(limits.body_seconds):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        note(outcome="client gone")
+                        return []
+                    parts.append(message.get("body", b""))
+                    num_bytes += len(parts[-1])
+                    self._check_size(num_bytes)
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            raise Refusal(
+                f"the body did not come in within {limits.body_seconds:g} seconds; send it faster, or less", status=408
+            ) from None
+        if self._log_prompts:
+            note(text=b"".join(parts)[:MAX_PROMPT_BYTES].decode(errors="replace"))
+        return [b"".join(parts)]
 
-        await self._app(scope, limited if scope["type"] == "http" else receive, send)
+    def _check_size(self, num_bytes: int) -> None:
+        if num_bytes > self._limits.body_bytes:
+            raise Refusal(f"the body has more than {self._limits.body_bytes} bytes; send less", status=413)
+
+    async def _serve(self, scope, bodies: list[bytes], receive, send) -> None:
+        """Waits for a place and has the application answer, which is told of the client's leaving as ever."""
+        gone = asyncio.create_task(receive())
+        try:
+            if not await self._doors.place(gone):
+                note(outcome="client gone")
+                return
+            try:
+                await self._answer(scope, bodies, gone, send)
+            finally:
+                self._doors.give_back()
+        finally:
+            gone.cancel()
+            await asyncio.gather(gone, return_exceptions=True)
+
+    async def _answer(self, scope, bodies: list[bytes], gone: asyncio.Task, send) -> None:
+        begun, is_stuck = None, False
+
+        async def receive():
+            if bodies:
+                return {"type": "http.request", "body": bodies.pop(), "more_body": False}
+            return await asyncio.shield(gone)
+
+        async def timely(message) -> None:
+            nonlocal begun, is_stuck
+            if message["type"] == "http.response.start":
+                begun = dict(message["headers"])
+            try:
+                async with asyncio.timeout(self._limits.send_seconds):
+                    await send(message)
+            except TimeoutError:
+                is_stuck = True
+                raise
+
+        try:
+            if await self._doors.work(asyncio.create_task(self._app(scope, receive, timely))):
+                return
+        except TimeoutError:
+            if not is_stuck:
+                raise
+            note(outcome="client does not read")
+            return  # the response is not complete: the connection is closed
+        note(outcome="cut off")
+        refusal = Refusal("the server stops and the answer was not complete in time", status=503, code="unavailable")
+        if begun is None:
+            await respond(refusal)(scope, receive, send)
+        elif begun.get(b"content-type", b"").startswith(b"text/event-stream"):
+            event = b"data: " + respond(refusal).body + b"\n\n"
+            await send({"type": "http.response.body", "body": event, "more_body": False})
 
 
 class _RequireKey:
-    """Answers 401 to requests under /v1 that do not carry the key."""
+    """Answers 401 to requests that do not carry one of the keys."""
 
-    def __init__(self, app, key: str):
+    def __init__(self, app: Callable, keys: Iterable[str]):
         self._app = app
-        self._wanted = b"Bearer " + key.encode()
+        self._wanted = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1"):
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._wanted):
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            digest = _digest(given.strip())
+            # All are compared, of equal length: how long it takes tells nothing of any key.
+            known = sum(hmac.compare_digest(digest, wanted) for wanted in self._wanted)
+            if scheme.lower() != b"bearer" or not known:
                 message = "the API key is missing or wrong; send the header Authorization: Bearer <key>"
-                error = envelope(message, status=401, code="invalid_api_key")
-                await JSONResponse(error, status_code=401)(scope, receive, send)
+                refusal = Refusal(message, status=401, code="invalid_api_key")
+                await respond(refusal, headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-def _add_error_envelopes(app: FastAPI) -> None:
-    def respond(message: str, status: int, param: str | None = None, code: str | None = None) -> Response:
-        # In ASCII, because the message may quote what is no valid UTF-8.
-        body = json.dumps(envelope(message, status=status, param=param, code=code))
-        return Response(body, status_code=status, media_type="application/json")
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
+
+def respond(refusal: Refusal, *, headers: Mapping[str, str] | None = None, close: bool = False) -> Response:
+    """The response of an error; one that may pass says when to try again."""
+    error = envelope(refusal.message, status=refusal.status, param=refusal.param, code=refusal.code)
+    headers = dict(headers or {})
+    if refusal.status in (429, 503):
+        headers.setdefault("Retry-After", str(RETRY_SECONDS))
+    if close:
+        headers["Connection"] = "close"
+    # In ASCII, because the message may quote what is no valid UTF-8.
+    return Response(json.dumps(error), status_code=refusal.status, media_type="application/json", headers=headers)
+
+
+def _add_error_envelopes(app: FastAPI) -> None:
     @app.exception_handler(Refusal)
     async def refused(_: Request, error: Refusal) -> Response:
-        return respond(error.message, error.status, error.param, error.code)
+        return respond(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -77,11 +314,12 @@ def _add_error_envelopes(app: FastAPI) -> None:
         place = first["loc"][1:]
         param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or None
         if first["type"] == "json_invalid":
-            return respond(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", 400)
+            return respond(Refusal(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"))
         if first["type"] == "extra_forbidden":
-            return respond(f"unknown field {param}; it is not part of this request", 400, param, "unknown_parameter")
+            message = f"unknown field {param}; it is not part of this request"
+            return respond(Refusal(message, param=param, code="unknown_parameter"))
         given = "" if first["type"] == "missing" else f"; given {first['input']!r:.200}"
-        return respond(f"{param or 'the body'}: {first['msg']}{given}", 400, param)
+        return respond(Refusal(f"{param or 'the body'}: {first['msg']}{given}", param=param))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -89,8 +327,9 @@ def _add_error_envelopes(app: FastAPI) -> None:
             404: f"there is no {request.url.path} here",
             405: f"{request.url.path} does not take {request.method}",
         }
-        return respond(reason.get(error.status_code, str(error.detail)), error.status_code)
+        refusal = Refusal(reason.get(error.status_code, str(error.detail)), status=error.status_code)
+        return respond(refusal, headers=error.headers)
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        return respond(f"the server failed: {type(error).__name__}", 500)
+        return respond(Refusal(f"the server failed: {type(error).__name__}", status=500))

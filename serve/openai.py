@@ -1,7 +1,7 @@
 """The OpenAI REST interface over a pipeline: `create_app(pipeline, model_name=...)` is an ASGI application.
 
-/v1/models, /v1/completions, /v1/chat/completions (streaming or not), /health. What a request may hold is in
-`serve.requests`. A client that goes away frees its slot and its pages.
+/v1/models, /v1/completions, /v1/chat/completions (streaming or not), and what it is operated by (`serve.health`,
+`serve.metrics`). What a request may hold is in `serve.requests`. A client that goes away frees its slot and its pages.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from internjax.decode.request import RequestError
 from internjax.text.chat import CallEnd
 from serve.adapter_routes import add_adapter_routes
-from serve.guards import add_guards
+from serve.guards import Doors, Operation, add_guards
 from serve.guided import GuideError
 from serve.kserve_routes import add_kserve_routes
+from serve.health import add_health_routes
+from serve.metrics import Metrics, add_metrics_route
 from serve.pipeline import Answer, ContextTooLong, Delta, Event, Params, Pipeline, Prompt, Result, Token
 from serve.protocol import (
     Refusal,
@@ -40,6 +42,7 @@ from serve.protocol import (
     tools_of,
     usage,
 )
+from serve.request_log import note
 from serve.requests import ChatRequest, CompletionRequest
 from serve.streams import events_of, submitted
 
@@ -49,11 +52,17 @@ log = logging.getLogger("serve")
 
 
 def create_app(
-    pipeline: Pipeline, *, model_name: str, api_key: str | None = None, adapter_root: Path | None = None
+    pipeline: Pipeline,
+    *,
+    model_name: str,
+    api_key: str | Sequence[str] | None = None,
+    adapter_root: Path | None = None,
+    operation: Operation = Operation(),
 ) -> FastAPI:
-    """The application. With `api_key`, everything under /v1 needs it as bearer token.
+    """The application. With `api_key`, or several, all but /health, /live, /ready and /metrics needs one of them.
 
-    adapter_root: the folder below which clients may have adapters loaded from; None: they may not.
+    adapter_root: the folder below which clients may have adapters loaded from; None: they may not. Its `state` has
+    `doors` and `metrics`.
     """
     app = FastAPI(
         title="InternJAX",
@@ -61,7 +70,12 @@ def create_app(
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    add_guards(app, api_key=api_key)
+    doors = app.state.doors = Doors(operation.limits)
+    keys = [api_key] if isinstance(api_key, str) else api_key or ()
+    add_guards(app, doors, api_keys=keys, operation=operation)
+    add_health_routes(app, pipeline, doors, model_name=model_name, stuck_seconds=operation.stuck_seconds)
+    metrics = app.state.metrics = Metrics(pipeline, doors, model_name=model_name)
+    add_metrics_route(app, metrics)
     if model_name in pipeline.adapters:
         raise ValueError(f"the model and an adapter are both named {model_name!r}; give one of them another name")
     if adapter_root is not None:
@@ -80,15 +94,6 @@ def create_app(
         """The parameters of a request, with the adapter that its model names."""
         _check_model(body.model, served())
         return replace(_params(body), adapter=None if body.model == model_name else body.model)
-
-    @app.get("/health")
-    def health() -> Response:
-        fault, faults = pipeline.fault(), pipeline.faults()
-        status = "failed" if fault is not None else "degraded" if any(faults) else "ok"
-        state = {"status": status, "model": model_name, "fault": fault}
-        if len(faults) > 1:
-            state["replicas"] = [{"fault": each} for each in faults]
-        return JSONResponse(state, status_code=200 if fault is None else 503)
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -147,7 +152,6 @@ class _Job:
     def __init__(self, prefix: str, body: ChatRequest | CompletionRequest, answers: Sequence[Answer], n: int):
         self.id = prefix + uuid.uuid4().hex
         self.created = int(time.time())
-        self.started = time.monotonic()
         self.body = body
         self.answers = answers
         self.n = n
@@ -159,16 +163,15 @@ class _Job:
         return f"call_{self.id.partition('-')[2]}_{index}"
 
     def log(self, outcome: str, results: Sequence[Result] = ()) -> None:
-        log.info(
-            "%s user=%r n=%d finish=%s prompt=%d completion=%d seconds=%.3f %s",
-            self.id,
-            self.body.user or getattr(self.body, "safety_identifier", None),
-            self.n,
-            ",".join(result.finish for result in results),
-            sum(result.num_prompt_tokens for result in results[:: self.n]),
-            sum(len(result.ids) for result in results),
-            time.monotonic() - self.started,
-            outcome,
+        """Notes what came of it for the request's line in the log."""
+        note(
+            answer=self.id,
+            user=self.body.user or getattr(self.body, "safety_identifier", None),
+            n=self.n,
+            finish=",".join(result.finish for result in results),
+            prompt=sum(result.num_prompt_tokens for result in results[:: self.n]),
+            completion=sum(len(result.ids) for result in results),
+            outcome=outcome,
         )
 
 

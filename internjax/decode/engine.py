@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from internjax.decode.adapters import NO_ADAPTER, AdapterPlaces, Place
-from internjax.decode.device import AdapterRoom, Device
+from internjax.decode.device import AdapterRoom, Compiled, Device
 from internjax.decode.request import Handle, Request, Session, check_options
 from internjax.decode.rounds import Rounds
 from internjax.decode.sample import Limits
@@ -357,10 +357,10 @@ class Engine:
 
     # Lifetime.
 
-    def warmup(self, on_program: Callable[[str, float], None] | None = None) -> None:
+    def warmup(self, on_program: Callable[[Compiled], None] | None = None) -> None:
         """Compiles every program by running it without effect; call it while no request is served.
 
-        `on_program` is told the name of each and the seconds it took.
+        `on_program` is told of each when it is there.
         """
         assert not self._rounds.seats.taken, "warm-up runs before requests are served"
         self._device.warmup(on_program)

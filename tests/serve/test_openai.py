@@ -364,6 +364,9 @@ def refusing(tokenizer):
     class NoEngine:
         max_context, num_pages, page_size, limits, adapters, fault = 1024, 64, 16, Limits(), (), None
 
+        def silent_seconds(self):
+            return 0.0
+
         def submit(self, request):
             check_options(request, self.limits, vocab_size=340)
             raise AssertionError("a bad request reached the engine")
@@ -565,7 +568,7 @@ def test_the_key(serve):
     client, _ = serve(api_key="sésame")
     base = str(client.base_url)
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sésame".encode()}):
-        for method, path in (("GET", "models"), ("POST", "completions"), ("GET", "nowhere")):
+        for method, path in (("GET", "models"), ("POST", "completions"), ("GET", "nowhere"), ("POST", "../v2/x")):
             response = httpx.request(method, base + path, headers=headers)
             assert check_refused(response, None, 401)["code"] == "invalid_api_key"
     headers = {"Authorization": "Bearer sésame".encode()}
