@@ -1,7 +1,8 @@
 """What stands before the routes: OpenAI's error envelope for every failure, keys, and limits of what is taken on.
 
-From outside in: a browser's origin, the key, the doors. Through the doors go all requests that may bring a body: it is
-read whole, within its limits, then the request waits for a place in order of arrival, or is refused.
+From outside in: the length of the head, a browser's origin, the key, the doors. Through the doors go all requests that
+may bring a body: it is read whole, within its limits, then the request waits for a place in order of arrival, or is
+refused.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from serve.request_log import MAX_PROMPT_BYTES, note
 OPEN_PATHS = frozenset({"/health", "/live", "/ready", "/metrics"})
 """What needs no key: it tells of the server, not of its users."""
 RETRY_SECONDS = 2
+MAX_HEAD_BYTES = 32 << 10
+"""Of a request's path and headers."""
 
 
 class Limits(NamedTuple):
@@ -166,6 +169,7 @@ def add_guards(app: FastAPI, doors: Doors, *, api_keys: Sequence[str], operation
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
+    app.add_middleware(_LimitHead)
 
 
 class _ThroughDoors:
@@ -264,6 +268,23 @@ class _ThroughDoors:
         elif begun.get(b"content-type", b"").startswith(b"text/event-stream"):
             event = b"data: " + respond(refusal).body + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+class _LimitHead:
+    """Answers 431 where path and headers are long. What the server under it has read at once it lets through."""
+
+    def __init__(self, app: Callable):
+        self._app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "http":
+            num_bytes = len(scope["path"]) + len(scope.get("query_string", b""))
+            num_bytes += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+            if num_bytes > MAX_HEAD_BYTES:
+                message = f"path and headers have more than {MAX_HEAD_BYTES} bytes; send less"
+                await respond(Refusal(message, status=431), close=True)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class _RequireKey:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 HEAD_SECONDS = 30.0
 """For a client to send the head of a request."""
-MAX_HEAD_BYTES = 32 << 10
 _READY_SECONDS = 30.0
 
 
@@ -38,6 +37,7 @@ class Server:
         # Here, so that a port can be taken, or found in use, before anything heavy is loaded.
         import uvicorn
 
+        from serve.guards import MAX_HEAD_BYTES
         from serve.metrics import count_requests
         from serve.request_log import RequestLog
 
