@@ -45,6 +45,7 @@ from serve.protocol import (
 from serve.request_log import note
 from serve.requests import ChatRequest, CompletionRequest
 from serve.streams import events_of, submitted
+from serve.tokenize_routes import add_tokenize_routes
 
 MAX_ANSWERS = 512  # of one request: each has a thread that waits for it
 
@@ -89,6 +90,8 @@ def create_app(
 
     def served() -> list[str]:
         return [model_name, *pipeline.adapters]
+
+    add_tokenize_routes(app, pipeline, check_model=lambda name: _check_model(name, served()))
 
     def params_for(body: ChatRequest | CompletionRequest) -> Params:
         """The parameters of a request, with the adapter that its model names."""

@@ -223,7 +223,7 @@ class Pipeline:
         """The continuation of a text, or of token ids (taken as they are). Markers in a text are plain text."""
         params = Params() if params is None else params
         is_text = isinstance(prompt, str)
-        ids = self._prompt_ids(prompt) if is_text else self._checked_ids(prompt)
+        ids = self.prompt_ids(prompt) if is_text else self._checked_ids(prompt)
         reader = PlainReader(self.tokenizer, behind_text=len(ids) > 1)  # one token: what begins every text
         return self._submit(ids, reader, params, hidden=int(is_text))
 
@@ -234,9 +234,15 @@ class Pipeline:
 
         Where neither tools nor a system turn named "interpreter" or "plugin" are given, a call is shown as text.
         """
-        messages = self._with_tools(messages, tools)
-        rendered = protocol.render(messages, self.tokenizer, add_generation_prompt=True)
-        return self.answer_to(messages, rendered.ids, Params() if params is None else params)
+        ids = self.chat_ids(messages, tools=tools)
+        return self.answer_to(self._with_tools(messages, tools), ids, Params() if params is None else params)
+
+    def chat_ids(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping] = (), add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Ids of a conversation as `chat` has it read, up to where the assistant's next turn begins."""
+        told = self._with_tools(messages, tools)
+        return protocol.render(told, self.tokenizer, add_generation_prompt=add_generation_prompt).ids
 
     def session(
         self, messages: Sequence[Message] = (), *, max_length: int | None = None, tools: Sequence[Mapping] = ()
@@ -387,7 +393,7 @@ class Pipeline:
                 )
         return tuple(forms)
 
-    def _prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str) -> list[int]:
         """Ids of a text behind the token that begins one, as evaluation scores it."""
         first = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
         return [first, *self.tokenizer.encode(text)]
