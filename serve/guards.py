@@ -61,10 +61,11 @@ class Operation(NamedTuple):
 class Doors:
     """Who is inside, who waits, and whether more are let in. For one event loop; other threads may read."""
 
-    def __init__(self, limits: Limits = Limits()):
+    def __init__(self, limits: Limits, fault: Callable[[], str | None]):
+        """fault: says why no request can be served, or returns None."""
         if limits.max_running < 1 or limits.max_waiting < 0 or min(limits[:3]) <= 0:
             raise ValueError(f"limits are positive (max_waiting: or 0), given {limits}")
-        self.limits = limits
+        self.limits, self._fault = limits, fault
         self.closed: str | None = None
         """Why nobody is let in, or None."""
         self.num_inside = self.num_running = 0
@@ -148,8 +149,8 @@ class Doors:
             work.cancel()
 
     def _refuse_if_closed(self) -> None:
-        if self.closed is not None:
-            raise Refusal(self.closed, status=503, code="unavailable")
+        if (reason := self.closed or self._fault()) is not None:
+            raise Refusal(reason, status=503, code="unavailable")
 
 
 def add_guards(app: FastAPI, doors: Doors, *, api_keys: Sequence[str], operation: Operation) -> None:

@@ -60,7 +60,7 @@ class Metrics:
     """The figures of one server."""
 
     def __init__(self, pipeline: Pipeline, doors: Doors, *, model_name: str):
-        self._pipeline, self._doors, self._model_name = pipeline, doors, model_name
+        self._pipeline, self._model_name = pipeline, model_name
         self._gauges: dict[str, tuple[str, Callable[[], int]]] = {}
         # Of its own: several servers in one process do not share figures.
         self._registry = CollectorRegistry()
@@ -70,6 +70,9 @@ class Metrics:
         self._seconds = Histogram(
             "request_duration_seconds", "Until the response is complete.", ["route"], buckets=REQUEST_SECONDS, **of_http
         )
+        self.add_gauge("http_requests_running", "Requests that are worked on.", lambda: doors.num_running)
+        self.add_gauge("http_requests_waiting", "Requests that wait for a place.", lambda: doors.num_waiting)
+        self.add_gauge("adapters", "Adapters that are loaded.", lambda: len(pipeline.adapters))
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
@@ -93,13 +96,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Any]:
         """The families, as the registry asks for them."""
-        doors, pipeline = self._doors, self._pipeline
-        of_server = {
-            "http_requests_running": ("Requests that are worked on.", lambda: doors.num_running),
-            "http_requests_waiting": ("Requests that wait for a place.", lambda: doors.num_waiting),
-            "adapters": ("Adapters that are loaded.", lambda: len(pipeline.adapters)),
-        }
-        for name, (help, value) in (of_server | self._gauges).items():
+        for name, (help, value) in self._gauges.items():
             yield GaugeMetricFamily(PREFIX + name, help, value=value())
         info = GaugeMetricFamily(PREFIX + "info", "The model that is served.", labels=["model"])
         info.add_metric([self._model_name], 1)

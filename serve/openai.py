@@ -71,7 +71,7 @@ def create_app(
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    doors = app.state.doors = Doors(operation.limits)
+    doors = app.state.doors = Doors(operation.limits, pipeline.fault)
     keys = [api_key] if isinstance(api_key, str) else api_key or ()
     add_guards(app, doors, api_keys=keys, operation=operation)
     add_health_routes(app, pipeline, doors, model_name=model_name, stuck_seconds=operation.stuck_seconds)

@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
@@ -54,9 +55,12 @@ def run(capsys, monkeypatch):
     return call
 
 
-def test_a_server_from_start_to_sigterm(folder):
+def test_a_server_from_start_to_sigterm(folder, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n")
+    flags = ("--max-batch", 2, "--max-context", 64, "--api-key-file", keys, "--log-format", "json")
     process = subprocess.Popen(
-        command("serve", folder, "--port", 0, "--max-batch", 2, "--max-context", 64, "--api-key", "secret"),
+        command("serve", folder, "--port", 0, *flags),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -66,6 +70,9 @@ def test_a_server_from_start_to_sigterm(folder):
         lines = []
         for line in process.stdout:
             lines.append(line)
+            if line.startswith("port"):
+                health = httpx.get(line.split()[1])
+                assert (health.status_code, health.json()["status"]) == (503, "loading")
             if line.startswith("ready"):
                 break
         assert lines and lines[-1].startswith("ready"), process.stderr.read()
@@ -83,7 +90,10 @@ def test_a_server_from_start_to_sigterm(folder):
         process.send_signal(signal.SIGTERM)
         rest, log = process.communicate(timeout=30)
         assert (process.returncode, rest) == (0, "stopping\n"), log
-        assert "Traceback" not in log and "finish=" in log
+        lines = [json.loads(line) for line in log.splitlines()]
+        assert "Traceback" not in log and "secret" not in log
+        (line,) = [line for line in lines if line.get("route") == "/v1/chat/completions"]
+        assert line["finish"] in ("stop", "length") and line["status"] == 200
     finally:
         process.kill()
         process.wait()

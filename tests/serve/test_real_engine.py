@@ -1,8 +1,11 @@
 """The whole way with the real engine and a random model: client, HTTP, pipeline, slots, pages, and back."""
 
+import contextlib
 import dataclasses
 import functools
+import json
 import queue
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +18,7 @@ import tritonclient.grpc
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
+from internjax.decode.rounds import Rounds
 from internjax.model import decoder
 from internjax.text.message import Message
 from serve.pipeline import ContextTooLong, Params, Pipeline, chat_callable
@@ -142,6 +146,35 @@ def test_metrics_are_consistent_after_aborts(client, pipeline, eventually):
     assert sum(ended.values()) == 18 and ended["aborted"] > 0 and "error" not in ended
     assert new["http_requests_total POST /v1/completions 200"] == 3
     assert figures(client)["pages_free", ("replica", "0")] == pipeline.engine.num_pages
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_clients_that_leave_while_prompts_are_read_or_wait_free_their_pages(
+    client, pipeline, eventually, monkeypatch, stream
+):
+    read, held = Rounds._read_prompt, threading.Event()
+
+    def held_up(self, index, row):
+        held.wait(20)
+        read(self, index, row)
+
+    before = figures(client)
+    monkeypatch.setattr(Rounds, "_read_prompt", held_up)
+    body = json.dumps({"model": "tiny", "prompt": [5] * 40, "max_tokens": 60, "stream": stream, "n": 3}).encode()
+    lines = "POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}"
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            connection = stack.enter_context(socket.create_connection((client.base_url.host, client.base_url.port)))
+            connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+        eventually(lambda: pipeline.engine.stats().num_active + pipeline.engine.stats().num_waiting == 6)
+        assert (
+            pipeline.engine.stats().num_waiting and pipeline.engine.stats().num_free_pages < pipeline.engine.num_pages
+        )
+    eventually(lambda: figures(client)["http_requests_running",] == 0)  # the clients are gone; the engine is held
+    held.set()
+    eventually(lambda: is_idle(pipeline))
+    new = grown(client, before)
+    assert new["answers_total aborted 0"] == 6 and "generated_tokens_total 0" not in new
 
 
 def test_a_stream_that_is_left_frees_its_pages(client, pipeline, eventually):
