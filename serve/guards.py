@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -236,39 +237,65 @@ class _ThroughDoors:
             await asyncio.gather(gone, return_exceptions=True)
 
     async def _answer(self, scope, bodies: list[bytes], gone: asyncio.Task, send) -> None:
-        begun, is_stuck = None, False
+        sender = _Sender(send, self._limits.send_seconds)
 
         async def receive():
             if bodies:
                 return {"type": "http.request", "body": bodies.pop(), "more_body": False}
             return await asyncio.shield(gone)
 
-        async def timely(message) -> None:
-            nonlocal begun, is_stuck
-            if message["type"] == "http.response.start":
-                begun = dict(message["headers"])
-            try:
-                async with asyncio.timeout(self._limits.send_seconds):
-                    await send(message)
-            except TimeoutError:
-                is_stuck = True
-                raise
-
-        try:
-            if await self._doors.work(asyncio.create_task(self._app(scope, receive, timely))):
+        work = asyncio.create_task(self._app(scope, receive, sender.send))
+        with sender.watched(work):
+            if await self._doors.work(work):
                 return
-        except TimeoutError:
-            if not is_stuck:
-                raise
+        if sender.is_stuck:
             note(outcome="client does not read")
             return  # the response is not complete: the connection is closed
         note(outcome="cut off")
         refusal = Refusal("the server stops and the answer was not complete in time", status=503, code="unavailable")
-        if begun is None:
+        if sender.headers is None:
             await respond(refusal)(scope, receive, send)
-        elif begun.get(b"content-type", b"").startswith(b"text/event-stream"):
+        elif dict(sender.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
             event = b"data: " + respond(refusal).body + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+class _Sender:
+    """Passes a response on and knows whether its client reads it. One timer for all parts: they may be thousands."""
+
+    def __init__(self, send: Callable, seconds: float):
+        self._send, self._seconds = send, seconds
+        self._since: float | None = None
+        """When the part that is under way was begun."""
+        self.headers: list[tuple[bytes, bytes]] | None = None
+        """Of the response, once it was begun."""
+        self.is_stuck = False
+
+    async def send(self, message) -> None:
+        if message["type"] == "http.response.start":
+            self.headers = message["headers"]
+        self._since = time.monotonic()
+        await self._send(message)
+        self._since = None
+
+    @contextlib.contextmanager
+    def watched(self, work: asyncio.Task) -> Iterator[None]:
+        """Cancels the work when a part is not taken for the time, or up to a quarter more."""
+        loop = asyncio.get_running_loop()
+
+        def look() -> None:
+            nonlocal timer
+            self.is_stuck = self._since is not None and time.monotonic() - self._since >= self._seconds
+            if self.is_stuck:
+                work.cancel()
+            else:
+                timer = loop.call_later(self._seconds / 4, look)
+
+        timer = loop.call_later(self._seconds / 4, look)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 class _LimitHead:
