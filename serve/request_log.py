@@ -106,7 +106,7 @@ class RequestLog:
             facts.route = _route_of(scope)
             if self._on_end is not None:
                 self._on_end(scope, facts)
-            level = logging.DEBUG if facts.route in POLLED else logging.INFO
+            level = logging.DEBUG if scope["path"] in POLLED else logging.INFO
             log.log(level, "%s", facts.line(), extra={"facts": facts.known()})
 
 

@@ -210,19 +210,14 @@ def test_connections_that_say_nothing_are_ended(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
-    def connection(cycle, *, closing=False):
-        ended = []
-        transport = SimpleNamespace(abort=lambda: ended.append(True), is_closing=lambda: closing)
-        return SimpleNamespace(cycle=cycle, transport=transport, ended=ended, __hash__=object.__hash__)
-
-    class Connection(SimpleNamespace):
-        __hash__ = object.__hash__
-
-    def made(cycle, **how):
-        return Connection(**vars(connection(cycle, **how)))
+    class Connection:
+        def __init__(self, cycle, *, closing=False):
+            self.cycle, self.ended = cycle, []
+            self.transport = SimpleNamespace(abort=lambda: self.ended.append(True), is_closing=lambda: closing)
 
     done, running = SimpleNamespace(response_complete=True), SimpleNamespace(response_complete=False)
-    silent, kept, answered, stuck = made(None), made(done), made(running), made(running, closing=True)
+    silent, kept, answered = Connection(None), Connection(done), Connection(running)
+    stuck = Connection(running, closing=True)
     quiet, all_of_them = QuietConnections(10.0), {silent, kept, answered, stuck}
     for now[0] in (0.0, 6.0):
         quiet.end(all_of_them)
@@ -265,16 +260,19 @@ def get(server, path: str) -> tuple[int, str]:
     return response.status_code, response.json().get("status")
 
 
-def test_a_server_answers_before_its_model_is_there(scripted):
+def test_a_server_answers_before_its_model_is_there(scripted, caplog, eventually):
     starting = Starting("tiny")
     with Server(starting, take_port("127.0.0.1", 0), model_name="tiny", drain_seconds=1) as server:
-        for path, status in (("/health", 503), ("/ready", 503), ("/live", 200)):
-            assert get(server, path) == (status, "loading")
+        with caplog.at_level(logging.INFO, logger="serve"):
+            for path, status in (("/health", 503), ("/ready", 503), ("/live", 200)):
+                assert get(server, path) == (status, "loading")
         starting.compiled(Compiled("draw", 1.0, 3, 9))
         assert get(server, "/health") == (503, "compiling 4 of 9")
         starting.compiled(Compiled("admit", 1.0, 9, 9))
         assert get(server, "/health") == (503, "compiling 9 of 9")
-        refused = post(server)
+        with caplog.at_level(logging.INFO, logger="serve"):
+            refused = post(server)
+            eventually(lambda: len(lines_of(caplog)) == 1)
         assert "not there yet (compiling 9 of 9" in error_of(refused, 503)["message"]
         assert int(refused.headers["Retry-After"]) > 0 and refused.headers["X-Request-Id"]
         server.use(create_app(scripted(TEXT), model_name="tiny"))
