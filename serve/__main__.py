@@ -75,7 +75,10 @@ def add_operation_flags(parser: argparse.ArgumentParser) -> None:
         help="pages of this origin (https://chat.example.org) may ask from a browser (default: none)",
     )
     parser.add_argument(
-        "--max-concurrent", type=_count, default=256, metavar="N", help="requests worked on at once (%(default)s)"
+        "--max-concurrent",
+        type=_count,
+        metavar="N",
+        help="requests worked on at once (default: 256, or twice what the slots hold, if that is more)",
     )
     parser.add_argument(
         "--max-waiting", type=_count_or_none, default=256, metavar="N", help="behind them; more get 429 (%(default)s)"
@@ -367,7 +370,7 @@ def serve(args: argparse.Namespace) -> int:
         limits = Limits(
             body_bytes=int(args.max_body * 2**20),
             body_seconds=args.body_seconds,
-            max_running=args.max_concurrent,
+            max_running=args.max_concurrent or max(256, 2 * args.max_batch * args.replicas),
             max_waiting=args.max_waiting,
         )
         operation = Operation(limits, tuple(args.allow_origin), args.log_prompts, args.stuck_seconds)
