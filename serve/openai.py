@@ -25,8 +25,9 @@ from internjax.text.chat import CallEnd
 from serve.adapter_routes import add_adapter_routes
 from serve.guards import Doors, Operation, add_guards
 from serve.guided import GuideError
-from serve.kserve_routes import add_kserve_routes
 from serve.health import add_health_routes
+from serve.keys import keys_of
+from serve.kserve_routes import add_kserve_routes
 from serve.metrics import Metrics, add_metrics_route
 from serve.pipeline import Answer, ContextTooLong, Delta, Event, Params, Pipeline, Prompt, Result, Token
 from serve.protocol import (
@@ -72,7 +73,7 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     doors = app.state.doors = Doors(operation.limits, pipeline.fault)
-    keys = [api_key] if isinstance(api_key, str) else api_key or ()
+    keys = keys_of(api_key)
     add_guards(app, doors, api_keys=keys, operation=operation)
     add_health_routes(app, pipeline, doors, model_name=model_name, stuck_seconds=operation.stuck_seconds)
     metrics = app.state.metrics = Metrics(pipeline, doors, model_name=model_name)
@@ -81,7 +82,7 @@ def create_app(
         raise ValueError(f"the model and an adapter are both named {model_name!r}; give one of them another name")
     if adapter_root is not None:
         add_adapter_routes(app, pipeline, root=adapter_root, model_name=model_name)
-    add_kserve_routes(app, pipeline, model_name=model_name, api_key=api_key)
+    add_kserve_routes(app, pipeline, model_name=model_name, api_keys=keys)
     created = int(time.time())
 
     def card_of(name: str) -> dict[str, Any]:

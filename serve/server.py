@@ -163,7 +163,8 @@ def start_server(
     The pipeline stays open when it is closed. api_key, adapter_root, operation: see `serve.openai.create_app`.
     grpc_port: for the KServe v2 protocol over gRPC as well, 0 for a free one: see `Server.grpc_address`.
     """
-    from serve.guards import Operation, keys_of
+    from serve.guards import Operation
+    from serve.keys import keys_of
     from serve.openai import create_app
 
     how = {"api_key": api_key, "adapter_root": adapter_root, "operation": operation or Operation()}

@@ -568,7 +568,7 @@ def test_the_key(serve):
     client, _ = serve(api_key="sésame")
     base = str(client.base_url)
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sésame".encode()}):
-        for method, path in (("GET", "models"), ("POST", "completions"), ("GET", "nowhere"), ("POST", "../v2/x")):
+        for method, path in (("GET", "models"), ("POST", "completions"), ("GET", "nowhere")):
             response = httpx.request(method, base + path, headers=headers)
             assert check_refused(response, None, 401)["code"] == "invalid_api_key"
     headers = {"Authorization": "Bearer sésame".encode()}

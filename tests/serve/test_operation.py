@@ -341,9 +341,11 @@ def test_any_of_several_keys_opens_all_but_what_tells_of_the_server(served):
         refused = post(server, headers={"Authorization": value})
         assert error_of(refused, 401)["code"] == "invalid_api_key"
         assert refused.headers["WWW-Authenticate"] == "Bearer"
-    for path in ("/openapi.json", "/v2/models", "/tokenize", "/nowhere"):
+    for path in ("/openapi.json", "/tokenize", "/nowhere", "/v2x"):
         error_of(httpx.get(server.url + path), 401)
-    for path in ("/health", "/ready", "/live"):
+    assert httpx.get(f"{server.url}/v2/models/tiny").status_code == 401
+    assert httpx.get(f"{server.url}/v2/models/tiny", headers={"Authorization": "Bearer two"}).status_code == 200
+    for path in ("/health", "/ready", "/live", "/v2/health/live"):
         assert httpx.get(server.url + path).status_code == 200
 
 
