@@ -13,7 +13,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,8 +25,10 @@ from serve.keys import is_opened
 from serve.protocol import Refusal, envelope
 from serve.request_log import MAX_PROMPT_BYTES, note
 
-OPEN_PATHS = frozenset({"/health", "/live", "/ready", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/live", "/ready", "/metrics", "/v2/health/live", "/v2/health/ready"})
 """What needs no key: it tells of the server, not of its users."""
+WITHOUT_ENGINE = frozenset({"/tokenize", "/detokenize", "/v2/repository/index"})
+"""What is answered though the engine has stopped."""
 RETRY_SECONDS = 2
 MAX_HEAD_BYTES = 32 << 10
 """Of a request's path and headers."""
@@ -79,9 +81,9 @@ class Doors:
         return len(self._waiting)
 
     @contextlib.contextmanager
-    def inside(self) -> Iterator[None]:
+    def inside(self, *, needs_engine: bool = True) -> Iterator[None]:
         """Lets a request in. Raises Refusal where there are too many, or none is let in any more."""
-        self._refuse_if_closed()
+        self._refuse_if_closed(needs_engine=needs_engine)
         limits = self.limits
         if self.num_inside >= limits.max_running + limits.max_waiting:
             raise Refusal(
@@ -148,8 +150,8 @@ class Doors:
         for work in self._works:
             work.cancel()
 
-    def _refuse_if_closed(self) -> None:
-        if (reason := self.closed or self._fault()) is not None:
+    def _refuse_if_closed(self, *, needs_engine: bool = True) -> None:
+        if (reason := self.closed or (self._fault() if needs_engine else None)) is not None:
             raise Refusal(reason, status=503, code="unavailable")
 
 
@@ -184,12 +186,12 @@ class _ThroughDoors:
             await self._app(scope, receive, send)
             return
         try:
-            with self._doors.inside():
+            with self._doors.inside(needs_engine=scope["path"] not in WITHOUT_ENGINE):
                 if bodies := await self._bodies(scope, receive):
                     await self._serve(scope, bodies, receive, send)
         except Refusal as refusal:
             # What is left of a body that comes in too slowly is not waited for.
-            await respond(refusal, close=refusal.status == 408)(scope, receive, send)
+            await respond(refusal, scope, close=refusal.status == 408)(scope, receive, send)
 
     async def _bodies(self, scope, receive) -> list[bytes]:
         """The whole body, alone in a list from which it can be taken, or nothing where the client has gone."""
@@ -253,7 +255,7 @@ class _ThroughDoors:
         note(outcome="cut off")
         refusal = Refusal("the server stops and the answer was not complete in time", status=503, code="unavailable")
         if sender.headers is None:
-            await respond(refusal)(scope, receive, send)
+            await respond(refusal, scope)(scope, receive, send)
         elif dict(sender.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
             event = b"data: " + respond(refusal).body + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": False})
@@ -309,34 +311,38 @@ class _LimitHead:
             num_bytes += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
             if num_bytes > MAX_HEAD_BYTES:
                 message = f"path and headers have more than {MAX_HEAD_BYTES} bytes; send less"
-                await respond(Refusal(message, status=431), close=True)(scope, receive, send)
+                await respond(Refusal(message, status=431), scope, close=True)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
 class _RequireKey:
-    """Answers 401 to requests that do not carry one of the keys. Those of KServe's routes are refused there."""
+    """Answers 401 to requests that do not carry one of the keys."""
 
     def __init__(self, app: Callable, keys: Sequence[str]):
         self._app, self._keys = app, keys
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not _is_kserve(scope["path"]):
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             if not is_opened(dict(scope["headers"]).get(b"authorization", b""), self._keys):
                 message = "the API key is missing or wrong; send the header Authorization: Bearer <key>"
                 refusal = Refusal(message, status=401, code="invalid_api_key")
-                await respond(refusal, headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
+                await respond(refusal, scope, headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-def _is_kserve(path: str) -> bool:
-    return path == "/v2" or path.startswith("/v2/")
-
-
-def respond(refusal: Refusal, *, headers: Mapping[str, str] | None = None, close: bool = False) -> Response:
-    """The response of an error; one that may pass says when to try again."""
+def respond(
+    refusal: Refusal,
+    scope: Mapping[str, Any] | None = None,
+    *,
+    headers: Mapping[str, str] | None = None,
+    close: bool = False,
+) -> Response:
+    """The response of an error; one that may pass says when to try again. Under /v2 it has KServe's body."""
     error = envelope(refusal.message, status=refusal.status, param=refusal.param, code=refusal.code)
+    if scope is not None and (scope["path"] == "/v2" or scope["path"].startswith("/v2/")):
+        error = {"error": refusal.message}
     headers = dict(headers or {})
     if refusal.status in (429, 503):
         headers.setdefault("Retry-After", str(RETRY_SECONDS))

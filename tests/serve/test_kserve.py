@@ -724,10 +724,10 @@ def test_ports_and_packages(scripted, monkeypatch):
 
 
 def test_the_command_answers_over_grpc_until_it_is_told_to_end(scripted, monkeypatch, capsys):
-    pipeline, start, asked = scripted(TEXT), serving.start_server, []
+    pipeline, add, asked = scripted(TEXT), serving.Server.add_grpc, []
 
-    def starting(*arguments, **how):
-        server = start(*arguments, **how)
+    def adding(server, *arguments, **how):
+        add(server, *arguments, **how)
 
         def use():
             try:
@@ -737,11 +737,10 @@ def test_the_command_answers_over_grpc_until_it_is_told_to_end(scripted, monkeyp
                 os.kill(os.getpid(), signal.SIGTERM)
 
         threading.Thread(target=use).start()
-        return server
 
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    monkeypatch.setattr(serving, "start_server", starting)
-    monkeypatch.setattr(command, "open_pipeline", lambda args: pipeline)
+    monkeypatch.setattr(serving.Server, "add_grpc", adding)
+    monkeypatch.setattr(command, "open_pipeline", lambda args, on_program: pipeline)
     try:
         assert command.main(["runs/my tiny", "--port", "0", "--grpc-port", "0"]) == 0
     finally:

@@ -288,6 +288,7 @@ def test_an_engine_that_hangs_is_told(served):
     assert "not gone on with it for 6 seconds" in httpx.get(f"{server.url}/health").json()["fault"]
     server.engine.silent, server.engine.fault = 0.0, "out of memory"
     assert error_of(post(server), 503)["message"] == "out of memory"
+    assert post(server, {"prompt": "x"}, path="/tokenize").status_code == 200
     assert [get(server, path) for path in ("/ready", "/live")] == [(503, "failed")] * 2
 
 
