@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from internjax.decode.device import Compiled
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     try:
         return serve(args)
     except (ValueError, OSError) as error:
@@ -30,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m serve", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m serve",
+        usage="%(prog)s MODEL [flags]; --help lists them",
+        description=__doc__.partition("\n")[0],
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     parser.add_argument(
@@ -39,9 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PORT",
         help="answer the KServe v2 protocol over gRPC there as well (Triton has 8001); over HTTP it is at /v2 anyway",
     )
-    parser.add_argument("--api-key", help="clients must send it as bearer token (default: none is needed)")
     parser.add_argument("--name", help="model name that clients give (default: the last part of MODEL)")
-    parser.add_argument("--drain-seconds", type=int, default=10, help="for answers under way at the end (%(default)s)")
     parser.add_argument(
         "--adapter-root",
         type=Path,
@@ -49,8 +53,53 @@ def build_parser() -> argparse.ArgumentParser:
         help="clients may load and unload adapters that lie below this folder, while there is room (--max-adapters)",
     )
     parser.add_argument("--no-web", dest="web", action="store_false", help="no chat page at / (default: it is there)")
+    add_operation_flags(parser)
     add_model_flags(parser)
     return parser
+
+
+def add_operation_flags(parser: argparse.ArgumentParser) -> None:
+    """Who may ask a server, how much it takes on, and what it says of it."""
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        help="clients must send it, or one of several, as bearer token; other users of this machine can see it here "
+        "(default: none is needed)",
+    )
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, one in a line, that only you can read")
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="pages of this origin (https://chat.example.org) may ask from a browser (default: none)",
+    )
+    parser.add_argument(
+        "--max-concurrent",
+        type=_count,
+        metavar="N",
+        help="requests worked on at once (default: 256, or twice what the slots hold, if that is more)",
+    )
+    parser.add_argument(
+        "--max-waiting", type=_count_or_none, default=256, metavar="N", help="behind them; more get 429 (%(default)s)"
+    )
+    parser.add_argument("--max-body", type=_mib, default=16, metavar="MIB", help="of a request (default: %(default)s)")
+    parser.add_argument(
+        "--body-seconds", type=_seconds, default=60, metavar="S", help="for a request to come in (%(default)s)"
+    )
+    parser.add_argument(
+        "--drain-seconds", type=_seconds, default=10, metavar="S", help="for answers under way at the end (%(default)s)"
+    )
+    parser.add_argument(
+        "--stuck-seconds",
+        type=_seconds,
+        default=120,
+        metavar="S",
+        help="without a sign of life of an engine that has work, until /health says so (%(default)s)",
+    )
+    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="of stderr (%(default)s)")
+    parser.add_argument("--log-prompts", action="store_true", help="the log has what clients send (default: never)")
 
 
 def add_model_flags(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
@@ -128,6 +177,28 @@ def add_model_flags(parser: argparse.ArgumentParser, *, nargs: str | None = None
     parser.add_argument("--page-size", type=int, default=16, help="tokens of a page (default: %(default)s)")
 
 
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"1 or more, given {text}")
+    return value
+
+
+def _count_or_none(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
+def _seconds(text: str) -> float:
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"seconds over 0, given {text}")
+    return value
+
+
+def _mib(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1024:
+        raise argparse.ArgumentTypeError(f"MiB in (0, 1024], given {text}")
+    return value
+
+
 def _fraction(text: str) -> float:
     if not 0 < (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"a share of the memory in (0, 1], given {text}")
@@ -165,9 +236,12 @@ def _speculation(args: argparse.Namespace):
     return DraftModel(draft.config, num_drafts=num_drafts), draft
 
 
-def open_pipeline(args: argparse.Namespace):
-    """The pipeline that the flags describe, with its programs compiled. Says what it opened and has room for."""
-    return start_pipeline(open_weights(args), args)
+def open_pipeline(args: argparse.Namespace, on_program: Callable[[Compiled], None] | None = None):
+    """The pipeline that the flags describe, with its programs compiled. Says what it opened and has room for.
+
+    on_program: told of each.
+    """
+    return start_pipeline(open_weights(args), args, on_program)
 
 
 def open_weights(args: argparse.Namespace):
@@ -206,10 +280,16 @@ def weights_kind(model, args: argparse.Namespace) -> str:
     return str(args.quantize or model.quantization or model.config.param_dtype)
 
 
-def start_pipeline(model, args: argparse.Namespace):
-    """A pipeline over the model, with its programs compiled. Says what it has room for."""
+def start_pipeline(model, args: argparse.Namespace, on_program: Callable[[Compiled], None] | None = None):
+    """A pipeline over the model, with its programs compiled. Says what it has room for. on_program: told of each."""
     from internjax.decode.sizing import page_bytes
     from serve.pipeline import Pipeline
+
+    def tell(program: Compiled) -> None:
+        if program.seconds > 1:
+            print(f"  {program.name}: {program.seconds:.1f} s", flush=True)
+        if on_program is not None:
+            on_program(program)
 
     speculation, draft = _speculation(args)
     if len(adapters := dict(args.adapter)) < len(args.adapter):
@@ -231,7 +311,7 @@ def start_pipeline(model, args: argparse.Namespace):
         draft=draft,
         mode=args.mode,
         replicas=args.replicas,
-        on_program=lambda name, seconds: seconds > 1 and print(f"  {name}: {seconds:.1f} s", flush=True),
+        on_program=tell,
     )
     engine, config = pipeline.engine, model.config
     kv = args.kv or config.dtype
@@ -255,37 +335,63 @@ def start_pipeline(model, args: argparse.Namespace):
     return pipeline
 
 
+def read_keys(args: argparse.Namespace) -> tuple[str, ...]:
+    """The keys that the flags give. An error names none of them."""
+    keys = list(args.api_key)
+    if args.api_key_file is not None:
+        try:
+            lines = args.api_key_file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"{args.api_key_file} is not text in UTF-8; give a key in each line") from None
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise ValueError(f"{args.api_key_file} holds no key; give one in a line, or leave --api-key-file out")
+        keys += found
+    if any(not key or not key.isprintable() or " " in key for key in keys):
+        raise ValueError("an API key is empty, or has spaces or control characters; give printable characters")
+    return tuple(keys)
+
+
 def serve(args: argparse.Namespace) -> int:
-    from serve.server import start_server, take_grpc_port, take_port
+    from serve.server import Server, take_grpc_port, take_port
 
     if args.adapter_root is not None and not (args.adapter or args.max_adapters):
         raise ValueError("--adapter-root is given, and there is room for no adapter; give --max-adapters N as well")
-    port = take_port(args.host, args.port)  # before the model is read: nobody waits for a port that is taken
-    grpc_port = None if args.grpc_port is None else take_grpc_port(args.host, args.grpc_port)
+    keys, name = read_keys(args), args.name or Path(args.model).name
     stopping = threading.Event()
-    with port, open_pipeline(args) as pipeline:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stopping.set())
-        name = args.name or Path(args.model).name
-        server = start_server(
-            pipeline,
-            model_name=name,
-            port=port,
-            api_key=args.api_key,
-            drain_seconds=args.drain_seconds,
-            adapter_root=args.adapter_root,
-            grpc_port=grpc_port,
-            web=args.web,
+    with take_port(args.host, args.port) as port:  # before the model is read: nobody waits for a port that is taken
+        grpc_port = None if args.grpc_port is None else take_grpc_port(args.host, args.grpc_port)
+        from serve.guards import Limits, Operation
+        from serve.health import Starting
+        from serve.openai import create_app
+        from serve.request_log import log_to
+
+        log_to(sys.stderr, kind=args.log_format)
+        starting = Starting(name)
+        limits = Limits(
+            body_bytes=int(args.max_body * 2**20),
+            body_seconds=args.body_seconds,
+            max_running=args.max_concurrent or max(256, 2 * args.max_batch * args.replicas),
+            max_waiting=args.max_waiting,
         )
-        with server:
-            if server.grpc_address is not None:
-                print(f"grpc     {server.grpc_address}")
-            if args.web:
-                print(f"page     {server.url}/")
-            print(f"ready    {server.url}/v1  model {name}", flush=True)
-            while server.alive and not stopping.wait(1.0):
-                pass
-            print("stopping", flush=True)
+        operation = Operation(limits, tuple(args.allow_origin), args.log_prompts, args.stuck_seconds)
+        with Server(starting, port, model_name=name, drain_seconds=args.drain_seconds) as server:
+            print(f"port     {server.url}/health tells how far it is", flush=True)
+            with open_pipeline(args, starting.compiled) as pipeline:
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    signal.signal(number, lambda *_: stopping.set())
+                how = {"api_key": keys, "adapter_root": args.adapter_root, "operation": operation, "web": args.web}
+                server.use(create_app(pipeline, model_name=name, **how))
+                if grpc_port is not None:
+                    server.add_grpc(pipeline, grpc_port, api_keys=keys)
+                    print(f"grpc     {server.grpc_address}")
+                if args.web:
+                    print(f"page     {server.url}/")
+                print(f"ready    {server.url}/v1  model {name}", flush=True)
+                while server.alive and not stopping.wait(1.0):
+                    pass
+                print("stopping", flush=True)
+                server.close()  # before the pipeline: answers under way may finish
     return 0
 
 

@@ -173,10 +173,9 @@ class Answer:
                 if token_id in self._stop_ids:
                     break
                 yield from self._take(token_id, logprob, ranked or ())
-                if self._call is not None:
-                    return "tool_calls"
-                if self._stops.hit is not None:
-                    return "stop"
+                if self._call is not None or self._stops.hit is not None:
+                    self._handle.is_enough = True
+                    return "stop" if self._call is None else "tool_calls"
         if self._params.max_tokens == 0:
             return "aborted" if finish == "aborted" else "length"
         for part in self._reader.close():

@@ -57,8 +57,8 @@ class GrpcServer:
 
     def __init__(self, served: kserve.Served, *, host: str, port: int, drain_seconds: float):
         """Answers at `address` when this returns. Raises ValueError where the port cannot be taken."""
-        if served.api_key is not None and not (served.api_key.isascii() and served.api_key.isprintable()):
-            raise ValueError("the API key has characters that gRPC cannot carry; choose one of printable ASCII")
+        if not all(key.isascii() and key.isprintable() for key in served.api_keys):
+            raise ValueError("an API key has characters that gRPC cannot carry; choose one of printable ASCII")
         self._served = served
         self._drain_seconds = drain_seconds
         self._loop = asyncio.new_event_loop()

@@ -8,7 +8,6 @@ and in the model's configuration, where clients find it.
 
 from __future__ import annotations
 
-import hmac
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from serve.keys import is_opened
 from serve.pipeline import Answer, Pipeline
 from serve.protocol import Refusal, Refused, messages_of, params_of, refuse, tools_of
 from serve.requests import ChatRequest, CompletionRequest
@@ -92,11 +92,11 @@ _BY_TENSORS = ("model", "prompt", "messages", "tools", "stream", "stream_options
 
 
 class Served(NamedTuple):
-    """What the fronts serve. `api_key` None: none is needed."""
+    """What the fronts serve. `api_keys`: one of them is needed; none: no key is."""
 
     pipeline: Pipeline
     model_name: str
-    api_key: str | None
+    api_keys: tuple[str, ...]
 
 
 class Request(NamedTuple):
@@ -125,7 +125,7 @@ class Job(NamedTuple):
 
 def check_key(given: bytes, served: Served) -> None:
     """Raises Refusal unless `given` is the Authorization that the server wants."""
-    if served.api_key is not None and not hmac.compare_digest(given, b"Bearer " + served.api_key.encode()):
+    if not is_opened(given, served.api_keys):
         raise Refusal("the API key is missing or wrong; send Authorization: Bearer <key>", status=401)
 
 

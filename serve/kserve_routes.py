@@ -31,9 +31,9 @@ _INPUT_KEYS = {"name", "shape", "datatype", "parameters", "data"}
 log = logging.getLogger("serve")
 
 
-def add_kserve_routes(app: FastAPI, pipeline: Pipeline, *, model_name: str, api_key: str | None) -> None:
+def add_kserve_routes(app: FastAPI, pipeline: Pipeline, *, model_name: str, api_keys: tuple[str, ...]) -> None:
     """Adds all that begins with /v2. It needs the key, but for the health of the server."""
-    served = kserve.Served(pipeline, model_name, api_key)
+    served = kserve.Served(pipeline, model_name, api_keys)
     model = "/v2/models/{name:path}"
     routes = [Route("/v2/health/live", _with(served, _live)), Route("/v2/health/ready", _with(served, _ready))]
     for path, endpoint, method in (

@@ -1,13 +1,12 @@
 """The OpenAI REST interface over a pipeline: `create_app(pipeline, model_name=...)` is an ASGI application.
 
-/v1/models, /v1/completions, /v1/chat/completions (streaming or not), /health. What a request may hold is in
-`serve.requests`. A client that goes away frees its slot and its pages.
+/v1/models, /v1/completions, /v1/chat/completions (streaming or not), and what it is operated by (`serve.health`,
+`serve.metrics`). What a request may hold is in `serve.requests`. A client that goes away frees its slot and its pages.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import time
@@ -19,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
 
 from internjax.decode.request import RequestError
 from internjax.text.chat import CallEnd
 from serve.adapter_routes import add_adapter_routes
+from serve.guards import Doors, Operation, add_guards
 from serve.guided import GuideError
+from serve.health import add_health_routes
+from serve.keys import keys_of
 from serve.kserve_routes import add_kserve_routes
+from serve.metrics import Metrics, add_metrics_route
 from serve.pipeline import Answer, ContextTooLong, Delta, Event, Params, Pipeline, Prompt, Result, Token
 from serve.protocol import (
     Refusal,
@@ -42,21 +43,31 @@ from serve.protocol import (
     tools_of,
     usage,
 )
+from serve.request_log import note
 from serve.requests import ChatRequest, CompletionRequest
 from serve.streams import events_of, submitted
+from serve.tokenize_routes import add_tokenize_routes
+from serve.web import add_page
 
-MAX_BODY_BYTES = 16 << 20
 MAX_ANSWERS = 512  # of one request: each has a thread that waits for it
 
 log = logging.getLogger("serve")
 
 
 def create_app(
-    pipeline: Pipeline, *, model_name: str, api_key: str | None = None, adapter_root: Path | None = None
+    pipeline: Pipeline,
+    *,
+    model_name: str,
+    api_key: str | Sequence[str] | None = None,
+    adapter_root: Path | None = None,
+    operation: Operation = Operation(),
+    web: bool = True,
 ) -> FastAPI:
-    """The application. With `api_key`, everything under /v1 needs it as bearer token.
+    """The application. With `api_key`, or several, all but /health, /live, /ready, /metrics and the chat page needs one
+    of them.
 
-    adapter_root: the folder below which clients may have adapters loaded from; None: they may not.
+    adapter_root: the folder below which clients may have adapters loaded from; None: they may not. web: whether the
+    chat page is at `/`. Its `state` has `doors` and `metrics`.
     """
     app = FastAPI(
         title="InternJAX",
@@ -64,15 +75,19 @@ def create_app(
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    _add_error_envelopes(app)
-    app.add_middleware(_LimitBody)
-    if api_key is not None:
-        app.add_middleware(_RequireKey, key=api_key)
+    doors = app.state.doors = Doors(operation.limits, pipeline.fault)
+    keys = keys_of(api_key)
+    add_guards(app, doors, api_keys=keys, operation=operation)
+    add_health_routes(app, pipeline, doors, model_name=model_name, stuck_seconds=operation.stuck_seconds)
+    metrics = app.state.metrics = Metrics(pipeline, doors, model_name=model_name)
+    add_metrics_route(app, metrics)
+    if web:
+        add_page(app)
     if model_name in pipeline.adapters:
         raise ValueError(f"the model and an adapter are both named {model_name!r}; give one of them another name")
     if adapter_root is not None:
         add_adapter_routes(app, pipeline, root=adapter_root, model_name=model_name)
-    add_kserve_routes(app, pipeline, model_name=model_name, api_key=api_key)
+    add_kserve_routes(app, pipeline, model_name=model_name, api_keys=keys)
     created = int(time.time())
 
     def card_of(name: str) -> dict[str, Any]:
@@ -82,19 +97,12 @@ def create_app(
     def served() -> list[str]:
         return [model_name, *pipeline.adapters]
 
+    add_tokenize_routes(app, pipeline, check_model=lambda name: _check_model(name, served()))
+
     def params_for(body: ChatRequest | CompletionRequest) -> Params:
         """The parameters of a request, with the adapter that its model names."""
         _check_model(body.model, served())
         return replace(_params(body), adapter=None if body.model == model_name else body.model)
-
-    @app.get("/health")
-    def health() -> Response:
-        fault, faults = pipeline.fault(), pipeline.faults()
-        status = "failed" if fault is not None else "degraded" if any(faults) else "ok"
-        state = {"status": status, "model": model_name, "fault": fault}
-        if len(faults) > 1:
-            state["replicas"] = [{"fault": each} for each in faults]
-        return JSONResponse(state, status_code=200 if fault is None else 503)
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -153,7 +161,6 @@ class _Job:
     def __init__(self, prefix: str, body: ChatRequest | CompletionRequest, answers: Sequence[Answer], n: int):
         self.id = prefix + uuid.uuid4().hex
         self.created = int(time.time())
-        self.started = time.monotonic()
         self.body = body
         self.answers = answers
         self.n = n
@@ -165,16 +172,15 @@ class _Job:
         return f"call_{self.id.partition('-')[2]}_{index}"
 
     def log(self, outcome: str, results: Sequence[Result] = ()) -> None:
-        log.info(
-            "%s user=%r n=%d finish=%s prompt=%d completion=%d seconds=%.3f %s",
-            self.id,
-            self.body.user or getattr(self.body, "safety_identifier", None),
-            self.n,
-            ",".join(result.finish for result in results),
-            sum(result.num_prompt_tokens for result in results[:: self.n]),
-            sum(len(result.ids) for result in results),
-            time.monotonic() - self.started,
-            outcome,
+        """Notes what came of it for the request's line in the log."""
+        note(
+            answer=self.id,
+            user=self.body.user or getattr(self.body, "safety_identifier", None),
+            n=self.n,
+            finish=",".join(result.finish for result in results),
+            prompt=sum(result.num_prompt_tokens for result in results[:: self.n]),
+            completion=sum(len(result.ids) for result in results),
+            outcome=outcome,
         )
 
 
@@ -366,76 +372,3 @@ def _check_model(given: str, served: Sequence[str]) -> None:
 
 def _event(chunk: dict[str, Any]) -> str:
     return f"data: {json.dumps(chunk, ensure_ascii=True)}\n\n"
-
-
-class _LimitBody:
-    """Refuses to read more of a body than MAX_BODY_BYTES."""
-
-    def __init__(self, app):
-        self._app = app
-
-    async def __call__(self, scope, receive, send) -> None:
-        num_bytes = 0
-
-        async def limited():
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > MAX_BODY_BYTES:
-                raise HTTPException(413, f"the body has more than {MAX_BODY_BYTES} bytes; send less")
-            return message
-
-        await self._app(scope, limited if scope["type"] == "http" else receive, send)
-
-
-class _RequireKey:
-    """Answers 401 to requests under /v1 that do not carry the key."""
-
-    def __init__(self, app, key: str):
-        self._app = app
-        self._wanted = b"Bearer " + key.encode()
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1"):
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._wanted):
-                message = "the API key is missing or wrong; send the header Authorization: Bearer <key>"
-                error = envelope(message, status=401, code="invalid_api_key")
-                await JSONResponse(error, status_code=401)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def _add_error_envelopes(app: FastAPI) -> None:
-    def respond(message: str, status: int, param: str | None = None, code: str | None = None) -> Response:
-        # In ASCII, because the message may quote what is no valid UTF-8.
-        body = json.dumps(envelope(message, status=status, param=param, code=code))
-        return Response(body, status_code=status, media_type="application/json")
-
-    @app.exception_handler(Refusal)
-    async def refused(_: Request, error: Refusal) -> Response:
-        return respond(error.message, error.status, error.param, error.code)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = first["loc"][1:]
-        param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or None
-        if first["type"] == "json_invalid":
-            return respond(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", 400)
-        if first["type"] == "extra_forbidden":
-            return respond(f"unknown field {param}; it is not part of this request", 400, param, "unknown_parameter")
-        given = "" if first["type"] == "missing" else f"; given {first['input']!r:.200}"
-        return respond(f"{param or 'the body'}: {first['msg']}{given}", 400, param)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        reason = {
-            404: f"there is no {request.url.path} here",
-            405: f"{request.url.path} does not take {request.method}",
-        }
-        return respond(reason.get(error.status_code, str(error.detail)), error.status_code)
-
-    @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> Response:
-        return respond(f"the server failed: {type(error).__name__}", 500)

@@ -21,7 +21,7 @@ import jax
 
 from internjax import sharding
 from internjax.decode.adapters import places_bytes
-from internjax.decode.device import AdapterRoom
+from internjax.decode.device import AdapterRoom, Compiled
 from internjax.decode.engine import Engine, Mode
 from internjax.decode.request import Request, RequestError
 from internjax.decode.request import Session as EngineSession
@@ -89,7 +89,7 @@ class Pipeline:
         draft: Model | None = None,
         mode: Mode = "fast",
         replicas: int = 1,
-        on_program: Callable[[str, float], None] | None = None,
+        on_program: Callable[[Compiled], None] | None = None,
     ):
         """Compiles everything and starts the engine.
 
@@ -100,7 +100,7 @@ class Pipeline:
         one (`Params.adapter`). max_adapters, adapter_rank: room for more than these, and of a larger rank.
         speculation, draft: drafts that are tried together, and the model of a DraftModel. mode: of the engine.
         replicas: engines, each with the model on as many devices as it is on now; num_slots and num_pages are of each,
-        host_bytes of all. on_program: told the name of each compiled program and the seconds it took.
+        host_bytes of all. on_program: told of each program that was compiled.
         """
         if model.tokenizer is None:
             raise ValueError("the model's folder has no tokenizer; add tokenizer.json and tokenizer_config.json to it")
@@ -174,7 +174,8 @@ class Pipeline:
         self, engine: Engine | Router, tokenizer: Tokenizer, *, eos_ids: Sequence[int], model: Model | None = None
     ) -> None:
         self.engine = engine
-        self._engines = engine.engines if isinstance(engine, Router) else (engine,)
+        self.engines = engine.engines if isinstance(engine, Router) else (engine,)
+        """Those of the replicas, or the one."""
         self.tokenizer = tokenizer
         self._model = model
         # The last token drawn needs no place in the cache.
@@ -216,13 +217,13 @@ class Pipeline:
 
     def faults(self) -> list[str | None]:
         """Of every replica, why it takes no more requests, or None if it does."""
-        return [engine.fault for engine in self._engines]
+        return [engine.fault for engine in self.engines]
 
     def complete(self, prompt: str | Sequence[int], params: Params | None = None) -> Answer:
         """The continuation of a text, or of token ids (taken as they are). Markers in a text are plain text."""
         params = Params() if params is None else params
         is_text = isinstance(prompt, str)
-        ids = self._prompt_ids(prompt) if is_text else self._checked_ids(prompt)
+        ids = self.prompt_ids(prompt) if is_text else self._checked_ids(prompt)
         reader = PlainReader(self.tokenizer, behind_text=len(ids) > 1)  # one token: what begins every text
         return self._submit(ids, reader, params, hidden=int(is_text))
 
@@ -233,9 +234,15 @@ class Pipeline:
 
         Where neither tools nor a system turn named "interpreter" or "plugin" are given, a call is shown as text.
         """
-        messages = self._with_tools(messages, tools)
-        rendered = protocol.render(messages, self.tokenizer, add_generation_prompt=True)
-        return self.answer_to(messages, rendered.ids, Params() if params is None else params)
+        ids = self.chat_ids(messages, tools=tools)
+        return self.answer_to(self._with_tools(messages, tools), ids, Params() if params is None else params)
+
+    def chat_ids(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping] = (), add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Ids of a conversation as `chat` has it read, up to where the assistant's next turn begins."""
+        told = self._with_tools(messages, tools)
+        return protocol.render(told, self.tokenizer, add_generation_prompt=add_generation_prompt).ids
 
     def session(
         self, messages: Sequence[Message] = (), *, max_length: int | None = None, tools: Sequence[Mapping] = ()
@@ -386,7 +393,7 @@ class Pipeline:
                 )
         return tuple(forms)
 
-    def _prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str) -> list[int]:
         """Ids of a text behind the token that begins one, as evaluation scores it."""
         first = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
         return [first, *self.tokenizer.encode(text)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import importlib.util
@@ -11,64 +12,83 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from serve.grpc import GrpcServer
+    from serve.guards import Operation
     from serve.pipeline import Pipeline
 
+HEAD_SECONDS = 30.0
+"""For a client to send the head of a request."""
 _READY_SECONDS = 30.0
 
 
 class Server:
-    """A running server. Use it as a context manager, or `close` it; the pipeline behind it stays open."""
+    """A port on which an application answers. Use it as a context manager, or `close` it."""
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        port: socket.socket,
-        *,
-        model_name: str,
-        api_key: str | None,
-        drain_seconds: int,
-        adapter_root: Path | None,
-        grpc_port: socket.socket | None,
-        web: bool,
-    ):
+    def __init__(self, app: Callable, port: socket.socket, *, model_name: str, drain_seconds: float):
+        """Answers from now on. app: any ASGI application; another may take its place (`use`).
+
+        drain_seconds: see `close`.
+        """
         # Here, so that a port can be taken, or found in use, before anything heavy is loaded.
         import uvicorn
 
-        from serve.openai import create_app
-        from serve.web import add_page
+        from serve.guards import MAX_HEAD_BYTES
+        from serve.metrics import count_requests
+        from serve.request_log import RequestLog
 
-        app = create_app(pipeline, model_name=model_name, api_key=api_key, adapter_root=adapter_root)
-        if web:
-            add_page(app)
-        self._grpc = None
-        if grpc_port is not None:
-            from serve.grpc import GrpcServer
-            from serve.kserve import Served
-
-            host, number = grpc_port.getsockname()[:2]
-            grpc_port.close()  # gRPC takes no socket of others: it was held so far to be there for it now
-            served = Served(pipeline, model_name, api_key)
-            self._grpc = GrpcServer(served, host=host, port=number, drain_seconds=drain_seconds)
         port.listen(128)
         host, number = port.getsockname()[:2]
         self.url = f"http://[{host}]:{number}" if ":" in host else f"http://{host}:{number}"
-        self.grpc_address = None if self._grpc is None else self._grpc.address
+        self._grpc: GrpcServer | None = None
+        self.grpc_address: str | None = None
         self.model_name = model_name
+        self._app, self._drain_seconds = app, drain_seconds
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._quiet = QuietConnections(HEAD_SECONDS)
         self._server = uvicorn.Server(
             uvicorn.Config(
-                app,
+                RequestLog(self._answer, on_end=count_requests),
+                http="h11",  # the one whose headers are limited
+                ws="none",
+                lifespan="off",  # the application changes while the server runs; none has one
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=drain_seconds,
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                timeout_graceful_shutdown=1,
+                callback_notify=self._each_second,
+                timeout_notify=1,
             )
         )
         self._thread = threading.Thread(target=self._server.run, args=([port],), name="serve", daemon=True)
         self._thread.start()
+
+    async def _answer(self, scope, receive, send) -> None:
+        await self._app(scope, receive, send)
+
+    async def _each_second(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._quiet.end(self._server.server_state.connections)
+
+    def use(self, app: Callable) -> None:
+        """Has another application answer what comes from now on."""
+        self._app = app
+
+    def add_grpc(self, pipeline: Pipeline, port: socket.socket, *, api_keys: Sequence[str]) -> None:
+        """Answers the KServe v2 protocol over gRPC too. Raises ValueError where the port cannot be taken."""
+        from serve.grpc import GrpcServer
+        from serve.kserve import Served
+
+        host, number = port.getsockname()[:2]
+        port.close()  # gRPC takes no socket of others: it was held so far to be there for it now
+        served = Served(pipeline, self.model_name, tuple(api_keys))
+        self._grpc = GrpcServer(served, host=host, port=number, drain_seconds=self._drain_seconds)
+        self.grpc_address = self._grpc.address
 
     def __enter__(self) -> Server:
         return self
@@ -77,17 +97,53 @@ class Server:
         self.close()
 
     def close(self) -> None:
-        """Takes no more requests, lets those under way finish for the drain time, and frees the port."""
-        self._server.should_exit = True
+        """Ends the server and frees the port.
+
+        Requests that come or wait are refused with 503, while /health says that it drains. Those under way may finish
+        for the drain time, then they are told that the server stops.
+        """
         if self._grpc is not None:
             self._grpc.leave()
+        doors = getattr(getattr(self._app, "state", None), "doors", None)
+        if doors is not None and self._loop is not None and self.alive:
+            self._loop.call_soon_threadsafe(doors.close, "the server stops and takes no more requests")
+            self._wait(lambda: doors.num_inside == 0, self._drain_seconds)
+            self._loop.call_soon_threadsafe(doors.cut)
+            self._wait(lambda: doors.num_inside == 0, 1.0)
+        self._server.should_exit = True
         self._thread.join()
         if self._grpc is not None:
             self._grpc.close()
 
+    def _wait(self, condition: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self.alive and time.monotonic() < deadline and not condition():
+            time.sleep(0.02)
+
     @property
     def alive(self) -> bool:
         return self._thread.is_alive() and (self._grpc is None or self._grpc.alive)
+
+
+class QuietConnections:
+    """Ends connections that say nothing: none has `seconds` for the head of a request, or to be gone when closed."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._since: dict[Any, tuple[Any, float]] = {}
+
+    def end(self, connections: Iterable[Any]) -> None:
+        """Ends those of uvicorn's connections that wait for the same thing for too long."""
+        now, since = time.monotonic(), {}
+        for connection in list(connections):
+            cycle = connection.cycle
+            if cycle is not None and not cycle.response_complete and not connection.transport.is_closing():
+                continue  # under way: the doors see to it
+            waiting_for, start = self._since.get(connection, (cycle, now))
+            since[connection] = (cycle, start if waiting_for is cycle else now)
+            if now - since[connection][1] > self._seconds:
+                connection.transport.abort()
+        self._since = since
 
 
 def start_server(
@@ -96,32 +152,48 @@ def start_server(
     model_name: str,
     host: str = "127.0.0.1",
     port: int | socket.socket = 0,
-    api_key: str | None = None,
-    drain_seconds: int = 10,
+    api_key: str | Sequence[str] | None = None,
+    drain_seconds: float = 10,
     adapter_root: Path | None = None,
     grpc_port: int | socket.socket | None = None,
+    operation: Operation | None = None,
     web: bool = True,
 ) -> Server:
     """A server of `pipeline`, answering when this returns. `port` 0 takes a free one: see `Server.url`.
 
-    adapter_root: see `serve.openai.create_app`. grpc_port: for the KServe v2 protocol over gRPC as well, 0 for a free
-    one: see `Server.grpc_address`. web: whether the chat page is at `/`.
+    The pipeline stays open when it is closed. api_key, adapter_root, operation, web: see `serve.openai.create_app`.
+    grpc_port: for the KServe v2 protocol over gRPC as well, 0 for a free one: see `Server.grpc_address`.
     """
+    from serve.guards import Operation
+    from serve.keys import keys_of
+    from serve.openai import create_app
+
+    how = {"api_key": api_key, "adapter_root": adapter_root, "operation": operation or Operation(), "web": web}
+    app = create_app(pipeline, model_name=model_name, **how)
     taken = port if isinstance(port, socket.socket) else take_port(host, port)
     if isinstance(grpc_port, int):
         grpc_port = take_grpc_port(host, grpc_port)
-    how = {"api_key": api_key, "drain_seconds": drain_seconds, "adapter_root": adapter_root}
-    how |= {"grpc_port": grpc_port, "web": web}
-    server = Server(pipeline, taken, model_name=model_name, **how)
+    server = Server(app, taken, model_name=model_name, drain_seconds=drain_seconds)
+    try:
+        if grpc_port is not None:
+            server.add_grpc(pipeline, grpc_port, api_keys=keys_of(api_key))
+        wait_until_ready(server)
+    except BaseException:
+        server.close()
+        raise
+    return server
+
+
+def wait_until_ready(server: Server) -> None:
+    """Returns when the server says that it is well; raises RuntimeError if it does not."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the shell names
     deadline = time.monotonic() + _READY_SECONDS
     while True:
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
             with direct.open(f"{server.url}/health", timeout=5) as response:
                 if json.load(response)["status"] != "failed":
-                    return server
+                    return
         if not server.alive or time.monotonic() > deadline:
-            server.close()
             raise RuntimeError(f"the server at {server.url} did not become healthy in {_READY_SECONDS:g} s")
         time.sleep(0.02)
 

@@ -70,6 +70,11 @@ def add_page(app: FastAPI) -> None:
             route(f"/page/{name}", file)
 
 
+def is_page(path: str) -> bool:
+    """Whether a path is of the page, which needs no key: it holds nothing, and asks for the key itself."""
+    return path == "/" or path.startswith("/page/")
+
+
 def read_files(folder: Path) -> dict[str, PageFile]:
     """The files of the page by name. Raises FileNotFoundError where there is no page."""
     found = {path.name: path.read_bytes() for path in sorted(folder.glob("*")) if path.suffix in KINDS}

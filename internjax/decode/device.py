@@ -6,7 +6,6 @@ calls take effect in their order.
 S longest context, M pages of a row, C prompt chunk, F frequencies.
 """
 
-import contextlib
 import dataclasses
 import functools
 import time
@@ -55,6 +54,15 @@ class AdapterRoom(NamedTuple):
     num_places: int
     rank: int = 64
     targets: tuple[str, ...] = ATTENTION_TARGETS + FFN_TARGETS
+
+
+class Compiled(NamedTuple):
+    """A program that warm-up has compiled: the `number`th of `count`."""
+
+    name: str
+    seconds: float
+    number: int
+    count: int
 
 
 class Device:
@@ -289,10 +297,23 @@ class Device:
 
     # Lifetime.
 
-    def warmup(self, on_program: Callable[[str, float], None] | None = None) -> None:
-        """Compiles every program by running it without effect; `on_program` is told its name and seconds."""
+    def warmup(self, on_program: Callable[[Compiled], None] | None = None) -> None:
+        """Compiles every program by running it without effect; `on_program` is told of each."""
         nobody_B, no_adapters = np.full(self._num_slots, -1, np.int32), [-1] * self._num_slots
         table_BM = np.full((self._num_slots, self.pages_per_row), self._num_pages, np.int32)
+        draw = functools.partial(self.block, turns_B=nobody_B, adapters=no_adapters, masks={})
+        programs = self._programs(table_BM, draw)
+        # Twice: the first round may still change how the state's buffers are bound to their device.
+        for report in (on_program, None):
+            for number, (name, run) in enumerate(programs.items(), start=1):
+                start = time.perf_counter()
+                run()
+                if report is not None:
+                    report(Compiled(name, time.perf_counter() - start, number, len(programs)))
+            np.asarray(draw(table_BM))
+
+    def _programs(self, table_BM: np.ndarray, draw: Callable[[np.ndarray], jax.Array]) -> dict[str, Callable[[], Any]]:
+        """Returns by name what runs every program once, for nobody."""
         inv_freq_F = np.asarray(rope.inv_freq(self.config))
         nothing = Admission(
             np.array(0, np.int32),
@@ -303,29 +324,36 @@ class Device:
             stack([SamplingParams()], limits=self._limits),
             np.array(False),
         )
-        # Twice: the first round may still change how the state's buffers are bound to their device.
-        for report in (on_program, None):
-            beginnings = [(size, self.width(size)) for size in self.chunks[:-1]]
-            for size, width in beginnings + [(self.chunks[-1], width) for width in self.widths]:
-                with _timed(f"read {size} prompt tokens, context {width * self._page_size}", report):
-                    self._read(np.zeros(size, np.int32), table_BM[0, :width], 0, 0, inv_freq_F)
-            with _timed(f"score {self.chunks[-1]} prompt tokens", report):
-                self.score([0], [0], table_BM[0], 0, temperature=1.0, inv_freq_F=inv_freq_F)
-            for width in self.widths:
-                with _timed(f"draw {self.tokens_per_block} tokens, context {width * self._page_size}", report):
-                    packed = self.block(table_BM[:, :width], nobody_B, adapters=no_adapters, masks={})
-            with _timed("admit, clear and copy", report):
-                self.admit(nothing)
-                self._state = self._run(self._clear_pages, self._state, table_BM[0])
-                self._copy(0, self._num_pages, 0)
-            if self._saves_pages:
-                with _timed("save and load pages", report):
-                    self._load(self._save([0]), [self._num_pages])
-            if self.adapters is not None:
-                with _timed("load an adapter", report):
-                    self.adapters.warmup()
-            packed = self.block(table_BM, nobody_B, adapters=no_adapters, masks={})
-            np.asarray(packed)
+
+        def read(size: int, width: int) -> None:
+            self._read(np.zeros(size, np.int32), table_BM[0, :width], 0, 0, inv_freq_F)
+
+        def score() -> None:
+            self.score([0], [0], table_BM[0], 0, temperature=1.0, inv_freq_F=inv_freq_F)
+
+        def admit_clear_copy() -> None:
+            self.admit(nothing)
+            self._state = self._run(self._clear_pages, self._state, table_BM[0])
+            self._copy(0, self._num_pages, 0)
+
+        beginnings = [(size, self.width(size)) for size in self.chunks[:-1]]
+        programs: dict[str, Callable[[], Any]] = {
+            f"read {size} prompt tokens, context {width * self._page_size}": functools.partial(read, size, width)
+            for size, width in beginnings + [(self.chunks[-1], width) for width in self.widths]
+        }
+        programs[f"score {self.chunks[-1]} prompt tokens"] = score
+        programs |= {
+            f"draw {self.tokens_per_block} tokens, context {width * self._page_size}": functools.partial(
+                draw, table_BM[:, :width]
+            )
+            for width in self.widths
+        }
+        programs["admit, clear and copy"] = admit_clear_copy
+        if self._saves_pages:
+            programs["save and load pages"] = lambda: self._load(self._save([0]), [self._num_pages])
+        if self.adapters is not None:
+            programs["load an adapter"] = self.adapters.warmup
+        return programs
 
 
 def _placed(state: DecodeState, config: ModelConfig, mesh: Mesh) -> DecodeState:
@@ -354,12 +382,3 @@ def _chunk(tokens_C: np.ndarray, pages_M: np.ndarray, start: int, end: int, inv_
     # A copy: the host changes its table while the device may still read what it was given.
     ends = np.array([start], np.int32), np.array([end], np.int32)
     return PromptChunk(tokens_C[None], pages_M[None].copy(), *ends, inv_freq_F[None])
-
-
-@contextlib.contextmanager
-def _timed(name: str, report: Callable[[str, float], None] | None):
-    """Tells `report` how long the block took."""
-    start = time.perf_counter()
-    yield
-    if report is not None:
-        report(name, time.perf_counter() - start)

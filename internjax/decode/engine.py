@@ -22,12 +22,13 @@ from typing import NamedTuple
 import numpy as np
 
 from internjax.decode.adapters import NO_ADAPTER, AdapterPlaces, Place
-from internjax.decode.device import AdapterRoom, Device
+from internjax.decode.device import AdapterRoom, Compiled, Device
 from internjax.decode.request import Handle, Request, Session, check_options
 from internjax.decode.rounds import Rounds
 from internjax.decode.sample import Limits
 from internjax.decode.seats import Mode, Row, Seats
 from internjax.decode.speculate import DraftModel, Speculation
+from internjax.decode.timing import Timings
 from internjax.model import rope
 from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
@@ -49,6 +50,8 @@ class Stats(NamedTuple):
     """Pages whose contents wait in the host's memory."""
     num_compiled: int
     """Programs compiled so far; constant after warm-up."""
+    num_compiled_late: int
+    """Of those, programs compiled after warm-up: none, or shapes are not as fixed as they should be."""
     num_prompt_tokens: int
     """Prompt tokens of all requests that got a slot."""
     num_shared_tokens: int
@@ -58,6 +61,12 @@ class Stats(NamedTuple):
     num_drawn_tokens: int
     num_turns: int
     """How often the model was asked for them, counted for every row: fewer, where drafts came true."""
+    num_stopped: int
+    """Requests that ended by themselves, by a stop id or by what their reader was waiting for."""
+    num_cut: int
+    """Requests that ended at their greatest length."""
+    num_aborted: int
+    num_failed: int
 
 
 class Engine:
@@ -163,7 +172,8 @@ class Engine:
         self._rounds = Rounds(self._device, empty_seats, max_context=max_context, page_size=page_size, limits=limits)
         self._arrivals = itertools.count()
         self._thread: threading.Thread | None = None
-        self._warm = False
+        self._num_warm: int | None = None
+        """Programs that warm-up compiled, once it is done."""
 
     def submit(self, request: Request, *, session: Session | None = None) -> Handle:
         """Returns the handle of a request that will be served; raises ValueError for one that never can be.
@@ -271,12 +281,27 @@ class Engine:
     @property
     def fault(self) -> str | None:
         """Why it takes no more requests, or None if it does."""
+        thread = self._thread
+        if self._rounds.closed is None and thread is not None and not thread.is_alive():
+            return "the engine's thread has ended"
         return self._rounds.closed
+
+    def silent_seconds(self) -> float:
+        """Returns for how long it has had work without a sign of life; 0 where there is none.
+
+        A sign is a round that begins or ends. The longest round is about the time of reading a prompt's chunk for every
+        slot; much more than that means that the device, or the thread that serves, hangs.
+        """
+        return self._rounds.silent_seconds()
+
+    def timings(self) -> Timings:
+        """Returns how long requests waited and took so far."""
+        return self._rounds.clock.read()
 
     def stats(self) -> Stats:
         """Returns counts of slots, requests, pages and compiled programs."""
         rounds = self._rounds
-        tree = rounds.seats.tree
+        tree, num_ended, num_compiled = rounds.seats.tree, rounds.num_ended, self._device.num_compiled
         return Stats(
             num_slots=self.num_slots,
             num_active=len(rounds.seats.taken),
@@ -285,12 +310,17 @@ class Engine:
             num_free_pages=tree.num_available,
             num_cached_pages=tree.num_idle,
             num_saved_pages=tree.num_saved,
-            num_compiled=self._device.num_compiled,
+            num_compiled=num_compiled,
+            num_compiled_late=0 if self._num_warm is None else num_compiled - self._num_warm,
             num_prompt_tokens=rounds.num_prompt_tokens,
             num_shared_tokens=rounds.num_shared_tokens,
             num_preempted=rounds.num_preempted,
             num_drawn_tokens=rounds.num_drawn_tokens,
             num_turns=rounds.num_turns,
+            num_stopped=num_ended["stop"],
+            num_cut=num_ended["length"],
+            num_aborted=num_ended["aborted"],
+            num_failed=num_ended["error"],
         )
 
     def _check(self, request: Request, tokens: list[int], session: Session | None) -> None:
@@ -327,20 +357,20 @@ class Engine:
 
     # Lifetime.
 
-    def warmup(self, on_program: Callable[[str, float], None] | None = None) -> None:
+    def warmup(self, on_program: Callable[[Compiled], None] | None = None) -> None:
         """Compiles every program by running it without effect; call it while no request is served.
 
-        `on_program` is told the name of each and the seconds it took.
+        `on_program` is told of each when it is there.
         """
         assert not self._rounds.seats.taken, "warm-up runs before requests are served"
         self._device.warmup(on_program)
-        self._warm = True
+        self._num_warm = self._device.num_compiled
 
     def start(self) -> "Engine":
         """Compiles what is not compiled yet, then serves in a thread of its own; returns the engine."""
         if self._thread is not None:
             raise RuntimeError("the engine runs already")
-        if not self._warm:
+        if self._num_warm is None:
             self.warmup()
         self._thread = threading.Thread(target=self._rounds.run, name="engine", daemon=True)
         self._thread.start()

@@ -165,6 +165,8 @@ class Handle:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._read_to_end = self._finished = False
         self.aborted = False
+        self.is_enough = False
+        """Set by who reads the answer where it is aborted for being complete: it counts as one that stopped."""
         self.num_shared = 0
         """Prompt tokens that were in the cache already, known when the first event comes."""
 

@@ -9,6 +9,7 @@ B slots, M pages of a row.
 import collections
 import functools
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,6 +21,7 @@ from internjax.decode.programs import Admission, unpack, unpack_scores
 from internjax.decode.request import Finish, prompt_event, tokens_event
 from internjax.decode.sample import Limits, stack
 from internjax.decode.seats import Row, Seats
+from internjax.decode.timing import Clock
 
 
 class Rounds:
@@ -37,6 +39,9 @@ class Rounds:
         """Why no more rows are taken, or None if they are."""
         self.num_prompt_tokens = self.num_shared_tokens = self.num_preempted = 0
         self.num_drawn_tokens = self.num_turns = 0
+        self.num_ended: collections.Counter[Finish] = collections.Counter()
+        self.clock = Clock()
+        self._beat = time.monotonic()
         self._forget_all()
 
     def _forget_all(self) -> None:
@@ -55,8 +60,14 @@ class Rounds:
     def add(self, row: Row) -> None:
         """Lets a row wait for a slot."""
         with self.wake:
+            if not self.busy:
+                self._beat = row.arrived
             self.queue.append(row)
             self.wake.notify_all()
+
+    def silent_seconds(self) -> float:
+        """Returns for how long there has been work and no round has begun or ended; 0 where there is none."""
+        return time.monotonic() - self._beat if self.busy else 0.0
 
     @property
     def rows(self) -> list[Row]:
@@ -87,6 +98,7 @@ class Rounds:
 
     def tick(self) -> bool:
         """Does one round of admission, prompt reading and drawing; returns whether there was anything to do."""
+        self._beat = time.monotonic()
         try:
             self._drop_aborted()
             self._admit_waiting()
@@ -99,6 +111,7 @@ class Rounds:
                 self._deliver(*self._in_flight.popleft())
         except Exception as error:
             self._recover(error)
+        self._beat = time.monotonic()
         return self.busy
 
     def _drop_aborted(self) -> None:
@@ -140,6 +153,7 @@ class Rounds:
         self.seats.give_pages(index)
         if row.num_turns == 1:
             row.handle.num_shared = row.num_read
+            self.clock.seated(arrived=row.arrived, now=time.monotonic())
             self.num_prompt_tokens += row.num_prompt
             self.num_shared_tokens += row.num_read
 
@@ -238,6 +252,7 @@ class Rounds:
     def _deliver(self, packed: jax.Array, drawing: dict[int, tuple[Row, int]]) -> None:
         """Hands out the tokens of a block, and frees the slots of rows that are done."""
         block = unpack(np.asarray(packed), num_tokens=self._device.tokens_per_block)
+        now = time.monotonic()
         for index, (row, turn) in drawing.items():
             if self.seats.rows[index] is not row or row.num_turns != turn:
                 continue  # done, aborted or preempted before this block was read
@@ -255,7 +270,10 @@ class Rounds:
                 self._device.judge(row.pages[row.num_judged : judged])
                 row.num_judged = judged
                 self._deliver_scores(row)
+                self.clock.delivered(len(event.ids), arrived=row.arrived, before=row.delivered, now=now)
+                row.delivered = now
             if finish and finish != "error":
+                self._count(row, finish)
                 self._device.judge(row.pages)
                 self._leave(index, whole_pages=False)
                 if row.session is not None:
@@ -283,7 +301,13 @@ class Rounds:
         """Ends a request without further tokens. An aborted turn of a session counts as far as it was delivered."""
         if row.session is not None:
             row.session.end(row.tokens if finish == "aborted" and len(row.tokens) > row.num_prompt else None)
+        self._count(row, "stop" if finish == "aborted" and row.handle.is_enough else finish)
         row.handle.end(finish, error)
+
+    def _count(self, row: Row, finish: Finish) -> None:
+        self.num_ended[finish] += 1
+        if finish in ("stop", "length"):
+            self.clock.ended(arrived=row.arrived, now=row.delivered or time.monotonic())
 
     def _fail(self, index: int, error: str) -> None:
         """Ends a request that failed; nobody is to begin with what it left unjudged."""

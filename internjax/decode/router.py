@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
+from internjax.decode.device import Compiled
 from internjax.decode.engine import Engine, Stats
 from internjax.decode.request import Handle, Request, Session
 from internjax.model.lora import Lora
@@ -191,19 +192,28 @@ class Router:
     def _serving(self) -> list[Engine]:
         return [engine for engine in self.engines if engine.fault is None]
 
+    def silent_seconds(self) -> float:
+        """Returns the longest of all engines; see `Engine.silent_seconds`."""
+        return max(engine.silent_seconds() for engine in self.engines)
+
     def stats(self) -> Stats:
         """Returns the sums over all engines; those of one: `engines[i].stats()`."""
         return Stats(*map(sum, zip(*(engine.stats() for engine in self.engines), strict=True)))
 
     # Lifetime.
 
-    def warmup(self, on_program: Callable[[str, float], None] | None = None) -> None:
+    def warmup(self, on_program: Callable[[Compiled], None] | None = None) -> None:
         """Compiles every program of every engine; see `Engine.warmup`."""
+        done = itertools.count(1)
+
+        def tell(program: Compiled) -> None:
+            on_program(program._replace(number=next(done), count=program.count * len(self.engines)))
+
         # One first: where compiled programs are kept on disk, the others find them if their devices are GPUs, whose
         # numbers are no part of a program's key (jax/_src/cache_key.py).
         for engines in self.engines[:1], self.engines[1:]:
             with ThreadPoolExecutor(max(1, len(engines))) as pool:
-                list(pool.map(lambda engine: engine.warmup(on_program), engines))
+                list(pool.map(lambda engine: engine.warmup(on_program and tell), engines))
 
     def start(self) -> "Router":
         """Compiles what is not compiled yet, then serves in one thread for each engine; returns the router."""

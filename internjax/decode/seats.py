@@ -4,6 +4,7 @@ B slots, M pages of a row, F frequencies.
 """
 
 import dataclasses
+import time
 from collections.abc import Hashable
 from typing import Literal
 
@@ -52,6 +53,9 @@ class Row:
     scores: list[tuple[int, jax.Array]] = dataclasses.field(default_factory=list)
     """How many prompt tokens each chunk scored, and their scores; not delivered yet."""
     guide: Guide | None = None
+    arrived: float = dataclasses.field(default_factory=lambda: time.monotonic())
+    delivered: float | None = None
+    """When its last tokens came."""
     scored: bool = False
     """Whether nobody waits for scores of the prompt (any more)."""
 

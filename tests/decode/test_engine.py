@@ -6,6 +6,7 @@ import logging
 import random
 import re
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -578,7 +579,7 @@ def bucketed():
     engine = build(config=SCALED, num_slots=2, prefill_chunk=32, context_buckets=(16, 40), tokens_per_dispatch=3)
     reported = []
     with CompileCounter() as compiled:
-        engine.warmup(lambda name, seconds: reported.append(name))
+        engine.warmup(reported.append)
     return engine, reported, compiled.names
 
 
@@ -586,7 +587,8 @@ def test_nothing_compiles_after_warm_up(bucketed):
     engine, reported, names = bucketed
     assert names, "the counter sees nothing"
     # A small chunk; a full chunk and a block for each of three contexts; a scored chunk; admission, clearing, copying.
-    assert len(reported) == len(set(reported)) == 1 + 3 + 3 + 1 + 1
+    assert len({program.name for program in reported}) == len(reported) == 1 + 3 + 3 + 1 + 1
+    assert [program[2:] for program in reported] == [(i, 9) for i in range(1, 10)]
     warm = engine.stats().num_compiled
     assert warm == 1 + 3 + 3 + 1 + 3
     rng = random.Random(0)
@@ -607,7 +609,7 @@ def test_nothing_compiles_after_warm_up(bucketed):
         drive(engine)
         replay(engine, Request(prompt(5), 3, GREEDY), (1, 2, 3))  # with a guide
         drive(engine)
-    assert compiled.names == [] and engine.stats().num_compiled == warm
+    assert compiled.names == [] and engine.stats().num_compiled == warm and engine.stats().num_compiled_late == 0
     assert {handle.result().finish for handle in handles} == {"length", "stop", "aborted"}
 
 
@@ -942,8 +944,15 @@ def test_drafts_that_cannot_be_are_refused():
         build(speculation=DraftModel(other), draft_params={})
 
 
+ENDS = ("stop", "length", "aborted", "error")
+
+
+def ended(engine):
+    return [getattr(engine.stats(), f"num_{name}") for name in ("stopped", "cut", "aborted", "failed")]
+
+
 def test_pages_come_back_after_any_traffic(engine):
-    rng = random.Random(1)
+    rng, before = random.Random(1), ended(engine)
     handles = []
     for i in range(150):
         length = rng.randint(1, 40)
@@ -956,9 +965,56 @@ def test_pages_come_back_after_any_traffic(engine):
     drive(engine)
     finishes = [handle.result().finish for handle in handles]
     assert set(finishes) == {"length", "stop", "aborted"} and len(finishes) == 150
+    after = ended(engine)
+    assert [after[i] - before[i] for i in range(4)] == [finishes.count(name) for name in ENDS]
+    timings = engine.timings()
+    assert sum(timings.whole.counts) == sum(after[:2]) <= sum(timings.first_token.counts)
+    assert 0 < sum(timings.each_token.counts) < engine.stats().num_drawn_tokens - sum(timings.first_token.counts)
     assert sorted(pages := engine._rounds.seats.tree.allocate(engine.num_pages)) == list(range(engine.num_pages))
     engine._rounds.seats.tree.free(pages)
     assert (engine._rounds.seats.page_table_BM == engine.num_pages).all()
+
+
+def test_waits_are_counted_and_silence_is_told(engine, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    before = engine.timings()
+    assert engine.silent_seconds() == 0.0
+    handle = engine.submit(Request(prompt(6, seed=3), 5, GREEDY))
+    now[0] = 103.0
+    assert engine.silent_seconds() == 3.0
+    while engine.tick():  # reads and dispatches a block of 4, dispatches the next, and reads them
+        assert engine.silent_seconds() == 0.0
+        now[0] += 1.0
+    assert engine.silent_seconds() == 0.0 and len(handle.result().ids) == 5
+    after = engine.timings()
+    new = {name: getattr(after, name).total - getattr(before, name).total for name in after._fields}
+    assert new == {"in_queue": 3.0, "first_token": 4.0, "each_token": 1.0, "whole": 5.0}
+    spread = before.first_token
+    grown = [i for i, count in enumerate(spread.counts) if after.first_token.counts[i] > count]
+    assert [spread.bounds[i - 1 : i + 1] for i in grown] == [(2.5, 5.0)]
+
+
+def test_what_its_reader_has_enough_of_has_stopped(engine):
+    before = ended(engine)
+    enough, left = (engine.submit(Request(prompt(3), 50, GREEDY)) for _ in range(2))
+    engine.tick()
+    enough.is_enough = True
+    for handle in (enough, left):
+        handle.abort()
+    drive(engine)
+    assert [after - count for after, count in zip(ended(engine), before)] == [1, 0, 1, 0]
+
+
+def test_a_thread_that_ends_is_a_fault(shared_engine, monkeypatch):
+    monkeypatch.setattr(shared_engine._rounds, "run", lambda: None)
+    monkeypatch.setattr(shared_engine, "_thread", None)
+    assert shared_engine.fault is None
+    shared_engine.start()
+    shared_engine._thread.join()
+    assert shared_engine.fault == "the engine's thread has ended"
+    with pytest.raises(RuntimeError, match="thread has ended"):
+        shared_engine.submit(Request(prompt(3), 1, GREEDY))
 
 
 def test_threads_submit_to_a_running_engine():

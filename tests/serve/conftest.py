@@ -84,6 +84,7 @@ class ScriptedEngine:
     """`script(request) -> ids`; `chunks` are the numbers of ids in successive events."""
 
     max_context, num_pages, page_size, limits, adapters = MAX_CONTEXT, 1000, 16, Limits(), ()
+    silent = 0.0
 
     def __init__(self, script: Callable, *, chunks=(1,), seconds_per_event=0.0):
         self.script, self.chunks, self.seconds_per_event = script, chunks, seconds_per_event
@@ -98,6 +99,9 @@ class ScriptedEngine:
         self.active.add(handle)
         self.requests.append(request)
         return handle
+
+    def silent_seconds(self) -> float:
+        return self.silent
 
     def close(self) -> None:
         pass

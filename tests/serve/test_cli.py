@@ -13,13 +13,14 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
 from internjax.hf.save import save_model
 from internjax.text.message import Message
 from serve import __main__ as server
-from serve import bench, chat, protocol, quantize, requests
+from serve import bench, chat, protocol, quantize, requests, tokenize_routes
 from serve.chat import _show
 from serve.pipeline import Params
 
@@ -54,9 +55,12 @@ def run(capsys, monkeypatch):
     return call
 
 
-def test_a_server_from_start_to_sigterm(folder):
+def test_a_server_from_start_to_sigterm(folder, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n")
+    flags = ("--max-batch", 2, "--max-context", 64, "--api-key-file", keys, "--log-format", "json")
     process = subprocess.Popen(
-        command("serve", folder, "--port", 0, "--max-batch", 2, "--max-context", 64, "--api-key", "secret"),
+        command("serve", folder, "--port", 0, *flags),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -66,6 +70,9 @@ def test_a_server_from_start_to_sigterm(folder):
         lines = []
         for line in process.stdout:
             lines.append(line)
+            if line.startswith("port"):
+                health = httpx.get(line.split()[1])
+                assert (health.status_code, health.json()["status"]) == (503, "loading")
             if line.startswith("ready"):
                 break
         assert lines and lines[-1].startswith("ready"), process.stderr.read()
@@ -84,7 +91,10 @@ def test_a_server_from_start_to_sigterm(folder):
         process.send_signal(signal.SIGTERM)
         rest, log = process.communicate(timeout=30)
         assert (process.returncode, rest) == (0, "stopping\n"), log
-        assert "Traceback" not in log and "finish=" in log
+        lines = [json.loads(line) for line in log.splitlines()]
+        assert "Traceback" not in log and "secret" not in log
+        (line,) = [line for line in lines if line.get("route") == "/v1/chat/completions"]
+        assert line["finish"] in ("stop", "length") and line["status"] == 200
     finally:
         process.kill()
         process.wait()
@@ -195,4 +205,5 @@ def test_the_readme_names_every_field():
     refused |= protocol.REFUSED_OF_FUNCTIONS | protocol.REFUSED_OF_STREAMS | protocol.REFUSED_OF_ADAPTERS
     known = {*refused, *requests.ChatRequest.model_fields, *requests.CompletionRequest.model_fields}
     known |= {*requests.LoadAdapterRequest.model_fields, *requests.UnloadAdapterRequest.model_fields}
+    known |= {*tokenize_routes.TokenizeRequest.model_fields, *tokenize_routes.DetokenizeRequest.model_fields}
     assert {name for name in known if f"`{name}`" not in text} == set()

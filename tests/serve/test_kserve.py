@@ -689,7 +689,7 @@ def test_the_key(scripted):
             stream.ask("a", {"text_input": ["x"]})
             assert stream.next().id == "a"
     assert len(pipeline.engine.requests) == 3
-    with pytest.raises(ValueError, match="the API key has characters that gRPC cannot carry"):
+    with pytest.raises(ValueError, match="an API key has characters that gRPC cannot carry"):
         start_server(pipeline, model_name="tiny", api_key="sésame", grpc_port=0)
 
 
@@ -717,17 +717,17 @@ def test_ports_and_packages(scripted, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:  # one that came while the model was read
         port = other.getsockname()[1]
         with pytest.raises(ValueError, match=f"127.0.0.1:{port} cannot be taken for gRPC .*; give another port"):
-            front.GrpcServer(Served(scripted(TEXT), "tiny", None), host="127.0.0.1", port=port, drain_seconds=1)
+            front.GrpcServer(Served(scripted(TEXT), "tiny", ()), host="127.0.0.1", port=port, drain_seconds=1)
     monkeypatch.setattr(serving, "_is_installed", lambda name: name != "grpc")
     with pytest.raises(ValueError, match="grpcio and protobuf, and grpc cannot be imported; install the extra `serve`"):
         take_grpc_port("127.0.0.1", 0)
 
 
 def test_the_command_answers_over_grpc_until_it_is_told_to_end(scripted, monkeypatch, capsys):
-    pipeline, start, asked = scripted(TEXT), serving.start_server, []
+    pipeline, add, asked = scripted(TEXT), serving.Server.add_grpc, []
 
-    def starting(*arguments, **how):
-        server = start(*arguments, **how)
+    def adding(server, *arguments, **how):
+        add(server, *arguments, **how)
 
         def use():
             try:
@@ -737,11 +737,10 @@ def test_the_command_answers_over_grpc_until_it_is_told_to_end(scripted, monkeyp
                 os.kill(os.getpid(), signal.SIGTERM)
 
         threading.Thread(target=use).start()
-        return server
 
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    monkeypatch.setattr(serving, "start_server", starting)
-    monkeypatch.setattr(command, "open_pipeline", lambda args: pipeline)
+    monkeypatch.setattr(serving.Server, "add_grpc", adding)
+    monkeypatch.setattr(command, "open_pipeline", lambda args, on_program: pipeline)
     try:
         assert command.main(["runs/my tiny", "--port", "0", "--grpc-port", "0"]) == 0
     finally:

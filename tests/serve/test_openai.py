@@ -364,6 +364,9 @@ def refusing(tokenizer):
     class NoEngine:
         max_context, num_pages, page_size, limits, adapters, fault = 1024, 64, 16, Limits(), (), None
 
+        def silent_seconds(self):
+            return 0.0
+
         def submit(self, request):
             check_options(request, self.limits, vocab_size=340)
             raise AssertionError("a bad request reached the engine")

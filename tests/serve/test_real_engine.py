@@ -1,18 +1,24 @@
 """The whole way with the real engine and a random model: client, HTTP, pipeline, slots, pages, and back."""
 
+import contextlib
 import dataclasses
 import functools
+import json
 import queue
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import jax
 import numpy as np
 import openai
 import pytest
 import tritonclient.grpc
+from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
+from internjax.decode.rounds import Rounds
 from internjax.model import decoder
 from internjax.text.message import Message
 from serve.pipeline import ContextTooLong, Params, Pipeline, chat_callable
@@ -65,6 +71,110 @@ def test_concurrent_clients_get_what_each_would_get_alone(client, pipeline, even
     assert together == alone
     assert pipeline.engine.stats().num_compiled == num_compiled
     eventually(lambda: is_idle(pipeline))
+
+
+def figures(client) -> dict:
+    """The samples of /metrics by name and labels, as Prometheus' own parser reads them."""
+    text = httpx.get(str(client.base_url).replace("/v1/", "/metrics")).text
+    families = list(text_string_to_metric_families(text))
+    assert len({family.name for family in families}) == len(families) and all(f.documentation for f in families)
+    return {
+        (sample.name.removeprefix("internjax_"), *sorted(sample.labels.items())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def grown(client, before: dict) -> dict:
+    """What has changed, the name and the values of labels joined."""
+    after = figures(client)
+    return {
+        " ".join([name, *(value for _, value in labels)]): value - before.get((name, *labels), 0)
+        for (name, *labels), value in after.items()
+        if value != before.get((name, *labels), 0) and not name.startswith("process")
+    }
+
+
+def test_metrics_are_what_was_sent_and_what_came_back(client, pipeline, eventually):
+    client.completions.create(model="tiny", prompt=[3], max_tokens=1)
+    eventually(lambda: is_idle(pipeline))
+    before, ids = figures(client), list(range(40, 80))
+    for n in (1, 2):  # the second time the prompt's whole pages are there
+        answer = client.completions.create(model="tiny", prompt=ids, max_tokens=6, n=n, extra_body={"ignore_eos": True})
+        assert answer.usage.completion_tokens == 6 * n
+    stopped = client.completions.create(model="tiny", prompt=[70], max_tokens=50, logit_bias={"71": 100}, stop="zz")
+    word = stopped.choices[0].text
+    client.completions.create(model="tiny", prompt=[70], max_tokens=50, logit_bias={"71": 100}, stop=word[:2])
+    httpx.get(f"{client.base_url}models/tiny")
+    for path in ("a", "b", "c"):
+        httpx.request("BREW", f"{client.base_url}{path}")
+    eventually(lambda: is_idle(pipeline))
+    new = grown(client, before)
+    posted = "/v1/completions 200"
+    assert new[f"http_requests_total POST {posted}"] == 4 == new["http_request_duration_seconds_count /v1/completions"]
+    assert new["http_requests_total GET /v1/models/{name:path} 200"] == 1
+    assert new["http_requests_total other other 404"] == 3, "what clients make up is no label"
+    assert new["prompt_tokens_total 0"] == 3 * len(ids) + 2
+    assert new["prefix_hit_tokens_total 0"] == 2 * (len(ids) - 1)
+    assert new["generated_tokens_total 0"] >= 3 * 6 + 50
+    assert (new["answers_total length 0"], new["answers_total stop 0"]) == (3 + 1, 1), new
+    assert new["time_to_first_token_seconds_count 0"] == new["queue_seconds_count 0"] == 5
+    assert new["answer_seconds_count 0"] == 5 and new["answer_seconds_sum 0"] > 0
+    assert not any(name.startswith(("recompiled", "preemptions", "programs", "answers_running")) for name in new)
+    after = figures(client)
+    stats, replica = pipeline.engine.stats(), ("replica", "0")
+    assert (
+        after["pages", replica] == after["pages_free", replica] == stats.num_pages and after["pages_used", replica] == 0
+    )
+    assert after["recompiled_programs_total", replica] == after["engine_fault", replica] == 0
+    assert after["slots", replica] == NUM_SLOTS and after["adapters",] == 0 == after["http_requests_running",]
+    assert after["info", ("model", "tiny")] == 1 and after["process_resident_memory_bytes",] > 0
+
+
+def test_metrics_are_consistent_after_aborts(client, pipeline, eventually):
+    before = figures(client)
+    for _ in range(3):
+        stream = client.completions.create(model="tiny", prompt="x", stream=True, max_tokens=100, n=6, stop=["\0"])
+        next(iter(stream))
+        running = figures(client)
+        assert running["answers_running", ("replica", "0")] <= NUM_SLOTS and running["http_requests_running",] == 1
+        stream.close()
+        eventually(lambda: is_idle(pipeline))
+    eventually(lambda: figures(client)["http_requests_running",] == 0)
+    new = grown(client, before)
+    ended = {name.split()[1]: count for name, count in new.items() if name.startswith("answers_total")}
+    assert sum(ended.values()) == 18 and ended["aborted"] > 0 and "error" not in ended
+    assert new["http_requests_total POST /v1/completions 200"] == 3
+    assert figures(client)["pages_free", ("replica", "0")] == pipeline.engine.num_pages
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_clients_that_leave_while_prompts_are_read_or_wait_free_their_pages(
+    client, pipeline, eventually, monkeypatch, stream
+):
+    read, held = Rounds._read_prompt, threading.Event()
+
+    def held_up(self, index, row):
+        held.wait(20)
+        read(self, index, row)
+
+    before = figures(client)
+    monkeypatch.setattr(Rounds, "_read_prompt", held_up)
+    body = json.dumps({"model": "tiny", "prompt": [5] * 40, "max_tokens": 60, "stream": stream, "n": 3}).encode()
+    lines = "POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}"
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            connection = stack.enter_context(socket.create_connection((client.base_url.host, client.base_url.port)))
+            connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+        eventually(lambda: pipeline.engine.stats().num_active + pipeline.engine.stats().num_waiting == 6)
+        assert (
+            pipeline.engine.stats().num_waiting and pipeline.engine.stats().num_free_pages < pipeline.engine.num_pages
+        )
+    eventually(lambda: figures(client)["http_requests_running",] == 0)  # the clients are gone; the engine is held
+    held.set()
+    eventually(lambda: is_idle(pipeline))
+    new = grown(client, before)
+    assert new["answers_total aborted 0"] == 6 and "generated_tokens_total 0" not in new
 
 
 def test_a_stream_that_is_left_frees_its_pages(client, pipeline, eventually):

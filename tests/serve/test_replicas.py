@@ -17,7 +17,10 @@ GREEDY = Params(max_tokens=12, temperature=0.0)
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_model):
-    with Pipeline(tiny_model, **SIZES, replicas=2) as pipeline:
+    compiled = []
+    with Pipeline(tiny_model, **SIZES, replicas=2, on_program=compiled.append) as pipeline:
+        assert sorted(program.number for program in compiled) == list(range(1, len(compiled) + 1))
+        assert {program.count for program in compiled} == {len(compiled)}
         yield pipeline
 
 
@@ -76,6 +79,12 @@ def test_a_prompt_comes_back_and_health_tells_of_a_replica_that_stopped(pipeline
             health = httpx.get(f"{server.url}/health")
             assert (health.status_code, health.json()["status"], health.json()["fault"]) == (200, "degraded", None)
             assert sum("is closed" in (each["fault"] or "") for each in health.json()["replicas"]) == 1
+            assert httpx.get(f"{server.url}/ready").status_code == 200
+            figures, number = httpx.get(f"{server.url}/metrics").text, pipeline.engine.engines.index(home)
+            for replica, engine in enumerate(pipeline.engine.engines):
+                assert f'internjax_engine_fault{{replica="{replica}"}} {float(replica == number)}' in figures
+                drawn = engine.stats().num_drawn_tokens
+                assert f'internjax_generated_tokens_total{{replica="{replica}"}} {float(drawn)}' in figures
             assert [ask() for _ in range(3)] == [0, 59, 59]
             pipeline.close()
             health = httpx.get(f"{server.url}/health")

@@ -1,0 +1,103 @@
+"""Whether a server is well: /health for people and load balancers, /live and /ready for what restarts and routes.
+
+/health  200 ok | degraded (some replicas have stopped);  503 loading | compiling n of m | draining | stuck | failed
+/ready   200 while requests are taken, else 503
+/live    503 only where a restart is the remedy: the engine has stopped, or hangs
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response
+
+from internjax.decode.device import Compiled
+from serve.guards import Doors, respond
+from serve.pipeline import Pipeline
+from serve.protocol import Refusal
+
+
+class Health(NamedTuple):
+    """What a server says of itself."""
+
+    status: str
+    fault: str | None
+    faults: list[str | None]
+    """Of every replica."""
+
+    @property
+    def is_ready(self) -> bool:
+        return self.status in ("ok", "degraded")
+
+    @property
+    def is_live(self) -> bool:
+        return self.status not in ("stuck", "failed")
+
+
+def health_of(pipeline: Pipeline, doors: Doors, *, stuck_seconds: float) -> Health:
+    """How the engines are, by what they do: an engine that has work and shows no sign of life is stuck."""
+    fault, faults = pipeline.fault(), pipeline.faults()
+    if fault is not None:
+        return Health("failed", fault, faults)
+    silent = pipeline.engine.silent_seconds()
+    if silent > stuck_seconds:
+        return Health("stuck", f"the engine has work and has not gone on with it for {silent:.0f} seconds", faults)
+    if doors.closed is not None:
+        return Health("draining", None, faults)
+    return Health("degraded" if any(faults) else "ok", None, faults)
+
+
+def add_health_routes(app: FastAPI, pipeline: Pipeline, doors: Doors, *, model_name: str, stuck_seconds: float) -> None:
+    """Adds /health, /live and /ready."""
+
+    def now() -> Health:
+        return health_of(pipeline, doors, stuck_seconds=stuck_seconds)
+
+    def answer(health: Health, *, is_well: bool) -> Response:
+        state: dict[str, Any] = {"status": health.status, "model": model_name, "fault": health.fault}
+        if len(health.faults) > 1:
+            state["replicas"] = [{"fault": each} for each in health.faults]
+        return JSONResponse(state, status_code=200 if is_well else 503)
+
+    # In the event loop: they are answered while all threads wait for something.
+    @app.get("/health")
+    async def health() -> Response:
+        found = now()
+        return answer(found, is_well=found.is_ready)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        found = now()
+        return answer(found, is_well=found.is_ready)
+
+    @app.get("/live")
+    async def live() -> Response:
+        found = now()
+        return answer(found, is_well=found.is_live)
+
+
+class Starting:
+    """What answers while the model is not there yet: how far it is, and 503 for all that needs it."""
+
+    def __init__(self, model_name: str):
+        self.status = "loading"
+        self._model_name, self._started = model_name, time.monotonic()
+
+    def compiled(self, program: Compiled) -> None:
+        """Notes that a program is there, and that the next one is made now."""
+        self.status = f"compiling {min(program.number + 1, program.count)} of {program.count}"
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return
+        seconds = round(time.monotonic() - self._started, 1)
+        if scope["path"] in ("/health", "/ready", "/live"):
+            state = {"status": self.status, "model": self._model_name, "fault": None, "seconds": seconds}
+            response: Callable = JSONResponse(state, status_code=200 if scope["path"] == "/live" else 503)
+        else:
+            message = f"the model is not there yet ({self.status}, for {seconds:.0f} seconds); try again soon"
+            response = respond(Refusal(message, status=503, code="unavailable"))
+        await response(scope, receive, send)

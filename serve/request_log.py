@@ -1,0 +1,157 @@
+"""One line of the log for every request: its id, what came of it, how long it took. Never text, unless asked for.
+
+What a route knows it notes (`note`) while the request is under way; the line is written when its response is complete.
+A request's id is the client's X-Request-Id where that is a sane one, else one of our own; the response has it too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any, Literal
+
+POLLED = frozenset({"/health", "/live", "/ready", "/metrics"})
+"""Asked every few seconds: their lines are of level DEBUG."""
+MAX_PROMPT_BYTES = 20_000
+"""Of a body that is logged."""
+_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+
+log = logging.getLogger("serve")
+
+
+@dataclasses.dataclass
+class Facts:
+    """What is known of a request. Fields that are None or empty are left out of its line."""
+
+    request: str
+    """Its id."""
+    method: str
+    route: str = "other"
+    """The path as the application declares it; a path that nobody declared is no name to count by."""
+    status: int | None = None
+    """None: no response was begun."""
+    seconds: float = 0.0
+    answer: str | None = None
+    """The id of the response's object."""
+    user: str | None = None
+    n: int | None = None
+    finish: str = ""
+    prompt: int | None = None
+    """Tokens, as is `completion`."""
+    completion: int | None = None
+    outcome: str = ""
+    text: str | None = None
+    """The request's body, where it is to be logged."""
+
+    def line(self) -> str:
+        """The fields as a text of one line."""
+        words = []
+        for name, value in self.known().items():
+            if isinstance(value, float):
+                words.append(f"{name}={value:.3f}")
+            else:
+                words.append(f"{name}={value!r}" if name in ("user", "text") else f"{name}={value}")
+        return " ".join(words)
+
+    def known(self) -> dict[str, Any]:
+        """The fields that say something."""
+        return {name: value for name, value in vars(self).items() if value not in (None, "")}
+
+
+_current: ContextVar[Facts | None] = ContextVar("serve_request", default=None)
+
+
+def note(**facts: Any) -> None:
+    """Adds fields of Facts to the request that is under way here, if one is."""
+    if (current := _current.get()) is not None:
+        for name, value in facts.items():
+            assert hasattr(current, name), name
+            setattr(current, name, value)
+
+
+class RequestLog:
+    """The application with ids, lines in the log, and `on_end` told of every request's scope and facts."""
+
+    def __init__(self, app: Callable, *, on_end: Callable[[Mapping[str, Any], Facts], None] | None = None):
+        self._app, self._on_end = app, on_end
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        facts = Facts(_id_of(scope["headers"]), scope["method"])
+        _current.set(facts)
+        started = time.monotonic()
+
+        async def with_id(message) -> None:
+            if message["type"] == "http.response.start":
+                facts.status = message["status"]
+                message = message | {"headers": [*message["headers"], (b"x-request-id", facts.request.encode())]}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, with_id)
+        except asyncio.CancelledError:
+            facts.outcome = "cut off"
+            raise
+        finally:
+            facts.seconds = time.monotonic() - started
+            facts.route = _route_of(scope)
+            if self._on_end is not None:
+                self._on_end(scope, facts)
+            level = logging.DEBUG if scope["path"] in POLLED else logging.INFO
+            log.log(level, "%s", facts.line(), extra={"facts": facts.known()})
+
+
+def _id_of(headers: list[tuple[bytes, bytes]]) -> str:
+    given = dict(headers).get(b"x-request-id", b"").decode("latin-1")
+    return given if _ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _route_of(scope: Mapping[str, Any]) -> str:
+    """The declared path; of a request that was refused before it was routed, its own, if that is one."""
+    path = getattr(scope.get("route"), "path", None)
+    if path is None and "app" in scope:
+        declared = {getattr(route, "path", None) for route in scope["app"].routes}
+        path = scope["path"] if scope["path"] in declared else None
+    return "other" if path is None else path
+
+
+class JSONLines(logging.Formatter):
+    """A record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z")
+        line = {"time": when, "level": record.levelname, "logger": record.name}
+        facts, current = getattr(record, "facts", None), _current.get()
+        if facts is None:
+            line["message"] = record.getMessage()
+            line |= {} if current is None else {"request": current.request}
+        else:
+            line |= facts
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+class TextLines(logging.Formatter):
+    """A record as a line of text, with the id of the request that it belongs to."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text, current = super().format(record), _current.get()
+        return text if current is None or hasattr(record, "facts") else f"{text} request={current.request}"
+
+
+def log_to(stream: Any, *, kind: Literal["text", "json"]) -> None:
+    """Sends the log to a stream, in lines of text or of JSON."""
+    lines = JSONLines() if kind == "json" else TextLines("%(asctime)s %(levelname)s %(name)s %(message)s")
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(lines)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
