@@ -48,6 +48,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="clients may load and unload adapters that lie below this folder, while there is room (--max-adapters)",
     )
+    parser.add_argument(
+        "--max-sessions", type=_count, default=256, metavar="N", help="conversations held for clients (%(default)s)"
+    )
+    parser.add_argument(
+        "--session-seconds",
+        type=_seconds,
+        default=3600.0,
+        metavar="S",
+        help="a session goes when it was not used for so long (%(default)g)",
+    )
     add_model_flags(parser)
     return parser
 
@@ -130,6 +140,18 @@ def add_model_flags(parser: argparse.ArgumentParser, *, nargs: str | None = None
 def _fraction(text: str) -> float:
     if not 0 < (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"a share of the memory in (0, 1], given {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"a number, 0 or more, given {text}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"seconds, more than 0, given {text}")
     return value
 
 
@@ -255,6 +277,7 @@ def start_pipeline(model, args: argparse.Namespace):
 
 
 def serve(args: argparse.Namespace) -> int:
+    from serve.kept import KeepLimits
     from serve.server import start_server, take_grpc_port, take_port
 
     if args.adapter_root is not None and not (args.adapter or args.max_adapters):
@@ -274,6 +297,7 @@ def serve(args: argparse.Namespace) -> int:
             drain_seconds=args.drain_seconds,
             adapter_root=args.adapter_root,
             grpc_port=grpc_port,
+            keep=KeepLimits(sessions=args.max_sessions, session_seconds=args.session_seconds),
         )
         with server:
             if server.grpc_address is not None:

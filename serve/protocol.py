@@ -12,9 +12,17 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from internjax.text.message import Message, from_openai, to_openai
-from serve.guided import AnyJSON, Choice, Grammar, GuideSpec, JSONSchema, Regex
-from serve.pipeline import Params, Result, Token
-from serve.requests import ChatRequest, CompletionRequest, LoadAdapterRequest, UnloadAdapterRequest
+from serve.guided import AnyJSON, Choice, Grammar, GuideError, GuideSpec, JSONSchema, Regex
+from serve.pipeline import Params, Result, Session, Token
+from serve.requests import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    DeclaredTool,
+    LoadAdapterRequest,
+    SessionRequest,
+    UnloadAdapterRequest,
+)
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat answer may fill the context
 
@@ -121,13 +129,57 @@ def _refuse_in_chat(request: ChatRequest) -> None:
         raise Refusal("max_tokens and max_completion_tokens are both given; give one", param="max_tokens")
     if request.top_logprobs is not None and not request.logprobs:
         raise Refusal("top_logprobs needs logprobs to be true", param="top_logprobs")
-    if not request.tools:
+    if request.session_id is not None:
+        _refuse_in_session(request)
+    elif not request.tools:
         for name in ("tool_choice", "parallel_tool_calls"):
             if getattr(request, name) not in (None, "none"):
                 raise Refusal(f"{name} is given without tools; give tools, or leave it out", param=name)
-    for index, tool in enumerate(request.tools or ()):
-        _refuse_fields(tool.function, REFUSED_OF_FUNCTIONS, f"tools[{index}].function.")
+    _refuse_tools(request.tools or ())
+    _refuse_messages(request.messages)
+
+
+def _refuse_in_session(request: ChatRequest) -> None:
+    if (request.n or 1) > 1:
+        raise Refusal(f"a session goes on with one answer, given n = {request.n}; fork it for others", param="n")
+    if request.tools:
+        raise Refusal("the tools of a session are declared where it begins, in POST /v1/sessions", param="tools")
     for index, message in enumerate(request.messages):
+        if message.role == "assistant":
+            raise Refusal(
+                "messages are the new turn alone, the session holds what was said before; leave out the assistant's",
+                param=f"messages[{index}].role",
+            )
+
+
+def refuse_of_session(request: ChatRequest, session: Session) -> None:
+    """Raises Refusal for what the session of a request does not allow."""
+    if session.may_call and request.tool_choice == "none":
+        raise Refusal(
+            "the session told the model of its tools; fork it before, or leave out tool_choice", param="tool_choice"
+        )
+    asks = request.tool_choice not in (None, "none") or request.parallel_tool_calls is not None
+    if not session.may_call and asks:
+        name = "parallel_tool_calls" if request.tool_choice is None else "tool_choice"
+        raise Refusal(f"{name} is given, and the session has no tools; leave it out", param=name)
+    name = "ignore_eos" if request.ignore_eos else None if guide_of(request) is None else param_of("guide", request)
+    if session.may_call and name is not None:
+        raise Refusal(f"the session has tools, and a turn with {name} holds no calls; leave it out", param=name)
+
+
+def refuse_session(request: SessionRequest) -> None:
+    """Raises Refusal for what a session cannot begin with."""
+    _refuse_tools(request.tools or ())
+    _refuse_messages(request.messages or ())
+
+
+def _refuse_tools(tools: Sequence[DeclaredTool]) -> None:
+    for index, tool in enumerate(tools):
+        _refuse_fields(tool.function, REFUSED_OF_FUNCTIONS, f"tools[{index}].function.")
+
+
+def _refuse_messages(messages: Sequence[ChatMessage]) -> None:
+    for index, message in enumerate(messages):
         place = f"messages[{index}]."
         _refuse_fields(message, REFUSED_OF_MESSAGES, place)
         if message.tool_calls and message.role != "assistant":
@@ -196,17 +248,22 @@ def params_of(request: CompletionRequest | ChatRequest) -> Params:
         logprobs, echoed = (request.top_logprobs or 0) if request.logprobs else None, False
     else:
         logprobs, echoed = request.logprobs, bool(request.echo)
-    return Params(
-        max_tokens=max_tokens_of(request),
-        seed=None if request.seed is None else request.seed % 2**32,
-        stop=tuple(request.stop or ()),
-        bad_words=tuple(request.bad_words or ()),
-        stop_token_ids=tuple(request.stop_token_ids or ()),
-        logprobs=logprobs,
-        prompt_logprobs=logprobs if echoed else None,
-        guide=guide_of(request),
-        **{name: value for name in _AS_GIVEN if (value := getattr(request, name)) is not None},
-    )
+    try:
+        return Params(
+            max_tokens=max_tokens_of(request),
+            seed=None if request.seed is None else request.seed % 2**32,
+            stop=tuple(request.stop or ()),
+            bad_words=tuple(request.bad_words or ()),
+            stop_token_ids=tuple(request.stop_token_ids or ()),
+            logprobs=logprobs,
+            prompt_logprobs=logprobs if echoed else None,
+            guide=guide_of(request),
+            **{name: value for name in _AS_GIVEN if (value := getattr(request, name)) is not None},
+        )
+    except GuideError as error:
+        raise Refusal(str(error), param=param_of("guide", request)) from error
+    except ValueError as error:
+        raise Refusal(str(error)) from error
 
 
 _AS_GIVEN = (
@@ -232,11 +289,13 @@ def param_of(field: str, request: CompletionRequest | ChatRequest) -> str:
     return (names | {"logprobs": logprobs, "prompt_logprobs": logprobs}).get(field, field)
 
 
-def messages_of(request: ChatRequest) -> list[Message]:
-    """The conversation in the model's terms: a tool's result is a turn of the environment, named after its tool."""
-    called: dict[str, str] = {}
+def messages_of(messages: Sequence[ChatMessage], called: dict[str, str]) -> list[Message]:
+    """The conversation in the model's terms: a tool's result is a turn of the environment, named after its tool.
+
+    called: the functions of earlier calls by their ids, to which those of these messages are added.
+    """
     turns = []
-    for index, message in enumerate(request.messages):
+    for index, message in enumerate(messages):
         turn: dict[str, Any] = {"role": message.role, "content": message.content, "name": message.name}
         if message.tool_calls:
             turn["tool_calls"] = [{"function": c.function.model_dump()} for c in message.tool_calls]
@@ -252,12 +311,10 @@ def messages_of(request: ChatRequest) -> list[Message]:
     return from_openai(turns)
 
 
-def tools_of(request: ChatRequest) -> list[dict[str, Any]]:
+def tools_of(declared: Sequence[DeclaredTool] | None) -> list[dict[str, Any]]:
     """The tools that the model is told of, each {name, description, parameters}."""
-    if request.tool_choice == "none":
-        return []
     none = {"type": "object", "properties": {}}
-    functions = (tool.function for tool in request.tools or ())
+    functions = (tool.function for tool in declared or ())
     return [{"name": f.name, "description": f.description or "", "parameters": f.parameters or none} for f in functions]
 
 

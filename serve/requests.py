@@ -109,8 +109,8 @@ class StructuredOutputs(_Fields):
     grammar: str | None = None
 
 
-class _Sampled(_Fields):
-    """What both kinds of request share. From `top_k` on it is not OpenAI's; its clients send it as `extra_body`."""
+class Sampled(_Fields):
+    """What requests for answers share. From `top_k` on it is not OpenAI's; its clients send it as `extra_body`."""
 
     model: str
     stream: bool | None = None
@@ -136,7 +136,7 @@ class _Sampled(_Fields):
     structured_outputs: StructuredOutputs | None = None
 
 
-class CompletionRequest(_Sampled):
+class CompletionRequest(Sampled):
     prompt: Prompts
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
@@ -179,7 +179,7 @@ class DeclaredTool(_Fields):
     function: Function
 
 
-class ChatRequest(_Sampled):
+class ChatRequest(Sampled):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
@@ -204,6 +204,17 @@ class ChatRequest(_Sampled):
     store: Any = None
     verbosity: Any = None
     web_search_options: Any = None
+    session_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Not OpenAI's: of a session whose new turn `messages` are."""
+
+
+class SessionRequest(_Fields):
+    """Not OpenAI's: a conversation that the server is to hold."""
+
+    model: str
+    messages: list[ChatMessage] | None = None
+    tools: list[DeclaredTool] | None = None
+    max_length: Count | None = None
 
 
 AdapterName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from serve.kept import KeepLimits
     from serve.pipeline import Pipeline
 
 _READY_SECONDS = 30.0
@@ -33,13 +34,17 @@ class Server:
         drain_seconds: int,
         adapter_root: Path | None,
         grpc_port: socket.socket | None,
+        keep: KeepLimits | None,
     ):
         # Here, so that a port can be taken, or found in use, before anything heavy is loaded.
         import uvicorn
 
+        from serve.kept import KeepLimits
         from serve.openai import create_app
 
-        app = create_app(pipeline, model_name=model_name, api_key=api_key, adapter_root=adapter_root)
+        app = create_app(
+            pipeline, model_name=model_name, api_key=api_key, adapter_root=adapter_root, keep=keep or KeepLimits()
+        )
         self._grpc = None
         if grpc_port is not None:
             from serve.grpc import GrpcServer
@@ -96,16 +101,18 @@ def start_server(
     drain_seconds: int = 10,
     adapter_root: Path | None = None,
     grpc_port: int | socket.socket | None = None,
+    keep: KeepLimits | None = None,
 ) -> Server:
     """A server of `pipeline`, answering when this returns. `port` 0 takes a free one: see `Server.url`.
 
-    adapter_root: see `serve.openai.create_app`. grpc_port: for the KServe v2 protocol over gRPC as well, 0 for a free
+    adapter_root, keep: see `serve.openai.create_app`. grpc_port: for the KServe v2 protocol over gRPC as well, 0 for a free
     one: see `Server.grpc_address`.
     """
     taken = port if isinstance(port, socket.socket) else take_port(host, port)
     if isinstance(grpc_port, int):
         grpc_port = take_grpc_port(host, grpc_port)
     how = {"api_key": api_key, "drain_seconds": drain_seconds, "adapter_root": adapter_root, "grpc_port": grpc_port}
+    how["keep"] = keep
     server = Server(pipeline, taken, model_name=model_name, **how)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the shell names
     deadline = time.monotonic() + _READY_SECONDS

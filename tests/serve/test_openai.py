@@ -19,7 +19,7 @@ from serve.client import remote_chat
 from serve.pipeline import chat_callable
 from serve.requests import ChatRequest, CompletionRequest
 from serve.server import start_server
-from tests.serve import test_guided
+from tests.serve import test_guided, test_session_routes
 
 TEXT = "The answer is 6, héllo 你好."
 CODE_CALL = "Let me see.<|action_start|><|interpreter|>\n```python\n1 + 1\n```<|action_end|><|im_end|>"
@@ -34,24 +34,6 @@ ADD = {
     },
 }
 INTERPRETER = {"type": "function", "function": {"name": "interpreter"}}
-
-
-@pytest.fixture
-def serve(scripted):
-    """serve(script, ...) -> (openai client, pipeline), over a server that is closed after the test."""
-    servers = []
-
-    def start(script=TEXT, *, chunks=(1,), seconds_per_event=0.0, api_key=None):
-        pipeline = scripted(script, chunks=chunks, seconds_per_event=seconds_per_event)
-        server = start_server(pipeline, model_name="tiny", api_key=api_key, drain_seconds=1)
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=api_key or "none", max_retries=0, timeout=20)
-        servers.append((server, client))
-        return client, pipeline
-
-    yield start
-    for server, client in servers:
-        client.close()
-        server.close()
 
 
 def raw(client, path: str, body) -> httpx.Response:
@@ -435,6 +417,7 @@ def test_no_field_is_ignored():
         "min_tokens": test_more_sampling_options_come_as_extra_body,
         "stop_token_ids": test_more_sampling_options_come_as_extra_body,
         "ignore_eos": test_more_sampling_options_come_as_extra_body,
+        "session_id": test_session_routes.test_a_turn_sends_only_what_is_new_and_is_answered_as_if_all_was_sent,
     }
     assert set(ChatRequest.model_fields) - set(BAD_CHATS) - set(honoured) == set()
     assert set(CompletionRequest.model_fields) - set(BAD_COMPLETIONS) - set(honoured) == set()
@@ -687,4 +670,4 @@ def test_calls_round_trip_through_the_wire(serve):
         ],
     }
     request = ChatRequest.model_validate({"model": "tiny", "messages": [*USER, turn]})
-    assert messages_of(request)[1] == Message("assistant", "", call=call)
+    assert messages_of(request.messages, {})[1] == Message("assistant", "", call=call)
