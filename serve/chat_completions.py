@@ -8,6 +8,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
+from internjax.text.chat import CallDelta, CallEnd, CallStart
+from serve.calls import CallPieces, Piece
 from serve.jobs import Job, events, finish_of, lines_of, nth, stream, submit, whole
 from serve.kept import owner_of
 from serve.pipeline import Delta, Params, Pipeline, Result
@@ -91,12 +93,28 @@ async def _chunks(job: Job) -> AsyncIterator[dict[str, Any]]:
 
     for index in range(len(job.answers)):
         yield chunk(index, {"role": "assistant", "content": ""})
+    open_calls: dict[int, CallPieces] = {}
     async for index, event in events(job):
         match event:
             case Delta(text, tokens):
                 yield chunk(index, {"content": text}, chat_logprobs(tokens) if job.body.logprobs else None)
+            case CallStart(kind):
+                open_calls[index] = CallPieces(kind)
+            case CallDelta(text):
+                if any(piece := open_calls[index].push(text)):
+                    yield chunk(index, {"tool_calls": [_call_delta(piece, job.call_id(index))]})
+            case CallEnd(call):
+                piece = open_calls[index].close(call)
+                yield chunk(index, {"tool_calls": [_call_delta(piece, job.call_id(index))]})
             case Result():
-                calls = tool_calls(event, job.call_id(index))
-                if calls:  # a call is sent whole, once it is complete: nothing to lose at the border of two chunks
-                    yield chunk(index, {"tool_calls": [{"index": 0} | calls[0]]})
                 yield chunk(index, {}, finish=finish_of(event))
+
+
+def _call_delta(piece: Piece, call_id: str) -> dict[str, Any]:
+    """The id comes with the name, before any arguments.
+
+    A call that is cut off (by max_tokens) leaves arguments that are no JSON, and its text as content: nothing to run.
+    """
+    if piece.name is None:
+        return {"index": 0, "function": {"arguments": piece.arguments}}
+    return {"index": 0, "id": call_id, "type": "function", "function": piece._asdict()}

@@ -2,7 +2,7 @@
 
     with Pipeline(open_model("runs/tiny")) as pipeline:
         for event in pipeline.chat([Message("user", "What is 2 + 2?")], Params(max_tokens=64)):
-            ...  # Delta(text, tokens) as it comes, CallEnd(call) where a tool is called, Result(...) at the end
+            ...  # Delta(text, tokens) as it comes, CallStart to CallEnd(call) where a tool is called, then Result(...)
 
 The engine knows token ids only; everything that is text is here.
 """

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from internjax.text.message import Message, from_openai, to_openai
+from internjax.text.message import Message, from_openai
+from serve.calls import function_of
 from serve.guided import AnyJSON, Choice, Grammar, GuideError, GuideSpec, JSONSchema, Regex
 from serve.pipeline import Params, Result, Session, Token
 from serve.requests import (
@@ -334,8 +335,7 @@ def usage(results: Sequence[Result], *, n: int) -> dict[str, Any]:
 def tool_calls(result: Result, call_id: str) -> list[dict[str, Any]] | None:
     if result.call is None:
         return None
-    (turn,) = to_openai([result.message])
-    return [{"id": call_id, "type": "function", "function": turn["tool_calls"][0]["function"]}]
+    return [{"id": call_id, "type": "function", "function": function_of(result.call)._asdict()}]
 
 
 def chat_logprobs(tokens: Sequence[Token]) -> dict[str, Any]:

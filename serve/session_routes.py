@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request
 
 from internjax.text.message import to_openai
 from serve.answer import Result
+from serve.calls import function_of
 from serve.jobs import Job
 from serve.kept import Kept, Shelf, owner_of
 from serve.pipeline import Pipeline, Session
@@ -55,17 +56,12 @@ class Turn(NamedTuple):
         if results is None:
             self.held.session.drop()
         elif results[0].call is not None:
-            self.held.called[job.call_id(0)] = function_name(results[0])
+            self.held.called[job.call_id(0)] = function_of(results[0].call).name
         self.held.busy = False
 
     def described(self) -> dict[str, Any]:
         """What every object of the answer says of the session."""
         return {"session": {"id": self.id, "notice": self.held.session.notice}}
-
-
-def function_name(result: Result) -> str:
-    (turn,) = to_openai([result.message])
-    return turn["tool_calls"][0]["function"]["name"]
 
 
 class Sessions:

@@ -231,8 +231,10 @@ def test_tool_calls(serve, stream, said, name, arguments, text):
     if stream:
         chunks = [chunk.choices[0] for chunk in answer]
         assert "".join(chunk.delta.content or "" for chunk in chunks) == text
-        calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
-        finish = chunks[-1].finish_reason
+        first, *more = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+        assert len(more) > 3 and all(call.id is call.function.name is None and call.index == 0 for call in more)
+        first.function.arguments += "".join(call.function.arguments for call in more)
+        calls, finish = [first], chunks[-1].finish_reason
     else:
         assert (answer.choices[0].message.content or "") == text
         calls, finish = answer.choices[0].message.tool_calls, answer.choices[0].finish_reason
