@@ -15,7 +15,9 @@ from serve.kept import owner_of
 from serve.pipeline import Delta, Params, Pipeline, Result
 from serve.protocol import (
     Refusal,
+    call_guide_of,
     chat_logprobs,
+    guided_call,
     messages_of,
     refuse,
     refuse_of_session,
@@ -49,11 +51,13 @@ async def _job(pipeline: Pipeline, body: ChatRequest, params: Params, turn: Turn
     try:
         try:
             messages = messages_of(body.messages, turn.held.called if turn else {})
-            tools = tools_of(None if body.tool_choice == "none" else body.tools)
+            declared = turn.held.tools if turn else () if body.tool_choice == "none" else body.tools or ()
+            tools = tools_of(declared)
         except ValueError as error:
             raise Refusal(str(error), param="messages") from error
         if tools and not pipeline.calls_tools:
             raise Refusal("this model's tokenizer has no markers for tool calls; leave tools out", param="tools")
+        params = guided_call(params, call_guide_of(body.tool_choice, declared, body))
         if turn is not None:
             refuse_of_session(body, turn.held.session)
             starts = [lambda: turn.held.session.chat(messages, params)]

@@ -36,7 +36,7 @@ from internjax.text.message import INTERPRETER_PROMPT, Chat, Message, tools_mess
 from internjax.text.tokenizer import ACTION_END, ACTION_START, INTERPRETER, PLUGIN, Tokenizer, differing_id
 from serve.adapters import read_adapter, room_for
 from serve.answer import Answer, Delta, Event, Prompt, Result, Token
-from serve.guided import Following, GuideError, Guides, GuideSpec
+from serve.guided import CallOf, Following, GuideError, Guides, GuideSpec
 from serve.params import Params, sampling_of, with_sampling
 from serve.readers import MARKER_OF, ChatReader, PlainReader, Reader
 from serve.session import Answering, Session
@@ -305,8 +305,12 @@ class Pipeline:
     ) -> Answer:
         """The answer to a conversation whose ids are known. Of a session the first `kept` are held already."""
         may_call = any(message.role == "system" and message.name in MARKER_OF for message in messages)
-        if params.guide is not None and may_call:
-            raise ValueError("a guide is given and tools are declared: a guided turn holds no calls; give one of them")
+        if params.guide is not None and may_call != isinstance(params.guide, CallOf):
+            raise ValueError(
+                "a guide is given and tools are declared: a guided turn holds no calls; give one of them"
+                if may_call
+                else "a call is asked for and no tools are declared; give the tools"
+            )
         if params.ignore_eos and may_call:
             raise ValueError("ignore_eos is set and tools are declared: past its end a turn holds no calls; give one")
         plain = params.ignore_eos

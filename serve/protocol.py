@@ -7,13 +7,14 @@ value always pass.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
 from internjax.text.message import Message, from_openai
 from serve.calls import function_of
-from serve.guided import AnyJSON, Choice, Grammar, GuideError, GuideSpec, JSONSchema, Regex
+from serve.guided import AnyJSON, CalledFunction, CallOf, Choice, Grammar, GuideError, GuideSpec, JSONSchema, Regex
 from serve.pipeline import Params, Result, Session, Token
 from serve.requests import (
     ChatMessage,
@@ -21,6 +22,7 @@ from serve.requests import (
     CompletionRequest,
     DeclaredTool,
     LoadAdapterRequest,
+    Sampled,
     SessionRequest,
     UnloadAdapterRequest,
 )
@@ -71,7 +73,6 @@ REFUSED_OF_CHATS = {
     "store": Refused("nothing is stored", (False,)),
     "verbosity": Refused("ask for the length in the conversation", ("medium",)),
     "web_search_options": Refused("the server has no network"),
-    "tool_choice": Refused("a call cannot be forced; the model decides, or is not told of the tools", ("auto", "none")),
 }
 REFUSED_OF_MESSAGES = {
     "refusal": Refused("the model's protocol has no refusals; send them as content"),
@@ -79,7 +80,10 @@ REFUSED_OF_MESSAGES = {
     "function_call": Refused("use tool_calls"),
     "annotations": Refused("messages are text", ([],)),
 }
-REFUSED_OF_FUNCTIONS = {"strict": Refused("arguments cannot be forced to follow the schema", (False,))}
+REFUSED_TOOL_CHOICES = {
+    "allowed_tools": "declare only the tools that may be called",
+    "custom": "tools are functions with parameters, and the interpreter",
+}
 REFUSED_OF_ADAPTERS = {
     "load_inplace": Refused("an adapter is not replaced while it is served; unload it first", (False,)),
     "is_3d_lora_weight": Refused("adapters of mixtures of experts are not read", (False,)),
@@ -136,7 +140,6 @@ def _refuse_in_chat(request: ChatRequest) -> None:
         for name in ("tool_choice", "parallel_tool_calls"):
             if getattr(request, name) not in (None, "none"):
                 raise Refusal(f"{name} is given without tools; give tools, or leave it out", param=name)
-    _refuse_tools(request.tools or ())
     _refuse_messages(request.messages)
 
 
@@ -151,6 +154,56 @@ def _refuse_in_session(request: ChatRequest) -> None:
                 "messages are the new turn alone, the session holds what was said before; leave out the assistant's",
                 param=f"messages[{index}].role",
             )
+
+
+def call_guide_of(
+    choice: Any, declared: Sequence[DeclaredTool], request: Sampled, *, param: str = "tool_choice"
+) -> CallOf | None:
+    """What an answer's call is to follow: one that is forced, or, of functions that are strict, one that may come.
+
+    choice: OpenAI's tool_choice, in the form of chats. Raises Refusal for one that cannot be had.
+    """
+    tools = [tool.function for tool in declared]
+    is_strict = any(tool.strict and tool.name != "interpreter" for tool in tools)
+    match choice:
+        case None | "auto":
+            forced, blamed = False, "tools[].function.strict"
+        case "none":
+            return None
+        case "required":
+            forced, blamed = True, param
+        case {"type": "function", "function": {"name": str(name), **more_of_it}, **more} if not (more_of_it or more):
+            forced, blamed = True, param
+            tools = [tool for tool in tools if tool.name == name]
+            if not tools:
+                names = ", ".join(repr(tool.function.name) for tool in declared) or "none"
+                raise Refusal(f"tool_choice names the function {name!r:.100}; declared are: {names}", param=param)
+        case {"type": ("allowed_tools" | "custom") as kind}:
+            raise Refusal(f"the tool_choice {kind} is refused: {REFUSED_TOOL_CHOICES[kind]}", param=param)
+        case _:
+            known = '\'none\', \'auto\', \'required\' or {"type": "function", "function": {"name": ...}}'
+            raise Refusal(f"tool_choice is {known}, given {choice!r:.200}", param=param)
+    if not tools or not (forced or is_strict):
+        return None
+    for name in ("ignore_eos", "min_tokens", "bad_words"):
+        if getattr(request, name, None):
+            raise Refusal(
+                f"{name} is given, and {blamed}: the form of a call alone says what may come next. Leave out one",
+                param=name,
+            )
+    none = {"type": "object", "properties": {}}
+    functions = (CalledFunction(tool.name, tool.parameters or none, bool(tool.strict)) for tool in tools)
+    return CallOf(tuple(functions), forced)
+
+
+def guided_call(params: Params, guide: CallOf | None) -> Params:
+    """Params of an answer whose call follows the guide. Raises Refusal where a schema cannot be read."""
+    if guide is None:
+        return params
+    try:
+        return replace(params, guide=guide)
+    except ValueError as error:
+        raise Refusal(str(error), param="tools") from error
 
 
 def refuse_of_session(request: ChatRequest, session: Session) -> None:
@@ -170,13 +223,7 @@ def refuse_of_session(request: ChatRequest, session: Session) -> None:
 
 def refuse_session(request: SessionRequest) -> None:
     """Raises Refusal for what a session cannot begin with."""
-    _refuse_tools(request.tools or ())
     _refuse_messages(request.messages or ())
-
-
-def _refuse_tools(tools: Sequence[DeclaredTool]) -> None:
-    for index, tool in enumerate(tools):
-        _refuse_fields(tool.function, REFUSED_OF_FUNCTIONS, f"tools[{index}].function.")
 
 
 def _refuse_messages(messages: Sequence[ChatMessage]) -> None:
@@ -286,7 +333,10 @@ def param_of(field: str, request: CompletionRequest | ChatRequest) -> str:
     """The name in the request of a field of the engine's."""
     logprobs = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
     names = {"stop_ids": "stop_token_ids", "min_new_tokens": "min_tokens"}
-    names["guide"] = "response_format" if request.structured_outputs is None else "structured_outputs"
+    wanted = getattr(request, "response_format", None)
+    is_format = wanted is not None and wanted.type != "text"
+    given = getattr(request, "structured_outputs", None) is not None
+    names["guide"] = "structured_outputs" if given else "response_format" if is_format else "tools"
     return (names | {"logprobs": logprobs, "prompt_logprobs": logprobs}).get(field, field)
 
 

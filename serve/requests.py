@@ -74,6 +74,12 @@ Content = Annotated[
     BeforeValidator(_as_text),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}),
 ]
+ToolChoice = Annotated[
+    Any,  # checked by `serve.protocol`, which can say what of it is refused
+    WithJsonSchema(
+        {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}, {"type": "null"}]},
+    ),
+]
 Ids = list[Annotated[int, Field(ge=0, lt=2**31)]]
 Words = list[Annotated[str, Field(min_length=1)]]
 Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
@@ -171,7 +177,7 @@ class Function(_Fields):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Any = None
+    strict: bool | None = None
 
 
 class DeclaredTool(_Fields):
@@ -185,7 +191,7 @@ class ChatRequest(Sampled):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     tools: list[DeclaredTool] | None = None
-    tool_choice: Any = None
+    tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
     safety_identifier: str | None = None
     response_format: ResponseFormat | None = None

@@ -25,13 +25,13 @@ from serve.jobs import Job
 from serve.kept import Kept, Shelf, owner_of
 from serve.pipeline import Pipeline, Session
 from serve.protocol import Refusal, messages_of, refuse_session, tools_of
-from serve.requests import ChatRequest, SessionRequest
+from serve.requests import ChatRequest, DeclaredTool, SessionRequest
 
 
 class Held:
     """A session that is kept, and what of it only its requests know."""
 
-    def __init__(self, session: Session, model: str, tools: Sequence[Mapping[str, Any]], called: Mapping[str, str]):
+    def __init__(self, session: Session, model: str, tools: Sequence[DeclaredTool], called: Mapping[str, str]):
         """tools: those declared. called: the functions of earlier calls, by the ids that clients know them by."""
         self.session = session
         self.model = model
@@ -147,7 +147,7 @@ def add_session_routes(
             session = pipeline.session(messages, max_length=body.max_length, tools=tools)
         except ValueError as error:
             raise Refusal(str(error), param="max_length") from error
-        return _described(sessions.add(Held(session, body.model, tools, called), owner=owner_of(request)))
+        return _described(sessions.add(Held(session, body.model, body.tools or (), called), owner=owner_of(request)))
 
     @app.get("/v1/sessions")
     async def listed(request: Request) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def test_the_readme_s_python_runs(folder, capsys):
 def test_the_readme_names_every_field():
     text = (ROOT / "serve" / "README.md").read_text()
     refused = protocol.REFUSED_OF_CHATS | protocol.REFUSED_OF_COMPLETIONS | protocol.REFUSED_OF_MESSAGES
-    refused |= protocol.REFUSED_OF_FUNCTIONS | protocol.REFUSED_OF_STREAMS | protocol.REFUSED_OF_ADAPTERS
+    refused |= protocol.REFUSED_OF_STREAMS | protocol.REFUSED_OF_ADAPTERS
     known = {*refused, *requests.ChatRequest.model_fields, *requests.CompletionRequest.model_fields}
     known |= {*requests.LoadAdapterRequest.model_fields, *requests.UnloadAdapterRequest.model_fields}
     assert {name for name in known if f"`{name}`" not in text} == set()

@@ -514,12 +514,6 @@ def test_a_body_that_is_too_large_is_refused(refusing):
     check_refused(response, None, 413)
 
 
-def test_strict_schemas_are_refused(refusing):
-    tool = {"type": "function", "function": {"name": "f", "strict": True}}
-    body = {"model": "tiny", "messages": USER, "tools": [tool]}
-    check_refused(raw(refusing, "chat/completions", body), "tools[0].function.strict")
-
-
 def test_other_models_other_paths_other_methods(refusing):
     body = {"model": "gpt", "messages": USER}
     assert check_refused(raw(refusing, "chat/completions", body), "model", 404)["code"] == "model_not_found"
