@@ -58,6 +58,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="a session goes when it was not used for so long (%(default)g)",
     )
+    parser.add_argument(
+        "--max-responses", type=_count, default=1024, metavar="N", help="responses kept for clients (%(default)s)"
+    )
+    parser.add_argument(
+        "--response-seconds",
+        type=_seconds,
+        default=86400.0,
+        metavar="S",
+        help="a response goes when it was not used for so long (%(default)g)",
+    )
     add_model_flags(parser)
     return parser
 
@@ -297,7 +307,7 @@ def serve(args: argparse.Namespace) -> int:
             drain_seconds=args.drain_seconds,
             adapter_root=args.adapter_root,
             grpc_port=grpc_port,
-            keep=KeepLimits(sessions=args.max_sessions, session_seconds=args.session_seconds),
+            keep=KeepLimits(args.max_sessions, args.session_seconds, args.max_responses, args.response_seconds),
         )
         with server:
             if server.grpc_address is not None:

@@ -20,7 +20,7 @@ from serve.guided import GuideError
 from serve.params import Params
 from serve.pipeline import Answer, ContextTooLong, Event, Result
 from serve.protocol import Refusal, envelope, param_of, usage
-from serve.requests import Sampled
+from serve.requests import Asking
 from serve.streams import events_of, submitted
 
 log = logging.getLogger("serve")
@@ -32,7 +32,7 @@ class Job:
     def __init__(
         self,
         prefix: str,
-        body: Sampled,
+        body: Asking,
         answers: Sequence[Answer],
         n: int = 1,
         *,
@@ -58,6 +58,9 @@ class Job:
 
     def call_id(self, index: int) -> str:
         return f"call_{self._hex}_{index}"
+
+    def item_id(self, kind: str) -> str:
+        return f"{kind}_{self._hex}"
 
     def complete(self) -> None:
         """Notes that all answers are there. Before the client is told of the last one: what it saw complete is kept."""
@@ -90,7 +93,7 @@ class Job:
             ended(results)
 
 
-async def submit(starts: Sequence[Callable[[], Answer]], body: Sampled, *, param: str) -> list[Answer]:
+async def submit(starts: Sequence[Callable[[], Answer]], body: Asking, *, param: str) -> list[Answer]:
     """The answers, all of them or none. param: the field of the request that holds what is answered."""
     try:
         return await submitted(starts)

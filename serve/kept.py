@@ -39,25 +39,27 @@ class Shelf(Generic[Value]):
 
     def __init__(
         self,
-        prefix: str,
+        prefix: str = "",
         *,
+        most: int,
         seconds: float,
+        replaces: bool = False,
         in_use: Callable[[Value], bool] = lambda value: False,
         clock: Callable[[], float] = time.time,
     ):
-        self._prefix, self._seconds, self._in_use, self._clock = prefix, seconds, in_use, clock
+        """replaces: where `most` are kept, the one unused for longest gives way to a new one."""
+        self.most, self.seconds = most, seconds
+        self._prefix, self._replaces, self._in_use, self._clock = prefix, replaces, in_use, clock
         self._rows: dict[str, _Row] = {}  # those used last are last
         self._lock = threading.Lock()
 
-    def add(
-        self, value: Value, *, owner: str, most: int, replacing: bool = False, key: str | None = None
-    ) -> Kept | None:
-        """Keeps it. None where `most` are kept already, unless `replacing`: then the one unused for longest goes."""
+    def add(self, value: Value, *, owner: str, key: str | None = None) -> Kept | None:
+        """Keeps it, or returns None where there is no room. key: its id, if it has one that nobody can guess."""
         with self._lock:
             self._forget()
-            while replacing and len(self._rows) >= most > 0:
+            while self._replaces and len(self._rows) >= self.most > 0:
                 del self._rows[next(iter(self._rows))]
-            if len(self._rows) >= most:
+            if len(self._rows) >= self.most:
                 return None
             key = key or self._prefix + secrets.token_hex(16)
             self._rows[key] = _Row(value, owner, self._clock())
@@ -85,10 +87,10 @@ class Shelf(Generic[Value]):
 
     def _kept(self, key: str) -> Kept:
         row = self._rows[key]
-        return Kept(key, row.value, int(row.used + self._seconds))
+        return Kept(key, row.value, int(row.used + self.seconds))
 
     def _forget(self) -> None:
-        last = self._clock() - self._seconds
+        last = self._clock() - self.seconds
         for key in [key for key, row in self._rows.items() if row.used < last and not self._in_use(row.value)]:
             del self._rows[key]
 

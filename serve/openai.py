@@ -23,11 +23,12 @@ from starlette.exceptions import HTTPException
 from serve.adapter_routes import add_adapter_routes
 from serve.chat_completions import add_chat_route
 from serve.jobs import Job, events, finish_of, lines_of, nth, stream, submit, whole
-from serve.kept import KeepLimits
+from serve.kept import KeepLimits, Shelf
 from serve.kserve_routes import add_kserve_routes
 from serve.pipeline import Delta, Params, Pipeline, Prompt, Result, Token
 from serve.protocol import Refusal, completion_logprobs, envelope, params_of, refuse, usage
 from serve.requests import ChatRequest, CompletionRequest
+from serve.responses import Stored, add_response_routes
 from serve.session_routes import Sessions, add_session_routes
 
 MAX_BODY_BYTES = 16 << 20
@@ -97,8 +98,11 @@ def create_app(
 
     def params_for(body: ChatRequest | CompletionRequest) -> Params:
         """The parameters of a request, with the adapter that its model names."""
-        check_model(body.model)
-        return replace(params_of(body), adapter=None if body.model == model_name else body.model)
+        return replace(params_of(body), adapter=adapter_of(body.model))
+
+    def adapter_of(name: str) -> str | None:
+        check_model(name)
+        return None if name == model_name else name
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -121,6 +125,8 @@ def create_app(
 
     add_chat_route(app, pipeline, sessions, params_for=params_for)
     add_session_routes(app, pipeline, sessions, check_model=check_model)
+    stored: Shelf[Stored] = Shelf(most=keep.responses, seconds=keep.response_seconds, replaces=True)
+    add_response_routes(app, pipeline, stored, adapter_of=adapter_of)
     return app
 
 

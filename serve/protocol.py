@@ -17,12 +17,12 @@ from serve.calls import function_of
 from serve.guided import AnyJSON, CalledFunction, CallOf, Choice, Grammar, GuideError, GuideSpec, JSONSchema, Regex
 from serve.pipeline import Params, Result, Session, Token
 from serve.requests import (
+    Asking,
     ChatMessage,
     ChatRequest,
     CompletionRequest,
     DeclaredTool,
     LoadAdapterRequest,
-    Sampled,
     SessionRequest,
     UnloadAdapterRequest,
 )
@@ -95,13 +95,13 @@ REFUSED_OF_STREAMS = {"include_obfuscation": Refused("chunks are sent as they ar
 def refuse(request: CompletionRequest | ChatRequest) -> None:
     """Raises Refusal for what is asked for and cannot be given."""
     is_chat = isinstance(request, ChatRequest)
-    _refuse_fields(request, REFUSED_OF_CHATS if is_chat else REFUSED_OF_COMPLETIONS)
+    refuse_fields(request, REFUSED_OF_CHATS if is_chat else REFUSED_OF_COMPLETIONS)
     if request.stream_options is not None:
         if not request.stream:
             raise Refusal(
                 "stream_options are for streams; set stream to true, or leave them out", param="stream_options"
             )
-        _refuse_fields(request.stream_options, REFUSED_OF_STREAMS, "stream_options.")
+        refuse_fields(request.stream_options, REFUSED_OF_STREAMS, "stream_options.")
     most = max_tokens_of(request)
     if most is not None and (request.min_tokens or 0) > most:
         raise Refusal(f"min_tokens is {request.min_tokens}, more than max_tokens, {most}", param="min_tokens")
@@ -157,7 +157,7 @@ def _refuse_in_session(request: ChatRequest) -> None:
 
 
 def call_guide_of(
-    choice: Any, declared: Sequence[DeclaredTool], request: Sampled, *, param: str = "tool_choice"
+    choice: Any, declared: Sequence[DeclaredTool], request: Asking, *, param: str = "tool_choice"
 ) -> CallOf | None:
     """What an answer's call is to follow: one that is forced, or, of functions that are strict, one that may come.
 
@@ -229,7 +229,7 @@ def refuse_session(request: SessionRequest) -> None:
 def _refuse_messages(messages: Sequence[ChatMessage]) -> None:
     for index, message in enumerate(messages):
         place = f"messages[{index}]."
-        _refuse_fields(message, REFUSED_OF_MESSAGES, place)
+        refuse_fields(message, REFUSED_OF_MESSAGES, place)
         if message.tool_calls and message.role != "assistant":
             raise Refusal(
                 f"a {message.role} message has tool_calls; only the assistant's do", param=place + "tool_calls"
@@ -245,10 +245,11 @@ def _refuse_messages(messages: Sequence[ChatMessage]) -> None:
 def refuse_adapter(request: LoadAdapterRequest | UnloadAdapterRequest) -> None:
     """Raises Refusal for what is asked of an adapter and cannot be given."""
     fields = type(request).model_fields
-    _refuse_fields(request, {name: refused for name, refused in REFUSED_OF_ADAPTERS.items() if name in fields})
+    refuse_fields(request, {name: refused for name, refused in REFUSED_OF_ADAPTERS.items() if name in fields})
 
 
-def _refuse_fields(values: BaseModel, refused: Mapping[str, Refused], place: str = "") -> None:
+def refuse_fields(values: BaseModel, refused: Mapping[str, Refused], place: str = "") -> None:
+    """Raises Refusal for the first field that is in the table and has a value that asks for something."""
     for name, (why, neutral) in refused.items():
         value = getattr(values, name)
         if value is not None and value not in neutral:
@@ -329,14 +330,16 @@ _AS_GIVEN = (
 )
 
 
-def param_of(field: str, request: CompletionRequest | ChatRequest) -> str:
+def param_of(field: str, request: Asking) -> str:
     """The name in the request of a field of the engine's."""
-    logprobs = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
+    logprobs = "logprobs" if isinstance(request, CompletionRequest) else "top_logprobs"
     names = {"stop_ids": "stop_token_ids", "min_new_tokens": "min_tokens"}
     wanted = getattr(request, "response_format", None)
     is_format = wanted is not None and wanted.type != "text"
     given = getattr(request, "structured_outputs", None) is not None
     names["guide"] = "structured_outputs" if given else "response_format" if is_format else "tools"
+    if getattr(request, "text", None) is not None and not request.tools:
+        names["guide"] = "text.format"
     return (names | {"logprobs": logprobs, "prompt_logprobs": logprobs}).get(field, field)
 
 

@@ -67,16 +67,15 @@ class Turn(NamedTuple):
 class Sessions:
     """The sessions of a server."""
 
-    def __init__(self, *, most: int, seconds: float, clock: Callable[[], float] = time.time):
-        self.most, self.seconds = most, seconds
-        self._shelf: Shelf[Held] = Shelf("session_", seconds=seconds, in_use=lambda held: held.busy, clock=clock)
+    def __init__(self, *, most: int, seconds: float):
+        self._shelf: Shelf[Held] = Shelf("session_", most=most, seconds=seconds, in_use=lambda held: held.busy)
 
     def add(self, held: Held, *, owner: str) -> Kept:
-        kept = self._shelf.add(held, owner=owner, most=self.most)
+        kept = self._shelf.add(held, owner=owner)
         if kept is None:
             raise Refusal(
-                f"{self.most} sessions are kept already, as many as this server keeps (--max-sessions); delete one, or "
-                f"wait until one has not been used for {self.seconds:g} seconds",
+                f"{self._shelf.most} sessions are kept already, as many as there may be (--max-sessions); delete one, "
+                f"or wait until one has not been used for {self._shelf.seconds:g} seconds",
                 status=429,
                 code="too_many_sessions",
             )
@@ -86,9 +85,9 @@ class Sessions:
         kept = self._shelf.find(session_id, owner=owner)
         if kept is None:
             raise Refusal(
-                f"there is no session {session_id!r:.100} of this API key: it never was, was deleted, or was not used "
-                f"for {self.seconds:g} seconds (--session-seconds), or the server was started anew. Begin another one "
-                "with POST /v1/sessions",
+                f"there is no session {session_id!r:.100} of this API key: it never was, was deleted, or was not "
+                f"used for {self._shelf.seconds:g} seconds (--session-seconds), or the server was started anew. Begin "
+                "another one with POST /v1/sessions",
                 param=param,
                 status=404,
                 code="session_not_found",

@@ -19,7 +19,7 @@ import pytest
 from internjax.hf.save import save_model
 from internjax.text.message import Message
 from serve import __main__ as server
-from serve import bench, chat, protocol, quantize, requests
+from serve import bench, chat, protocol, quantize, requests, response_requests
 from serve.chat import _show
 from serve.pipeline import Params
 
@@ -193,5 +193,6 @@ def test_the_readme_names_every_field():
     refused = protocol.REFUSED_OF_CHATS | protocol.REFUSED_OF_COMPLETIONS | protocol.REFUSED_OF_MESSAGES
     refused |= protocol.REFUSED_OF_STREAMS | protocol.REFUSED_OF_ADAPTERS
     known = {*refused, *requests.ChatRequest.model_fields, *requests.CompletionRequest.model_fields}
+    known |= {*response_requests.ResponseRequest.model_fields}
     known |= {*requests.LoadAdapterRequest.model_fields, *requests.UnloadAdapterRequest.model_fields}
     assert {name for name in known if f"`{name}`" not in text} == set()

@@ -193,8 +193,8 @@ def test_their_number_is_limited_and_an_unused_one_goes(scripted):
             client.delete(f"sessions/{session}", cast_to=object)
             begin(client)
     now = 0.0
-    shelf = Shelf("x_", seconds=10, in_use=lambda value: value == "used", clock=lambda: now)
-    kept, used = (shelf.add(value, owner="me", most=9) for value in ("kept", "used"))
+    shelf = Shelf("x_", most=9, seconds=10, in_use=lambda value: value == "used", clock=lambda: now)
+    kept, used = (shelf.add(value, owner="me") for value in ("kept", "used"))
     now = 9.0
     assert shelf.find(kept.id, owner="me").expires_at == 19
     now = 18.0
