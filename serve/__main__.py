@@ -49,6 +49,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="clients may load and unload adapters that lie below this folder, while there is room (--max-adapters)",
     )
     parser.add_argument(
+        "--condition",
+        action="append",
+        type=_named_text,
+        default=[],
+        metavar="NAME=TEXT",
+        help="of a reward model: a system prompt that says what counts, chosen by name; may be given several times",
+    )
+    parser.add_argument(
         "--max-sessions", type=_count, default=256, metavar="N", help="conversations held for clients (%(default)s)"
     )
     parser.add_argument(
@@ -165,6 +173,13 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _named_text(text: str) -> tuple[str, str]:
+    name, _, rest = text.partition("=")
+    if not (name and rest):
+        raise argparse.ArgumentTypeError(f"NAME=TEXT, given {text!r}")
+    return name, rest
+
+
 def _named_folder(text: str) -> tuple[str, str]:
     name, _, folder = text.partition("=")
     if not (name and folder):
@@ -199,6 +214,25 @@ def _speculation(args: argparse.Namespace):
 def open_pipeline(args: argparse.Namespace):
     """The pipeline that the flags describe, with its programs compiled. Says what it opened and has room for."""
     return start_pipeline(open_weights(args), args)
+
+
+def open_served(args: argparse.Namespace):
+    """The pipeline that the flags describe, or the scorer, where MODEL is a reward model."""
+    model = open_weights(args)
+    if model.config.head == "lm":
+        if args.condition:
+            raise ValueError("--condition is for a reward model, and MODEL gives text; leave it out")
+        return start_pipeline(model, args)
+    from serve.scores import Scorer
+
+    given = [flag for flag, value in (("--adapter", args.adapter), ("--speculate", args.speculate)) if value]
+    given += ["--replicas"] if args.replicas > 1 else []
+    if given:
+        raise ValueError(f"MODEL is a reward model, for which there is no {', '.join(given)}; leave it out")
+    scorer = Scorer(model, conditions=dict(args.condition), max_context=args.max_context)
+    names = ", ".join(scorer.conditions) or "none"
+    print(f"scores   conversations of up to {scorer.max_context:,} tokens; conditions: {names}")
+    return scorer
 
 
 def open_weights(args: argparse.Namespace):
@@ -295,7 +329,7 @@ def serve(args: argparse.Namespace) -> int:
     port = take_port(args.host, args.port)  # before the model is read: nobody waits for a port that is taken
     grpc_port = None if args.grpc_port is None else take_grpc_port(args.host, args.grpc_port)
     stopping = threading.Event()
-    with port, open_pipeline(args) as pipeline:
+    with port, open_served(args) as pipeline:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopping.set())
         name = args.name or Path(args.model).name

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 
 from serve.adapter_routes import add_adapter_routes
 from serve.chat_completions import add_chat_route
+from serve.embeddings import add_embedding_route
 from serve.jobs import Job, events, finish_of, lines_of, nth, stream, submit, whole
 from serve.kept import KeepLimits, Shelf
 from serve.kserve_routes import add_kserve_routes
@@ -29,12 +30,34 @@ from serve.pipeline import Delta, Params, Pipeline, Prompt, Result, Token
 from serve.protocol import Refusal, completion_logprobs, envelope, params_of, refuse, usage
 from serve.requests import ChatRequest, CompletionRequest
 from serve.responses import Stored, add_response_routes
+from serve.scores import Scorer, add_score_routes, refuse_scores
 from serve.session_routes import Sessions, add_session_routes
 
 MAX_BODY_BYTES = 16 << 20
 MAX_ANSWERS = 512  # of one request: each has a thread that waits for it
 
 log = logging.getLogger("serve")
+
+
+def create_score_app(scorer: Scorer, *, model_name: str, api_key: str | None = None) -> FastAPI:
+    """The application of a reward model."""
+    app = _new_app(api_key)
+    add_score_routes(app, scorer, model_name=model_name)
+    return app
+
+
+def _new_app(api_key: str | None) -> FastAPI:
+    app = FastAPI(
+        title="InternJAX",
+        docs_url=None,  # these two pages would load scripts from elsewhere
+        redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    _add_error_envelopes(app)
+    app.add_middleware(_LimitBody)
+    if api_key is not None:
+        app.add_middleware(_RequireKey, key=api_key)
+    return app
 
 
 def create_app(
@@ -50,16 +73,7 @@ def create_app(
     adapter_root: the folder below which clients may have adapters loaded from; None: they may not. keep: how much is
     held for clients, and how long.
     """
-    app = FastAPI(
-        title="InternJAX",
-        docs_url=None,  # these two pages would load scripts from elsewhere
-        redoc_url=None,
-        telemetry={"tracing": False, "metrics": False, "logs": False},
-    )
-    _add_error_envelopes(app)
-    app.add_middleware(_LimitBody)
-    if api_key is not None:
-        app.add_middleware(_RequireKey, key=api_key)
+    app = _new_app(api_key)
     if model_name in pipeline.adapters:
         raise ValueError(f"the model and an adapter are both named {model_name!r}; give one of them another name")
     if adapter_root is not None:
@@ -127,6 +141,8 @@ def create_app(
     add_session_routes(app, pipeline, sessions, check_model=check_model)
     stored: Shelf[Stored] = Shelf(most=keep.responses, seconds=keep.response_seconds, replaces=True)
     add_response_routes(app, pipeline, stored, adapter_of=adapter_of)
+    add_embedding_route(app, pipeline, adapter_of=adapter_of)
+    refuse_scores(app, model_name)
     return app
 
 

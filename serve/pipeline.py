@@ -105,7 +105,7 @@ class Pipeline:
         if model.tokenizer is None:
             raise ValueError("the model's folder has no tokenizer; add tokenizer.json and tokenizer_config.json to it")
         if model.config.head != "lm":
-            raise ValueError("the model gives scores (head='scalar'), not text; serve a language model")
+            raise ValueError("the model gives scores (head='scalar'), not text; python -m serve scores with it")
         if draft is not None:
             _check_draft(draft, model)
         meshes = sharding.meshes_beside(sharding.mesh_of(model.params), replicas)
@@ -222,7 +222,7 @@ class Pipeline:
         """The continuation of a text, or of token ids (taken as they are). Markers in a text are plain text."""
         params = Params() if params is None else params
         is_text = isinstance(prompt, str)
-        ids = self._prompt_ids(prompt) if is_text else self._checked_ids(prompt)
+        ids = self.prompt_ids(prompt)
         reader = PlainReader(self.tokenizer, behind_text=len(ids) > 1)  # one token: what begins every text
         return self._submit(ids, reader, params, hidden=int(is_text))
 
@@ -390,10 +390,17 @@ class Pipeline:
                 )
         return tuple(forms)
 
-    def _prompt_ids(self, text: str) -> list[int]:
-        """Ids of a text behind the token that begins one, as evaluation scores it."""
+    def prompt_ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        """Ids of a text behind the token that begins one, as evaluation scores it; ids as they are, once checked."""
+        if not isinstance(prompt, str):
+            return self._checked_ids(prompt)
         first = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
-        return [first, *self.tokenizer.encode(text)]
+        return [first, *self.tokenizer.encode(prompt)]
+
+    @property
+    def model(self) -> Model | None:
+        """What answers; None where the pipeline was made over an engine."""
+        return self._model
 
     def _checked_ids(self, ids: Sequence[int]) -> Sequence[int]:
         if not ids:

@@ -140,7 +140,7 @@ def _refuse_in_chat(request: ChatRequest) -> None:
         for name in ("tool_choice", "parallel_tool_calls"):
             if getattr(request, name) not in (None, "none"):
                 raise Refusal(f"{name} is given without tools; give tools, or leave it out", param=name)
-    _refuse_messages(request.messages)
+    refuse_messages(request.messages)
 
 
 def _refuse_in_session(request: ChatRequest) -> None:
@@ -223,10 +223,11 @@ def refuse_of_session(request: ChatRequest, session: Session) -> None:
 
 def refuse_session(request: SessionRequest) -> None:
     """Raises Refusal for what a session cannot begin with."""
-    _refuse_messages(request.messages or ())
+    refuse_messages(request.messages or ())
 
 
-def _refuse_messages(messages: Sequence[ChatMessage]) -> None:
+def refuse_messages(messages: Sequence[ChatMessage]) -> None:
+    """Raises Refusal for what messages cannot hold."""
     for index, message in enumerate(messages):
         place = f"messages[{index}]."
         refuse_fields(message, REFUSED_OF_MESSAGES, place)

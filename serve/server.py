@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from serve.kept import KeepLimits
     from serve.pipeline import Pipeline
+    from serve.scores import Scorer
 
 _READY_SECONDS = 30.0
 
@@ -26,7 +27,7 @@ class Server:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: Pipeline | Scorer,
         port: socket.socket,
         *,
         model_name: str,
@@ -40,12 +41,17 @@ class Server:
         import uvicorn
 
         from serve.kept import KeepLimits
-        from serve.openai import create_app
+        from serve.openai import create_app, create_score_app
+        from serve.scores import Scorer
 
-        app = create_app(
-            pipeline, model_name=model_name, api_key=api_key, adapter_root=adapter_root, keep=keep or KeepLimits()
-        )
+        if isinstance(pipeline, Scorer):
+            app = create_score_app(pipeline, model_name=model_name, api_key=api_key)
+        else:
+            how = {"adapter_root": adapter_root, "keep": keep or KeepLimits()}
+            app = create_app(pipeline, model_name=model_name, api_key=api_key, **how)
         self._grpc = None
+        if grpc_port is not None and isinstance(pipeline, Scorer):
+            raise ValueError("a reward model is served over REST alone, and grpc_port is given; leave it out")
         if grpc_port is not None:
             from serve.grpc import GrpcServer
             from serve.kserve import Served
@@ -92,7 +98,7 @@ class Server:
 
 
 def start_server(
-    pipeline: Pipeline,
+    pipeline: Pipeline | Scorer,
     *,
     model_name: str,
     host: str = "127.0.0.1",

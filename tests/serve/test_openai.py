@@ -517,7 +517,7 @@ def test_a_body_that_is_too_large_is_refused(refusing):
 def test_other_models_other_paths_other_methods(refusing):
     body = {"model": "gpt", "messages": USER}
     assert check_refused(raw(refusing, "chat/completions", body), "model", 404)["code"] == "model_not_found"
-    check_refused(raw(refusing, "embeddings", {}), None, 404)
+    check_refused(raw(refusing, "audio/speech", {}), None, 404)
     check_refused(httpx.get(f"{refusing.base_url}completions"), None, 405)
     with pytest.raises(openai.BadRequestError, match="suffix is refused: text is continued, not filled in"):
         refusing.completions.create(model="tiny", prompt="x", suffix="end")
