@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +24,8 @@ from internjax.hf.open import Model
 from serve.pipeline import Pipeline
 from serve.protocol import Refusal
 from serve.requests import Fields, Prompts
+
+log = logging.getLogger("serve")
 
 MAX_INPUTS = 2048  # of one request, as OpenAI has it
 _ROW_TOKENS = 4096  # of the rows that are read at once, unless one alone is longer
@@ -105,6 +108,7 @@ def add_embedding_route(app: FastAPI, pipeline: Pipeline, *, adapter_of: Callabl
             )
         vectors = await asyncio.to_thread(embedder, texts)
         num_tokens = sum(map(len, texts))
+        log.info("embeddings user=%r inputs=%d prompt=%d", body.user, len(texts), num_tokens)
         return {
             "object": "list",
             "model": body.model,

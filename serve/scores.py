@@ -11,6 +11,7 @@ program is compiled for each when it is first needed.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,8 @@ from internjax.text.message import Message
 from internjax.text.tokenizer import REWARD
 from serve.protocol import Refusal, messages_of, refuse_messages
 from serve.requests import ChatMessage, Fields
+
+log = logging.getLogger("serve")
 
 MAX_PAIRS = 2048
 _OTHER_ROUTES = {
@@ -138,6 +141,7 @@ def add_score_routes(app: FastAPI, scorer: Scorer, *, model_name: str) -> None:
             )
         scores = await asyncio.to_thread(scorer, sequences)
         num_tokens = sum(map(len, sequences)) + len(sequences)
+        log.info("score user=%r answers=%d prompt=%d", body.user, len(sequences), num_tokens)
         return {
             "object": "list",
             "model": model_name,
