@@ -227,6 +227,8 @@ def open_served(args: argparse.Namespace):
 
     given = [flag for flag, value in (("--adapter", args.adapter), ("--speculate", args.speculate)) if value]
     given += ["--replicas"] if args.replicas > 1 else []
+    given += ["--grpc-port"] if args.grpc_port is not None else []
+    given += ["--adapter-root"] if args.adapter_root is not None else []
     if given:
         raise ValueError(f"MODEL is a reward model, for which there is no {', '.join(given)}; leave it out")
     scorer = Scorer(model, conditions=dict(args.condition), max_context=args.max_context)

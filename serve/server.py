@@ -111,8 +111,8 @@ def start_server(
 ) -> Server:
     """A server of `pipeline`, answering when this returns. `port` 0 takes a free one: see `Server.url`.
 
-    adapter_root, keep: see `serve.openai.create_app`. grpc_port: for the KServe v2 protocol over gRPC as well, 0 for a free
-    one: see `Server.grpc_address`.
+    adapter_root, keep: see `serve.openai.create_app`. grpc_port: for the KServe v2 protocol over gRPC as well, 0 for a
+    free one: see `Server.grpc_address`.
     """
     taken = port if isinstance(port, socket.socket) else take_port(host, port)
     if isinstance(grpc_port, int):
