@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -145,6 +146,11 @@ def refuse_response(request: ResponseRequest) -> None:
     unknown = [each for each in request.include or () if each != TEXT_LOGPROBS]
     if unknown:
         raise Refusal(f"include knows {TEXT_LOGPROBS!r} alone, given {unknown[0]!r:.100}", param="include")
+    for name in ("tools", "text"):  # which are given back
+        try:
+            json.dumps(request.model_dump(include={name}), allow_nan=False, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
+            raise Refusal(f"{name} holds what cannot be sent as JSON: {error}", param=name) from error
     if request.top_logprobs and not request.include:
         raise Refusal(f"top_logprobs needs include to hold {TEXT_LOGPROBS!r}", param="top_logprobs")
     if not request.tools:

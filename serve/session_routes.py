@@ -25,6 +25,7 @@ from serve.jobs import Job
 from serve.kept import Kept, Shelf, owner_of
 from serve.pipeline import Pipeline, Session
 from serve.protocol import Refusal, messages_of, refuse_session, tools_of
+from serve.readers import MARKER_OF
 from serve.requests import ChatRequest, DeclaredTool, SessionRequest
 
 
@@ -146,6 +147,13 @@ def add_session_routes(
             session = pipeline.session(messages, max_length=body.max_length, tools=tools)
         except ValueError as error:
             raise Refusal(str(error), param="max_length") from error
+        for message in session.messages:  # text that is none would be found out by its first turn, or when shown
+            try:
+                for text in (message.content, message.call.content if message.call else ""):
+                    pipeline.tokenizer.encode(text)
+            except ValueError as error:
+                is_told = tools and message.name in MARKER_OF
+                raise Refusal(str(error), param="tools" if is_told else "messages") from error
         return _described(sessions.add(Held(session, body.model, body.tools or (), called), owner=owner_of(request)))
 
     @app.get("/v1/sessions")

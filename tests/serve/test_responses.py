@@ -225,6 +225,21 @@ def test_items_that_cannot_be_read_are_refused_by_their_place(guided, item, para
     refusal_of(guided, {"input": [item]}, param)
 
 
+@pytest.mark.parametrize(
+    ("schema", "format_of"), [({"a": float("nan")}, "tools"), ({"\ud800": 1}, "tools"), ({"a": float("inf")}, "text")]
+)
+def test_what_could_not_be_given_back_is_refused(guided, schema, format_of):
+    """JSON as Python reads it has numbers and texts that JSON has not."""
+    given = {
+        "tools": [{"type": "function", "name": "f", "parameters": schema}],
+        "text": {"format": {"type": "json_schema", "name": "s", "schema": schema}},
+    }
+    body = json.dumps({"model": "tiny", "input": "x", format_of: given[format_of]}).encode()
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(f"{guided.base_url}responses", content=body, headers=headers)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, format_of), response.text
+
+
 def test_every_documented_field_is_honoured_or_refused():
     documented = {*response_create_params.ResponseCreateParamsBase.__annotations__, "stream"}
     assert documented <= {*ResponseRequest.model_fields} == {*BAD} - {"no_such_field"}

@@ -150,6 +150,16 @@ def test_what_a_session_cannot_do_is_refused_and_leaves_it_as_it_was(client):
         assert error["param"] == param
 
 
+@pytest.mark.parametrize("what", ["messages", "tools"])
+def test_a_session_does_not_begin_with_what_is_no_text(client, what):
+    given = {"messages": [{"role": "user", "content": "\ud800"}], "tools": [ADD | {"function": {"name": "f"}}]}
+    given["tools"][0]["function"]["description"] = "é"
+    body = json.dumps({"model": "tiny", what: given[what]}).replace("\\u00e9", "\\ud800").encode()
+    headers = {"Content-Type": "application/json"}
+    error = httpx.post(f"{client.base_url}sessions", content=body, headers=headers).json()["error"]
+    assert error["param"] == what
+
+
 def test_the_notice_of_a_template_that_writes_earlier_turns_anew(client, monkeypatch):
     session = begin(client)
     said(client, session, FIRST)
