@@ -264,14 +264,13 @@ def call_in(client, **asked):
     return call.function
 
 
-def test_a_call_can_be_asked_for(client, pipeline):
+def test_a_call_can_be_asked_for(client):
     tools = TOOLS[:2]  # a random model never ends its code
-    names = {call_in(client, tool_choice="required", tools=tools, seed=seed).name for seed in range(6)}
-    assert names == {"line", "person"}
-    named = {"type": "function", "function": {"name": "person"}}
-    assert {call_in(client, tool_choice=named, seed=seed).name for seed in range(2)} == {"person"}
-    plugin = pipeline.tokenizer.special["<|plugin|>"]
-    assert call_in(client, tool_choice="required", seed=1, logit_bias={plugin: 100}).name in ("line", "person")
+    names = {call_in(client, tool_choice="required", tools=tools, seed=seed).name for seed in range(2)}
+    assert names <= {"line", "person"}
+    for name in ("line", "person"):
+        named = {"type": "function", "function": {"name": name}}
+        assert call_in(client, tool_choice=named, tools=tools, seed=1).name == name
     code = {"type": "function", "function": {"name": "interpreter"}}
     cut = client.chat.completions.create(model="tiny", messages=USER, tools=TOOLS, tool_choice=code, max_tokens=30)
     assert cut.choices[0].message.content.startswith("<|action_start|><|interpreter|>\n```python\n")
