@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="a response goes when it was not used for so long (%(default)g)",
     )
+    parser.add_argument("--no-web", dest="web", action="store_false", help="no chat page at / (default: it is there)")
     add_model_flags(parser)
     return parser
 
@@ -344,10 +345,13 @@ def serve(args: argparse.Namespace) -> int:
             adapter_root=args.adapter_root,
             grpc_port=grpc_port,
             keep=KeepLimits(args.max_sessions, args.session_seconds, args.max_responses, args.response_seconds),
+            web=args.web,
         )
         with server:
             if server.grpc_address is not None:
                 print(f"grpc     {server.grpc_address}")
+            if args.web:
+                print(f"page     {server.url}/")
             print(f"ready    {server.url}/v1  model {name}", flush=True)
             while server.alive and not stopping.wait(1.0):
                 pass

@@ -36,6 +36,7 @@ class Server:
         adapter_root: Path | None,
         grpc_port: socket.socket | None,
         keep: KeepLimits | None,
+        web: bool,
     ):
         # Here, so that a port can be taken, or found in use, before anything heavy is loaded.
         import uvicorn
@@ -43,12 +44,15 @@ class Server:
         from serve.kept import KeepLimits
         from serve.openai import create_app, create_score_app
         from serve.scores import Scorer
+        from serve.web import add_page
 
         if isinstance(pipeline, Scorer):
             app = create_score_app(pipeline, model_name=model_name, api_key=api_key)
         else:
             how = {"adapter_root": adapter_root, "keep": keep or KeepLimits()}
             app = create_app(pipeline, model_name=model_name, api_key=api_key, **how)
+            if web:
+                add_page(app)
         self._grpc = None
         if grpc_port is not None and isinstance(pipeline, Scorer):
             raise ValueError("a reward model is served over REST alone, and grpc_port is given; leave it out")
@@ -108,17 +112,18 @@ def start_server(
     adapter_root: Path | None = None,
     grpc_port: int | socket.socket | None = None,
     keep: KeepLimits | None = None,
+    web: bool = True,
 ) -> Server:
     """A server of `pipeline`, answering when this returns. `port` 0 takes a free one: see `Server.url`.
 
     adapter_root, keep: see `serve.openai.create_app`. grpc_port: for the KServe v2 protocol over gRPC as well, 0 for a
-    free one: see `Server.grpc_address`.
+    free one: see `Server.grpc_address`. web: whether the chat page is at `/`; a reward model has none.
     """
     taken = port if isinstance(port, socket.socket) else take_port(host, port)
     if isinstance(grpc_port, int):
         grpc_port = take_grpc_port(host, grpc_port)
     how = {"api_key": api_key, "drain_seconds": drain_seconds, "adapter_root": adapter_root, "grpc_port": grpc_port}
-    how["keep"] = keep
+    how |= {"keep": keep, "web": web}
     server = Server(pipeline, taken, model_name=model_name, **how)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the shell names
     deadline = time.monotonic() + _READY_SECONDS
