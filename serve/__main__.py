@@ -52,6 +52,34 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="clients may load and unload adapters that lie below this folder, while there is room (--max-adapters)",
     )
+    parser.add_argument(
+        "--condition",
+        action="append",
+        type=_named_text,
+        default=[],
+        metavar="NAME=TEXT",
+        help="of a reward model: a system prompt that says what counts, chosen by name; may be given several times",
+    )
+    parser.add_argument(
+        "--max-sessions", type=_count, default=256, metavar="N", help="conversations held for clients (%(default)s)"
+    )
+    parser.add_argument(
+        "--session-seconds",
+        type=_seconds,
+        default=3600.0,
+        metavar="S",
+        help="a session goes when it was not used for so long (%(default)g)",
+    )
+    parser.add_argument(
+        "--max-responses", type=_count, default=1024, metavar="N", help="responses kept for clients (%(default)s)"
+    )
+    parser.add_argument(
+        "--response-seconds",
+        type=_seconds,
+        default=86400.0,
+        metavar="S",
+        help="a response goes when it was not used for so long (%(default)g)",
+    )
     parser.add_argument("--no-web", dest="web", action="store_false", help="no chat page at / (default: it is there)")
     add_operation_flags(parser)
     add_model_flags(parser)
@@ -205,6 +233,25 @@ def _fraction(text: str) -> float:
     return value
 
 
+def _count(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"a number, 0 or more, given {text}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"seconds, more than 0, given {text}")
+    return value
+
+
+def _named_text(text: str) -> tuple[str, str]:
+    name, _, rest = text.partition("=")
+    if not (name and rest):
+        raise argparse.ArgumentTypeError(f"NAME=TEXT, given {text!r}")
+    return name, rest
+
+
 def _named_folder(text: str) -> tuple[str, str]:
     name, _, folder = text.partition("=")
     if not (name and folder):
@@ -242,6 +289,27 @@ def open_pipeline(args: argparse.Namespace, on_program: Callable[[Compiled], Non
     on_program: told of each.
     """
     return start_pipeline(open_weights(args), args, on_program)
+
+
+def open_served(args: argparse.Namespace, on_program: Callable[[Compiled], None] | None = None):
+    """The pipeline that the flags describe, or the scorer, where MODEL is a reward model; see `open_pipeline`."""
+    model = open_weights(args)
+    if model.config.head == "lm":
+        if args.condition:
+            raise ValueError("--condition is for a reward model, and MODEL gives text; leave it out")
+        return start_pipeline(model, args, on_program)
+    from serve.scores import Scorer
+
+    given = [flag for flag, value in (("--adapter", args.adapter), ("--speculate", args.speculate)) if value]
+    given += ["--replicas"] if args.replicas > 1 else []
+    given += ["--grpc-port"] if args.grpc_port is not None else []
+    given += ["--adapter-root"] if args.adapter_root is not None else []
+    if given:
+        raise ValueError(f"MODEL is a reward model, for which there is no {', '.join(given)}; leave it out")
+    scorer = Scorer(model, conditions=dict(args.condition), max_context=args.max_context)
+    names = ", ".join(scorer.conditions) or "none"
+    print(f"scores   conversations of up to {scorer.max_context:,} tokens; conditions: {names}")
+    return scorer
 
 
 def open_weights(args: argparse.Namespace):
@@ -363,8 +431,10 @@ def serve(args: argparse.Namespace) -> int:
         grpc_port = None if args.grpc_port is None else take_grpc_port(args.host, args.grpc_port)
         from serve.guards import Limits, Operation
         from serve.health import Starting
-        from serve.openai import create_app
+        from serve.kept import KeepLimits
+        from serve.openai import create_app, create_score_app
         from serve.request_log import log_to
+        from serve.scores import Scorer
 
         log_to(sys.stderr, kind=args.log_format)
         starting = Starting(name)
@@ -377,15 +447,20 @@ def serve(args: argparse.Namespace) -> int:
         operation = Operation(limits, tuple(args.allow_origin), args.log_prompts, args.stuck_seconds)
         with Server(starting, port, model_name=name, drain_seconds=args.drain_seconds) as server:
             print(f"port     {server.url}/health tells how far it is", flush=True)
-            with open_pipeline(args, starting.compiled) as pipeline:
+            with open_served(args, starting.compiled) as served:
                 for number in (signal.SIGTERM, signal.SIGINT):
                     signal.signal(number, lambda *_: stopping.set())
-                how = {"api_key": keys, "adapter_root": args.adapter_root, "operation": operation, "web": args.web}
-                server.use(create_app(pipeline, model_name=name, **how))
+                how = {"model_name": name, "api_key": keys, "operation": operation}
+                if is_text := not isinstance(served, Scorer):
+                    how |= {"adapter_root": args.adapter_root, "web": args.web}
+                    how["keep"] = KeepLimits(
+                        args.max_sessions, args.session_seconds, args.max_responses, args.response_seconds
+                    )
+                server.use((create_app if is_text else create_score_app)(served, **how))
                 if grpc_port is not None:
-                    server.add_grpc(pipeline, grpc_port, api_keys=keys)
+                    server.add_grpc(served, grpc_port, api_keys=keys)
                     print(f"grpc     {server.grpc_address}")
-                if args.web:
+                if args.web and is_text:
                     print(f"page     {server.url}/")
                 print(f"ready    {server.url}/v1  model {name}", flush=True)
                 while server.alive and not stopping.wait(1.0):

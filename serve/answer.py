@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from internjax.decode.request import Handle, PromptLogprobs, Ranked, Request
-from internjax.text.chat import CallEnd
+from internjax.text.chat import CallDelta, CallEnd, CallStart
 from internjax.text.message import Message, ToolCall
 from internjax.text.tokenizer import StreamDecoder
 from serve.guided import Following, GuideError
@@ -74,7 +74,8 @@ class Result(NamedTuple):
         return Message("assistant", self.text, call=self.call)
 
 
-Event = Prompt | Delta | CallEnd | Result
+Event = Prompt | Delta | CallStart | CallDelta | CallEnd | Result
+"""A call that is cut off has no CallEnd: its text is a Delta at the end, as it is in the Result."""
 
 
 class Answer:
@@ -207,9 +208,12 @@ class Answer:
         early = len(self._ids) <= self._params.min_tokens
         yield from self._show(text if early else self._stops.push(text))
         for part in parts:
-            if isinstance(part, CallEnd) and self._stops.hit is None:
+            if self._stops.hit is not None:
+                break
+            if isinstance(part, CallEnd):
                 yield from self._show(self._stops.flush())
                 self._call = part.call
+            if isinstance(part, CallStart | CallDelta | CallEnd):
                 yield part
 
     def _show(self, text: str) -> Iterator[Delta]:

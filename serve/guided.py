@@ -13,11 +13,12 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from internjax.text.tokenizer import Tokenizer
+from internjax.text.tokenizer import ACTION_END, ACTION_START, INTERPRETER, PLUGIN, Tokenizer
 
 MAX_COMPILED = 64
 """Compiled guides that are kept, those used last."""
@@ -62,15 +63,68 @@ class Choice:
     options: tuple[str, ...]
 
 
-GuideSpec = JSONSchema | AnyJSON | Regex | Grammar | Choice
+@dataclass(frozen=True)
+class CallOf:
+    """A call of one of the functions; "interpreter" is code.
+
+    forced: it comes before any text. Else there is text, and the call only where the model makes one.
+    """
+
+    functions: tuple[CalledFunction, ...]
+    forced: bool = True
+
+
+class CalledFunction(NamedTuple):
+    name: str
+    parameters: Mapping[str, Any]
+    """A JSON schema of an object."""
+    strict: bool = False
+
+
+GuideSpec = JSONSchema | AnyJSON | Regex | Grammar | Choice | CallOf
 
 
 class GuideError(ValueError):
     """What an answer is to follow cannot be followed: it cannot be compiled, or grew too complex on the way."""
 
 
-def grammar_of(spec: GuideSpec) -> str:
-    """Returns the guide in llguidance's terms. Raises GuideError for one that is none of its kind."""
+def grammars_of(spec: GuideSpec) -> dict[str | None, str]:
+    """Returns the guide in llguidance's terms: of a whole answer (None), or of the bodies of calls by their marker.
+
+    Raises GuideError for one that is none of its kind.
+    """
+    if not isinstance(spec, CallOf):
+        return {None: _grammar_of(spec)}
+    plugins = [function for function in spec.functions if function.name != "interpreter"]
+    grammars = {PLUGIN: _calls_grammar(plugins)} if plugins else {}
+    if len(plugins) < len(spec.functions):
+        # A fence ends the code where the call ends; where the model goes on behind it, it was part of the code.
+        grammars[INTERPRETER] = r"start: /\n```python\n(.|\n)*\n```/"
+    if not grammars:
+        raise GuideError("a call of no function is asked for; give one function at least")
+    return grammars
+
+
+def _calls_grammar(functions: Sequence[CalledFunction]) -> str:
+    """A JSON object with name and parameters, spaced as the model is taught to write it.
+
+    The parameters of each function are a grammar of their own, so that what a schema refers to is found in it.
+    """
+    space = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+    lines = []
+    for index, (name, parameters, strict) in enumerate(functions):
+        schema = _parsed(parameters)
+        _check_schema(schema)
+        if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
+            raise GuideError(f"the parameters of {name!r} are an object's schema, given {schema!r:.200}")
+        own = {"type": "object"} | dict(schema) | {"x-guidance": space | {"lenient": not strict}}
+        head = json.dumps(f'{{"name": {json.dumps(name)}, "parameters": ')
+        lines += [f'call{index}: {head} parameters{index} "}}"', f"parameters{index}: %json {json.dumps(own)}"]
+    either = " | ".join(f"call{index}" for index in range(len(functions)))
+    return "\n".join([rf'start: "\n" ({either})', *lines])
+
+
+def _grammar_of(spec: GuideSpec) -> str:
     import llguidance
 
     space = {"whitespace_pattern": _JSON_SPACE}
@@ -130,12 +184,28 @@ class Guides:
         self._vocabulary: Any = None
         forbidden = sorted({*tokenizer.special.values()} - {*stop_ids})
         self._never = _words([token_id for token_id in forbidden if token_id < vocab_size], vocab_size)
+        self._all = _words(range(min(vocab_size, tokenizer.vocab_size)), vocab_size)
 
     def compile(self, spec: GuideSpec) -> Following:
         """Returns what makes the guide of an answer. Raises GuideError, with the library's words, for a bad one."""
+        matchers = {marker: self._matcher(grammar, spec) for marker, grammar in grammars_of(spec).items()}
+        if not isinstance(spec, CallOf):
+            guide = partial(AnswerGuide, matchers[None], self._never, self._vocab_size)
+            return Following(guide)
+        special = self._tokenizer.special
+        missing = [marker for marker in (ACTION_START, ACTION_END, *matchers) if marker not in special]
+        if missing:
+            raise GuideError(f"the tokenizer lacks the markers of calls {missing}; no call can be asked for")
+        markers = CallMarkers(
+            special[ACTION_START], special[ACTION_END], {special[m]: matcher for m, matcher in matchers.items()}
+        )
+        text = ~self._never & self._all
+        return Following(partial(CallGuide, markers, self._stop_ids, text, spec.forced, self._never, self._vocab_size))
+
+    def _matcher(self, grammar: str, spec: GuideSpec):
+        """The compiled grammar; copies of it follow answers."""
         import llguidance
 
-        grammar = grammar_of(spec)
         with self._lock:
             matcher = self._compiled.get(grammar)
         if matcher is None:  # not under the lock: a large one takes a while, and others need not wait for it
@@ -148,7 +218,7 @@ class Guides:
             self._compiled.move_to_end(grammar)
             while len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
-        return Following(matcher, never=self._never, size=self._vocab_size)
+        return matcher
 
     @property
     def num_compiled(self) -> int:
@@ -181,12 +251,12 @@ class _Vocabulary:
 class Following:
     """Makes the guides of one request: each answer has its own. `fault` says why one of them could not go on."""
 
-    def __init__(self, matcher, *, never: np.ndarray, size: int):
-        self._matcher, self._never, self._size = matcher, never, size
+    def __init__(self, make: Callable[[Callable[[str], None]], AnswerGuide | CallGuide]):
+        self._make = make
         self.fault: str | None = None
 
-    def __call__(self) -> AnswerGuide:
-        return AnswerGuide(self._matcher.deep_copy(), self._never, self._size, self._note)
+    def __call__(self) -> AnswerGuide | CallGuide:
+        return self._make(self._note)
 
     def _note(self, fault: str) -> None:
         self.fault = fault
@@ -196,7 +266,7 @@ class AnswerGuide:
     """Follows one answer: the engine's `Guide`."""
 
     def __init__(self, matcher, never: np.ndarray, size: int, note: Callable[[str], None]):
-        self._matcher, self._never, self._size, self._note = matcher, never, size, note
+        self._matcher, self._never, self._size, self._note = matcher.deep_copy(), never, size, note
 
     def mask(self) -> np.ndarray:
         words = np.zeros(-(-self._size // 32), np.uint32)
@@ -215,6 +285,59 @@ class AnswerGuide:
         why = _first_lines(why)
         self._note(why)
         raise GuideError(f"the answer cannot be guided any further: {why}")
+
+
+class CallMarkers(NamedTuple):
+    """Ids of the markers around a call, and by the marker of each tool what follows its body."""
+
+    opening: int
+    closing: int
+    matchers: Mapping[int, Any]
+
+
+class CallGuide:
+    """Follows an answer that is a call, or may hold one: text, the two markers that begin it, its body, its end.
+
+    No grammar can lead to a marker, so they are followed here and the bodies by grammars, each complete where the
+    answer could end: there stands the closing marker.
+    """
+
+    def __init__(
+        self,
+        markers: CallMarkers,
+        stop_ids: Sequence[int],
+        text: np.ndarray,
+        forced: bool,
+        never: np.ndarray,
+        size: int,
+        note: Callable[[str], None],
+    ):
+        """text: mask of what may stand outside a call, its ends included."""
+        self._markers, self._never, self._size, self._note = markers, never, size, note
+        self._opening, self._closing = _words([markers.opening], size), _words([markers.closing], size)
+        self._tools, self._ends = _words([*markers.matchers], size), _words(stop_ids, size)
+        self._next = self._opening if forced else text | self._opening  # outside a body: what may come
+        self._body: AnswerGuide | None = None
+
+    def mask(self) -> np.ndarray:
+        if self._body is None:
+            return self._next.copy()
+        words = self._body.mask()
+        if (words & self._ends).any():
+            words = (words & ~self._ends) | self._closing
+        return words
+
+    def take(self, token: int) -> None:
+        if self._body is None:
+            if token == self._markers.opening:
+                self._next = self._tools
+            elif token in self._markers.matchers:
+                matcher = self._markers.matchers[token]
+                self._body = AnswerGuide(matcher, self._never, self._size, self._note)
+        elif token == self._markers.closing:
+            self._body, self._next = None, self._ends
+        else:
+            self._body.take(token)
 
 
 def _words(ids: Sequence[int], size: int) -> np.ndarray:

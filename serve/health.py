@@ -50,11 +50,8 @@ def health_of(pipeline: Pipeline, doors: Doors, *, stuck_seconds: float) -> Heal
     return Health("degraded" if any(faults) else "ok", None, faults)
 
 
-def add_health_routes(app: FastAPI, pipeline: Pipeline, doors: Doors, *, model_name: str, stuck_seconds: float) -> None:
-    """Adds /health, /live and /ready."""
-
-    def now() -> Health:
-        return health_of(pipeline, doors, stuck_seconds=stuck_seconds)
+def add_health_routes(app: FastAPI, now: Callable[[], Health], *, model_name: str) -> None:
+    """Adds /health, /live and /ready. now: returns how the server is."""
 
     def answer(health: Health, *, is_well: bool) -> Response:
         state: dict[str, Any] = {"status": health.status, "model": model_name, "fault": health.fault}

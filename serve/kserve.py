@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from serve.keys import is_opened
 from serve.pipeline import Answer, Pipeline
-from serve.protocol import Refusal, Refused, messages_of, params_of, refuse, tools_of
+from serve.protocol import Refusal, Refused, call_guide_of, guided_call, messages_of, params_of, refuse, tools_of
 from serve.requests import ChatRequest, CompletionRequest
 from serve.tensors import Tensor
 
@@ -87,8 +87,12 @@ REFUSED_PARAMETERS = {
     "sequence_end": Refused("requests stand alone; send the conversation as messages", (False,)),
     "priority": Refused("requests are answered in their order", (0,)),
 }
-_BY_TENSORS = ("model", "prompt", "messages", "tools", "stream", "stream_options", "n", "best_of", "echo", "suffix")
-"""Fields of OpenAI's requests that sampling_parameters may not hold: tensors say them, and a prompt has one answer."""
+_BY_TENSORS = (
+    *("model", "prompt", "messages", "tools", "stream", "stream_options", "n", "best_of", "echo", "suffix"),
+    "session_id",
+)
+"""Fields of requests that sampling_parameters may not hold: tensors say them, and a prompt has one answer; sessions
+are REST's."""
 
 
 class Served(NamedTuple):
@@ -372,10 +376,12 @@ def _start(body: CompletionRequest | ChatRequest, served: Served) -> Callable[[]
         params = replace(params_of(body), adapter=None if body.model == served.model_name else body.model)
         if isinstance(body, CompletionRequest):
             return partial(pipeline.complete, body.prompt[0], params)
-        tools = tools_of(body)
+        declared = () if body.tool_choice == "none" else body.tools or ()
+        tools = tools_of(declared)
         if tools and not pipeline.calls_tools:
             raise Refusal("this model's tokenizer has no markers for tool calls; leave tools out", param="tools")
-        return partial(pipeline.chat, messages_of(body), params, tools=tools)
+        params = guided_call(params, call_guide_of(body.tool_choice, declared, body))
+        return partial(pipeline.chat, messages_of(body.messages, {}), params, tools=tools)
     except ValueError as error:
         raise Refusal(str(error)) from error
 

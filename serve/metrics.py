@@ -59,7 +59,8 @@ HISTOGRAMS = {
 class Metrics:
     """The figures of one server."""
 
-    def __init__(self, pipeline: Pipeline, doors: Doors, *, model_name: str):
+    def __init__(self, pipeline: Pipeline | None, doors: Doors, *, model_name: str):
+        """pipeline: None for a server without engines."""
         self._pipeline, self._model_name = pipeline, model_name
         self._gauges: dict[str, tuple[str, Callable[[], int]]] = {}
         # Of its own: several servers in one process do not share figures.
@@ -104,7 +105,7 @@ class Metrics:
         yield from self._of_engines()
 
     def _of_engines(self) -> Iterator[Any]:
-        engines = {str(index): engine for index, engine in enumerate(self._pipeline.engines)}
+        engines = {str(index): engine for index, engine in enumerate(self._pipeline.engines if self._pipeline else ())}
         stats = {replica: engine.stats() for replica, engine in engines.items()}
         for families, kind in ((GAUGES, GaugeMetricFamily), (COUNTERS, CounterMetricFamily)):
             for name, (help, value) in families.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from internjax.decode.sample import SamplingParams
-from serve.guided import GuideSpec, grammar_of
+from serve.guided import GuideSpec, grammars_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Params:
     ignore_eos: bool = False  # those of the model do not end the answer; a chat answer is then text, without calls
     logprobs: int | None = None  # of the tokens drawn, with so many most likely ones in the place of each
     prompt_logprobs: int | None = None  # likewise of the prompt
-    guide: GuideSpec | None = None  # what the answer follows; not with ignore_eos, min_tokens, bad_words or tools
+    guide: GuideSpec | None = None  # what the answer follows; not with ignore_eos, min_tokens, bad_words
     adapter: str | None = None  # one that is loaded, by name; None: the model as it was opened
 
     def __post_init__(self):
@@ -55,7 +55,7 @@ class Params:
             if given is not None and not _is_count(given):
                 raise ValueError(f"{name} must be a number of most likely tokens (0: none), or None, given {given!r}")
         if self.guide is not None:
-            grammar_of(self.guide)  # which refuses what is none
+            grammars_of(self.guide)  # which refuses what is none
             for name in ("ignore_eos", "min_tokens", "bad_words"):
                 if given := getattr(self, name):
                     raise ValueError(

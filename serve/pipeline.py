@@ -2,7 +2,7 @@
 
     with Pipeline(open_model("runs/tiny")) as pipeline:
         for event in pipeline.chat([Message("user", "What is 2 + 2?")], Params(max_tokens=64)):
-            ...  # Delta(text, tokens) as it comes, CallEnd(call) where a tool is called, Result(...) at the end
+            ...  # Delta(text, tokens) as it comes, CallStart to CallEnd(call) where a tool is called, then Result(...)
 
 The engine knows token ids only; everything that is text is here.
 """
@@ -36,7 +36,7 @@ from internjax.text.message import INTERPRETER_PROMPT, Chat, Message, tools_mess
 from internjax.text.tokenizer import ACTION_END, ACTION_START, INTERPRETER, PLUGIN, Tokenizer, differing_id
 from serve.adapters import read_adapter, room_for
 from serve.answer import Answer, Delta, Event, Prompt, Result, Token
-from serve.guided import Following, GuideError, Guides, GuideSpec
+from serve.guided import CallOf, Following, GuideError, Guides, GuideSpec
 from serve.params import Params, sampling_of, with_sampling
 from serve.readers import MARKER_OF, ChatReader, PlainReader, Reader
 from serve.session import Answering, Session
@@ -105,7 +105,7 @@ class Pipeline:
         if model.tokenizer is None:
             raise ValueError("the model's folder has no tokenizer; add tokenizer.json and tokenizer_config.json to it")
         if model.config.head != "lm":
-            raise ValueError("the model gives scores (head='scalar'), not text; serve a language model")
+            raise ValueError("the model gives scores (head='scalar'), not text; python -m serve scores with it")
         if draft is not None:
             _check_draft(draft, model)
         meshes = sharding.meshes_beside(sharding.mesh_of(model.params), replicas)
@@ -223,7 +223,7 @@ class Pipeline:
         """The continuation of a text, or of token ids (taken as they are). Markers in a text are plain text."""
         params = Params() if params is None else params
         is_text = isinstance(prompt, str)
-        ids = self.prompt_ids(prompt) if is_text else self._checked_ids(prompt)
+        ids = self.prompt_ids(prompt)
         reader = PlainReader(self.tokenizer, behind_text=len(ids) > 1)  # one token: what begins every text
         return self._submit(ids, reader, params, hidden=int(is_text))
 
@@ -312,8 +312,12 @@ class Pipeline:
     ) -> Answer:
         """The answer to a conversation whose ids are known. Of a session the first `kept` are held already."""
         may_call = any(message.role == "system" and message.name in MARKER_OF for message in messages)
-        if params.guide is not None and may_call:
-            raise ValueError("a guide is given and tools are declared: a guided turn holds no calls; give one of them")
+        if params.guide is not None and may_call != isinstance(params.guide, CallOf):
+            raise ValueError(
+                "a guide is given and tools are declared: a guided turn holds no calls; give one of them"
+                if may_call
+                else "a call is asked for and no tools are declared; give the tools"
+            )
         if params.ignore_eos and may_call:
             raise ValueError("ignore_eos is set and tools are declared: past its end a turn holds no calls; give one")
         plain = params.ignore_eos
@@ -393,10 +397,17 @@ class Pipeline:
                 )
         return tuple(forms)
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """Ids of a text behind the token that begins one, as evaluation scores it."""
+    def prompt_ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        """Ids of a text behind the token that begins one, as evaluation scores it; ids as they are, once checked."""
+        if not isinstance(prompt, str):
+            return self._checked_ids(prompt)
         first = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
-        return [first, *self.tokenizer.encode(text)]
+        return [first, *self.tokenizer.encode(prompt)]
+
+    @property
+    def model(self) -> Model | None:
+        """What answers; None where the pipeline was made over an engine."""
+        return self._model
 
     def _checked_ids(self, ids: Sequence[int]) -> Sequence[int]:
         if not ids:

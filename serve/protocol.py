@@ -7,14 +7,25 @@ value always pass.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from internjax.text.message import Message, from_openai, to_openai
-from serve.guided import AnyJSON, Choice, Grammar, GuideSpec, JSONSchema, Regex
-from serve.pipeline import Params, Result, Token
-from serve.requests import ChatRequest, CompletionRequest, LoadAdapterRequest, UnloadAdapterRequest
+from internjax.text.message import Message, from_openai
+from serve.calls import function_of
+from serve.guided import AnyJSON, CalledFunction, CallOf, Choice, Grammar, GuideError, GuideSpec, JSONSchema, Regex
+from serve.pipeline import Params, Result, Session, Token
+from serve.requests import (
+    Asking,
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    DeclaredTool,
+    LoadAdapterRequest,
+    SessionRequest,
+    UnloadAdapterRequest,
+)
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat answer may fill the context
 
@@ -62,7 +73,6 @@ REFUSED_OF_CHATS = {
     "store": Refused("nothing is stored", (False,)),
     "verbosity": Refused("ask for the length in the conversation", ("medium",)),
     "web_search_options": Refused("the server has no network"),
-    "tool_choice": Refused("a call cannot be forced; the model decides, or is not told of the tools", ("auto", "none")),
 }
 REFUSED_OF_MESSAGES = {
     "refusal": Refused("the model's protocol has no refusals; send them as content"),
@@ -70,7 +80,10 @@ REFUSED_OF_MESSAGES = {
     "function_call": Refused("use tool_calls"),
     "annotations": Refused("messages are text", ([],)),
 }
-REFUSED_OF_FUNCTIONS = {"strict": Refused("arguments cannot be forced to follow the schema", (False,))}
+REFUSED_TOOL_CHOICES = {
+    "allowed_tools": "declare only the tools that may be called",
+    "custom": "tools are functions with parameters, and the interpreter",
+}
 REFUSED_OF_ADAPTERS = {
     "load_inplace": Refused("an adapter is not replaced while it is served; unload it first", (False,)),
     "is_3d_lora_weight": Refused("adapters of mixtures of experts are not read", (False,)),
@@ -82,13 +95,13 @@ REFUSED_OF_STREAMS = {"include_obfuscation": Refused("chunks are sent as they ar
 def refuse(request: CompletionRequest | ChatRequest) -> None:
     """Raises Refusal for what is asked for and cannot be given."""
     is_chat = isinstance(request, ChatRequest)
-    _refuse_fields(request, REFUSED_OF_CHATS if is_chat else REFUSED_OF_COMPLETIONS)
+    refuse_fields(request, REFUSED_OF_CHATS if is_chat else REFUSED_OF_COMPLETIONS)
     if request.stream_options is not None:
         if not request.stream:
             raise Refusal(
                 "stream_options are for streams; set stream to true, or leave them out", param="stream_options"
             )
-        _refuse_fields(request.stream_options, REFUSED_OF_STREAMS, "stream_options.")
+        refuse_fields(request.stream_options, REFUSED_OF_STREAMS, "stream_options.")
     most = max_tokens_of(request)
     if most is not None and (request.min_tokens or 0) > most:
         raise Refusal(f"min_tokens is {request.min_tokens}, more than max_tokens, {most}", param="min_tokens")
@@ -121,15 +134,103 @@ def _refuse_in_chat(request: ChatRequest) -> None:
         raise Refusal("max_tokens and max_completion_tokens are both given; give one", param="max_tokens")
     if request.top_logprobs is not None and not request.logprobs:
         raise Refusal("top_logprobs needs logprobs to be true", param="top_logprobs")
-    if not request.tools:
+    if request.session_id is not None:
+        _refuse_in_session(request)
+    elif not request.tools:
         for name in ("tool_choice", "parallel_tool_calls"):
             if getattr(request, name) not in (None, "none"):
                 raise Refusal(f"{name} is given without tools; give tools, or leave it out", param=name)
-    for index, tool in enumerate(request.tools or ()):
-        _refuse_fields(tool.function, REFUSED_OF_FUNCTIONS, f"tools[{index}].function.")
+    refuse_messages(request.messages)
+
+
+def _refuse_in_session(request: ChatRequest) -> None:
+    if (request.n or 1) > 1:
+        raise Refusal(f"a session goes on with one answer, given n = {request.n}; fork it for others", param="n")
+    if request.tools:
+        raise Refusal("the tools of a session are declared where it begins, in POST /v1/sessions", param="tools")
     for index, message in enumerate(request.messages):
+        if message.role == "assistant":
+            raise Refusal(
+                "messages are the new turn alone, the session holds what was said before; leave out the assistant's",
+                param=f"messages[{index}].role",
+            )
+
+
+def call_guide_of(
+    choice: Any, declared: Sequence[DeclaredTool], request: Asking, *, param: str = "tool_choice"
+) -> CallOf | None:
+    """What an answer's call is to follow: one that is forced, or, of functions that are strict, one that may come.
+
+    choice: OpenAI's tool_choice, in the form of chats. Raises Refusal for one that cannot be had.
+    """
+    tools = [tool.function for tool in declared]
+    is_strict = any(tool.strict and tool.name != "interpreter" for tool in tools)
+    match choice:
+        case None | "auto":
+            forced, blamed = False, "tools[].function.strict"
+        case "none":
+            return None
+        case "required":
+            forced, blamed = True, param
+        case {"type": "function", "function": {"name": str(name), **more_of_it}, **more} if not (more_of_it or more):
+            forced, blamed = True, param
+            tools = [tool for tool in tools if tool.name == name]
+            if not tools:
+                names = ", ".join(repr(tool.function.name) for tool in declared) or "none"
+                raise Refusal(f"tool_choice names the function {name!r:.100}; declared are: {names}", param=param)
+        case {"type": ("allowed_tools" | "custom") as kind}:
+            raise Refusal(f"the tool_choice {kind} is refused: {REFUSED_TOOL_CHOICES[kind]}", param=param)
+        case _:
+            known = '\'none\', \'auto\', \'required\' or {"type": "function", "function": {"name": ...}}'
+            raise Refusal(f"tool_choice is {known}, given {choice!r:.200}", param=param)
+    if not tools or not (forced or is_strict):
+        return None
+    for name in ("ignore_eos", "min_tokens", "bad_words"):
+        if getattr(request, name, None):
+            raise Refusal(
+                f"{name} is given, and {blamed}: the form of a call alone says what may come next. Leave out one",
+                param=name,
+            )
+    none = {"type": "object", "properties": {}}
+    functions = (CalledFunction(tool.name, tool.parameters or none, bool(tool.strict)) for tool in tools)
+    return CallOf(tuple(functions), forced)
+
+
+def guided_call(params: Params, guide: CallOf | None) -> Params:
+    """Params of an answer whose call follows the guide. Raises Refusal where a schema cannot be read."""
+    if guide is None:
+        return params
+    try:
+        return replace(params, guide=guide)
+    except ValueError as error:
+        raise Refusal(str(error), param="tools") from error
+
+
+def refuse_of_session(request: ChatRequest, session: Session) -> None:
+    """Raises Refusal for what the session of a request does not allow."""
+    if session.may_call and request.tool_choice == "none":
+        raise Refusal(
+            "the session told the model of its tools; fork it before, or leave out tool_choice", param="tool_choice"
+        )
+    asks = request.tool_choice not in (None, "none") or request.parallel_tool_calls is not None
+    if not session.may_call and asks:
+        name = "parallel_tool_calls" if request.tool_choice is None else "tool_choice"
+        raise Refusal(f"{name} is given, and the session has no tools; leave it out", param=name)
+    name = "ignore_eos" if request.ignore_eos else None if guide_of(request) is None else param_of("guide", request)
+    if session.may_call and name is not None:
+        raise Refusal(f"the session has tools, and a turn with {name} holds no calls; leave it out", param=name)
+
+
+def refuse_session(request: SessionRequest) -> None:
+    """Raises Refusal for what a session cannot begin with."""
+    refuse_messages(request.messages or ())
+
+
+def refuse_messages(messages: Sequence[ChatMessage]) -> None:
+    """Raises Refusal for what messages cannot hold."""
+    for index, message in enumerate(messages):
         place = f"messages[{index}]."
-        _refuse_fields(message, REFUSED_OF_MESSAGES, place)
+        refuse_fields(message, REFUSED_OF_MESSAGES, place)
         if message.tool_calls and message.role != "assistant":
             raise Refusal(
                 f"a {message.role} message has tool_calls; only the assistant's do", param=place + "tool_calls"
@@ -145,10 +246,11 @@ def _refuse_in_chat(request: ChatRequest) -> None:
 def refuse_adapter(request: LoadAdapterRequest | UnloadAdapterRequest) -> None:
     """Raises Refusal for what is asked of an adapter and cannot be given."""
     fields = type(request).model_fields
-    _refuse_fields(request, {name: refused for name, refused in REFUSED_OF_ADAPTERS.items() if name in fields})
+    refuse_fields(request, {name: refused for name, refused in REFUSED_OF_ADAPTERS.items() if name in fields})
 
 
-def _refuse_fields(values: BaseModel, refused: Mapping[str, Refused], place: str = "") -> None:
+def refuse_fields(values: BaseModel, refused: Mapping[str, Refused], place: str = "") -> None:
+    """Raises Refusal for the first field that is in the table and has a value that asks for something."""
     for name, (why, neutral) in refused.items():
         value = getattr(values, name)
         if value is not None and value not in neutral:
@@ -196,17 +298,22 @@ def params_of(request: CompletionRequest | ChatRequest) -> Params:
         logprobs, echoed = (request.top_logprobs or 0) if request.logprobs else None, False
     else:
         logprobs, echoed = request.logprobs, bool(request.echo)
-    return Params(
-        max_tokens=max_tokens_of(request),
-        seed=None if request.seed is None else request.seed % 2**32,
-        stop=tuple(request.stop or ()),
-        bad_words=tuple(request.bad_words or ()),
-        stop_token_ids=tuple(request.stop_token_ids or ()),
-        logprobs=logprobs,
-        prompt_logprobs=logprobs if echoed else None,
-        guide=guide_of(request),
-        **{name: value for name in _AS_GIVEN if (value := getattr(request, name)) is not None},
-    )
+    try:
+        return Params(
+            max_tokens=max_tokens_of(request),
+            seed=None if request.seed is None else request.seed % 2**32,
+            stop=tuple(request.stop or ()),
+            bad_words=tuple(request.bad_words or ()),
+            stop_token_ids=tuple(request.stop_token_ids or ()),
+            logprobs=logprobs,
+            prompt_logprobs=logprobs if echoed else None,
+            guide=guide_of(request),
+            **{name: value for name in _AS_GIVEN if (value := getattr(request, name)) is not None},
+        )
+    except GuideError as error:
+        raise Refusal(str(error), param=param_of("guide", request)) from error
+    except ValueError as error:
+        raise Refusal(str(error)) from error
 
 
 _AS_GIVEN = (
@@ -224,19 +331,26 @@ _AS_GIVEN = (
 )
 
 
-def param_of(field: str, request: CompletionRequest | ChatRequest) -> str:
+def param_of(field: str, request: Asking) -> str:
     """The name in the request of a field of the engine's."""
-    logprobs = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
+    logprobs = "logprobs" if isinstance(request, CompletionRequest) else "top_logprobs"
     names = {"stop_ids": "stop_token_ids", "min_new_tokens": "min_tokens"}
-    names["guide"] = "response_format" if request.structured_outputs is None else "structured_outputs"
+    wanted = getattr(request, "response_format", None)
+    is_format = wanted is not None and wanted.type != "text"
+    given = getattr(request, "structured_outputs", None) is not None
+    names["guide"] = "structured_outputs" if given else "response_format" if is_format else "tools"
+    if getattr(request, "text", None) is not None and not request.tools:
+        names["guide"] = "text.format"
     return (names | {"logprobs": logprobs, "prompt_logprobs": logprobs}).get(field, field)
 
 
-def messages_of(request: ChatRequest) -> list[Message]:
-    """The conversation in the model's terms: a tool's result is a turn of the environment, named after its tool."""
-    called: dict[str, str] = {}
+def messages_of(messages: Sequence[ChatMessage], called: dict[str, str]) -> list[Message]:
+    """The conversation in the model's terms: a tool's result is a turn of the environment, named after its tool.
+
+    called: the functions of earlier calls by their ids, to which those of these messages are added.
+    """
     turns = []
-    for index, message in enumerate(request.messages):
+    for index, message in enumerate(messages):
         turn: dict[str, Any] = {"role": message.role, "content": message.content, "name": message.name}
         if message.tool_calls:
             turn["tool_calls"] = [{"function": c.function.model_dump()} for c in message.tool_calls]
@@ -252,12 +366,10 @@ def messages_of(request: ChatRequest) -> list[Message]:
     return from_openai(turns)
 
 
-def tools_of(request: ChatRequest) -> list[dict[str, Any]]:
+def tools_of(declared: Sequence[DeclaredTool] | None) -> list[dict[str, Any]]:
     """The tools that the model is told of, each {name, description, parameters}."""
-    if request.tool_choice == "none":
-        return []
     none = {"type": "object", "properties": {}}
-    functions = (tool.function for tool in request.tools or ())
+    functions = (tool.function for tool in declared or ())
     return [{"name": f.name, "description": f.description or "", "parameters": f.parameters or none} for f in functions]
 
 
@@ -277,8 +389,7 @@ def usage(results: Sequence[Result], *, n: int) -> dict[str, Any]:
 def tool_calls(result: Result, call_id: str) -> list[dict[str, Any]] | None:
     if result.call is None:
         return None
-    (turn,) = to_openai([result.message])
-    return [{"id": call_id, "type": "function", "function": turn["tool_calls"][0]["function"]}]
+    return [{"id": call_id, "type": "function", "function": function_of(result.call)._asdict()}]
 
 
 def chat_logprobs(tokens: Sequence[Token]) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 
-class _Fields(BaseModel):
+class Fields(BaseModel):
+    """Checked without conversions; unknown fields are refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
@@ -74,6 +76,13 @@ Content = Annotated[
     BeforeValidator(_as_text),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}),
 ]
+ToolChoice = Annotated[
+    Any,  # checked by `serve.protocol`, which can say what of it is refused
+    WithJsonSchema(
+        {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}, {"type": "null"}]},
+    ),
+]
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 Ids = list[Annotated[int, Field(ge=0, lt=2**31)]]
 Words = list[Annotated[str, Field(min_length=1)]]
 Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
@@ -83,24 +92,24 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
-class StreamOptions(_Fields):
+class StreamOptions(Fields):
     include_usage: bool | None = None
     include_obfuscation: Any = None
 
 
-class NamedSchema(_Fields):
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+class NamedSchema(Fields):
+    name: ToolName
     description: str | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
-class ResponseFormat(_Fields):
+class ResponseFormat(Fields):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
 
 
-class StructuredOutputs(_Fields):
+class StructuredOutputs(Fields):
     """What the answer is to follow, one of them; as vLLM has it."""
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
@@ -109,11 +118,17 @@ class StructuredOutputs(_Fields):
     grammar: str | None = None
 
 
-class _Sampled(_Fields):
-    """What both kinds of request share. From `top_k` on it is not OpenAI's; its clients send it as `extra_body`."""
+class Asking(Fields):
+    """A request for answers, of any kind."""
 
     model: str
     stream: bool | None = None
+    user: str | None = None
+
+
+class Sampled(Asking):
+    """What requests for answers share. From `top_k` on it is not OpenAI's; its clients send it as `extra_body`."""
+
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     temperature: Temperature | None = None
@@ -121,7 +136,6 @@ class _Sampled(_Fields):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: Stop = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    user: str | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: Bias | None = None
@@ -136,7 +150,7 @@ class _Sampled(_Fields):
     structured_outputs: StructuredOutputs | None = None
 
 
-class CompletionRequest(_Sampled):
+class CompletionRequest(Sampled):
     prompt: Prompts
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
@@ -144,18 +158,18 @@ class CompletionRequest(_Sampled):
     suffix: Any = None
 
 
-class FunctionCall(_Fields):
+class FunctionCall(Fields):
     name: str
     arguments: str
 
 
-class CalledTool(_Fields):
+class CalledTool(Fields):
     id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
-class ChatMessage(_Fields):
+class ChatMessage(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
     name: str | None = None
@@ -167,25 +181,25 @@ class ChatMessage(_Fields):
     annotations: Any = None
 
 
-class Function(_Fields):
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+class Function(Fields):
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Any = None
+    strict: bool | None = None
 
 
-class DeclaredTool(_Fields):
+class DeclaredTool(Fields):
     type: Literal["function"]
     function: Function
 
 
-class ChatRequest(_Sampled):
+class ChatRequest(Sampled):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     tools: list[DeclaredTool] | None = None
-    tool_choice: Any = None
+    tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
     safety_identifier: str | None = None
     response_format: ResponseFormat | None = None
@@ -204,12 +218,23 @@ class ChatRequest(_Sampled):
     store: Any = None
     verbosity: Any = None
     web_search_options: Any = None
+    session_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Not OpenAI's: of a session whose new turn `messages` are."""
+
+
+class SessionRequest(Fields):
+    """Not OpenAI's: a conversation that the server is to hold."""
+
+    model: str
+    messages: list[ChatMessage] | None = None
+    tools: list[DeclaredTool] | None = None
+    max_length: Count | None = None
 
 
 AdapterName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
 
 
-class LoadAdapterRequest(_Fields):
+class LoadAdapterRequest(Fields):
     """vLLM's: the adapter of a folder becomes a model of this name."""
 
     lora_name: AdapterName
@@ -218,7 +243,7 @@ class LoadAdapterRequest(_Fields):
     is_3d_lora_weight: Any = None
 
 
-class UnloadAdapterRequest(_Fields):
+class UnloadAdapterRequest(Fields):
     """vLLM's."""
 
     lora_name: str

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from serve.grpc import GrpcServer
     from serve.guards import Operation
+    from serve.kept import KeepLimits
     from serve.pipeline import Pipeline
+    from serve.scores import Scorer
 
 HEAD_SECONDS = 30.0
 """For a client to send the head of a request."""
@@ -147,7 +149,7 @@ class QuietConnections:
 
 
 def start_server(
-    pipeline: Pipeline,
+    pipeline: Pipeline | Scorer,
     *,
     model_name: str,
     host: str = "127.0.0.1",
@@ -157,19 +159,28 @@ def start_server(
     adapter_root: Path | None = None,
     grpc_port: int | socket.socket | None = None,
     operation: Operation | None = None,
+    keep: KeepLimits | None = None,
     web: bool = True,
 ) -> Server:
     """A server of `pipeline`, answering when this returns. `port` 0 takes a free one: see `Server.url`.
 
-    The pipeline stays open when it is closed. api_key, adapter_root, operation, web: see `serve.openai.create_app`.
-    grpc_port: for the KServe v2 protocol over gRPC as well, 0 for a free one: see `Server.grpc_address`.
+    The pipeline stays open when it is closed. api_key, adapter_root, operation, keep, web: see
+    `serve.openai.create_app`; a reward model takes the first and the third. grpc_port: for the KServe v2 protocol over
+    gRPC as well, 0 for a free one: see `Server.grpc_address`.
     """
     from serve.guards import Operation
+    from serve.kept import KeepLimits
     from serve.keys import keys_of
-    from serve.openai import create_app
+    from serve.openai import create_app, create_score_app
+    from serve.scores import Scorer
 
-    how = {"api_key": api_key, "adapter_root": adapter_root, "operation": operation or Operation(), "web": web}
-    app = create_app(pipeline, model_name=model_name, **how)
+    how = {"model_name": model_name, "api_key": api_key, "operation": operation or Operation()}
+    if isinstance(pipeline, Scorer):
+        if grpc_port is not None:
+            raise ValueError("a reward model is served over REST alone, and grpc_port is given; leave it out")
+        app = create_score_app(pipeline, **how)
+    else:
+        app = create_app(pipeline, adapter_root=adapter_root, keep=keep or KeepLimits(), web=web, **how)
     taken = port if isinstance(port, socket.socket) else take_port(host, port)
     if isinstance(grpc_port, int):
         grpc_port = take_grpc_port(host, grpc_port)

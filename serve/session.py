@@ -23,6 +23,7 @@ from internjax.text.message import Message
 from internjax.text.tokenizer import Tokenizer
 from serve.answer import Answer, Result
 from serve.params import Params
+from serve.readers import MARKER_OF
 
 log = logging.getLogger("serve")
 
@@ -65,14 +66,25 @@ class Session:
     def messages(self) -> tuple[Message, ...]:
         """The conversation up to the last answer that was read to its end; what was left in the midst is not in it."""
         turn = self._turn
-        if turn is None or turn.answer.last is None:
+        if turn is None or turn.dropped or turn.answer.last is None:
             return tuple(self._messages)
         return (*self._messages, *turn.messages, turn.answer.last.message)
+
+    def drop(self) -> None:
+        """Ends the last answer if it is under way, and forgets its turn. Does not wait: the next turn does."""
+        if self._turn is not None:
+            self._turn.answer.abort()
+            self._turn = self._turn._replace(dropped=True)
+
+    @property
+    def may_call(self) -> bool:
+        """Whether tools are declared."""
+        return any(message.role == "system" and message.name in MARKER_OF for message in self._messages)
 
     @property
     def num_tokens(self) -> int:
         """How much of `max_length` is taken."""
-        return len(self._held.tokens)
+        return len(self._ids if self._turn is not None and self._turn.dropped else self._held.tokens)
 
     @property
     def max_length(self) -> int:
@@ -115,13 +127,15 @@ class Session:
         turn = self._turn
         if turn is None:
             return
-        if not (turn.answer.over or turn.answer.aborted):
+        if not (turn.answer.over or turn.answer.aborted or turn.answer.last is not None):
             raise RuntimeError("the last answer of this session is not read to its end; read it, or abort it")
         turn.answer.wait()
-        if turn.answer.last is not None:
+        if turn.answer.last is not None and not turn.dropped:
             self._messages = list(self.messages)
             self._closed = protocol.render(self._messages, self._answering.tokenizer).ids
             self._ids = self._as_drawn(turn, turn.answer.last)
+        else:
+            self._held.rewind(_num_common(self._ids, self._held.tokens))
         self._turn = None
 
     def _as_drawn(self, turn: _Turn, result: Result) -> list[int]:
@@ -145,6 +159,7 @@ class _Turn(NamedTuple):
     ids: list[int]
     rendered: list[int]
     answer: Answer
+    dropped: bool = False
 
 
 def _num_common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -10,18 +10,14 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from serve.pipeline import Pipeline
-from serve.protocol import Refusal, messages_of, refuse, tools_of
-from serve.requests import ChatMessage, ChatRequest, DeclaredTool
+from serve.protocol import Refusal, Refused, messages_of, refuse, tools_of
+from serve.requests import ChatMessage, ChatRequest, DeclaredTool, Fields
 
 
-class _Fields(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class TokenizeRequest(_Fields):
+class TokenizeRequest(Fields):
     """A text or a conversation. What cannot be honoured has the type Any."""
 
     model: str | None = None
@@ -37,16 +33,16 @@ class TokenizeRequest(_Fields):
     mm_processor_kwargs: Any = None
 
 
-class DetokenizeRequest(_Fields):
+class DetokenizeRequest(Fields):
     model: str | None = None
     tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
 REFUSED_OF_TOKENIZE = {
-    "continue_final_message": ("a turn is not gone on with; leave it out, or give false", (None, False)),
-    "chat_template": ("the model's own is used; leave it out", (None,)),
-    "chat_template_kwargs": ("the template takes none; leave them out", (None, {})),
-    "mm_processor_kwargs": ("messages are text; leave them out", (None, {})),
+    "continue_final_message": Refused("a turn is not gone on with; leave it out, or give false", (False,)),
+    "chat_template": Refused("the model's own is used; leave it out"),
+    "chat_template_kwargs": Refused("the template takes none; leave them out", ({},)),
+    "mm_processor_kwargs": Refused("messages are text; leave them out", ({},)),
 }
 _OF_PROMPTS, _OF_CHATS = ("add_special_tokens",), ("tools", "add_generation_prompt")
 
@@ -97,7 +93,7 @@ def _refuse(body: TokenizeRequest) -> None:
         given = "neither prompt nor messages is" if body.prompt is None else "prompt and messages are both"
         raise Refusal(f"{given} given; give one of them", param="prompt")
     for name, (why, neutral) in REFUSED_OF_TOKENIZE.items():
-        if getattr(body, name) not in neutral:
+        if getattr(body, name) not in (None, *neutral):
             raise Refusal(f"{name} is refused: {why}", param=name)
     for name in _OF_CHATS if body.messages is None else ():
         if getattr(body, name) is not None:
@@ -122,7 +118,7 @@ def _ids_of_chat(body: TokenizeRequest, pipeline: Pipeline) -> list[int]:
     chat = ChatRequest.model_construct(model="", messages=body.messages, tools=body.tools)
     refuse(chat)
     try:
-        turns, tools = messages_of(chat), tools_of(chat)
+        turns, tools = messages_of(body.messages, {}), tools_of(body.tools)
     except ValueError as error:
         raise Refusal(str(error), param="messages") from error
     if tools and not pipeline.calls_tools:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol
 
@@ -164,6 +165,7 @@ class Handle:
         self._wake = wake
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._read_to_end = self._finished = False
+        self._reading = threading.Lock()
         self.aborted = False
         self.is_enough = False
         """Set by who reads the answer where it is aborted for being complete: it counts as one that stopped."""
@@ -171,10 +173,16 @@ class Handle:
         """Prompt tokens that were in the cache already, known when the first event comes."""
 
     def events(self) -> Iterator[Event]:
-        """Yields events as they come, until the one that has `finish`. Every event is delivered once."""
-        while not self._read_to_end:
-            event = self._events.get()
-            self._read_to_end = event.finish is not None
+        """Yields events as they come, until the one that has `finish`. Every event is delivered once.
+
+        Several threads may read: each event goes to one of them, and all of them come to an end.
+        """
+        while True:
+            with self._reading:
+                if self._read_to_end:
+                    return
+                event = self._events.get()
+                self._read_to_end = event.finish is not None
             yield event
 
     def result(self) -> Result:

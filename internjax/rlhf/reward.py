@@ -193,11 +193,12 @@ def get_scores(
     reward_token_id: int,
     lora: Lora | None = None,
     batch_size: int = 16,
+    width: int | None = None,
 ) -> np.ndarray:
     """Returns one score per sequence of token ids, float32 `[len(sequences)]`.
 
     A sequence is a rendered chat without generation prompt; a condition, if any, is its first system turn. The reward
-    token is appended where it is missing. Rows are padded to a multiple of 64, batches to `batch_size`.
+    token is appended where it is missing. Rows are padded to `width` (None: a multiple of 64), batches to `batch_size`.
     """
     if not sequences:
         return np.zeros(0, np.float32)
@@ -205,7 +206,9 @@ def get_scores(
         list(ids) + ([] if ids and ids[-1] == reward_token_id else [reward_token_id]) for ids in map(list, sequences)
     ]
     longest = max(map(len, rows))
-    width, count = -(-longest // 64) * 64, -(-len(rows) // batch_size) * batch_size
+    width, count = width or -(-longest // 64) * 64, -(-len(rows) // batch_size) * batch_size
+    if longest > width:
+        raise ValueError(f"a sequence has {longest} tokens with its reward token, rows are {width} wide; widen them")
     tokens, lengths = np.zeros((count, width), np.int32), np.ones(count, np.int32)
     for index, ids in enumerate(rows):
         tokens[index, : len(ids)], lengths[index] = ids, len(ids)

@@ -51,6 +51,7 @@ from internjax.text.tokenizer import (
 )
 
 __all__ = [
+    "CODE_OPEN",
     "INTERPRETER_PROMPT",
     "CallBroken",
     "CallDelta",
@@ -74,6 +75,8 @@ __all__ = [
     "tools_message",
 ]
 
+CODE_OPEN = "\n```python\n"
+"""How the body of a call to the interpreter begins, its code behind it."""
 _MARKER_OF: dict[str, str] = {"interpreter": INTERPRETER, "plugin": PLUGIN}
 _PROTOCOL = (IM_START, IM_END, ACTION_START, ACTION_END, INTERPRETER, PLUGIN)
 
@@ -307,15 +310,20 @@ def _header(role: str, name: str | None, tokenizer: Tokenizer) -> list[int]:
 
 
 def _call_body(call: ToolCall) -> str:
-    return f"\n```python\n{call.content}\n```" if call.name == "interpreter" else f"\n{call.content}"
+    return f"{CODE_OPEN}{call.content}\n```" if call.name == "interpreter" else f"\n{call.content}"
 
 
 def _call_of(name: str, body: str) -> ToolCall:
-    """The call in a body: exactly what `_call_body` wrote, else what a model plausibly meant (other fences, spaces)."""
+    """The call in a body: exactly what `_call_body` wrote, else what a model plausibly meant (other fences, spaces).
+
+    Behind the fence as it is taught all is code but a closing fence, so that code can be told while it is written.
+    """
     if name == "plugin":
         return ToolCall(name, body.removeprefix("\n"))
-    if body.startswith("\n```python\n") and body.endswith("\n```") and len(body) >= len("\n```python\n\n```"):
-        return ToolCall(name, body[len("\n```python\n") : -len("\n```")])
+    if body.startswith(CODE_OPEN):
+        code = body[len(CODE_OPEN) :]
+        closed = code.rstrip()
+        return ToolCall(name, closed[:-3].rstrip(" \t").removesuffix("\n") if closed.endswith("```") else code)
     fenced = re.fullmatch(r"\s*```[\w+-]*[ \t]*\n(.*?)\n?[ \t]*```\s*", body, flags=re.DOTALL)
     return ToolCall(name, fenced[1] if fenced else body.strip("\n"))
 

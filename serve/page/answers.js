@@ -27,7 +27,11 @@ export async function respond(conversation, turns, { model, fault, key, askKey, 
   const onPart = ({ text, calls }) => {
     message.times ??= { first: passed() };
     message.content += text;
-    for (const { id, type, function: called } of calls) (message.calls ??= []).push({ id, type, function: called });
+    for (const { index, id, type, function: more } of calls) {
+      const begun = (message.calls ??= [])[index];
+      if (begun === undefined) message.calls[index] = { id, type, function: { ...more } };
+      else begun.function.arguments += more.arguments; // a call comes in pieces
+    }
     grown(message);
   };
   try {
@@ -50,6 +54,8 @@ export async function respond(conversation, turns, { model, fault, key, askKey, 
     if (error.name === "AbortError") message.finish = "stopped";
     else message.failure = told(error);
   }
+  // One that was cut off is no call; the server gives its text.
+  if (message.finish !== "tool_calls") delete message.calls;
   if (message.times) message.times.total = passed();
   running.delete(conversation.id);
   ended(message);

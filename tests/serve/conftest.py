@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
+import openai
 import pytest
 
-from internjax.decode.request import PromptLogprobs
+from internjax.decode.request import PromptLogprobs, Session
 from internjax.decode.sample import Limits
 from internjax.hf.generation import GenerationConfig
 from internjax.hf.open import Model
@@ -16,6 +18,7 @@ from internjax.model.config import ModelConfig
 from internjax.text.chat import stop_ids
 from internjax.text.tokenizer import Tokenizer, train_tokenizer
 from serve.pipeline import Pipeline
+from serve.server import start_server
 from tests.weights import random_params
 
 MAX_CONTEXT = 1024
@@ -39,11 +42,22 @@ def scores_of(ids, num_top: int):
 class ScriptedHandle:
     num_shared = 0
 
-    def __init__(self, engine, request):
-        self._engine, self._request = engine, request
+    def __init__(self, engine, request, session=None):
+        self._engine, self._request, self._session = engine, request, session
+        self._said, self.aborted, self._over = [], False, False
         self._aborted = threading.Event()
 
     def events(self) -> Iterator[ScriptedEvent]:
+        if self._over:
+            return
+        self._over = True
+        try:
+            yield from self._events()
+        finally:
+            if self._session is not None:
+                self._session.end([*self._session.tokens, *self._request.tokens, *self._said])
+
+    def _events(self) -> Iterator[ScriptedEvent]:
         ids = list(self._engine.script(self._request))[: self._request.max_new_tokens]
         finish = "length" if len(ids) == self._request.max_new_tokens else None
         for index, token_id in enumerate(ids):
@@ -65,6 +79,7 @@ class ScriptedHandle:
                     return
                 size = next(sizes)
                 now, ids = tuple(ids[:size]), ids[size:]
+                self._said += now
                 logprobs, top = (None, None) if asked is None else scores_of(now, asked)
                 if not ids and finish is None:  # the script is at its end and says neither stop nor length
                     yield ScriptedEvent(now, logprobs, "error", "the script ran out", top)
@@ -76,6 +91,7 @@ class ScriptedHandle:
             self._engine.active.discard(self)
 
     def abort(self) -> None:
+        self.aborted = True
         self._aborted.set()
         self._engine.active.discard(self)
 
@@ -92,10 +108,15 @@ class ScriptedEngine:
         self.active: set = set()
         self.fault: str | None = None
 
-    def submit(self, request) -> ScriptedHandle:
+    def open_session(self, max_length: int | None = None) -> Session:
+        return Session(max_length or self.max_context, np.zeros(0))
+
+    def submit(self, request, *, session: Session | None = None) -> ScriptedHandle:
         if self.fault:
             raise RuntimeError(self.fault)
-        handle = ScriptedHandle(self, request)
+        handle = ScriptedHandle(self, request, session)
+        if session is not None:
+            session.take(handle)
         self.active.add(handle)
         self.requests.append(request)
         return handle
@@ -162,3 +183,21 @@ def eventually():
             time.sleep(0.01)
 
     return wait
+
+
+@pytest.fixture
+def serve(scripted):
+    """serve(script, ...) -> (openai client, pipeline), over a server that is closed after the test."""
+    servers = []
+
+    def start(script="The answer is 6, héllo 你好.", *, chunks=(1,), seconds_per_event=0.0, api_key=None, **how):
+        pipeline = scripted(script, chunks=chunks, seconds_per_event=seconds_per_event)
+        server = start_server(pipeline, model_name="tiny", api_key=api_key, drain_seconds=1, **how)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=api_key or "none", max_retries=0, timeout=20)
+        servers.append((server, client))
+        return client, pipeline
+
+    yield start
+    for server, client in servers:
+        client.close()
+        server.close()

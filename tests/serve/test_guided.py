@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 from internjax.decode.speculate import PromptLookup
 from internjax.text.chat import stop_ids
 from internjax.text.message import Message
-from serve.guided import MAX_COMPILED, AnyJSON, Choice, Grammar, GuideError, Guides, JSONSchema, Regex
+from serve.guided import (
+    MAX_COMPILED,
+    AnyJSON,
+    CalledFunction,
+    CallOf,
+    Choice,
+    Grammar,
+    GuideError,
+    Guides,
+    JSONSchema,
+    Regex,
+)
 from serve.pipeline import Params, Pipeline
 from serve.server import start_server
 
@@ -35,7 +46,7 @@ PERSON = {
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_model):
-    with Pipeline(tiny_model, num_slots=4, max_context=256, speculation=PromptLookup(num_drafts=2)) as pipeline:
+    with Pipeline(tiny_model, num_slots=4, max_context=1024, speculation=PromptLookup(num_drafts=2)) as pipeline:
         yield pipeline
 
 
@@ -218,9 +229,89 @@ def test_an_answer_that_nothing_can_go_on_with_fails_alone(client, pipeline, eve
     assert answer(pipeline, Regex("ab")).text == "ab"
 
 
+LINE = {
+    "type": "object",
+    "properties": {"a": {"$ref": "#/$defs/point"}, "b": {"$ref": "#/$defs/point"}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+    "$defs": {"point": {"type": "array", "items": {"type": "integer", "maximum": 9, "minimum": 0}, "maxItems": 2}},
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "line", "parameters": LINE}},
+    {"type": "function", "function": {"name": "person", "parameters": PERSON, "strict": True}},
+    {"type": "function", "function": {"name": "interpreter"}},
+]
+
+
+def strict(parameters):
+    return {"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}
+
+
+SCHEMAS = {"line": LINE, "person": PERSON, "interpreter": {"required": ["code"]}}
+
+
+def call_in(client, **asked):
+    """The one call of an answer, which a stream gives likewise."""
+    asked = {"model": "tiny", "messages": USER, "tools": TOOLS, "max_tokens": 160} | asked
+    choice = client.chat.completions.create(**asked).choices[0]
+    (call,) = choice.message.tool_calls
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(stream=True, **asked)]
+    deltas = [call.function for chunk in chunks for call in chunk.delta.tool_calls or ()]
+    streamed = deltas[0].name, "".join(delta.arguments for delta in deltas)
+    assert streamed == (call.function.name, call.function.arguments) and chunks[-1].finish_reason == "tool_calls"
+    assert not choice.message.content and choice.finish_reason == "tool_calls"
+    jsonschema.validate(json.loads(call.function.arguments), SCHEMAS[call.function.name])
+    return call.function
+
+
+def test_a_call_can_be_asked_for(client):
+    tools = TOOLS[:2]  # a random model never ends its code
+    names = {call_in(client, tool_choice="required", tools=tools, seed=seed).name for seed in range(2)}
+    assert names <= {"line", "person"}
+    for name in ("line", "person"):
+        named = {"type": "function", "function": {"name": name}}
+        assert call_in(client, tool_choice=named, tools=tools, seed=1).name == name
+    code = {"type": "function", "function": {"name": "interpreter"}}
+    cut = client.chat.completions.create(model="tiny", messages=USER, tools=TOOLS, tool_choice=code, max_tokens=30)
+    assert cut.choices[0].message.content.startswith("<|action_start|><|interpreter|>\n```python\n")
+    assert (cut.choices[0].message.tool_calls, cut.choices[0].finish_reason) == (None, "length")
+
+
+def test_a_call_of_a_strict_function_follows_its_schema_where_the_model_makes_one(client, pipeline):
+    special = pipeline.tokenizer.special
+    begin = {special["<|action_start|>"]: 100}
+    assert call_in(client, tools=TOOLS[1:2], logit_bias=begin, seed=4).name == "person"
+    asked = {"model": "tiny", "messages": USER, "tools": TOOLS[1:2], "max_tokens": 30, "seed": 4}
+    text = client.chat.completions.create(**asked, logit_bias={special["<|action_start|>"]: -100}).choices[0].message
+    assert text.content and text.tool_calls is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "param", "said"),
+    [
+        ({"tool_choice": {"type": "function", "function": {"name": "none"}}}, "tool_choice", "declared are: 'line'"),
+        ({"tool_choice": "any"}, "tool_choice", "'required'"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice", "'required'"),
+        ({"tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice", "functions"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice", "declare only"),
+        ({"tool_choice": "required", "bad_words": ["a"]}, "bad_words", "tool_choice"),
+        ({"min_tokens": 3}, "min_tokens", "strict"),
+        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format", "holds no calls"),
+        ({"tools": [strict({"not": {}})]}, "tools", "not"),
+        ({"tools": [strict({"type": "array"})]}, "tools", "object"),
+    ],
+)
+def test_calls_that_cannot_be_asked_for_are_refused(client, extra, param, said):
+    with pytest.raises(openai.BadRequestError, match=re.escape(said)) as refused:
+        client.chat.completions.create(model="tiny", messages=USER, extra_body={"tools": TOOLS} | extra)
+    assert refused.value.param == param
+
+
 def test_a_guided_turn_of_a_conversation_with_tools_is_refused(pipeline):
     with pytest.raises(ValueError, match="holds no calls"):
         pipeline.chat([Message("user", "hi")], Params(guide=AnyJSON()), tools=[{"name": "interpreter"}])
+    with pytest.raises(ValueError, match="no tools are declared"):
+        pipeline.chat([Message("user", "hi")], Params(guide=CallOf((CalledFunction("f", {}),))))
     for wrong in (Regex(""), Choice("ab"), Choice(("a", "")), JSONSchema(3), "json"):
         with pytest.raises(ValueError, match="guide must be|a schema is"):
             Params(guide=wrong)

@@ -740,7 +740,7 @@ def test_the_command_answers_over_grpc_until_it_is_told_to_end(scripted, monkeyp
 
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     monkeypatch.setattr(serving.Server, "add_grpc", adding)
-    monkeypatch.setattr(command, "open_pipeline", lambda args, on_program: pipeline)
+    monkeypatch.setattr(command, "open_served", lambda args, on_program: pipeline)
     try:
         assert command.main(["runs/my tiny", "--port", "0", "--grpc-port", "0"]) == 0
     finally:

@@ -1,0 +1,124 @@
+"""/v1/embeddings: the mean of the model's final hidden states over a text, of length 1.
+
+A program is compiled for each width of rows (powers of two) when it is first needed, and stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+from fastapi import FastAPI
+from pydantic import Field
+
+from internjax import sharding
+from internjax.decode.embed import mean_embeddings, row_widths
+from internjax.hf.open import Model
+from serve.pipeline import Pipeline
+from serve.protocol import Refusal
+from serve.request_log import note
+from serve.requests import Fields, Prompts
+
+MAX_INPUTS = 2048  # of one request, as OpenAI has it
+_ROW_TOKENS = 4096  # of the rows that are read at once, unless one alone is longer
+
+
+class EmbeddingRequest(Fields):
+    model: str
+    input: Prompts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: str | None = None
+
+
+class Embedder:
+    """Vectors of token ids by one model. Safe for several threads, one of which computes at a time."""
+
+    def __init__(self, model: Model, *, longest: int):
+        self.num_dimensions, self.longest = model.config.d_model, longest
+        self._model, self._mesh = model, sharding.mesh_of(model.params)
+        self._widths = row_widths(model.config, longest)
+        self._compute = jax.jit(partial(mean_embeddings, config=model.config))
+        self._lock = threading.Lock()
+
+    @property
+    def num_compiled(self) -> int:
+        return self._compute._cache_size()
+
+    def __call__(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Returns float32 `[len(texts), D]`. The token that begins every text counts only where it is alone."""
+        vectors = np.zeros((len(texts), self.num_dimensions), np.float32)
+        for width in self._widths:
+            shorter = max((w for w in self._widths if w < width), default=0)
+            here = [index for index, ids in enumerate(texts) if shorter < len(ids) <= width]
+            count = min(8, max(1, _ROW_TOKENS // width))
+            for start in range(0, len(here), count):
+                chosen = here[start : start + count]
+                vectors[chosen] = self._rows([texts[index] for index in chosen], count, width)[: len(chosen)]
+        return vectors
+
+    def _rows(self, texts: Sequence[Sequence[int]], count: int, width: int) -> np.ndarray:
+        tokens, lengths = np.zeros((count, width), np.int32), np.ones(count, np.int32)
+        starts = np.zeros(count, np.int32)
+        for row, ids in enumerate(texts):
+            tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+            starts[row] = len(ids) > 1 and ids[0] == self._model.tokenizer.bos_id
+        with self._lock, sharding.use(self._mesh):
+            return np.asarray(self._compute(self._model.params, tokens, starts, lengths, lora=self._model.lora))
+
+
+def add_embedding_route(app: FastAPI, pipeline: Pipeline, *, adapter_of: Callable[[str], str | None]) -> None:
+    """Adds the route. adapter_of: raises Refusal for a model that is not served."""
+
+    model = pipeline.model
+    embedder = None if model is None else Embedder(model, longest=pipeline.max_context)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest) -> dict[str, Any]:
+        if adapter_of(body.model) is not None:
+            raise Refusal("vectors are of the model without adapters; give its own name", param="model")
+        if embedder is None:
+            raise Refusal("this server was made over an engine and has no model to embed with", param="model")
+        if body.dimensions not in (None, embedder.num_dimensions):
+            raise Refusal(
+                f"dimensions is {body.dimensions}; vectors have {embedder.num_dimensions}, and a part of one is no "
+                "vector of this model",
+                param="dimensions",
+            )
+        if len(body.input) > MAX_INPUTS:
+            raise Refusal(f"{len(body.input)} inputs are more than {MAX_INPUTS}; send several requests", param="input")
+        try:
+            texts = [pipeline.prompt_ids(text) for text in body.input]
+        except ValueError as error:
+            raise Refusal(str(error), param="input") from error
+        longest = max(map(len, texts))
+        if longest > embedder.longest:
+            raise Refusal(
+                f"an input has {longest} tokens, the context holds {embedder.longest}; cut it in parts",
+                param="input",
+                code="context_length_exceeded",
+            )
+        vectors = await asyncio.to_thread(embedder, texts)
+        num_tokens = sum(map(len, texts))
+        note(user=body.user, n=len(texts), prompt=num_tokens, outcome="embedded")
+        return {
+            "object": "list",
+            "model": body.model,
+            "data": [
+                {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
+                for index, vector in enumerate(vectors)
+            ],
+            "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+        }
+
+
+def _encoded(vector: np.ndarray, how: str | None) -> list[float] | str:
+    if how == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
+    return vector.tolist()

@@ -1,0 +1,184 @@
+"""Embeddings of a language model and scores of a reward model, over REST, against the core computed by hand."""
+
+import base64
+import dataclasses
+
+import httpx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import openai
+import pytest
+
+from internjax import sharding
+from internjax.decode.embed import row_widths
+from internjax.hf.save import save_model
+from internjax.model import decoder, rope
+from internjax.rlhf.reward import from_lm, get_score
+from internjax.text.chat import render
+from internjax.text.message import Message
+from internjax.text.tokenizer import REWARD
+from serve import __main__ as command
+from serve.embeddings import Embedder
+from serve.pipeline import Pipeline
+from serve.scores import Scorer
+from serve.server import start_server
+
+TEXTS = ["def gcd(a, b):", "The answer is 6, héllo 你好. " * 12, ""]
+
+
+def serving(model):
+    return start_server(model, model_name="tiny", drain_seconds=1)
+
+
+def client_of(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def client(tiny_model):
+    with Pipeline(tiny_model, num_slots=1, max_context=256) as pipeline:
+        with serving(pipeline) as server, client_of(server) as client:
+            yield client
+
+
+@pytest.fixture(scope="module")
+def reward_model(tiny_model):
+    params, config = from_lm(tiny_model.params, tiny_model.config, jax.random.key(1))
+    return dataclasses.replace(tiny_model, params=params, config=config)
+
+
+@pytest.fixture(scope="module")
+def rewarding(reward_model):
+    scorer = Scorer(reward_model, conditions={"kind": "Be kind."}, max_context=128)
+    with serving(scorer) as server, client_of(server) as client:
+        yield client
+
+
+def by_hand(model, ids) -> np.ndarray:
+    """The mean of the last hidden states of one row, without padding and without the first token."""
+    inv_freq_BF = rope.inv_freq(model.config, length=len(ids))[None]
+    with sharding.use(sharding.mesh_of(model.params)):
+        out = decoder.forward(model.params, jnp.asarray([ids]), config=model.config, inv_freq_BF=inv_freq_BF)
+    mean = np.asarray(out.hidden_BTD[0, min(1, len(ids) - 1) :]).mean(axis=0)
+    return mean / np.linalg.norm(mean)
+
+
+def test_vectors_are_the_mean_of_the_last_states_in_both_encodings(client, tiny_model, tokenizer):
+    answer = client.embeddings.create(model="tiny", input=TEXTS, encoding_format="float")
+    ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in TEXTS]
+    for entry, each in zip(answer.data, ids, strict=True):
+        np.testing.assert_allclose(entry.embedding, by_hand(tiny_model, each), atol=2e-6)
+    assert [entry.index for entry in answer.data] == [0, 1, 2]
+    assert answer.usage.total_tokens == sum(map(len, ids))
+    packed = client.embeddings.create(model="tiny", input=TEXTS, encoding_format="base64")
+    found = [np.frombuffer(base64.b64decode(entry.embedding), "<f4") for entry in packed.data]
+    np.testing.assert_array_equal(found, np.float32([entry.embedding for entry in answer.data]))
+    alone = client.embeddings.create(model="tiny", input=ids[0], dimensions=32)  # as the client asks by itself
+    np.testing.assert_allclose(alone.data[0].embedding, answer.data[0].embedding, atol=2e-6)
+    assert client.embeddings.create(model="tiny", input=[ids[0], [5]]).data[1].index == 1
+
+
+def test_a_program_for_each_width_and_no_more(tiny_model, tokenizer):
+    embedder = Embedder(tiny_model, longest=256)
+    texts = [[1, *tokenizer.encode(text)] for text in TEXTS]
+    first = embedder(texts)
+    count = embedder.num_compiled
+    assert 1 <= count <= 3 == len(row_widths(tiny_model.config, 256))
+    np.testing.assert_allclose(embedder([texts[0]] * 20 + [texts[1][:200]])[19], first[0], atol=2e-6)
+    assert embedder.num_compiled == count
+    assert row_widths(tiny_model.config, 300) == (64, 128, 256, 300)
+    assert row_widths(tiny_model.config, 100) == (64, 100)
+
+
+@pytest.mark.parametrize(
+    ("extra", "param", "status"),
+    [
+        ({"dimensions": 8}, "dimensions", 400),
+        ({"encoding_format": "hex"}, "encoding_format", 400),
+        ({"input": []}, "input", 400),
+        ({"input": [[5] * 257]}, "input", 400),
+        ({"input": [[9999]]}, "input", 400),
+        ({"input": "x", "n": 1}, "n", 400),
+        ({"model": "other"}, "model", 404),
+    ],
+)
+def test_what_cannot_be_embedded_is_refused(client, extra, param, status):
+    response = httpx.post(f"{client.base_url}embeddings", json={"model": "tiny", "input": "x"} | extra)
+    assert (response.status_code, response.json()["error"]["param"]) == (status, param), response.text
+
+
+def scored(client, **fields) -> list[float]:
+    answer = client.post("score", body={"model": "tiny"} | fields, cast_to=object)
+    assert [entry["index"] for entry in answer["data"]] == [*range(len(answer["data"]))]
+    return [entry["score"] for entry in answer["data"]]
+
+
+def test_scores_are_the_reward_model_s_under_the_condition(rewarding, reward_model, tokenizer):
+    def expected(prompt, answer, *before):
+        turns = [*before, Message("user", prompt), Message("assistant", answer)]
+        ids = render(turns, tokenizer).ids
+        how = {"config": reward_model.config, "reward_token_id": tokenizer.special[REWARD]}
+        with sharding.use(sharding.mesh_of(reward_model.params)):
+            return get_score(reward_model.params, ids, **how)
+
+    pairs = [("hi", "The answer is 6"), ("a longer prompt " * 5, "no"), ("hi", "two numbers")]
+    asked = [{"prompt": prompt, "answer": answer} for prompt, answer in pairs]
+    plain = scored(rewarding, pairs=asked)
+    np.testing.assert_allclose(plain, [expected(*pair) for pair in pairs], atol=1e-5)
+    kind = scored(rewarding, pairs=asked, condition="kind")
+    before = Message("system", "Be kind.")
+    np.testing.assert_allclose(kind, [expected(*pair, before) for pair in pairs], atol=1e-5)
+    assert not np.allclose(kind, plain, atol=1e-5) and len({*plain}) == 3
+    assert scored(rewarding, pairs=asked, condition_prompt="Be kind.") == kind
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The answer is 6"}]
+    np.testing.assert_allclose(scored(rewarding, messages=turns), plain[:1], atol=1e-5)
+    assert [model.id for model in rewarding.models.list()] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({}, "messages"),
+        ({"pairs": [{"prompt": "a", "answer": "b"}], "condition": "rude"}, "condition"),
+        ({"pairs": [{"prompt": "a", "answer": "b"}], "condition": "kind", "condition_prompt": "x"}, "condition"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "messages[0].role"),
+        ({"pairs": [{"prompt": "a", "answer": "b " * 300}]}, "pairs"),
+        ({"pairs": [{"prompt": "a"}]}, "pairs[0].answer"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(rewarding, extra, param):
+    response = httpx.post(f"{rewarding.base_url}score", json={"model": "tiny"} | extra)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+
+
+def test_each_kind_of_model_refuses_what_the_other_does(client, rewarding, tiny_model):
+    with pytest.raises(openai.BadRequestError, match="tiny gives text, and scores come from a reward model"):
+        scored(client, pairs=[{"prompt": "a", "answer": "b"}])
+    for ask in (
+        lambda: rewarding.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}]),
+        lambda: rewarding.completions.create(model="tiny", prompt="x"),
+        lambda: rewarding.responses.create(model="tiny", input="x"),
+        lambda: rewarding.embeddings.create(model="tiny", input="x"),
+    ):
+        with pytest.raises(openai.BadRequestError, match="tiny is a reward model"):
+            ask()
+    with pytest.raises(ValueError, match="scalar"):
+        Scorer(tiny_model)
+
+
+def test_the_command_serves_a_reward_model(reward_model, tiny_model, tmp_path, capsys):
+    for name, model in (("reward", reward_model), ("text", tiny_model)):
+        save_model(tmp_path / name, config=model.config, params=model.params, tokenizer=model.tokenizer)
+    flags = ["--condition", "kind=Be kind.", "--max-context", "128"]
+    parse = command.build_parser().parse_args
+    scorer = command.open_served(parse([str(tmp_path / "reward"), *flags]))
+    assert isinstance(scorer, Scorer) and scorer.conditions == {"kind": "Be kind."}
+    assert "up to 128 tokens; conditions: kind" in capsys.readouterr().out
+    turns = [Message("user", "hi"), Message("assistant", "no")]
+    ours = Scorer(reward_model, max_context=128)
+    assert scorer([scorer.ids_of(turns)]) == pytest.approx(ours([ours.ids_of(turns)]), abs=1e-6)
+    with pytest.raises(ValueError, match="is for a reward model"):
+        command.open_served(parse([str(tmp_path / "text"), *flags]))
+    with pytest.raises(ValueError, match="no --speculate"):
+        command.open_served(parse([str(tmp_path / "reward"), "--speculate", "lookup"]))
