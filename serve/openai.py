@@ -17,6 +17,7 @@ from fastapi.responses import Response
 
 from serve.adapter_routes import add_adapter_routes
 from serve.chat_completions import add_chat_route
+from serve.description import describe
 from serve.embeddings import add_embedding_route
 from serve.guards import Doors, Operation, add_guards
 from serve.health import Health, add_health_routes, health_of
@@ -51,6 +52,7 @@ def create_score_app(
     app.state.metrics = Metrics(None, doors, model_name=model_name)
     add_metrics_route(app, app.state.metrics)
     add_score_routes(app, scorer, model_name=model_name)
+    describe(app, has_key=bool(keys_of(api_key)), served=lambda: [model_name])
     return app
 
 
@@ -154,6 +156,7 @@ def create_app(
     metrics.add_gauge("responses", "Responses that are kept.", lambda: len(stored))
     add_tokenize_routes(app, pipeline, check_model=check_model)
     refuse_scores(app, model_name)
+    describe(app, has_key=bool(keys_of(api_key)), served=served)
     return app
 
 

@@ -39,6 +39,8 @@ class Refusal(Exception):
         self.param = param
         self.status = status
         self.code = code
+        """"invalid_value", "unknown_parameter" and "unsupported_value": the field `param` alone is at fault, and the
+        description (/openapi.json) says so."""
 
 
 def envelope(message: str, *, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -253,9 +255,13 @@ def refuse_fields(values: BaseModel, refused: Mapping[str, Refused], place: str 
     """Raises Refusal for the first field that is in the table and has a value that asks for something."""
     for name, (why, neutral) in refused.items():
         value = getattr(values, name)
-        if value is not None and value not in neutral:
+        if value is not None and not any(_is_same(value, each) for each in neutral):
             known = f"; only {', '.join(map(repr, neutral))} or null is taken" if neutral else ""
-            raise Refusal(f"{place}{name} is refused: {why}{known}", param=place + name)
+            raise Refusal(f"{place}{name} is refused: {why}{known}", param=place + name, code="unsupported_value")
+
+
+def _is_same(given: Any, wanted: Any) -> bool:
+    return type(given) is type(wanted) and given == wanted  # else 0 would be False
 
 
 def max_tokens_of(request: CompletionRequest | ChatRequest) -> int | None:
