@@ -1,7 +1,7 @@
 """/openapi.json says what is really sent: replies and streams, errors in their one form, what a field is refused for.
 
-FastAPI describes requests by their classes; `describe` adds to that what it cannot know. A route that stands in no table
-here is an error of `openapi()`: nothing is served and not described.
+FastAPI describes requests by their classes; `describe` adds to that what it cannot know. A route that stands in no
+table here is an error of `openapi()`: nothing is served and not described.
 """
 
 from __future__ import annotations
