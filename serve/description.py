@@ -102,10 +102,12 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"messages": _ASKED, "max_tokens": 16, "stream": True, "stream_options": {"include_usage": True}},
         {"messages": _ASKED, "max_tokens": 16, "tools": [{"type": "function", "function": _ADD}]},
         {"messages": _ASKED, "max_tokens": 16, "logprobs": True, "top_logprobs": 2},
+        {"messages": _ASKED, "max_tokens": 16, "response_format": {"type": "json_object"}},
     ],
     "/v1/completions": [
         {"prompt": "def gcd(", "max_tokens": 8, "n": 2},
         {"prompt": ["def gcd(", "import "], "max_tokens": 8, "stream": True},
+        {"prompt": "Is 7 prime? ", "structured_outputs": {"choice": ["yes", "no"]}},
         {"prompt": [1, 5, 6], "max_tokens": 0, "echo": True, "logprobs": 1},
     ],
     "/v1/responses": [

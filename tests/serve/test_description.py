@@ -1,4 +1,4 @@
-"""/openapi.json against what the server does: by hand over every example, and fuzzed by schemathesis (`make parity`)."""
+"""/openapi.json against what the server does: over every example, and fuzzed by schemathesis (`make parity`)."""
 
 import json
 import os
