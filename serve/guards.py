@@ -362,14 +362,16 @@ def _add_error_envelopes(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         place = first["loc"][1:]
-        param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or None
+        parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+        param = "".join(parts).lstrip(".")[:200] or None
         if first["type"] == "json_invalid":
             return respond(Refusal(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"))
         if first["type"] == "extra_forbidden":
             message = f"unknown field {param}; it is not part of this request"
             return respond(Refusal(message, param=param, code="unknown_parameter"))
         given = "" if first["type"] == "missing" else f"; given {first['input']!r:.200}"
-        return respond(Refusal(f"{param or 'the body'}: {first['msg']}{given}", param=param))
+        message = f"{param or 'the body'}: {first['msg']}{given}"
+        return respond(Refusal(message, param=param, code="invalid_value"))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

@@ -204,7 +204,7 @@ def _echo(prompt: str | list[int], pipeline: Pipeline) -> str:
 def _check_model(given: str, served: Sequence[str]) -> None:
     if given not in served:
         raise Refusal(
-            f"the model {given!r} is not served here; {', '.join(map(repr, served))} "
+            f"the model {given!r:.100} is not served here; {', '.join(map(repr, served))} "
             f"{'is' if len(served) == 1 else 'are'}",
             param="model",
             status=404,

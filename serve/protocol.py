@@ -6,6 +6,7 @@ value always pass.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -44,7 +45,8 @@ class Refusal(Exception):
 
 
 def envelope(message: str, *, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """OpenAI's error body."""
+    """OpenAI's error body. A message that quotes much of the request is cut."""
+    message = message if len(message) <= 2_000 else f"{message[:2_000]} ..."
     kind = {401: "authentication_error", 404: "not_found_error"}.get(
         status, "invalid_request_error" if status < 500 else "server_error"
     )
@@ -316,7 +318,7 @@ def params_of(request: CompletionRequest | ChatRequest) -> Params:
             guide=guide_of(request),
             **{name: value for name in _AS_GIVEN if (value := getattr(request, name)) is not None},
         )
-    except GuideError as error:
+    except (GuideError, UnicodeEncodeError) as error:  # of all that is read here the guide alone is encoded
         raise Refusal(str(error), param=param_of("guide", request)) from error
     except ValueError as error:
         raise Refusal(str(error)) from error
@@ -373,10 +375,15 @@ def messages_of(messages: Sequence[ChatMessage], called: dict[str, str]) -> list
 
 
 def tools_of(declared: Sequence[DeclaredTool] | None) -> list[dict[str, Any]]:
-    """The tools that the model is told of, each {name, description, parameters}."""
+    """The tools that the model is told of, each {name, description, parameters}. Raises Refusal for what is no text."""
     none = {"type": "object", "properties": {}}
-    functions = (tool.function for tool in declared or ())
-    return [{"name": f.name, "description": f.description or "", "parameters": f.parameters or none} for f in functions]
+    functions = [tool.function for tool in declared or ()]
+    told = [{"name": f.name, "description": f.description or "", "parameters": f.parameters or none} for f in functions]
+    try:
+        json.dumps(told, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise Refusal(f"tools hold what the model cannot be told: {error}"[:500], param="tools") from error
+    return told
 
 
 def usage(results: Sequence[Result], *, n: int) -> dict[str, Any]:

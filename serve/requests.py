@@ -164,7 +164,7 @@ class Sampled(Asking):
 class CompletionRequest(Sampled):
     prompt: Prompts
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     best_of: int | None = None
     suffix: Any = None
 
@@ -208,7 +208,7 @@ class ChatRequest(Sampled):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     tools: list[DeclaredTool] | None = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None

@@ -207,8 +207,8 @@ def without_first(context, continuation, tokenizer):
 def test_lm_eval_over_the_server_scores_as_in_this_process(real, asked_as):
     pytest.importorskip("lm_eval")
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
     from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from lm_eval.tasks import TaskManager
 
     url, model, folder = real
     items = tuple(ChoiceItem(f"{i}", *rest) for i, rest in enumerate(CHOICES))
@@ -239,8 +239,8 @@ def test_lm_eval_over_the_server_scores_as_in_this_process(real, asked_as):
 def test_lm_eval_over_chats_generates_as_in_this_process(real):
     pytest.importorskip("lm_eval")
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
     from lm_eval.models.openai_completions import LocalChatCompletion
+    from lm_eval.tasks import TaskManager
 
     url, model, _ = real
     local = eval_model.local(model, max_length=128, encode=eval_model.as_chat)
