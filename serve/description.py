@@ -116,6 +116,8 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     ],
     "/v1/sessions": [{"messages": [{"role": "system", "content": "Be brief."}], "max_length": 256}],
     "/v1/embeddings": [{"input": ["one text", "another"]}],
+    "/tokenize": [{"prompt": "def gcd("}, {"messages": _ASKED, "return_token_strs": True}],
+    "/detokenize": [{"tokens": [5, 6, 7]}],
     "/v1/score": [{"pairs": [{"prompt": "What is 1 + 2?", "answer": "3"}]}],
 }
 """Bodies that are taken, but for their `model`."""

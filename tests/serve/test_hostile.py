@@ -21,6 +21,8 @@ BODIES = {
     "/v1/sessions": {"model": "tiny"},
     "/v1/embeddings": {"model": "tiny", "input": "x"},
     "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "a"},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [5]},
 }
 TEXT_FIELDS = {
     "/v1/chat/completions": ("messages", "user", "stop", "model", "session_id", "bad_words", "tools"),
@@ -29,6 +31,8 @@ TEXT_FIELDS = {
     "/v1/sessions": ("model", "messages"),
     "/v1/embeddings": ("input", "model", "user"),
     "/v1/load_lora_adapter": ("lora_name", "lora_path"),
+    "/tokenize": ("prompt", "model"),
+    "/detokenize": ("model",),
 }
 """Where a text can stand."""
 
@@ -99,6 +103,8 @@ def test_numbers_that_are_none(server, path, value):
         "/v1/sessions": ("max_length",),
         "/v1/embeddings": ("dimensions", "input"),
         "/v1/load_lora_adapter": ("lora_name",),
+        "/tokenize": ("prompt",),
+        "/detokenize": ("tokens",),
     }[path]
     for field in fields:
         given = {"logit_bias": f'{{"5": {value}}}', "stop_token_ids": f"[{value}]"}.get(field, value)
