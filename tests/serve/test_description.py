@@ -10,6 +10,7 @@ import httpx
 import jsonschema
 import pytest
 
+from internjax.decode.request import check_options
 from serve.description import EXAMPLES, REPLIES
 from serve.openai import create_app
 from serve.pipeline import Pipeline
@@ -19,11 +20,19 @@ from tests.serve.conftest import ScriptedEngine
 CHECKS = Path(__file__).with_name("schemathesis_checks.py")
 
 
+class CheckingEngine(ScriptedEngine):
+    """Refuses what the real engine refuses before it begins: as many likely tokens as an integer can say."""
+
+    def submit(self, request, *, session=None):
+        check_options(request, self.limits, vocab_size=self.config.vocab_size)
+        return super().submit(request, session=session)
+
+
 @pytest.fixture(scope="module")
 def server(tokenizer, tiny_model, tmp_path_factory):
     """Of an engine that says one sentence, and a model for vectors; adapters may be loaded from an empty folder."""
     said = [*tokenizer.encode("The answer is 6."), tokenizer.eos_id]
-    pipeline = Pipeline.over(ScriptedEngine(lambda request: said, chunks=(4,)), tokenizer, model=tiny_model)
+    pipeline = Pipeline.over(CheckingEngine(lambda request: said, chunks=(4,)), tokenizer, model=tiny_model)
     folder = tmp_path_factory.mktemp("adapters")
     with start_server(pipeline, model_name="tiny", drain_seconds=1, adapter_root=folder) as server:
         yield server
