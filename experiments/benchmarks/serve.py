@@ -109,17 +109,30 @@ def words_of(tokenizer: Tokenizer) -> dict[int, str]:
     }
 
 
-def write_folder(model: ModelConfig, folder: Path) -> list[str]:
-    """Writes random weights that draw words alone, with their tokenizer; returns the words."""
-    from internjax.hf.save import save_model
+class WordModel(NamedTuple):
+    """A model that draws words alone."""
 
+    config: ModelConfig
+    params: dict
+    tokenizer: Tokenizer
+    words: list[str]
+
+
+def word_model(model: ModelConfig) -> WordModel:
+    """Returns random weights whose logits are zero but for the tokenizer's words."""
     tokenizer = tokenizer_of_words(model.vocab_size)
     words = words_of(tokenizer)
     config, params = random_model(dataclasses.replace(model, tie_embeddings=False))
     drawn = np.isin(np.arange(model.vocab_size), list(words))
     params["head"] = {"kernel": params["head"]["kernel"] * drawn}
-    save_model(folder, config=config, params=params, tokenizer=tokenizer)
-    return list(words.values())
+    return WordModel(config, params, tokenizer, list(words.values()))
+
+
+def write_folder(made: WordModel, folder: Path) -> None:
+    """Writes the folder that every contender serves."""
+    from internjax.hf.save import save_model
+
+    save_model(folder, config=made.config, params=made.params, tokenizer=made.tokenizer)
 
 
 def services(folder: Path, *, slots: int, peer_python: str) -> dict[str, Service]:
@@ -391,12 +404,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     peer_packages = contest.packages_of(args.peer_python) if set(args.contenders) & set(PEERS) else {}
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "model"
-        words = write_folder(setting.model, folder)
+        made = word_model(setting.model)
+        write_folder(made, folder)
         everyone = services(folder, slots=max(args.clients), peer_python=args.peer_python)
         measured = run(
             setting,
             {who: everyone[who] for who in args.contenders},
-            words,
+            made.words,
             Path(root),
             clients=args.clients,
             num_blocks=args.blocks,
