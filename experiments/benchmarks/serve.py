@@ -22,7 +22,8 @@ transformers-batching  transformers serve --continuous-batching
 tokens per second   of a block, from its first request to its last token; the median over all blocks
 first token         seconds from a request to the first text of its answer; percentiles over all requests of all blocks
 per token           seconds since the arrival before, divided by the tokens that arrived together; percentiles over all
-                    tokens behind a request's first arrival. One piece of the body is an arrival
+                    tokens behind a request's first arrival. What comes within a millisecond is one arrival: a server
+                    that sends four tokens at once is not credited with three that took no time
 pause               seconds between two arrivals, however many tokens came: what a reader sees
 CPU seconds         of the server's process, for 1000 tokens; the median over all blocks
 

@@ -23,6 +23,8 @@ from serve.bench_targets import Timing
 Found = TypeVar("Found")
 Turns = Sequence[Mapping[str, str]]
 """Messages of a conversation, as OpenAI has them."""
+TOGETHER = 1e-3
+"""Seconds after an arrival in which whatever comes is part of it: parts that a server sends one by one at once."""
 _READY_SECONDS, _ANSWER_SECONDS = 600, 600
 
 
@@ -195,10 +197,14 @@ def _read(raw: _Raw, num_new: int) -> Answer:
             for choice in chunk["choices"]:
                 text += choice["delta"].get("content") or ""
                 finish = choice.get("finish_reason") or finish
-        if text:
+        if not text:
+            continue
+        texts.append(text)
+        if arrivals and at - arrivals[-1] < TOGETHER:
+            counts[-1] += text.count(" ")
+        else:
             arrivals.append(at)
             counts.append(text.count(" "))
-            texts.append(text)
     if sum(counts) != num_new or finish != "length":
         raise Failed(f"an answer of {num_new} tokens had {sum(counts)} and ended with {finish!r}")
     return Answer(Timing(raw.start, tuple(arrivals), tuple(counts), 0), "".join(texts))
