@@ -35,7 +35,7 @@ def test_deltas_join_to_the_text(scripted, tokenizer, chunks):
 def test_what_is_drawn_together_comes_in_one_delta(scripted):
     *deltas, _ = scripted(TEXT, chunks=(100,)).complete("x")
     assert [delta.text for delta in deltas] == [TEXT]
-    said, called, result = scripted(CALL, chunks=(100,)).chat(USER, tools=[PYTHON])
+    said, *_, called, result = scripted(CALL, chunks=(100,)).chat(USER, tools=[PYTHON])
     assert said.text == "Let me see." and called.call == result.call and result.finish == "tool_calls"
 
 
