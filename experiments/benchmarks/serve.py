@@ -52,7 +52,6 @@ from experiments.benchmarks.serve_clients import (
     Server,
     Service,
     Turns,
-    answers_to,
     ask,
     ask_together,
     chat_body,
@@ -252,14 +251,10 @@ def conversation(server: Server, prompts: Prompts, index: int, *, by_session: bo
 def measure_conversations(servers: Contest, prompts: Prompts, *, num_conversations: int) -> dict[str, Any]:
     """Returns the first-token seconds of every turn, medians over conversations, and their ratios to the first turn's.
 
-    Every contender is sent the whole conversation each time; ours is asked by session besides, if it keeps any.
+    Every contender is sent the whole conversation each time; ours is asked by session besides.
     """
     found: dict[str, list[list[float]]] = {}
-    ways = {False: None}
-    if servers.turns(lambda server: answers_to(server, "/v1/sessions"), only=[OURS]).get(OURS):
-        ways[True] = [OURS]
-    else:
-        print(f"{OURS} keeps no sessions: it is measured with whole conversations alone", flush=True)
+    ways = {False: None, True: [OURS]}
     for index in range(num_conversations + 1):
         for by_session, only in ways.items():
 

@@ -156,13 +156,6 @@ def post(connection: http.client.HTTPConnection, path: str, body: Mapping[str, A
     return json.loads(said)
 
 
-def answers_to(server: Server, path: str) -> bool:
-    """Returns whether the server knows a path."""
-    with server.connection() as connection:
-        connection.request("GET", path)
-        return connection.getresponse().status == 200
-
-
 def chat_body(model: str, turns: Turns, num_new: int) -> dict[str, Any]:
     """Returns a greedy request."""
     return {"model": model, "messages": list(turns), "max_tokens": num_new, "temperature": 0.0}
