@@ -32,6 +32,13 @@ def test_deltas_join_to_the_text(scripted, tokenizer, chunks):
     assert [token.logprob for token in result.tokens] == [-token_id / 1000 for token_id in said]
 
 
+def test_what_is_drawn_together_comes_in_one_delta(scripted):
+    *deltas, _ = scripted(TEXT, chunks=(100,)).complete("x")
+    assert [delta.text for delta in deltas] == [TEXT]
+    said, *_, called, result = scripted(CALL, chunks=(100,)).chat(USER, tools=[PYTHON])
+    assert said.text == "Let me see." and called.call == result.call and result.finish == "tool_calls"
+
+
 def test_tokens_come_only_when_asked_for(scripted):
     assert scripted(TEXT).complete("x").result().tokens == ()
 
