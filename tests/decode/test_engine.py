@@ -289,8 +289,9 @@ def test_events_arrive_in_pieces_and_end_once(engine):
     handle = engine.submit(Request(prompt(6), 10, GREEDY, logprobs=0))
     drive(engine)
     events = list(handle.events())
-    assert [len(event.ids) for event in events] == [4, 4, 2]
-    assert [event.finish for event in events] == [None, None, "length"]
+    # The first token does not wait for those behind it.
+    assert [len(event.ids) for event in events] == [1, 4, 4, 1]
+    assert [event.finish for event in events] == [None, None, None, "length"]
     assert all(len(event.logprobs) == len(event.ids) for event in events)
     assert list(handle.events()) == []
     with pytest.raises(RuntimeError, match="read already"):
