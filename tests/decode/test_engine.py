@@ -276,6 +276,21 @@ def test_exact_mode_shares_what_was_read_and_nothing_that_the_step_was_fed(lengt
     assert handle.num_shared == num_shared
 
 
+def test_few_answers_are_drawn_in_a_small_block_and_are_the_same(monkeypatch):
+    """Of 16 slots the first alone, the first four, or all; rows that come and go between them; nothing compiles late."""
+    engine = build(num_slots=16, num_pages=256)
+    engine.warmup()
+    counts, block, num_compiled = [], engine._device._block, engine.stats().num_compiled
+    monkeypatch.setattr(engine._device, "_block", lambda count, *a, **k: counts.append(count) or block(count, *a, **k))
+    requests = [Request(prompt(4 + n, seed=n), 3 + n, DRAWN, logprobs=0) for n in range(12)]
+    for some in (requests[:1], requests[:3], requests):
+        for request, result in zip(some, answer(engine, *some)):
+            ids, values = generated(request)
+            assert result.ids == ids and result.error is None
+            np.testing.assert_allclose(result.logprobs, values, atol=2e-5)
+    assert set(counts) == {1, 4, 16} and engine.stats().num_compiled == num_compiled
+
+
 def test_stop_ids_end_a_request_and_are_kept(engine):
     (free,) = answer(engine, Request(prompt(6), 20, GREEDY))
     stop = free.ids[7]
