@@ -215,6 +215,8 @@ class Storm:
             heard = await exchange(step.asked, self.target.url, seconds=self._seconds)
             told(self.tally, what, index, step, heard)
             if not step.insists or heard.status not in (409, 429, 503):
+                if heard.status == 429:
+                    await asyncio.sleep(0.1)  # else those who are refused run through the storm
                 break
             await asyncio.sleep(min(0.02 * (attempt + 1), 0.5))
         return heard
@@ -407,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--at-once", type=int, default=40, help="clients (default: %(default)s)")
+    parser.add_argument("--at-once", type=int, default=36, help="clients (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=120, help="until an answer counts as hung (%(default)g)")
     parser.add_argument("--only", type=int, metavar="N", help="send request N alone, and show what is heard")
     parser.add_argument("--url", help="of a server that runs, instead of one of its own")

@@ -347,7 +347,7 @@ def _wrong_field(rng: random.Random, served: Served) -> list[Step]:
             {"structured_outputs": {"regex": "("}}, {"structured_outputs": {"regex": "a", "choice": ["b"]}},
             {"structured_outputs": {"json": {"type": "nothing"}}}, {"structured_outputs": {"grammar": "start: ("}},
             {"structured_outputs": {"choice": []}}, {"structured_outputs": {"json": "{"}}, {"best_of": 4},
-            {"suffix": "x"}, {"functions": []}, {"audio": {}}, {"prompt": {}, "messages": {}}, {"top_logprobs": 3},
+            {"suffix": "x"}, {"functions": [{}]}, {"audio": {}}, {"prompt": {}, "messages": {}}, {"top_logprobs": 3},
         )
     )  # fmt: skip
     return [Step(post(path, body | wrong), "refusal")]
