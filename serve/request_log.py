@@ -119,8 +119,10 @@ def _route_of(scope: Mapping[str, Any]) -> str:
     """The declared path; of a request that was refused before it was routed, its own, if that is one."""
     path = getattr(scope.get("route"), "path", None)
     if path is None and "app" in scope:
-        declared = {getattr(route, "path", None) for route in scope["app"].routes}
-        path = scope["path"] if scope["path"] in declared else None
+        for route in scope["app"].routes:
+            is_its = "endpoint" in scope and getattr(route, "endpoint", None) is scope["endpoint"]
+            if is_its or getattr(route, "path", None) == scope["path"]:
+                path = route.path
     return "other" if path is None else path
 
 
