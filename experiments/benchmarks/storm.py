@@ -358,9 +358,8 @@ async def _killed(target: Target, served: Served) -> tuple[list[Any], list[Check
     os.kill(target.pid, signal.SIGKILL)
     ends = [heard.end for heard in await asyncio.gather(*clients)]
     in_stream = sum(heard.result().status == 200 and heard.result().end == "broken" for heard in clients)
-    return tokens, [
-        Check("clients see a broken connection", "hung" not in ends and in_stream > 0, f"{ends}, {in_stream} in streams")
-    ], session
+    is_broken, what = "hung" not in ends and in_stream > 0, f"{ends}, {in_stream} in streams"
+    return tokens, [Check("clients see a broken connection", is_broken, what)], session
 
 
 async def _again(target: Target, served: Served, tokens: list[Any], session: str | None) -> list[Check]:

@@ -252,7 +252,9 @@ def checks(
         found.append(Check("no traceback in the log", None, "the server's log is not at hand"))
     else:
         count, at = log.count("Traceback (most recent"), log.find("Traceback (most recent")
-        found.append(Check("no traceback in the log", count == 0, f"{count}" + (f": {log[at:][:3000]}" if count else "")))
+        found.append(
+            Check("no traceback in the log", count == 0, f"{count}" + (f": {log[at:][:3000]}" if count else ""))
+        )
     return found
 
 
@@ -323,7 +325,7 @@ def _of_process(before: Figures, end: Figures, *, is_long: bool) -> list[Check]:
     growth = end.rss_bytes / before.rss_bytes - 1
     grown = f"{before.rss_bytes / 2**20:.1f} -> {end.rss_bytes / 2**20:.1f} MiB, {growth:+.2%}"
     if not is_long:
-        whys = f"{{}}, not judged: the storm was a short one"
+        whys = "{}, not judged: the storm was a short one"
         return [
             Check(names[0], None, whys.format(grown)),
             Check(names[1], None, whys.format(f"{before.threads} -> {end.threads}")),

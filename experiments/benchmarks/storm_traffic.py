@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -167,9 +168,7 @@ def _chat(rng: random.Random, served: Served) -> list[Step]:
 
 def _chats(rng: random.Random, served: Served) -> list[Step]:
     n = rng.randint(2, 6)
-    return _asked(
-        "/v1/chat/completions", _sampling(rng, served) | {"messages": _messages(rng), "n": n}, rng, choices=n
-    )
+    return _asked("/v1/chat/completions", _sampling(rng, served) | {"messages": _messages(rng), "n": n}, rng, choices=n)
 
 
 def _tools(rng: random.Random, served: Served) -> list[Step]:
@@ -187,7 +186,7 @@ def _guided(rng: random.Random, served: Served) -> list[Step]:
         (
             ({"structured_outputs": {"json": _SCHEMA}}, is_json),
             ({"response_format": named}, is_json),
-            ({"structured_outputs": {"regex": "[ab]{1,6}"}}, lambda text: 1 <= len(text) <= 6 and not set(text) - set("ab")),
+            ({"structured_outputs": {"regex": "[ab]{1,6}"}}, lambda text: re.fullmatch("[ab]{1,6}", text) is not None),
             ({"structured_outputs": {"choice": ["yes", "no", "你好"]}}, lambda text: text in ("yes", "no", "你好")),
         )
     )
@@ -252,7 +251,9 @@ def _kserve(rng: random.Random, served: Served) -> list[Step]:
     path, data = f"/v2/models/{served.model}/infer", json.dumps(_kserve_body(rng)).encode()
     if rng.random() < 0.3:
         return [Step(post(path, gzip.compress(data, mtime=0), ("Content-Encoding", "gzip")))]
-    return [Step(post(path, data)) if rng.random() < 0.8 else Step(Exchange("GET", f"/v2/models/{served.model}/config"))]
+    return [
+        Step(post(path, data)) if rng.random() < 0.8 else Step(Exchange("GET", f"/v2/models/{served.model}/config"))
+    ]
 
 
 def _grpc(rng: random.Random, served: Served) -> list[Step]:
@@ -337,7 +338,8 @@ def _wrong_field(rng: random.Random, served: Served) -> list[Step]:
     path, body = _base(rng, served)
     wrong = rng.choice(
         (
-            {"max_tokens": "5"}, {"max_tokens": -1}, {"max_tokens": 2**40}, {"max_tokens": 1.5}, {"max_tokens": 100_000},
+            {"max_tokens": "5"}, {"max_tokens": -1}, {"max_tokens": 2**40}, {"max_tokens": 1.5},
+            {"max_tokens": 100_000},
             {"temperature": -1}, {"temperature": 3}, {"temperature": float("nan")}, {"temperature": "hot"},
             {"top_p": 0}, {"top_p": 1.1}, {"n": 0}, {"n": 129}, {"n": "2"}, {"stop": [""]}, {"stop": 5},
             {"seed": 2**64}, {"logit_bias": {"x": 1}}, {"logit_bias": {"0": 101}}, {"logit_bias": [1]},
@@ -425,7 +427,8 @@ def _no_session(rng: random.Random, served: Served) -> list[Step]:
 def _no_http(rng: random.Random, served: Served) -> list[Step]:
     data = rng.choice(
         (
-            b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 10 + b"\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
+            b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 10 + b"\r\n\r\n",
+            b"GET / HTTP/9.9\r\n\r\n",
             b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
             b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n",
             b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
