@@ -428,7 +428,7 @@ def _no_http(rng: random.Random, served: Served) -> list[Step]:
     data = rng.choice(
         (
             b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 10 + b"\r\n\r\n",
-            b"GET / HTTP/9.9\r\n\r\n",
+            b"GET /nowhere HTTP/9.9\r\n\r\n",
             b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
             b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n",
             b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
