@@ -233,7 +233,7 @@ class Pipeline:
         params = Params() if params is None else params
         is_text = isinstance(prompt, str)
         if is_text:
-            self._refuse_long([prompt])
+            self.refuse_long([prompt])
         ids = self.prompt_ids(prompt)
         reader = PlainReader(self.tokenizer, behind_text=len(ids) > 1)  # one token: what begins every text
         return self._submit(ids, reader, params, hidden=int(is_text))
@@ -245,7 +245,7 @@ class Pipeline:
 
         Where neither tools nor a system turn named "interpreter" or "plugin" are given, a call is shown as text.
         """
-        self._refuse_long(message.content for message in messages)
+        self.refuse_long(message.content for message in messages)
         ids = self.chat_ids(messages, tools=tools)
         return self.answer_to(self._with_tools(messages, tools), ids, Params() if params is None else params)
 
@@ -260,7 +260,7 @@ class Pipeline:
         self, messages: Sequence[Message] = (), *, max_length: int | None = None, tools: Sequence[Mapping] = ()
     ) -> Session:
         """A conversation of which only new turns are read; `max_length` tokens in all (None: the engine's context)."""
-        answering = Answering(self.engine, self.tokenizer, self.stop_ids, self.answer_to)
+        answering = Answering(self.engine, self.tokenizer, self.stop_ids, self.answer_to, self.refuse_long)
         return Session(answering, self.engine.open_session(max_length), self._with_tools(messages, tools))
 
     def stream(self, prompt: Given, params: Params | None = None, *, tools: Sequence[Mapping] = ()) -> Answer:
@@ -421,7 +421,7 @@ class Pipeline:
         """What answers; None where the pipeline was made over an engine."""
         return self._model
 
-    def _refuse_long(self, texts: Iterable[str]) -> None:
+    def refuse_long(self, texts: Iterable[str]) -> None:
         """Raises ContextTooLong for texts that no ids in the context can spell.
 
         Before they are tokenised: that takes some 250 bytes for each character (measured), which an allocator may keep.

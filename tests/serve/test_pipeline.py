@@ -7,6 +7,7 @@ import pytest
 from internjax.text.chat import CallEnd, render
 from internjax.text.message import INTERPRETER_PROMPT, Message, ToolCall
 from serve.pipeline import ContextTooLong, Delta, Params, Pipeline, Prompt, Result, chat_callable, with_sampling
+from serve.session import Answering, Session
 
 TEXT = "The answer is 6, héllo 你好."
 CALL = (
@@ -305,3 +306,6 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(scripted, monk
         pipeline.complete("!" * (most + 1))
     with pytest.raises(ContextTooLong, match=said):
         pipeline.chat([Message("system", "!" * most), Message("user", "!")])
+    session = Session(Answering(None, None, (), None, pipeline.refuse_long), None, [Message("system", "!" * most)])
+    with pytest.raises(ContextTooLong, match=said):
+        session.chat(Message("user", "!"))
