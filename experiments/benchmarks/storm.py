@@ -254,12 +254,14 @@ class Storm:
             found.append(logprobs.get("tokens") or [token["token"] for token in logprobs.get("content", ())])
         return found
 
-    async def settled(self) -> Figures:
-        """The server's figures when nothing runs any more, or after the time for that."""
+    async def settled(self, before: Figures | None = None) -> Figures:
+        """The server's figures when nothing runs any more and as few files are open as before, or after some time."""
         deadline = time.monotonic() + _SETTLE_SECONDS
         while True:
             figures = self._figures(await self._metrics())
-            if not any(figures.series.get(name) for name in IDLE) or time.monotonic() > deadline:
+            is_idle = not any(figures.series.get(name) for name in IDLE)
+            has_closed = before is None or (figures.files or 0) <= (before.files or 0)
+            if (is_idle and has_closed) or time.monotonic() > deadline:
                 return figures
             await asyncio.sleep(0.2)
 
@@ -304,12 +306,12 @@ async def storm(target: Target, *, requests: int, seed: int, at_once: int, secon
     mark = None
     if requests >= 2 * MARK:
         await run.run(range(MARK))
-        mark = await run.settled()
+        mark = await run.settled(start)
     await run.run(range(MARK if mark else 0, requests))
     sessions_left = await run.end_sessions()
     after = await run.greedy()
     await run.close()
-    end = await run.settled()
+    end = await run.settled(mark or start)
     log = None if target.log is None else target.log.read_text(errors="replace")
     found = checks(run.tally, start, mark, end, tokens=(before, after), sessions_left=sessions_left, log=log)
     return {
