@@ -11,18 +11,29 @@ from experiments.benchmarks import storm
 from experiments.benchmarks.storm_checks import Fault, Figures, checks, fault_of, new_tally, series_of, told
 from experiments.benchmarks.storm_client import PLACES, Exchange, Heard, exchange
 from experiments.benchmarks.storm_traffic import Case, Served, Step, case, post
+from internjax.hf.open import open_model
+from serve.guards import Limits, Operation
+from serve.pipeline import Pipeline
+from serve.server import start_server
 
 SERVED = Served("tiny", frozenset({"/v1/sessions", "/v1/responses", "/tokenize", "/v2", "grpc"}), 1 << 20)
 ENVELOPE = json.dumps({"error": {"message": "no", "type": "t", "param": None, "code": None}}).encode()
 
 
 def test_a_short_storm_over_a_real_server(tmp_path, capsys):
+    """In this process, whose start takes longer than the storm."""
+    storm.write_model(tmp_path / "tiny")
     output = tmp_path / "storm.json"
-    status = storm.main(["--requests", "150", "--seconds", "60", "--output", str(output)])
+    operation = Operation(Limits(body_bytes=1 << 20, max_running=24, max_waiting=8))
+    with Pipeline(open_model(tmp_path / "tiny"), num_slots=4, num_pages=48) as pipeline:
+        with start_server(pipeline, model_name="tiny", grpc_port=0, operation=operation) as server:
+            where = ["--url", server.url, "--grpc", server.grpc_address, "--max-body", "1"]
+            status = storm.main([*where, "--requests", "120", "--seconds", "60", "--output", str(output)])
+            shown = capsys.readouterr().out
+            assert storm.main([*where, "--only", "7"]) == 0
+    assert status == 0 and "ok          no hangs" in shown, shown
     result = json.loads(output.read_text())
-    assert status == 0, capsys.readouterr().out
-    judged = {check["name"] for check in result["checks"] if check["passed"]}
-    assert judged >= {
+    assert {check["name"] for check in result["checks"] if check["passed"]} == {
         "no undeclared 5xx",
         "no hangs",
         "errors have their envelope",
@@ -32,11 +43,10 @@ def test_a_short_storm_over_a_real_server(tmp_path, capsys):
         "nothing was compiled",
         "/metrics tell what was sent",
         "greedy tokens are the same",
-        "files are closed",
-        "no traceback in the log",
+        "sessions are gone",
     }
-    assert result["sent"]["sort: good"] > 40 and result["statuses"]["200"] > 20 and result["statuses"]["400"] > 10
-    assert "ok          no hangs" in capsys.readouterr().out
+    assert result["sent"]["sort: good"] > 30 and result["statuses"]["200"] > 20 and result["statuses"]["400"] > 10
+    assert "request 7 of seed 0" in capsys.readouterr().out
 
 
 def test_traffic_is_a_function_of_the_seed_and_what_is_served():
