@@ -7,7 +7,7 @@
     python -m experiments.benchmarks.storm --kill                   # kill -9 in the midst of answers, and a new start
 
 Hardware: any; nothing in the result is a speed
-Time: about 10 minutes on 2 CPU cores, 1 minute with --requests 300
+Time: about 5 minutes on 2 CPU cores, 1 minute with --requests 300
 
 Three of ten requests are malformed, three of ten are left by their client: within the head or the body, in the queue,
 in prefill, in the midst of the answer, behind its last byte. Request `n` is a pure function of the seed and of what is
