@@ -349,13 +349,13 @@ async def _killed(target: Target, served: Served) -> tuple[list[Any], list[Check
     run = Storm(target, served, seed=0, at_once=1, seconds=30)
     tokens, session = await run.greedy(), None
     body = {"model": served.model, "max_tokens": 200, "ignore_eos": True, "stream": True}
-    asked = [post("/v1/completions", body | {"prompt": "a"}) for _ in range(8)]
+    asked = [post("/v1/completions", body | {"prompt": "a"}) for _ in range(24)]
     if "/v1/sessions" in served.paths:
         session = (await run.own(post("/v1/sessions", {"model": served.model}))).json()["id"]
         turn = {"session_id": session, "messages": [{"role": "user", "content": "a"}]}
         asked.append(post("/v1/chat/completions", body | turn))
     clients = [asyncio.create_task(exchange(each._replace(is_slow=True), target.url, seconds=30)) for each in asked]
-    await asyncio.sleep(0.5)  # some are in their streams, some wait for a slot
+    await asyncio.sleep(0.3)  # some are in their streams, some wait for a slot
     assert target.pid is not None
     os.kill(target.pid, signal.SIGKILL)
     ends = [heard.end for heard in await asyncio.gather(*clients)]
