@@ -7,6 +7,7 @@ import pytest
 from internjax.text.chat import CallEnd, render
 from internjax.text.message import INTERPRETER_PROMPT, Message, ToolCall
 from serve.pipeline import ContextTooLong, Delta, Params, Pipeline, Prompt, Result, chat_callable, with_sampling
+from serve.session import Answering, Session
 
 TEXT = "The answer is 6, héllo 你好."
 CALL = (
@@ -292,3 +293,19 @@ def test_bad_words_are_banned_in_every_form_they_take(scripted, tokenizer):
         pipeline.complete("x", Params(bad_words=tuple(f"a{i}" for i in range(10, 50))))
     with pytest.raises(ValueError, match="the bad word 'zqzq.*' has .* tokens; this server takes up to 16"):
         pipeline.complete("x", Params(bad_words=("zq" * 20,)))
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(scripted, monkeypatch):
+    pipeline = scripted("yes")
+    most = pipeline.max_context * max(len(pipeline.tokenizer.bytes_of(n)) for n in range(pipeline.tokenizer.vocab_size))
+    said = f"the prompt has {most + 1} characters; the context holds 1024 tokens, which are {most} at most. Shorten"
+    with pytest.raises(ContextTooLong, match="1024 tokens; the prompt has [0-9]+ and"):
+        pipeline.complete("!" * most)  # it might have fitted
+    monkeypatch.setattr(type(pipeline.tokenizer), "encode_batch", None)
+    with pytest.raises(ContextTooLong, match=said):
+        pipeline.complete("!" * (most + 1))
+    with pytest.raises(ContextTooLong, match=said):
+        pipeline.chat([Message("system", "!" * most), Message("user", "!")])
+    session = Session(Answering(None, None, (), None, pipeline.refuse_long), None, [Message("system", "!" * most)])
+    with pytest.raises(ContextTooLong, match=said):
+        session.chat(Message("user", "!"))
