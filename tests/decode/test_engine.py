@@ -277,7 +277,7 @@ def test_exact_mode_shares_what_was_read_and_nothing_that_the_step_was_fed(lengt
 
 
 def test_few_answers_are_drawn_in_a_small_block_and_are_the_same(monkeypatch):
-    """Of 16 slots the first alone, the first four, or all; rows that come and go between them; nothing compiles late."""
+    """Of 16 slots one, four or all, with rows that come and go between them. Nothing compiles late."""
     engine = build(num_slots=16, num_pages=256)
     engine.warmup()
     counts, block, num_compiled = [], engine._device._block, engine.stats().num_compiled
