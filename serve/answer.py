@@ -7,9 +7,11 @@ protocol.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
+from internjax.decode.request import Event as EngineEvent
 from internjax.decode.request import Handle, PromptLogprobs, Ranked, Request
 from internjax.text.chat import CallDelta, CallEnd, CallStart
 from internjax.text.message import Message, ToolCall
@@ -50,7 +52,8 @@ class Prompt(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """More of the answer's text, and the tokens that are now complete (empty unless `Params.logprobs`)."""
+    """More of the answer's text, and the tokens that are now complete (empty unless `Params.logprobs`). What the engine
+    drew together comes in one."""
 
     text: str
     tokens: tuple[Token, ...]
@@ -168,15 +171,10 @@ class Answer:
                 yield Prompt(self._prompt)
             if self._params.max_tokens == 0:
                 continue  # the engine draws one token at least
-            nothing = (None,) * len(event.ids)
-            for token_id, logprob, ranked in zip(event.ids, event.logprobs or nothing, event.top_logprobs or nothing):
-                self._ids.append(token_id)
-                if token_id in self._stop_ids:
-                    break
-                yield from self._take(token_id, logprob, ranked or ())
-                if self._call is not None or self._stops.hit is not None:
-                    self._handle.is_enough = True
-                    return "stop" if self._call is None else "tool_calls"
+            yield from _joined(self._drawn(event))
+            if self._call is not None or self._stops.hit is not None:
+                self._handle.is_enough = True
+                return "stop" if self._call is None else "tool_calls"
         if self._params.max_tokens == 0:
             return "aborted" if finish == "aborted" else "length"
         for part in self._reader.close():
@@ -185,6 +183,16 @@ class Answer:
             return "stop"
         yield from self._show(self._stops.flush())
         return finish
+
+    def _drawn(self, event: EngineEvent) -> Iterator[Event]:
+        nothing = (None,) * len(event.ids)
+        for token_id, logprob, ranked in zip(event.ids, event.logprobs or nothing, event.top_logprobs or nothing):
+            self._ids.append(token_id)
+            if token_id in self._stop_ids:
+                return
+            yield from self._take(token_id, logprob, ranked or ())
+            if self._call is not None or self._stops.hit is not None:
+                return
 
     def _tokens_of_prompt(self, prompt: PromptLogprobs) -> tuple[Token, ...]:
         decoder, tokens, offset = StreamDecoder(self._reader.tokenizer), [], 0
@@ -231,3 +239,13 @@ class Answer:
         self._tokens += ready
         if text or ready:
             yield Delta(text, tuple(ready))
+
+
+def _joined(events: Iterable[Event]) -> Iterator[Event]:
+    """What came together, with deltas that follow each other as one: sending costs far more than drawing a token."""
+    for kind, group in itertools.groupby(events, key=type):
+        if kind is Delta:
+            texts, tokens = zip(*group)
+            yield Delta("".join(texts), tuple(itertools.chain.from_iterable(tokens)))
+        else:
+            yield from group

@@ -20,7 +20,7 @@ from pydantic import Field
 from internjax import sharding
 from internjax.decode.embed import mean_embeddings, row_widths
 from internjax.hf.open import Model
-from serve.pipeline import Pipeline
+from serve.pipeline import ContextTooLong, Pipeline
 from serve.protocol import Refusal
 from serve.request_log import note
 from serve.requests import Fields, Prompts
@@ -94,7 +94,12 @@ def add_embedding_route(app: FastAPI, pipeline: Pipeline, *, adapter_of: Callabl
         if len(body.input) > MAX_INPUTS:
             raise Refusal(f"{len(body.input)} inputs are more than {MAX_INPUTS}; send several requests", param="input")
         try:
+            for text in body.input:
+                if isinstance(text, str):
+                    pipeline.refuse_long([text])
             texts = [pipeline.prompt_ids(text) for text in body.input]
+        except ContextTooLong as error:
+            raise Refusal(str(error), param="input", code="context_length_exceeded") from error
         except ValueError as error:
             raise Refusal(str(error), param="input") from error
         longest = max(map(len, texts))

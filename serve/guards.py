@@ -33,6 +33,8 @@ WITHOUT_ENGINE = frozenset({"/tokenize", "/detokenize", "/v2/repository/index"})
 RETRY_SECONDS = 2
 MAX_HEAD_BYTES = 32 << 10
 """Of a request's path and headers."""
+_DROP_SECONDS, _DROP_PAUSE, _DROP_BYTES = 3.0, 0.2, 64 << 20
+"""What is read of a refused request's body: for so long, until so long a pause, and no more than so much."""
 
 
 class Limits(NamedTuple):
@@ -186,20 +188,25 @@ class _ThroughDoors:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
+        is_read = False
         try:
             with self._doors.inside(needs_engine=scope["path"] not in WITHOUT_ENGINE):
-                if bodies := await self._bodies(scope, receive):
+                bodies = await self._bodies(scope, receive)
+                is_read = True
+                if bodies:
                     await self._serve(scope, bodies, receive, send)
         except Refusal as refusal:
-            # What is left of a body that comes in too slowly is not waited for.
-            await respond(refusal, scope, close=refusal.status == 408)(scope, receive, send)
+            is_slow = refusal.status == 408  # what is left of its body is not waited for
+            if not is_read and not is_slow:
+                await self._drop_body(scope, receive)
+            await respond(refusal, scope, close=is_slow)(scope, receive, send)
 
     async def _bodies(self, scope, receive) -> list[bytes]:
         """The whole body, alone in a list from which it can be taken, or nothing where the client has gone."""
         limits, parts, num_bytes, more = self._limits, [], 0, True
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and len(length) < 20:
-            self._check_size(int(length))
+        if length.isdigit():
+            self._check_size(int(length[:20]))
         try:
             async with asyncio.timeout(limits.body_seconds):
                 while more:
@@ -218,6 +225,23 @@ class _ThroughDoors:
         if self._log_prompts:
             note(text=b"".join(parts)[:MAX_PROMPT_BYTES].decode(errors="replace"))
         return [b"".join(parts)]
+
+    async def _drop_body(self, scope, receive) -> None:
+        """Reads what a refused client is sending: on one that still sends, the end of the connection drops the answer.
+
+        Not from one that sends too much or too long, nor where it pauses: it may wait for the answer.
+        """
+        if b"expect" in dict(scope["headers"]):
+            return  # it sends nothing before it is told to
+        num_bytes = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DROP_SECONDS):
+                while num_bytes <= _DROP_BYTES:
+                    async with asyncio.timeout(_DROP_PAUSE):
+                        message = await receive()
+                    num_bytes += len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
 
     def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self._limits.body_bytes:

@@ -52,7 +52,9 @@ def add_kserve_routes(app: FastAPI, pipeline: Pipeline, *, model_name: str, api_
     ):
         routes.append(Route(path, _with(served, endpoint, needs_key=True), methods=[method]))
     handlers = {Refusal: _refused, HTTPException: _http_error, Exception: _failed}
-    app.router.routes.append(Route("/v2{rest:path}", Starlette(routes=routes, exception_handlers=handlers)))
+    under_v2 = Starlette(routes=routes, exception_handlers=handlers)
+    under_v2.state = app.state  # its requests are counted with all others
+    app.router.routes.append(Route("/v2{rest:path}", under_v2))
 
 
 Endpoint = Callable[[Request, kserve.Served], Awaitable[Response]]

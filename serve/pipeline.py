@@ -10,7 +10,7 @@ The engine knows token ids only; everything that is text is here.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
@@ -33,7 +33,15 @@ from internjax.model.cache import CacheDType
 from internjax.model.lora import Lora, apply_config
 from internjax.text import chat as protocol
 from internjax.text.message import INTERPRETER_PROMPT, Chat, Message, tools_message
-from internjax.text.tokenizer import ACTION_END, ACTION_START, INTERPRETER, PLUGIN, Tokenizer, differing_id
+from internjax.text.tokenizer import (
+    ACTION_END,
+    ACTION_START,
+    INTERPRETER,
+    PLUGIN,
+    Tokenizer,
+    differing_id,
+    longest_token,
+)
 from serve.adapters import read_adapter, room_for
 from serve.answer import Answer, Delta, Event, Prompt, Result, Token
 from serve.guided import CallOf, Following, GuideError, Guides, GuideSpec
@@ -181,6 +189,7 @@ class Pipeline:
         # The last token drawn needs no place in the cache.
         self.max_context = min(engine.max_context, engine.num_pages * engine.page_size + 1)
         self.stop_ids = tuple(sorted({*protocol.stop_ids(tokenizer), *eos_ids}))
+        self._longest_token = longest_token(tokenizer)
         self._guides: Guides | None = None
         self.calls_tools = all(marker in tokenizer.special for marker in _CALL_MARKERS)
 
@@ -223,6 +232,8 @@ class Pipeline:
         """The continuation of a text, or of token ids (taken as they are). Markers in a text are plain text."""
         params = Params() if params is None else params
         is_text = isinstance(prompt, str)
+        if is_text:
+            self.refuse_long([prompt])
         ids = self.prompt_ids(prompt)
         reader = PlainReader(self.tokenizer, behind_text=len(ids) > 1)  # one token: what begins every text
         return self._submit(ids, reader, params, hidden=int(is_text))
@@ -234,6 +245,7 @@ class Pipeline:
 
         Where neither tools nor a system turn named "interpreter" or "plugin" are given, a call is shown as text.
         """
+        self.refuse_long(message.content for message in messages)
         ids = self.chat_ids(messages, tools=tools)
         return self.answer_to(self._with_tools(messages, tools), ids, Params() if params is None else params)
 
@@ -248,7 +260,7 @@ class Pipeline:
         self, messages: Sequence[Message] = (), *, max_length: int | None = None, tools: Sequence[Mapping] = ()
     ) -> Session:
         """A conversation of which only new turns are read; `max_length` tokens in all (None: the engine's context)."""
-        answering = Answering(self.engine, self.tokenizer, self.stop_ids, self.answer_to)
+        answering = Answering(self.engine, self.tokenizer, self.stop_ids, self.answer_to, self.refuse_long)
         return Session(answering, self.engine.open_session(max_length), self._with_tools(messages, tools))
 
     def stream(self, prompt: Given, params: Params | None = None, *, tools: Sequence[Mapping] = ()) -> Answer:
@@ -408,6 +420,20 @@ class Pipeline:
     def model(self) -> Model | None:
         """What answers; None where the pipeline was made over an engine."""
         return self._model
+
+    def refuse_long(self, texts: Iterable[str]) -> None:
+        """Raises ContextTooLong for texts that no ids in the context can spell.
+
+        Before they are tokenised: that takes some 250 bytes for each character (measured), which an allocator may keep.
+        """
+        if self._longest_token is None:
+            return
+        num_chars, most = sum(map(len, texts)), self.max_context * self._longest_token
+        if num_chars > most:
+            raise ContextTooLong(
+                f"the prompt has {num_chars} characters; the context holds {self.max_context} tokens, which are "
+                f"{most} at most. Shorten the prompt"
+            )
 
     def _checked_ids(self, ids: Sequence[int]) -> Sequence[int]:
         if not ids:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, Literal
 
+import h11
+
 POLLED = frozenset({"/health", "/live", "/ready", "/metrics"})
 """Asked every few seconds: their lines are of level DEBUG."""
 MAX_PROMPT_BYTES = 20_000
@@ -24,6 +26,10 @@ MAX_PROMPT_BYTES = 20_000
 _ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 log = logging.getLogger("serve")
+
+
+class _Answered(Exception):
+    """What came behind the head was no HTTP: the server under us has answered 400 and ends the connection."""
 
 
 @dataclasses.dataclass
@@ -91,13 +97,22 @@ class RequestLog:
         started = time.monotonic()
 
         async def with_id(message) -> None:
-            if message["type"] == "http.response.start":
-                facts.status = message["status"]
-                message = message | {"headers": [*message["headers"], (b"x-request-id", facts.request.encode())]}
-            await send(message)
+            if message["type"] != "http.response.start":
+                await send(message)
+                return
+            message = message | {"headers": [*message["headers"], (b"x-request-id", facts.request.encode())]}
+            try:
+                await send(message)
+            except h11.LocalProtocolError as error:
+                raise _Answered from error
+            facts.status = message["status"]
 
         try:
             await self._app(scope, receive, with_id)
+        except _Answered:
+            facts.outcome = "no HTTP"
+            while (await receive())["type"] != "http.disconnect":
+                pass
         except asyncio.CancelledError:
             facts.outcome = "cut off"
             raise
@@ -119,8 +134,10 @@ def _route_of(scope: Mapping[str, Any]) -> str:
     """The declared path; of a request that was refused before it was routed, its own, if that is one."""
     path = getattr(scope.get("route"), "path", None)
     if path is None and "app" in scope:
-        declared = {getattr(route, "path", None) for route in scope["app"].routes}
-        path = scope["path"] if scope["path"] in declared else None
+        for route in scope["app"].routes:
+            is_its = "endpoint" in scope and getattr(route, "endpoint", None) is scope["endpoint"]
+            if is_its or getattr(route, "path", None) == scope["path"]:
+                path = route.path
     return "other" if path is None else path
 
 

@@ -12,7 +12,7 @@ anew, the conversation is read again from there, and `notice` says so.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from internjax.decode import request
@@ -36,6 +36,8 @@ class Answering(NamedTuple):
     stop_ids: tuple[int, ...]
     answer_to: Callable[..., Answer]
     """`Pipeline.answer_to`."""
+    refuse_long: Callable[[Iterable[str]], None]
+    """`Pipeline.refuse_long`."""
 
 
 class Session:
@@ -108,6 +110,7 @@ class Session:
         self._settle()
         messages = [turn] if isinstance(turn, Message) else list(turn)
         whole = [*self._messages, *messages]
+        self._answering.refuse_long(message.content for message in whole)
         rendered = protocol.render(whole, self._answering.tokenizer, add_generation_prompt=True).ids
         as_held = rendered[: len(self._closed)] == self._closed
         ids = [*self._ids, *rendered[len(self._closed) :]] if as_held else rendered

@@ -11,7 +11,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "torch", "transformers", "peft",
-    "bitsandbytes", "pyarrow", "numba",
+    "bitsandbytes", "pyarrow", "numba", "tokenizers", "fastapi", "starlette", "uvicorn", "uvloop", "httptools",
 )  # fmt: skip
 
 

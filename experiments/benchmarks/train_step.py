@@ -182,15 +182,21 @@ def measure(names: Sequence[str], name: str, *, num_blocks: int, block: int) -> 
 
 def write_model(model: ModelConfig, folder: Path) -> None:
     """Writes random weights as a Hugging Face folder that every contender starts from."""
+    from internjax.hf.save import save_model
+
+    config, params = random_model(model)
+    save_model(folder, config=config, params=params, tokenizer=None)
+
+
+def random_model(model: ModelConfig) -> tuple[ModelConfig, dict]:
+    """Returns the model as every framework has it, and random weights on the host's CPU; the same ones every time."""
     import jax
 
-    from internjax.hf.save import save_model
     from internjax.model import decoder
 
     plain = dataclasses.replace(model, attention="xla", remat="none")
     with jax.default_device(jax.devices("cpu")[0]):
-        params = jax.jit(lambda key: decoder.init(plain, key))(jax.random.key(0))
-    save_model(folder, config=plain, params=params, tokenizer=None)
+        return plain, jax.jit(lambda key: decoder.init(plain, key))(jax.random.key(0))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -83,6 +83,7 @@ class Device:
         tokens_per_dispatch: int,
         prefill_chunk: int,
         context_buckets: Sequence[int],
+        row_buckets: Sequence[int],
         limits: Limits,
         saves_pages: bool,
         speculation: Speculation | None,
@@ -91,6 +92,7 @@ class Device:
         """Compiles nothing yet.
 
         lora: one adapter for all rows. adapter_room: places for several, each row having its own (`adapters`).
+        row_buckets: how many slots a block may be for, besides all: the first ones, as many as hold a row.
         saves_pages: contents of pages can be fetched to the host's memory and back. draft_params: of a DraftModel.
         """
         self.config, self._max_context, self._num_slots, self._page_size = config, max_context, num_slots, page_size
@@ -100,6 +102,7 @@ class Device:
         self.tokens_per_block = block_tokens(tokens_per_dispatch, speculation)
         """The most that a row can grow by in one block."""
         self.widths = sorted({-(-bucket // page_size) for bucket in context_buckets} | {self.pages_per_row})
+        self._row_counts = sorted({*row_buckets, num_slots})
         smaller = (_SMALLEST_CHUNK << i for i in range(20))
         self.chunks = [*(size for size in smaller if size < prefill_chunk), prefill_chunk]
         params = jax.tree.map(jnp.asarray, decoding_params(params, config))
@@ -143,10 +146,7 @@ class Device:
             out_shardings=(placed, sharding.replicated(self._mesh)),
         )
         # On the device: most blocks have no guide in them.
-        words_BW = jnp.full((num_slots, -(-config.vocab_size // 32)), 0xFFFFFFFF, jnp.uint32)
-        self._all_allowed = jax.device_put(
-            Allowed(words_BW, jnp.zeros(num_slots, bool)), sharding.replicated(self._mesh)
-        )
+        self._all_allowed = {count: self._allowed(count, {}) for count in self._row_counts}
         self.moves = Moves(self._renew, self._copy, self._save, self._load)
         self.reset()
 
@@ -239,23 +239,30 @@ class Device:
     ) -> jax.Array:
         """Draws for the slots with turns (`decode_block`); returns the packed Block, on its way to the host.
 
-        masks: of slots with a guide, the words of their Allowed.
+        The Block is of the first slots, of enough of them to hold all that are not empty. masks: of slots with a guide,
+        the words of their Allowed.
         """
-        allowed = self._all_allowed
-        if masks:
-            words_BW = np.full(self._all_allowed.words_BW.shape, 0xFFFFFFFF, np.uint32)
-            guided_B = np.zeros(self._num_slots, bool)
-            for index, words_W in masks.items():
-                words_BW[index], guided_B[index] = words_W, True
-            # Placed as what stands in for it: an array of the host would make another program.
-            allowed = jax.device_put(Allowed(words_BW, guided_B), sharding.replicated(self._mesh))
+        last = max(np.flatnonzero(turns_B >= 0), default=0)
+        count = next(count for count in self._row_counts if count > last)
+        return self._block(count, page_table_BM, turns_B, adapters=adapters, masks=masks)
+
+    def _block(self, count: int, page_table_BM: np.ndarray, turns_B: np.ndarray, *, adapters, masks) -> jax.Array:
+        allowed = self._allowed(count, masks) if masks else self._all_allowed[count]
         # A copy: the host changes its table while the device may still read what it was given.
-        table_BM, rows = page_table_BM.copy(), self._rows(adapters)
+        table_BM, rows = page_table_BM[:count].copy(), self._rows(adapters[:count])
         self._state, packed = self._run(
-            self._decode_block, self._weights, self._state, table_BM, turns_B, allowed, rows
+            self._decode_block, self._weights, self._state, table_BM, turns_B[:count], allowed, rows
         )
         packed.copy_to_host_async()
         return packed
+
+    def _allowed(self, count: int, masks: Mapping[int, np.ndarray]) -> Allowed:
+        words_BW = np.full((count, -(-self.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        guided_B = np.zeros(count, bool)
+        for index, words_W in masks.items():
+            words_BW[index], guided_B[index] = words_W, True
+        # Placed, with masks and without: an array of the host would make another program.
+        return jax.device_put(Allowed(words_BW, guided_B), sharding.replicated(self._mesh))
 
     # Pages.
 
@@ -301,7 +308,7 @@ class Device:
         """Compiles every program by running it without effect; `on_program` is told of each."""
         nobody_B, no_adapters = np.full(self._num_slots, -1, np.int32), [-1] * self._num_slots
         table_BM = np.full((self._num_slots, self.pages_per_row), self._num_pages, np.int32)
-        draw = functools.partial(self.block, turns_B=nobody_B, adapters=no_adapters, masks={})
+        draw = functools.partial(self._block, turns_B=nobody_B, adapters=no_adapters, masks={})
         programs = self._programs(table_BM, draw)
         # Twice: the first round may still change how the state's buffers are bound to their device.
         for report in (on_program, None):
@@ -310,9 +317,11 @@ class Device:
                 run()
                 if report is not None:
                     report(Compiled(name, time.perf_counter() - start, number, len(programs)))
-            np.asarray(draw(table_BM))
+            np.asarray(draw(self._num_slots, table_BM))
 
-    def _programs(self, table_BM: np.ndarray, draw: Callable[[np.ndarray], jax.Array]) -> dict[str, Callable[[], Any]]:
+    def _programs(
+        self, table_BM: np.ndarray, draw: Callable[[int, np.ndarray], jax.Array]
+    ) -> dict[str, Callable[[], Any]]:
         """Returns by name what runs every program once, for nobody."""
         inv_freq_F = np.asarray(rope.inv_freq(self.config))
         nothing = Admission(
@@ -343,9 +352,10 @@ class Device:
         }
         programs[f"score {self.chunks[-1]} prompt tokens"] = score
         programs |= {
-            f"draw {self.tokens_per_block} tokens, context {width * self._page_size}": functools.partial(
-                draw, table_BM[:, :width]
+            f"draw {self.tokens_per_block} tokens for {count} answers, context {width * self._page_size}": (
+                functools.partial(draw, count, table_BM[:, :width])
             )
+            for count in self._row_counts
             for width in self.widths
         }
         programs["admit, clear and copy"] = admit_clear_copy

@@ -152,6 +152,8 @@ class Engine:
             tokens_per_dispatch=tokens_per_dispatch,
             prefill_chunk=prefill_chunk,
             context_buckets=context_buckets,
+            # What few answers cost does not grow with the slots. Another shape may give other bits.
+            row_buckets=() if mode == "exact" else [4**i for i in range(10) if 4 ** (i + 1) <= num_slots],
             limits=limits,
             saves_pages=num_host_pages > 0,
             speculation=speculation,

@@ -79,6 +79,20 @@ def _with_own_tables(state: DecodeState, before: DecodeState) -> DecodeState:
     return dataclasses.replace(state, cache=cache, draft_cache=draft_cache)
 
 
+def _first_rows(state: DecodeState, num_rows: int) -> DecodeState:
+    """Returns the state of the first rows alone, over the same pages."""
+    bare = dataclasses.replace(state, cache=None, draft_cache=None)
+    first = jax.tree.map(lambda rows: rows[:num_rows], bare)
+    return dataclasses.replace(first, cache=state.cache, draft_cache=state.draft_cache)
+
+
+def _with_first_rows(state: DecodeState, first: DecodeState) -> DecodeState:
+    """Returns the state with its first rows, and the pages, from `first`."""
+    bare, new = (dataclasses.replace(each, cache=None, draft_cache=None) for each in (state, first))
+    rows = jax.tree.map(lambda rows, first: rows.at[: first.shape[0]].set(first), bare, new)
+    return dataclasses.replace(rows, cache=first.cache, draft_cache=first.draft_cache)
+
+
 def _draft_reads(weights: Weights, state: DecodeState, chunk: "PromptChunk", draft: DraftModel | None) -> DecodeState:
     """Returns the state with a chunk in the cache of the draft model too, if there is one."""
     if draft is None:
@@ -278,10 +292,12 @@ def decode_block(
     """Returns the state after up to `num_turns` turns, and the Block packed into one int32 array
     `[B, 2 n + 3 + 2 n K]`.
 
+    B rows of the page table and of what follows it are the first of the state, which may have more: those stay.
     turns: how many of them each slot takes part in; 0 lets it wait, -1 says that it is empty. allowed: which tokens a
     guide lets a row begin with. One array, because every copy to the host has its own latency.
     """
     before, lora, n = state, lora_of(adapters), block_tokens(num_turns, speculation)
+    state = _first_rows(state, page_table_BM.shape[0])
     state = _with_table(dataclasses.replace(state, active_B=state.active_B & (turns_B >= 0)), page_table_BM)
     start_B, top = state.lengths_B, state.top
     rows_B = jnp.arange(start_B.shape[0])
@@ -331,7 +347,7 @@ def decode_block(
         jnp.stack([state.lengths_B - start_B, state.finish_B, taken_B], axis=1),
         *(lax.bitcast_convert_type(x, jnp.int32).reshape(x.shape[0], -1) for x in tops),
     ]
-    return _with_own_tables(state, before), jnp.concatenate(packed, axis=1)
+    return _with_own_tables(_with_first_rows(before, state), before), jnp.concatenate(packed, axis=1)
 
 
 def unpack(packed: np.ndarray, *, num_tokens: int) -> Block:

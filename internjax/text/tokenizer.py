@@ -172,6 +172,23 @@ def differing_id(first: Tokenizer, second: Tokenizer) -> int | None:
     return next((each for each in shared if first.token(each) != second.token(each)), None)
 
 
+def longest_token(tokenizer: Tokenizer) -> int | None:
+    """The most characters of a text that one token stands for; None where that has no bound.
+
+    It has none where an unknown token, a token that takes spaces along, or a change of the text before it is split may
+    stand for any number of them.
+    """
+    spec = json.loads(tokenizer.source)
+    normalizer = spec.get("normalizer") or {"type": "Sequence", "normalizers": []}
+    steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    keeps = all(step["type"] == "Prepend" or step == space for step in steps)
+    decoder = spec.get("decoder") or {"type": "none"}
+    keeps &= decoder["type"] == "ByteLevel" or bool(spec["model"].get("byte_fallback"))
+    takes_spaces = any(token["lstrip"] or token["rstrip"] for token in spec["added_tokens"] if not token["special"])
+    return max(map(len, tokenizer._decoding.pieces)) if keeps and not takes_spaces else None
+
+
 class StreamDecoder:
     """Text of ids that arrive in parts: the pushes and the flush together are `decode` of the whole.
 

@@ -276,6 +276,21 @@ def test_exact_mode_shares_what_was_read_and_nothing_that_the_step_was_fed(lengt
     assert handle.num_shared == num_shared
 
 
+def test_few_answers_are_drawn_in_a_small_block_and_are_the_same(monkeypatch):
+    """Of 16 slots one, four or all, with rows that come and go between them. Nothing compiles late."""
+    engine = build(num_slots=16, num_pages=256)
+    engine.warmup()
+    counts, block, num_compiled = [], engine._device._block, engine.stats().num_compiled
+    monkeypatch.setattr(engine._device, "_block", lambda count, *a, **k: counts.append(count) or block(count, *a, **k))
+    requests = [Request(prompt(4 + n, seed=n), 3 + n, DRAWN, logprobs=0) for n in range(12)]
+    for some in (requests[:1], requests[:3], requests):
+        for request, result in zip(some, answer(engine, *some)):
+            ids, values = generated(request)
+            assert result.ids == ids and result.error is None
+            np.testing.assert_allclose(result.logprobs, values, atol=2e-5)
+    assert set(counts) == {1, 4, 16} and engine.stats().num_compiled == num_compiled
+
+
 def test_stop_ids_end_a_request_and_are_kept(engine):
     (free,) = answer(engine, Request(prompt(6), 20, GREEDY))
     stop = free.ids[7]
@@ -289,8 +304,9 @@ def test_events_arrive_in_pieces_and_end_once(engine):
     handle = engine.submit(Request(prompt(6), 10, GREEDY, logprobs=0))
     drive(engine)
     events = list(handle.events())
-    assert [len(event.ids) for event in events] == [4, 4, 2]
-    assert [event.finish for event in events] == [None, None, "length"]
+    # The first token does not wait for those behind it.
+    assert [len(event.ids) for event in events] == [1, 4, 4, 1]
+    assert [event.finish for event in events] == [None, None, None, "length"]
     assert all(len(event.logprobs) == len(event.ids) for event in events)
     assert list(handle.events()) == []
     with pytest.raises(RuntimeError, match="read already"):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import platform
 import re
 import shlex
 import signal
@@ -53,6 +54,35 @@ def run(capsys, monkeypatch):
         return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
 
     return call
+
+
+POOLS = """
+import ctypes, sys, threading
+from serve.__main__ import share_memory
+if sys.argv[1:]:
+    share_memory()
+libc, meet = ctypes.CDLL(None), threading.Barrier(4)
+threads = [threading.Thread(target=lambda: (meet.wait(), libc.malloc(100), meet.wait())) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+libc.fflush(None)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library has no such pools")
+def test_threads_take_memory_from_one_pool():
+    environment = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
+
+    def pools(*arguments, **more) -> int:
+        command = [sys.executable, "-c", POOLS, *arguments]
+        told = subprocess.run(command, cwd=ROOT, env=environment | more, capture_output=True, text=True, check=True)
+        return told.stdout.count("<heap nr=")
+
+    assert pools() > 2 and pools("shared") == 1
+    assert pools("shared", MALLOC_ARENA_MAX="2") == 2, "what the environment says counts"
 
 
 def test_a_server_from_start_to_sigterm(folder, tmp_path):

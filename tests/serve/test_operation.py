@@ -163,6 +163,37 @@ def test_a_body_over_the_limit_is_refused_by_what_it_says_or_by_what_it_is(serve
     with connect(server) as connection:  # it says so much, and is answered before it sends anything
         connection.sendall(head(10**9))
         assert b"413" in connection.recv(1000)
+    with connect(server) as connection:  # of so many digits that the server under us would still take
+        connection.sendall(head(10**19))
+        assert b"413" in connection.recv(1000)
+
+
+def test_a_refused_client_that_is_still_sending_hears_why(served, eventually):
+    server = served(endless, seconds_per_event=0.02, limits=Limits(max_running=1, max_waiting=0))
+    with asking(server):
+        eventually(lambda: server.doors.num_running == 1)
+        with connect(server) as connection:
+            connection.sendall(head(10 << 20, b"Connection: close"))
+            connection.sendall(b"x" * (10 << 20))
+            answer = read_all(connection)
+        assert answer.startswith(b"HTTP/1.1 429") and answer.endswith(b"}}")
+        with connect(server) as connection:  # it waits to be told that it may send
+            connection.sendall(head(10, b"Expect: 100-continue", b"Connection: close"))
+            assert read_all(connection).startswith(b"HTTP/1.1 429")
+
+
+def test_what_is_no_http_behind_a_head_is_no_fault_of_the_server(served, eventually, caplog):
+    server = served(endless, seconds_per_event=0.02, limits=Limits(max_running=1, max_waiting=0))
+    caplog.set_level(logging.INFO)
+    with asking(server):
+        eventually(lambda: server.doors.num_running == 1)
+        for method in (b"POST", b"GET"):  # both are answered without their body
+            with connect(server) as connection:
+                lines = b" /v1/models HTTP/1.1", b"Host: x", b"Transfer-Encoding: chunked", b"", b"zz", b""
+                connection.sendall(method + b"\r\n".join(lines))
+                assert read_all(connection).startswith(b"HTTP/1.1 400")
+        eventually(lambda: caplog.text.count("route=/v1/models") == 2)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR], caplog.text
 
 
 HOSTILE = {

@@ -7,6 +7,7 @@ import pytest
 from internjax.text.chat import CallEnd, render
 from internjax.text.message import INTERPRETER_PROMPT, Message, ToolCall
 from serve.pipeline import ContextTooLong, Delta, Params, Pipeline, Prompt, Result, chat_callable, with_sampling
+from serve.session import Answering, Session
 
 TEXT = "The answer is 6, héllo 你好."
 CALL = (
@@ -30,6 +31,13 @@ def test_deltas_join_to_the_text(scripted, tokenizer, chunks):
     assert "".join(token.text for token in result.tokens) == TEXT
     assert all(TEXT[token.offset :].startswith(token.text) for token in result.tokens)
     assert [token.logprob for token in result.tokens] == [-token_id / 1000 for token_id in said]
+
+
+def test_what_is_drawn_together_comes_in_one_delta(scripted):
+    *deltas, _ = scripted(TEXT, chunks=(100,)).complete("x")
+    assert [delta.text for delta in deltas] == [TEXT]
+    said, *_, called, result = scripted(CALL, chunks=(100,)).chat(USER, tools=[PYTHON])
+    assert said.text == "Let me see." and called.call == result.call and result.finish == "tool_calls"
 
 
 def test_tokens_come_only_when_asked_for(scripted):
@@ -285,3 +293,19 @@ def test_bad_words_are_banned_in_every_form_they_take(scripted, tokenizer):
         pipeline.complete("x", Params(bad_words=tuple(f"a{i}" for i in range(10, 50))))
     with pytest.raises(ValueError, match="the bad word 'zqzq.*' has .* tokens; this server takes up to 16"):
         pipeline.complete("x", Params(bad_words=("zq" * 20,)))
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(scripted, monkeypatch):
+    pipeline = scripted("yes")
+    most = pipeline.max_context * max(len(pipeline.tokenizer.bytes_of(n)) for n in range(pipeline.tokenizer.vocab_size))
+    said = f"the prompt has {most + 1} characters; the context holds 1024 tokens, which are {most} at most. Shorten"
+    with pytest.raises(ContextTooLong, match="1024 tokens; the prompt has [0-9]+ and"):
+        pipeline.complete("!" * most)  # it might have fitted
+    monkeypatch.setattr(type(pipeline.tokenizer), "encode_batch", None)
+    with pytest.raises(ContextTooLong, match=said):
+        pipeline.complete("!" * (most + 1))
+    with pytest.raises(ContextTooLong, match=said):
+        pipeline.chat([Message("system", "!" * most), Message("user", "!")])
+    session = Session(Answering(None, None, (), None, pipeline.refuse_long), None, [Message("system", "!" * most)])
+    with pytest.raises(ContextTooLong, match=said):
+        session.chat(Message("user", "!"))

@@ -106,6 +106,7 @@ def test_metrics_are_what_was_sent_and_what_came_back(client, pipeline, eventual
     word = stopped.choices[0].text
     client.completions.create(model="tiny", prompt=[70], max_tokens=50, logit_bias={"71": 100}, stop=word[:2])
     httpx.get(f"{client.base_url}models/tiny")
+    httpx.get(str(client.base_url).replace("/v1/", "/v2/models/tiny/versions/1"))
     for path in ("a", "b", "c"):
         httpx.request("BREW", f"{client.base_url}{path}")
     eventually(lambda: is_idle(pipeline))
@@ -113,6 +114,7 @@ def test_metrics_are_what_was_sent_and_what_came_back(client, pipeline, eventual
     posted = "/v1/completions 200"
     assert new[f"http_requests_total POST {posted}"] == 4 == new["http_request_duration_seconds_count /v1/completions"]
     assert new["http_requests_total GET /v1/models/{name:path} 200"] == 1
+    assert new["http_requests_total GET /v2/models/{name:path}/versions/{version} 200"] == 1
     assert new["http_requests_total other other 404"] == 3, "what clients make up is no label"
     assert new["prompt_tokens_total 0"] == 3 * len(ids) + 2
     assert new["prefix_hit_tokens_total 0"] == 2 * (len(ids) - 1)

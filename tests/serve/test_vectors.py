@@ -108,6 +108,12 @@ def test_what_cannot_be_embedded_is_refused(client, extra, param, status):
     assert (response.status_code, response.json()["error"]["param"]) == (status, param), response.text
 
 
+def test_an_input_that_cannot_fit_is_refused_before_it_is_tokenised(client):
+    body = {"model": "tiny", "input": ["x", "a" * 100_000]}
+    error = httpx.post(f"{client.base_url}embeddings", json=body).json()["error"]
+    assert "100000 characters" in error["message"] and error["code"] == "context_length_exceeded"
+
+
 def scored(client, **fields) -> list[float]:
     answer = client.post("score", body={"model": "tiny"} | fields, cast_to=object)
     assert [entry["index"] for entry in answer["data"]] == [*range(len(answer["data"]))]

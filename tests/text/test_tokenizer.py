@@ -1,5 +1,6 @@
 """Any text survives; markers in a text are text; transformers reads the same ids from the folder."""
 
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -99,6 +100,28 @@ def test_markers_in_a_text_are_text_unless_allowed(tokenizer):
 def test_batch_equals_one_by_one_and_keeps_order(tokenizer):
     texts = [*TEXTS, "", "<|im_end|>", *TEXTS[::-1]]
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_no_token_stands_for_more_characters_than_the_longest(tokenizer, sentencepiece_folder):
+    for each in (tokenizer, tok.load_tokenizer(sentencepiece_folder)):
+        longest = tok.longest_token(each)
+        piece = max((each.bytes_of(token_id) for token_id in range(each.vocab_size)), key=len)
+        assert longest == len(piece) > 1
+        for text in ("def gcd(a, b)", "   " * 40, "héllo 你好 \x00", piece.decode(errors="ignore") * 5):
+            assert len(text) <= longest * len(each.encode(text))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"decoder": {"type": "Fuse"}},
+        {"added_tokens": [{"special": False, "lstrip": True, "rstrip": False}]},
+    ],
+)
+def test_where_a_token_may_stand_for_anything_there_is_no_longest(tokenizer, change):
+    source = json.dumps(json.loads(tokenizer.source) | change)
+    assert tok.longest_token(dataclasses.replace(tokenizer, source=source)) is None
 
 
 def test_newline_ends_a_pre_token(tokenizer):
