@@ -153,7 +153,8 @@ def _complete(document: dict[str, Any], *, has_key: bool, served: tuple[str, ...
             _refuse(schemas.get(part.fields.__name__, {}).get("properties", {}), part)
         body = schemas.get(parts[0].fields.__name__)
         if body and "model" in body["properties"]:
-            body["properties"]["model"] = {"enum": [*served]}
+            named = [*served] if parts[0].fields.model_fields["model"].is_required() else [*served, None]
+            body["properties"]["model"] = {"enum": named}
             body["examples"] = [{"model": served[0]} | example for example in EXAMPLES.get(route, ())]
     for path, methods in document["paths"].items():
         for method, operation in methods.items():

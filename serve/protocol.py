@@ -263,7 +263,7 @@ def refuse_fields(values: BaseModel, refused: Mapping[str, Refused], place: str 
 
 
 def _is_same(given: Any, wanted: Any) -> bool:
-    return type(given) is type(wanted) and given == wanted  # else 0 would be False
+    return isinstance(given, bool) == isinstance(wanted, bool) and given == wanted  # 0 is not False
 
 
 def max_tokens_of(request: CompletionRequest | ChatRequest) -> int | None:
