@@ -15,6 +15,9 @@ PEFT := 0.21.2
 LM_EVAL := 0.4.13
 DATATROVE := 0.10.1
 DATASKETCH := 2.0.0
+LITELLM := 1.110.2
+LANGCHAIN_OPENAI := 1.7.4
+SCHEMATHESIS := 4.32.5
 PY := .venv/bin/python
 
 # Settings of the caller's shell that would send packages or imports elsewhere than .venv.
@@ -106,12 +109,16 @@ test: setup  ## all tests (TESTS=tests/model for a part, WORKERS=2 processes)
 test-gpu: setup  ## the tests that need an NVIDIA GPU, after `make setup-gpu`
 	@JAX_PLATFORMS=cuda,cpu $(PY) -m pytest -m gpu $(TESTS)
 
-PARITY := torch==$(TORCH) peft==$(PEFT) lm_eval==$(LM_EVAL) datatrove==$(DATATROVE) datasketch==$(DATASKETCH)
+PARITY := torch==$(TORCH) peft==$(PEFT) lm_eval==$(LM_EVAL) datatrove==$(DATATROVE) datasketch==$(DATASKETCH) schemathesis==$(SCHEMATHESIS)
+# Clients of the server, with what of theirs is needed and not there: they ask for a newer certifi than the locked one.
+CLIENTS := litellm==$(LITELLM) langchain-openai==$(LANGCHAIN_OPENAI) langchain-core==1.8.3 langchain-protocol==0.0.20 langsmith==0.15.1 \
+  fastuuid==0.14.0 h2==4.4.1 hpack==4.2.0 hyperframe==6.1.0 importlib_metadata==8.9.0 jsonpatch==1.48 orjson==3.13.0 \
+  pydantic-settings==2.16.3 python-dotenv==1.2.4 requests-toolbelt==1.0.0 tenacity==9.2.1 tiktoken==0.14.0 uuid_utils==0.19.0 zstandard==0.25.0
 
-parity: setup  ## installs torch, peft, lm-eval, datatrove and datasketch with pip and compares with them live
+parity: setup  ## installs torch, peft, lm-eval, datatrove, datasketch and clients with pip and compares with them live
 	@$(PY) -c 'from importlib.metadata import version as v; import sys; \
 	  sys.exit(any(v(name).split("+")[0] != wanted for name, wanted in (pin.split("==") for pin in sys.argv[1:])))' \
-	  $(PARITY) 2>/dev/null || $(PY) -m pip install -qq $(PARITY)
+	  $(PARITY) $(CLIENTS) 2>/dev/null || { $(PY) -m pip install -qq $(PARITY); $(PY) -m pip install -qq --no-deps $(CLIENTS); }
 	@$(PY) -m pytest -m parity $(TESTS)
 
 setup-gpu:  ## adds JAX for NVIDIA GPUs (CUDA=cuda12 or cuda13) and prints devices and driver

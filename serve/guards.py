@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match
 
 from serve.keys import is_opened
 from serve.protocol import Refusal, envelope
@@ -377,6 +378,12 @@ def respond(
     return Response(json.dumps(error), status_code=refusal.status, media_type="application/json", headers=headers)
 
 
+def _methods_of(request: Request) -> set[str]:
+    """The methods that a path takes; each of them may be a route of its own."""
+    matching = (route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE)
+    return {method for route in matching for method in getattr(route, "methods", None) or ()}
+
+
 def _add_error_envelopes(app: FastAPI) -> None:
     @app.exception_handler(Refusal)
     async def refused(_: Request, error: Refusal) -> Response:
@@ -386,14 +393,16 @@ def _add_error_envelopes(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         place = first["loc"][1:]
-        param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or None
+        parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+        param = "".join(parts).lstrip(".")[:200] or None
         if first["type"] == "json_invalid":
             return respond(Refusal(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"))
         if first["type"] == "extra_forbidden":
             message = f"unknown field {param}; it is not part of this request"
             return respond(Refusal(message, param=param, code="unknown_parameter"))
         given = "" if first["type"] == "missing" else f"; given {first['input']!r:.200}"
-        return respond(Refusal(f"{param or 'the body'}: {first['msg']}{given}", param=param))
+        message = f"{param or 'the body'}: {first['msg']}{given}"
+        return respond(Refusal(message, param=param, code="invalid_value"))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -402,7 +411,10 @@ def _add_error_envelopes(app: FastAPI) -> None:
             405: f"{request.url.path} does not take {request.method}",
         }
         refusal = Refusal(reason.get(error.status_code, str(error.detail)), status=error.status_code)
-        return respond(refusal, headers=error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(sorted(_methods_of(request)))
+        return respond(refusal, headers=headers)
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:

@@ -17,6 +17,7 @@ from fastapi.responses import Response
 
 from serve.adapter_routes import add_adapter_routes
 from serve.chat_completions import add_chat_route
+from serve.description import describe
 from serve.embeddings import add_embedding_route
 from serve.guards import Doors, Operation, add_guards
 from serve.health import Health, add_health_routes, health_of
@@ -51,6 +52,7 @@ def create_score_app(
     app.state.metrics = Metrics(None, doors, model_name=model_name)
     add_metrics_route(app, app.state.metrics)
     add_score_routes(app, scorer, model_name=model_name)
+    describe(app, has_key=bool(keys_of(api_key)), served=lambda: [model_name])
     return app
 
 
@@ -154,6 +156,7 @@ def create_app(
     metrics.add_gauge("responses", "Responses that are kept.", lambda: len(stored))
     add_tokenize_routes(app, pipeline, check_model=check_model)
     refuse_scores(app, model_name)
+    describe(app, has_key=bool(keys_of(api_key)), served=served)
     return app
 
 
@@ -201,7 +204,7 @@ def _echo(prompt: str | list[int], pipeline: Pipeline) -> str:
 def _check_model(given: str, served: Sequence[str]) -> None:
     if given not in served:
         raise Refusal(
-            f"the model {given!r} is not served here; {', '.join(map(repr, served))} "
+            f"the model {given!r:.100} is not served here; {', '.join(map(repr, served))} "
             f"{'is' if len(served) == 1 else 'are'}",
             param="model",
             status=404,

@@ -172,10 +172,10 @@ class Pipeline:
         engine.start()
 
     @classmethod
-    def over(cls, engine: Engine | Router, tokenizer: Tokenizer) -> Pipeline:
-        """A pipeline over an engine that runs already."""
+    def over(cls, engine: Engine | Router, tokenizer: Tokenizer, *, model: Model | None = None) -> Pipeline:
+        """A pipeline over an engine that runs already. model: for what is asked of it beside the engine."""
         pipeline = cls.__new__(cls)
-        pipeline._use(engine, tokenizer, eos_ids=())
+        pipeline._use(engine, tokenizer, eos_ids=(), model=model)
         return pipeline
 
     def _use(

@@ -6,6 +6,7 @@ value always pass.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -39,10 +40,13 @@ class Refusal(Exception):
         self.param = param
         self.status = status
         self.code = code
+        """"invalid_value", "unknown_parameter" and "unsupported_value": the field `param` alone is at fault, and the
+        description (/openapi.json) says so."""
 
 
 def envelope(message: str, *, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """OpenAI's error body."""
+    """OpenAI's error body. A message that quotes much of the request is cut."""
+    message = message if len(message) <= 2_000 else f"{message[:2_000]} ..."
     kind = {401: "authentication_error", 404: "not_found_error"}.get(
         status, "invalid_request_error" if status < 500 else "server_error"
     )
@@ -253,9 +257,13 @@ def refuse_fields(values: BaseModel, refused: Mapping[str, Refused], place: str 
     """Raises Refusal for the first field that is in the table and has a value that asks for something."""
     for name, (why, neutral) in refused.items():
         value = getattr(values, name)
-        if value is not None and value not in neutral:
+        if value is not None and not any(_is_same(value, each) for each in neutral):
             known = f"; only {', '.join(map(repr, neutral))} or null is taken" if neutral else ""
-            raise Refusal(f"{place}{name} is refused: {why}{known}", param=place + name)
+            raise Refusal(f"{place}{name} is refused: {why}{known}", param=place + name, code="unsupported_value")
+
+
+def _is_same(given: Any, wanted: Any) -> bool:
+    return isinstance(given, bool) == isinstance(wanted, bool) and given == wanted  # 0 is not False
 
 
 def max_tokens_of(request: CompletionRequest | ChatRequest) -> int | None:
@@ -310,7 +318,7 @@ def params_of(request: CompletionRequest | ChatRequest) -> Params:
             guide=guide_of(request),
             **{name: value for name in _AS_GIVEN if (value := getattr(request, name)) is not None},
         )
-    except GuideError as error:
+    except (GuideError, UnicodeEncodeError) as error:  # of all that is read here the guide alone is encoded
         raise Refusal(str(error), param=param_of("guide", request)) from error
     except ValueError as error:
         raise Refusal(str(error)) from error
@@ -367,10 +375,15 @@ def messages_of(messages: Sequence[ChatMessage], called: dict[str, str]) -> list
 
 
 def tools_of(declared: Sequence[DeclaredTool] | None) -> list[dict[str, Any]]:
-    """The tools that the model is told of, each {name, description, parameters}."""
+    """The tools that the model is told of, each {name, description, parameters}. Raises Refusal for what is no text."""
     none = {"type": "object", "properties": {}}
-    functions = (tool.function for tool in declared or ())
-    return [{"name": f.name, "description": f.description or "", "parameters": f.parameters or none} for f in functions]
+    functions = [tool.function for tool in declared or ()]
+    told = [{"name": f.name, "description": f.description or "", "parameters": f.parameters or none} for f in functions]
+    try:
+        json.dumps(told, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise Refusal(f"tools hold what the model cannot be told: {error}"[:500], param="tools") from error
+    return told
 
 
 def usage(results: Sequence[Result], *, n: int) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class ResponseRequest(Asking):
     store: bool | None = None
     previous_response_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     include: list[str] | None = None
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     metadata: Metadata | None = None
     safety_identifier: str | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -130,6 +130,9 @@ REFUSED_OF_RESPONSE_TOOLS = {
 REFUSED_OF_RESPONSE_STREAMS = {"include_obfuscation": Refused("events are sent as they are", (False,))}
 
 
+_GIVEN_BACK = ("tools", "text", "tool_choice", "instructions", "metadata", "user", "safety_identifier")
+
+
 def refuse_response(request: ResponseRequest) -> None:
     """Raises Refusal for what is asked for and cannot be given."""
     refuse_fields(request, REFUSED_OF_RESPONSES)
@@ -146,7 +149,7 @@ def refuse_response(request: ResponseRequest) -> None:
     unknown = [each for each in request.include or () if each != TEXT_LOGPROBS]
     if unknown:
         raise Refusal(f"include knows {TEXT_LOGPROBS!r} alone, given {unknown[0]!r:.100}", param="include")
-    for name in ("tools", "text"):  # which are given back
+    for name in _GIVEN_BACK:
         try:
             json.dumps(request.model_dump(include={name}), allow_nan=False, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:

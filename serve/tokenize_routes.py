@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from pydantic import Field
 
 from serve.pipeline import Pipeline
-from serve.protocol import Refusal, Refused, messages_of, refuse, tools_of
+from serve.protocol import Refusal, Refused, messages_of, refuse, refuse_fields, tools_of
 from serve.requests import ChatMessage, ChatRequest, DeclaredTool, Fields
 
 
@@ -92,9 +92,7 @@ def _refuse(body: TokenizeRequest) -> None:
     if (body.prompt is None) == (body.messages is None):
         given = "neither prompt nor messages is" if body.prompt is None else "prompt and messages are both"
         raise Refusal(f"{given} given; give one of them", param="prompt")
-    for name, (why, neutral) in REFUSED_OF_TOKENIZE.items():
-        if getattr(body, name) not in (None, *neutral):
-            raise Refusal(f"{name} is refused: {why}", param=name)
+    refuse_fields(body, REFUSED_OF_TOKENIZE)
     for name in _OF_CHATS if body.messages is None else ():
         if getattr(body, name) is not None:
             raise Refusal(f"{name} is for messages; leave it out", param=name)

@@ -4,6 +4,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -101,6 +102,7 @@ class ScriptedEngine:
 
     max_context, num_pages, page_size, limits, adapters = MAX_CONTEXT, 1000, 16, Limits(), ()
     silent = 0.0
+    config = SimpleNamespace(vocab_size=340)  # for guides, which the script need not follow
 
     def __init__(self, script: Callable, *, chunks=(1,), seconds_per_event=0.0):
         self.script, self.chunks, self.seconds_per_event = script, chunks, seconds_per_event

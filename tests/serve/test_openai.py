@@ -522,6 +522,9 @@ def test_other_models_other_paths_other_methods(refusing):
     assert check_refused(raw(refusing, "chat/completions", body), "model", 404)["code"] == "model_not_found"
     check_refused(raw(refusing, "audio/speech", {}), None, 404)
     check_refused(httpx.get(f"{refusing.base_url}completions"), None, 405)
+    for path, methods in (("completions", "POST"), ("sessions", "GET, POST"), ("sessions/x", "DELETE, GET")):
+        assert httpx.patch(f"{refusing.base_url}{path}").headers["Allow"] == methods
+    assert check_refused(raw(refusing, "chat/completions", {"model": "tiny", "messages": USER, "store": 0}), "store")
     with pytest.raises(openai.BadRequestError, match="suffix is refused: text is continued, not filled in"):
         refusing.completions.create(model="tiny", prompt="x", suffix="end")
 
