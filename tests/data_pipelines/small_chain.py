@@ -1,7 +1,8 @@
 """A corpus and a chain that need no compiled code to be seen at work, and a stage that kills its process once.
 
 `python -m tests.data_pipelines.small_chain FOLDER` runs the chain on FOLDER/in.jsonl into FOLDER/out and dies on the
-way; `... FOLDER memory` runs exact and near duplicates on FOLDER/big under a limit on memory.
+way; `... FOLDER memory` runs exact and near duplicates on FOLDER/big under a limit on memory; `... FOLDER ray` runs the
+chain on a Ray cluster of two nodes, and exits with NOT_STARTED where those do not start.
 """
 
 import functools
@@ -22,6 +23,7 @@ from data_pipelines import dedup, executors, wanjuan
 from data_pipelines.chain import Sizes
 from data_pipelines.document import Check, Outcome, Stage
 
+NOT_STARTED = 3
 SIZES = Sizes(unit_bytes=2000, batch_bytes=700, batch_rows=4)
 
 
@@ -116,10 +118,34 @@ def under_a_limit(folder: Path) -> None:
     print(size // limit, ledger.stages["near"].documents_kept)
 
 
+def on_two_ray_nodes(folder: Path) -> None:
+    """Runs the chain on a cluster of two nodes of this machine."""
+    from ray.cluster_utils import Cluster
+
+    os.fsync = lambda descriptor: None  # thousands of small parts need not outlive the machine
+    small = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    cluster = Cluster()
+    try:
+        try:
+            cluster.add_node(**small, include_dashboard=False)
+            cluster.add_node(**small)
+        except Exception as error:  # what Ray raises has no kind of its own
+            print(f"the nodes did not start: {error}", file=sys.stderr)
+            raise SystemExit(NOT_STARTED) from error
+        with executors.ray(cluster.address) as run_tasks:
+            run(folder, folder / "out", run_tasks)
+    finally:
+        cluster.shutdown()
+
+
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     if sys.argv[2:] == ["memory"]:
         under_a_limit(place)
+    elif sys.argv[2:] == ["ray"]:
+        from tests.data_pipelines import small_chain  # Ray's workers import its functions by this name
+
+        small_chain.on_two_ray_nodes(place)
     else:
         with executors.local(1) as one_thread:
             run(place, place / "out", one_thread)
