@@ -236,9 +236,13 @@ class Checkpoints:
         """Waits for the last save and releases the threads; raises what that save raised."""
         try:
             self.wait()
-        finally:
+        except BaseException:
             self._executor.shutdown()
-            self._manager.close()
+            with contextlib.suppress(Exception):  # what it says was told
+                self._manager.close()
+            raise
+        self._executor.shutdown()
+        self._manager.close()
 
     def _seal(self, step: int, about: dict) -> None:
         """Waits for Orbax, then writes about, checksums and COMMITTED in this order, then removes what is too old."""
