@@ -236,13 +236,9 @@ class Checkpoints:
         """Waits for the last save and releases the threads; raises what that save raised."""
         try:
             self.wait()
-        except BaseException:
+        finally:
             self._executor.shutdown()
-            with contextlib.suppress(Exception):  # what it says was told
-                self._manager.close()
-            raise
-        self._executor.shutdown()
-        self._manager.close()
+            self._manager.close()
 
     def _seal(self, step: int, about: dict) -> None:
         """Waits for Orbax, then writes about, checksums and COMMITTED in this order, then removes what is too old."""
@@ -291,7 +287,13 @@ class Checkpoints:
             self._manager.close()
         if processes.index() == 0:
             clear_unfinished(self.folder)
-        self._manager = self._open_manager()
+        for tries_left in reversed(range(10)):
+            try:
+                self._manager = self._open_manager()
+                break
+            except FileNotFoundError:  # process 0 removes what is unfinished while this one looks through the folder
+                if not tries_left:
+                    raise
         kept = [kept for kept in committed_steps(self.folder) if kept not in self._damaged]
         full = any(sign in str(error) for sign in ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota"))
         free = shutil.disk_usage(self.folder).free / 2**20

@@ -83,7 +83,7 @@ def test_two_processes_train_save_and_resume_as_one(tmp_path):
     assert order_of(broken) == order_of(whole)
 
     # What one process cannot write ends the job with its message, and both with its exit code.
-    assert "error: the checkpoint of step 6 could not be written" in said and "the disk is full" in said, said
+    assert "[1] error: the checkpoint of step 6 could not be written" in said and "the disk is full" in said, said
     assert re.search(r"^\[0\] process 0 ends: (process 1 ended with )?exit code 1", said, re.MULTILINE), said
     assert committed_steps(full / "checkpoints") == [2, 4]
 
