@@ -52,9 +52,10 @@ class ChatReader:
         return parts
 
     def close(self) -> list[protocol.Event]:
-        # The body of a call that is not closed is text; if calls are text already, it has been shown as it came.
-        parts = self._parser.close()
-        return [_as_text(p) for p in parts if self._may_call or not isinstance(p, CallBroken)]
+        # A call that is not closed is text as a whole, with the end of its body that comes only now. If calls are text
+        # already, the rest of it has been shown as it came.
+        known = CallDelta if self._may_call else CallBroken
+        return [_as_text(part) for part in self._parser.close() if not isinstance(part, known)]
 
 
 Reader = PlainReader | ChatReader

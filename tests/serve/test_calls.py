@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from internjax.text.chat import CODE_OPEN, CallBroken, CallDelta, CallEnd, CallStart, ToolParser
 from internjax.text.message import ToolCall
 from serve.calls import CallPieces, Function, function_of
+from serve.readers import ChatReader, text_of
 
 PLUGIN = '\n{"name": "add", "parameters": {"a": [1, {"b": "}\\"]"}], "c": "héllo 你"}}'
 CODE = "\n```python\nif a:\n    print('```', \"é\\n\")\n\n```"
@@ -119,3 +120,14 @@ def test_the_code_of_a_fence_that_is_not_closed_is_code(tokenizer):
     parser = ToolParser(tokenizer)
     parser.push(tokenizer.encode("<|action_start|><|interpreter|>\n1", allow_special=True))
     assert isinstance(parser.close()[-1], CallBroken)
+
+
+@pytest.mark.parametrize("may_call", [True, False])
+def test_a_call_cut_off_within_a_character_is_one_text_in_its_order(tokenizer, may_call):
+    ids = tokenizer.encode("See.<|action_start|><|plugin|>\n{\"a\": \"", allow_special=True)
+    ids += tokenizer.encode("é")[:1]  # the first of two bytes
+    assert len(tokenizer.encode("é")) == 2
+    reader = ChatReader(tokenizer, may_call=may_call)
+    text = "".join(text_of(part) for token_id in ids for part in reader.push([token_id]))
+    text += "".join(map(text_of, reader.close()))
+    assert text == 'See.<|action_start|><|plugin|>\n{"a": "\ufffd'
