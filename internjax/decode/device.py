@@ -107,44 +107,25 @@ class Device:
         self.chunks = [*(size for size in smaller if size < prefill_chunk), prefill_chunk]
         params = jax.tree.map(jnp.asarray, decoding_params(params, config))
         self._mesh, self._lora = sharding.mesh_of(params), lora
-        draft = speculation if isinstance(speculation, DraftModel) else None
-        if draft is not None:
+        if (draft := _draft(speculation)) is not None:
             draft_params = jax.device_put(decoding_params(draft_params, draft.config), sharding.replicated(self._mesh))
         self._weights = Weights(params, draft_params)
         self.adapters = None
         if adapter_room is not None:
             self.adapters = AdapterPlaces(params, **adapter_room._asdict(), dtype=config.dtype)
-        begin = functools.partial(
-            empty_state,
-            config=config,
+        self._programs = _programs(
+            config,
+            self._mesh,
             num_slots=num_slots,
             max_context=max_context,
             num_pages=num_pages,
             page_size=page_size,
             cache_dtype=cache_dtype,
             limits=limits,
-            draft=draft,
+            num_turns=tokens_per_dispatch,
+            speculation=speculation,
         )
-        placed = _placed(jax.eval_shape(begin), config, self._mesh)
-        # Partials of nothing: jit shares the cache of one function, and these programs are counted.
-        program = functools.partial(jax.jit, out_shardings=placed)
-        self._empty_state = program(begin)
-        self._read_chunk = program(functools.partial(read_chunk, config=config, draft=draft), donate_argnums=1)
-        self._admit = program(functools.partial(admit), donate_argnums=0)
-        self._clear_pages = program(functools.partial(clear_pages), donate_argnums=0)
-        self._copy_page = program(functools.partial(copy_page), donate_argnums=0)
-        self._load_pages = program(functools.partial(load_pages), donate_argnums=0)
-        self._save_pages = jax.jit(functools.partial(save_pages))
-        self._score_chunk = jax.jit(
-            functools.partial(score_chunk, config=config, num_top=limits.logprobs, draft=draft),
-            donate_argnums=1,
-            out_shardings=(placed, sharding.replicated(self._mesh)),
-        )
-        self._decode_block = jax.jit(
-            functools.partial(decode_block, config=config, num_turns=tokens_per_dispatch, speculation=speculation),
-            donate_argnums=1,
-            out_shardings=(placed, sharding.replicated(self._mesh)),
-        )
+        self._num_compiled = 0
         # On the device: most blocks have no guide in them.
         self._all_allowed = {count: self._allowed(count, {}) for count in self._row_counts}
         self.moves = Moves(self._renew, self._copy, self._save, self._load)
@@ -154,11 +135,14 @@ class Device:
         """Begins with empty slots and empty pages."""
         # Pages with contents whose results were not looked at yet: they may hold NaN.
         self._unjudged: set[int] = set()
-        self._state = self._run(self._empty_state)
+        self._state = self._run(self._programs.empty_state)
 
     def _run(self, program: Callable, *arguments):
+        known = program._cache_size()
         with sharding.use(self._mesh):
-            return program(*arguments)
+            results = program(*arguments)
+        self._num_compiled += program._cache_size() - known
+        return results
 
     @property
     def lost(self) -> bool:
@@ -167,11 +151,8 @@ class Device:
 
     @property
     def num_compiled(self) -> int:
-        """Programs compiled so far."""
-        programs = (self._read_chunk, self._admit, self._clear_pages, self._copy_page, self._save_pages)
-        programs += (self._load_pages, self._score_chunk, self._decode_block)
-        own = 0 if self.adapters is None else self.adapters.num_compiled
-        return own + sum(program._cache_size() for program in programs)
+        """Programs compiled for it so far; what an earlier engine of the same kind has left is not compiled again."""
+        return self._num_compiled + (0 if self.adapters is None else self.adapters.num_compiled)
 
     def width(self, length: int) -> int:
         """Returns the pages of a row that attention reads while no row is longer than `length`."""
@@ -200,7 +181,7 @@ class Device:
 
     def _read(self, tokens_C: np.ndarray, pages_M: np.ndarray, start: int, end: int, inv_freq_F, adapter=-1) -> None:
         chunk = _chunk(tokens_C, pages_M, start, end, inv_freq_F)
-        self._state = self._run(self._read_chunk, self._weights, self._state, chunk, self._rows([adapter]))
+        self._state = self._run(self._programs.read_chunk, self._weights, self._state, chunk, self._rows([adapter]))
 
     def score(
         self,
@@ -220,14 +201,14 @@ class Device:
         chunk = _chunk(tokens_C, pages_M, start, start + len(tokens), inv_freq_F)
         temperature_1, rows = np.array([temperature or 1.0], np.float32), self._rows([adapter])
         self._state, packed = self._run(
-            self._score_chunk, self._weights, self._state, chunk, next_C[None], temperature_1, rows
+            self._programs.score_chunk, self._weights, self._state, chunk, next_C[None], temperature_1, rows
         )
         packed.copy_to_host_async()
         return packed
 
     def admit(self, new: Admission) -> None:
         """Lets a slot draw for a row that was read."""
-        self._state = self._run(self._admit, self._state, new)
+        self._state = self._run(self._programs.admit, self._state, new)
 
     def block(
         self,
@@ -251,7 +232,7 @@ class Device:
         # A copy: the host changes its table while the device may still read what it was given.
         table_BM, rows = page_table_BM[:count].copy(), self._rows(adapters[:count])
         self._state, packed = self._run(
-            self._decode_block, self._weights, self._state, table_BM, turns_B[:count], allowed, rows
+            self._programs.decode_block, self._weights, self._state, table_BM, turns_B[:count], allowed, rows
         )
         packed.copy_to_host_async()
         return packed
@@ -280,11 +261,11 @@ class Device:
             pages_M = np.full(self.pages_per_row, self._num_pages, np.int32)
             part = left[start : start + self.pages_per_row]
             pages_M[: len(part)] = part
-            self._state = self._run(self._clear_pages, self._state, pages_M)
+            self._state = self._run(self._programs.clear_pages, self._state, pages_M)
         self._unjudged.update(pages)
 
     def _copy(self, source: int, target: int, count: int) -> None:
-        self._state = self._run(self._copy_page, self._state, np.int32(source), np.int32(target), np.int32(count))
+        self._state = self._run(self._programs.copy_page, self._state, np.int32(source), np.int32(target), np.int32(count))
 
     def _parts(self, pages: list[int]) -> list[np.ndarray]:
         padded = np.full(-(-len(pages) // _PAGES_AT_ONCE) * _PAGES_AT_ONCE, self._num_pages, np.int32)
@@ -292,7 +273,7 @@ class Device:
         return list(padded.reshape(-1, _PAGES_AT_ONCE))
 
     def _save(self, pages: list[int]) -> list[Any]:
-        fetched = [jax.device_get(self._run(self._save_pages, self._state, part_W)) for part_W in self._parts(pages)]
+        fetched = [jax.device_get(self._run(self._programs.save_pages, self._state, part_W)) for part_W in self._parts(pages)]
         # Copies: a page that stays must not hold on to those that were fetched with it.
         return [[x[i].copy() for x in part] for part in fetched for i in range(_PAGES_AT_ONCE)][: len(pages)]
 
@@ -300,7 +281,7 @@ class Device:
         for index, part_W in enumerate(self._parts(pages)):
             part = saved[index * _PAGES_AT_ONCE : (index + 1) * _PAGES_AT_ONCE]
             part += [part[-1]] * (_PAGES_AT_ONCE - len(part))
-            self._state = self._run(self._load_pages, self._state, part_W, [np.stack(x) for x in zip(*part)])
+            self._state = self._run(self._programs.load_pages, self._state, part_W, [np.stack(x) for x in zip(*part)])
 
     # Lifetime.
 
@@ -309,7 +290,7 @@ class Device:
         nobody_B, no_adapters = np.full(self._num_slots, -1, np.int32), [-1] * self._num_slots
         table_BM = np.full((self._num_slots, self.pages_per_row), self._num_pages, np.int32)
         draw = functools.partial(self._block, turns_B=nobody_B, adapters=no_adapters, masks={})
-        programs = self._programs(table_BM, draw)
+        programs = self._named_programs(table_BM, draw)
         # Twice: the first round may still change how the state's buffers are bound to their device.
         for report in (on_program, None):
             for number, (name, run) in enumerate(programs.items(), start=1):
@@ -319,7 +300,7 @@ class Device:
                     report(Compiled(name, time.perf_counter() - start, number, len(programs)))
             np.asarray(draw(self._num_slots, table_BM))
 
-    def _programs(
+    def _named_programs(
         self, table_BM: np.ndarray, draw: Callable[[int, np.ndarray], jax.Array]
     ) -> dict[str, Callable[[], Any]]:
         """Returns by name what runs every program once, for nobody."""
@@ -342,7 +323,7 @@ class Device:
 
         def admit_clear_copy() -> None:
             self.admit(nothing)
-            self._state = self._run(self._clear_pages, self._state, table_BM[0])
+            self._state = self._run(self._programs.clear_pages, self._state, table_BM[0])
             self._copy(0, self._num_pages, 0)
 
         beginnings = [(size, self.width(size)) for size in self.chunks[:-1]]
@@ -364,6 +345,72 @@ class Device:
         if self.adapters is not None:
             programs["load an adapter"] = self.adapters.warmup
         return programs
+
+
+class _Programs(NamedTuple):
+    """What changes the state, compiled where it is called for the first time with shapes."""
+
+    empty_state: Callable
+    read_chunk: Callable
+    admit: Callable
+    clear_pages: Callable
+    copy_page: Callable
+    load_pages: Callable
+    save_pages: Callable
+    score_chunk: Callable
+    decode_block: Callable
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    num_slots: int,
+    max_context: int,
+    num_pages: int,
+    page_size: int,
+    cache_dtype: CacheDType,
+    limits: Limits,
+    num_turns: int,
+    speculation: Speculation | None,
+) -> _Programs:
+    """Returns the programs of a kind of engine. They stay when it ends: the next one of its kind starts at once."""
+    draft = _draft(speculation)
+    begin = functools.partial(
+        empty_state,
+        config=config,
+        num_slots=num_slots,
+        max_context=max_context,
+        num_pages=num_pages,
+        page_size=page_size,
+        cache_dtype=cache_dtype,
+        limits=limits,
+        draft=draft,
+    )
+    placed = _placed(jax.eval_shape(begin), config, mesh)
+    # Partials of nothing: jit shares the cache of one function, and these programs are counted.
+    program = functools.partial(jax.jit, out_shardings=placed)
+    with_result = functools.partial(jax.jit, out_shardings=(placed, sharding.replicated(mesh)), donate_argnums=1)
+    return _Programs(
+        empty_state=program(begin),
+        read_chunk=program(functools.partial(read_chunk, config=config, draft=draft), donate_argnums=1),
+        admit=program(functools.partial(admit), donate_argnums=0),
+        clear_pages=program(functools.partial(clear_pages), donate_argnums=0),
+        copy_page=program(functools.partial(copy_page), donate_argnums=0),
+        load_pages=program(functools.partial(load_pages), donate_argnums=0),
+        save_pages=jax.jit(functools.partial(save_pages)),
+        score_chunk=with_result(
+            functools.partial(score_chunk, config=config, num_top=limits.logprobs, draft=draft),
+        ),
+        decode_block=with_result(
+            functools.partial(decode_block, config=config, num_turns=num_turns, speculation=speculation),
+        ),
+    )
+
+
+def _draft(speculation: Speculation | None) -> DraftModel | None:
+    return speculation if isinstance(speculation, DraftModel) else None
 
 
 def _placed(state: DecodeState, config: ModelConfig, mesh: Mesh) -> DecodeState:

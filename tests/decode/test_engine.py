@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from internjax import sharding
+from internjax.decode import device
 from internjax.decode.device import AdapterRoom
 from internjax.decode.engine import Engine
 from internjax.decode.generate import generate
@@ -548,7 +549,7 @@ def test_an_aborted_prompt_leaves_no_nan_behind():
 
 
 def test_a_lost_device_state_ends_what_was_served_and_not_what_waits(engine, monkeypatch):
-    program = engine._device._decode_block
+    programs = engine._device._programs
     calls = []
 
     def failing(params, state, *rest):
@@ -556,10 +557,10 @@ def test_a_lost_device_state_ends_what_was_served_and_not_what_waits(engine, mon
         if len(calls) == 2:
             jax.tree.map(lambda leaf: leaf.delete(), state)  # donated to a program that failed
             raise RuntimeError("planted device error")
-        return program(params, state, *rest)
+        return programs.decode_block(params, state, *rest)
 
-    monkeypatch.setattr(engine._device, "_decode_block", failing)
-    monkeypatch.setattr(failing, "_cache_size", lambda: 0, raising=False)
+    failing._cache_size = lambda: 0
+    monkeypatch.setattr(engine._device, "_programs", programs._replace(decode_block=failing))
     request = Request(prompt(5), 12, GREEDY)
     results = answer(engine, *[request] * 5)
     assert [result.finish for result in results] == ["error"] * 3 + ["length"] * 2
@@ -592,6 +593,7 @@ class CompileCounter(logging.Handler):
 @pytest.fixture(scope="module")
 def bucketed():
     """An engine with contexts of 16, 40 and 64 tokens and scaled frequencies; with what warming it up reported."""
+    device._programs.cache_clear()  # of an earlier engine of this kind
     engine = build(config=SCALED, num_slots=2, prefill_chunk=32, context_buckets=(16, 40), tokens_per_dispatch=3)
     reported = []
     with CompileCounter() as compiled:
@@ -606,7 +608,7 @@ def test_nothing_compiles_after_warm_up(bucketed):
     assert len({program.name for program in reported}) == len(reported) == 1 + 3 + 3 + 1 + 1
     assert [program[2:] for program in reported] == [(i, 9) for i in range(1, 10)]
     warm = engine.stats().num_compiled
-    assert warm == 1 + 3 + 3 + 1 + 3
+    assert warm == 1 + 1 + 3 + 3 + 1 + 3  # the first is the empty state
     rng = random.Random(0)
     with CompileCounter() as compiled:
         handles = []
@@ -627,6 +629,20 @@ def test_nothing_compiles_after_warm_up(bucketed):
         drive(engine)
     assert compiled.names == [] and engine.stats().num_compiled == warm and engine.stats().num_compiled_late == 0
     assert {handle.result().finish for handle in handles} == {"length", "stop", "aborted"}
+
+
+def test_another_engine_of_the_kind_compiles_nothing(bucketed):
+    kind = {"config": SCALED, "num_slots": 2, "prefill_chunk": 32, "context_buckets": (16, 40), "tokens_per_dispatch": 3}
+    request = Request(prompt(20), 6, GREEDY)
+    (wanted,) = answer(bucketed[0], request)
+    with CompileCounter() as compiled:
+        other = build(**kind)
+        other.warmup()
+    assert compiled.names == [] and other.stats().num_compiled == 0
+    assert answer(other, request)[0].ids == wanted.ids
+    mirrored = build(PARAMS | {"embed": {"embedding": PARAMS["embed"]["embedding"][::-1]}}, **kind)
+    assert answer(mirrored, request)[0].ids != wanted.ids and mirrored.stats().num_compiled == 0
+    assert build(**kind | {"num_slots": 3})._device._programs is not other._device._programs
 
 
 @pytest.mark.parametrize(
@@ -1075,8 +1091,9 @@ def test_a_state_that_cannot_be_made_anew_stops_the_engine(monkeypatch):
     def planted(*_):
         raise MemoryError("planted")
 
-    monkeypatch.setattr(engine._device, "_decode_block", planted)
-    monkeypatch.setattr(engine._device, "_empty_state", planted)
+    planted._cache_size = lambda: 0
+    programs = engine._device._programs._replace(decode_block=planted, empty_state=planted)
+    monkeypatch.setattr(engine._device, "_programs", programs)
     engine.tick()
     assert {handle.result().finish for handle in handles} == {"error"}
     with pytest.raises(RuntimeError, match="could not be made anew: planted"):

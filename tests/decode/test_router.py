@@ -143,8 +143,8 @@ def test_a_replica_that_stopped_is_left_out(engines, monkeypatch):
         raise MemoryError("planted")
 
     planted._cache_size = lambda: 0
-    for program in ("_decode_block", "_empty_state"):
-        monkeypatch.setattr(breaking._device, program, planted)
+    programs = breaking._device._programs._replace(decode_block=planted, empty_state=planted)
+    monkeypatch.setattr(breaking._device, "_programs", programs)
     requests = [Request(prompt(30, seed), 4, GREEDY) for seed in range(2)]
     handles = [router.submit(request) for request in requests]
     session = router.open_session()
