@@ -1,8 +1,9 @@
 """The KServe v2 protocol over gRPC, as Triton's clients speak it: `GrpcServer` answers GRPCInferenceService.
 
-The calls are in `kserve.proto`, what a request may hold in `serve.kserve`. A call that is cancelled, lost or past its
-deadline frees its slots and pages. Of a stream, requests are answered side by side; whoever does not read holds up
-nobody else.
+The calls are in `kserve.proto`, what a request may hold in `serve.kserve`. The event loop is that of the HTTP server,
+and so are the doors: a request takes a place, those in a stream one each, or is refused as over HTTP. A call that is
+cancelled, lost or past its deadline frees its slots and pages. Of a stream, requests are answered side by side; whoever
+does not read holds up nobody else, and is given up.
 """
 
 from __future__ import annotations
@@ -10,23 +11,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf import json_format
 
 from serve import kserve, tensors
+from serve.guards import MAY_PASS, RETRY_SECONDS, Doors
 from serve.kserve_answer import Response, answer
 from serve.kserve_messages import Messages, messages
 from serve.protocol import Refusal
+from serve.request_log import MAX_PROMPT_BYTES, Facts, new_id, note, recorded, sane_id
 
-MAX_CALLS = 1000  # at once, an open stream being one; more are refused with RESOURCE_EXHAUSTED
+MAX_CALLS = 1000  # at once beside those that the doors let in, such as open streams; more get RESOURCE_EXHAUSTED
 MAX_IN_STREAM = 64  # requests of one stream that are answered at once; the next one is read when one of them is over
 _MAX_DETAILS = 2000  # bytes: gRPC sends them in a header, up to three times as long, and clients take 8 KiB of it
 _START_SECONDS = 30.0
+_STOP_SECONDS = 1.0  # for responses that are complete to be sent
 
 log = logging.getLogger("serve")
 
@@ -35,6 +38,7 @@ _CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    501: grpc.StatusCode.UNIMPLEMENTED,
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
@@ -49,75 +53,66 @@ _NOT_DONE = {
     for kind in ("System", "Cuda")
     for what in ("Status", "Register", "Unregister")
 }
-_OPEN_TO_ALL = ("ServerLive", "ServerReady")  # probes have no key
+_PROBES = ("ServerLive", "ServerReady")  # they have no key
+
+
+class Front(NamedTuple):
+    """What all calls share. `on_end` is told of every request that is over; `log_prompts`: what it held is noted."""
+
+    served: kserve.Served
+    doors: Doors
+    on_end: Callable[[Facts], None]
+    log_prompts: bool
 
 
 class GrpcServer:
-    """A running server with a thread and an event loop of its own. `close` it; the pipeline behind it stays open."""
+    """A server that answers in an event loop. `close` it while that runs; the pipeline behind it stays open."""
 
-    def __init__(self, served: kserve.Served, *, host: str, port: int, drain_seconds: float):
-        """Answers at `address` when this returns. Raises ValueError where the port cannot be taken."""
-        if not all(key.isascii() and key.isprintable() for key in served.api_keys):
+    def __init__(self, front: Front, *, loop: asyncio.AbstractEventLoop, host: str, port: int):
+        """Answers at `address` when this returns; loop: runs, in another thread, and is the one of the doors.
+
+        Raises ValueError where the port cannot be taken.
+        """
+        if not all(key.isascii() and key.isprintable() for key in front.served.api_keys):
             raise ValueError("an API key has characters that gRPC cannot carry; choose one of printable ASCII")
-        self._served = served
-        self._drain_seconds = drain_seconds
-        self._loop = asyncio.new_event_loop()
-        self._leaving = asyncio.Event()
-        self._ready = threading.Event()
-        self._fault: Exception | None = None
+        self._front, self._loop, self._leaving = front, loop, asyncio.Event()
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._thread = threading.Thread(target=self._run, name="grpc", daemon=True)
-        self._thread.start()
-        if not self._ready.wait(_START_SECONDS):
-            raise RuntimeError(f"the gRPC server at {self.address} did not start in {_START_SECONDS:g} s")
-        if self._fault is not None:
-            self._thread.join()
-            raise ValueError(
-                f"{self.address} cannot be taken for gRPC ({self._fault}); give another port"
-            ) from self._fault
+        try:
+            self._server = asyncio.run_coroutine_threadsafe(self._started(), loop).result(_START_SECONDS)
+        except TimeoutError as error:
+            raise RuntimeError(f"the gRPC server at {self.address} did not start in {_START_SECONDS:g} s") from error
+        except Exception as error:
+            raise ValueError(f"{self.address} cannot be taken for gRPC ({error}); give another port") from error
 
     def leave(self) -> None:
-        """Takes no more requests; those under way have the drain time. Returns at once: `close` waits."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: it has left
-            self._loop.call_soon_threadsafe(self._leaving.set)
+        """Reads no more of the streams that are open: each ends when its requests are answered. Returns at once."""
+        self._loop.call_soon_threadsafe(self._leaving.set)
 
     def close(self) -> None:
-        """Takes no more requests, lets those under way finish for the drain time, and frees the port."""
-        self.leave()
-        self._thread.join()
+        """Ends what still runs, and frees the port."""
+        stopped = asyncio.run_coroutine_threadsafe(self._server.stop(_STOP_SECONDS), self._loop)
+        with contextlib.suppress(TimeoutError):
+            stopped.result(_START_SECONDS)
 
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self._serve())
-
-    async def _serve(self) -> None:
-        limits = ("grpc.max_receive_message_length", kserve.MAX_BYTES), ("grpc.max_send_message_length", -1)
+    async def _started(self) -> grpc.aio.Server:
+        served, limits = self._front.served, self._front.doors.limits
+        sizes = ("grpc.max_receive_message_length", served.max_bytes), ("grpc.max_send_message_length", -1)
         # Else a second server might share the port with this one, and each get some of the requests.
-        options = (*limits, ("grpc.so_reuseport", 0))
-        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=MAX_CALLS)
-        server.add_generic_rpc_handlers((_handlers(self._served, self._leaving),))
-        try:
-            server.add_insecure_port(self.address)
-            await server.start()
-        except Exception as error:
-            self._fault = error
-            return
-        finally:
-            self._ready.set()
-        await self._leaving.wait()
-        await server.stop(self._drain_seconds)
+        options = (*sizes, ("grpc.so_reuseport", 0))
+        most = MAX_CALLS + limits.max_running + limits.max_waiting
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=most)
+        server.add_generic_rpc_handlers((_handlers(self._front, self._leaving),))
+        server.add_insecure_port(self.address)
+        await server.start()
+        return server
 
 
-def _handlers(served: kserve.Served, leaving: asyncio.Event) -> grpc.GenericRpcHandler:
-    found = messages()
+def _handlers(front: Front, leaving: asyncio.Event) -> grpc.GenericRpcHandler:
+    found, served = messages(), front.served
     methods: dict[str, Callable] = {
         "ServerLive": lambda request: {"live": True},
-        "ServerReady": lambda request: {"ready": served.pipeline.fault() is None},
-        "ModelReady": lambda request: {"ready": _model_ready(request, served)},
+        "ServerReady": lambda request: {"ready": _is_ready(front)},
+        "ModelReady": lambda request: {"ready": _is_served(request, served) and _is_ready(front)},
         "ServerMetadata": lambda request: kserve.server_metadata(),
         "ModelMetadata": lambda request: kserve.model_metadata(_name(request, served)),
         "ModelConfig": lambda request: {"config": kserve.model_config(_name(request, served))},
@@ -129,46 +124,81 @@ def _handlers(served: kserve.Served, leaving: asyncio.Event) -> grpc.GenericRpcH
             "request_deserializer": rpc.request.FromString,
             "response_serializer": rpc.response.SerializeToString,
         }
+        if rpc.streams:
+            handler = partial(_stream, rpc.name, front=front, found=found, leaving=leaving)
+            handlers[rpc.name] = grpc.stream_stream_rpc_method_handler(handler, **serving)
+            continue
         if rpc.name in methods:
-            told = partial(_told, methods[rpc.name], rpc.response)
-            handler = _unary(told, None if rpc.name in _OPEN_TO_ALL else served)
-            handlers[rpc.name] = grpc.unary_unary_rpc_method_handler(handler, **serving)
-        elif rpc.streams:
-            handlers[rpc.name] = grpc.stream_stream_rpc_method_handler(_stream(served, found, leaving), **serving)
+            answered = partial(_told, methods[rpc.name], rpc.response)
         else:
-            handler = _unary(partial(_infer, served=served, found=found), served)
-            handlers[rpc.name] = grpc.unary_unary_rpc_method_handler(handler, **serving)
+            answered = partial(_infer, front=front, found=found)
+        handlers[rpc.name] = grpc.unary_unary_rpc_method_handler(_unary(rpc.name, answered, front), **serving)
     for name, why in _NOT_DONE.items():
-        handlers[name] = grpc.unary_unary_rpc_method_handler(_not_done(f"{name} is not answered here: {why}"))
+        answered = partial(_not_done, f"{name} is not answered here: {why}")
+        handlers[name] = grpc.unary_unary_rpc_method_handler(_unary(name, answered, front))
     return grpc.method_handlers_generic_handler(found.service, handlers)
 
 
-def _unary(answered: Callable[[Any], Awaitable[Any]], served: kserve.Served | None) -> Callable:
-    """The handler of a call with one request and one response. `served`: whose key is asked for, None: no key is."""
+def _unary(name: str, answered: Callable[[Any], Awaitable[Any]], front: Front) -> Callable:
+    """The handler of a call with one request and one response."""
 
     async def handle(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        try:
-            if served is not None:
-                _check_key(context, served)
+        facts = _facts(name, context)
+
+        async def opened() -> Any:
+            if name not in _PROBES:
+                _check_key(context, front.served)
             return await answered(request)
-        except Refusal as error:
-            await context.abort(_CODES.get(error.status, grpc.StatusCode.INTERNAL), _details(error.message))
-        except Exception as error:
-            log.exception("a call failed")
-            await context.abort(grpc.StatusCode.INTERNAL, f"the server failed: {type(error).__name__}")
+
+        context.set_trailing_metadata((("x-request-id", facts.request),))
+        with recorded(facts, front.on_end, is_polled=name in _PROBES):
+            response, refusal = await _outcome(opened(), facts)
+        if refusal is not None:
+            await _abort(context, facts, refusal)
+        return response
 
     return handle
 
 
-def _not_done(why: str) -> Callable:
-    async def handle(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, why)
+def _facts(name: str, context: grpc.aio.ServicerContext) -> Facts:
+    given = _metadata(context).get("x-request-id", "")
+    return Facts(sane_id(given if isinstance(given, str) else "") or new_id(), "gRPC", name)
 
-    return handle
+
+def _metadata(context: grpc.aio.ServicerContext) -> dict[str, str | bytes]:
+    return dict(context.invocation_metadata() or ())
+
+
+async def _outcome(work: Awaitable[Any], facts: Facts) -> tuple[Any, Refusal | None]:
+    """What comes of a request, or why it is refused; notes its code."""
+    try:
+        response = await work
+    except Refusal as error:
+        refusal = error
+    except asyncio.CancelledError:
+        facts.status, facts.outcome = grpc.StatusCode.CANCELLED.name, "client gone"
+        raise
+    except Exception as error:
+        log.exception("a call failed")
+        refusal = Refusal(f"the server failed: {type(error).__name__}", status=500)
+    else:
+        facts.status = grpc.StatusCode.OK.name
+        return response, None
+    facts.status = _code(refusal).name
+    return None, refusal
+
+
+def _code(refusal: Refusal) -> grpc.StatusCode:
+    return _CODES.get(refusal.status, grpc.StatusCode.INTERNAL)
+
+
+async def _abort(context: grpc.aio.ServicerContext, facts: Facts, refusal: Refusal) -> None:
+    more = (("retry-after", str(RETRY_SECONDS)),) if refusal.status in MAY_PASS else ()
+    await context.abort(_code(refusal), _details(refusal.message), (("x-request-id", facts.request), *more))
 
 
 def _check_key(context: grpc.aio.ServicerContext, served: kserve.Served) -> None:
-    given = dict(context.invocation_metadata() or ()).get("authorization", "")
+    given = _metadata(context).get("authorization", "")
     kserve.check_key(given if isinstance(given, bytes) else given.encode(), served)
 
 
@@ -181,18 +211,26 @@ async def _told(tell: Callable[[Any], Mapping], response: Any, request: Any) -> 
     return json_format.ParseDict(tell(request), response())
 
 
+async def _not_done(why: str, request: bytes) -> None:
+    raise Refusal(why, status=501)
+
+
 def _name(request: Any, served: kserve.Served) -> str:
     kserve.check_model(request.name, request.version, served)
     return request.name
 
 
-def _model_ready(request: Any, served: kserve.Served) -> bool:
+def _is_ready(front: Front) -> bool:
+    return front.served.pipeline.fault() is None and front.doors.closed is None
+
+
+def _is_served(request: Any, served: kserve.Served) -> bool:
     """Of a model that is not there it is False, as Triton has it: who waits for an adapter asks again."""
     try:
         kserve.check_model(request.name, request.version, served)
     except Refusal:
         return False
-    return served.pipeline.fault() is None
+    return True
 
 
 def _index(request: Any, served: kserve.Served) -> list[dict[str, str]]:
@@ -201,71 +239,120 @@ def _index(request: Any, served: kserve.Served) -> list[dict[str, str]]:
     return kserve.repository_index(served, only_ready=request.ready)
 
 
-async def _infer(request: Any, *, served: kserve.Served, found: Messages) -> Any:
-    message = _response(await answer(kserve.job_of(_request(request), served, may_stream=False)), found)
+def _note_prompt(request: Any, front: Front) -> None:
+    if front.log_prompts:
+        note(text=str(request)[:MAX_PROMPT_BYTES])
+
+
+async def _infer(request: Any, *, front: Front, found: Messages) -> Any:
+    async def answered() -> Response:
+        return await answer(kserve.job_of(_request(request), front.served, may_stream=False))
+
+    _note_prompt(request, front)
+    message = _response(await front.doors.through(answered), found)
     message.parameters.clear()  # there is one response: nobody asks whether it is the last
     return message
 
 
-def _stream(served: kserve.Served, found: Messages, leaving: asyncio.Event) -> Callable:
-    """The handler of ModelStreamInfer: an error is a response, and the stream goes on."""
-    envelope = found.types["ModelStreamInferResponse"]
+async def _stream(
+    name: str,
+    requests: AsyncIterator,
+    context: grpc.aio.ServicerContext,
+    *,
+    front: Front,
+    found: Messages,
+    leaving: asyncio.Event,
+) -> None:
+    """Answers ModelStreamInfer. What is counted and logged are its requests; the call itself, where it has no key."""
+    facts = _facts(name, context)
+    context.set_trailing_metadata((("x-request-id", facts.request),))
+    try:
+        _check_key(context, front.served)
+    except Refusal as refusal:
+        with recorded(facts, front.on_end, is_polled=False):
+            facts.status = _code(refusal).name
+        await _abort(context, facts, refusal)
+    stream = _Stream(facts, context, front, found)
+    await stream.answer(requests, leaving)
+    if stream.is_stuck:
+        seconds = front.doors.limits.send_seconds
+        what = f"the client has not read for {seconds:g} seconds; read what is asked for, or ask for less at once"
+        await _abort(context, facts, Refusal(what, status=504))
 
-    async def handle(requests: AsyncIterator, context: grpc.aio.ServicerContext) -> None:
-        try:
-            _check_key(context, served)
-        except Refusal as error:
-            await context.abort(_CODES[error.status], error.message)
-        room, writing = asyncio.Semaphore(MAX_IN_STREAM), asyncio.Lock()
 
-        async def write(message: Any) -> None:
-            async with writing:
-                try:
-                    await context.write(message)
-                except grpc.aio.BaseError as error:  # the client has gone, and this call is about to be cancelled
-                    raise asyncio.CancelledError from error
+class _Stream:
+    """An open stream: its requests are answered side by side, an error is a response, and the stream goes on."""
 
-        async def send(response: Response) -> None:
-            await write(envelope(infer_response=_response(response, found)))
+    def __init__(self, facts: Facts, context: grpc.aio.ServicerContext, front: Front, found: Messages):
+        self._facts, self._context, self._front, self._found = facts, context, front, found
+        self._room, self._writing = asyncio.Semaphore(MAX_IN_STREAM), asyncio.Lock()
+        self._left = asyncio.Event()
+        """When nobody reads any more."""
+        self.is_stuck = False
+        """Whether the client is there and does not read."""
 
-        async def respond(request: Any) -> None:
-            try:
-                await send(await answer(kserve.job_of(_request(request), served, may_stream=True), send=send))
-            except Refusal as error:
-                await fail(request, error.message)
-            except Exception as error:
-                log.exception("a request of a stream failed")
-                await fail(request, f"the server failed: {type(error).__name__}")
-            finally:
-                room.release()
-
-        async def fail(request: Any, why: str) -> None:
-            message = _response(Response(request.model_name, request.id, [], is_last=True), found)
-            await write(envelope(error_message=_details(why), infer_response=message))
-
+    async def answer(self, requests: AsyncIterator, leaving: asyncio.Event) -> None:
+        """Answers all requests until the stream ends, the server leaves or nobody reads."""
         async with asyncio.TaskGroup() as responding:
-            async for request in _until(leaving, requests):
-                await room.acquire()
-                responding.create_task(respond(request))
+            async for request in _until(requests, leaving, self._left):
+                await self._room.acquire()
+                responding.create_task(self._respond(request))
 
-    return handle
+    async def _respond(self, request: Any) -> None:
+        facts = Facts(self._facts.request, self._facts.method, self._facts.route)
+
+        async def answered() -> None:
+            job = kserve.job_of(_request(request), self._front.served, may_stream=True)
+            await self._send(await answer(job, send=self._send))
+
+        try:
+            with recorded(facts, self._front.on_end, is_polled=False):
+                _note_prompt(request, self._front)
+                _, refusal = await _outcome(self._front.doors.through(answered), facts)
+                if self._left.is_set():  # which is why it was refused, if it was
+                    facts.status = grpc.StatusCode.CANCELLED.name
+                    facts.outcome = "client does not read" if self.is_stuck else "client gone"
+                elif refusal is not None:
+                    failed = _response(Response(request.model_name, request.id, [], is_last=True), self._found)
+                    envelope = self._found.types["ModelStreamInferResponse"]
+                    await self._write(envelope(error_message=_details(refusal.message), infer_response=failed))
+        finally:
+            self._room.release()
+
+    async def _send(self, response: Response) -> None:
+        envelope = self._found.types["ModelStreamInferResponse"]
+        await self._write(envelope(infer_response=_response(response, self._found)))
+
+    async def _write(self, message: Any) -> None:
+        """Sends a message. Cancels who sends where nobody reads it."""
+        async with self._writing:
+            if self._left.is_set():
+                raise asyncio.CancelledError
+            try:
+                async with asyncio.timeout(self._front.doors.limits.send_seconds):
+                    await self._context.write(message)
+            except (TimeoutError, grpc.aio.BaseError) as error:
+                # Else it has gone, and the call is about to be cancelled.
+                self.is_stuck = isinstance(error, TimeoutError)
+                self._left.set()
+                raise asyncio.CancelledError from error
 
 
-async def _until(leaving: asyncio.Event, requests: AsyncIterator) -> AsyncIterator[Any]:
-    """The requests of a stream, until it ends or the server leaves."""
-    left = asyncio.ensure_future(leaving.wait())
+async def _until(requests: AsyncIterator, *ends: asyncio.Event) -> AsyncIterator[Any]:
+    """The requests of a stream, until it ends or one of the events comes."""
+    ended = [asyncio.ensure_future(event.wait()) for event in ends]
     reading = None
     try:
         while True:
             reading = asyncio.ensure_future(anext(requests, None))
-            await asyncio.wait({reading, left}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({reading, *ended}, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done() or (request := reading.result()) is None:
                 return
             yield request
     finally:
-        for task in (left, reading):
+        for task in (*ended, reading):
             task.cancel()
-        await asyncio.gather(left, reading, return_exceptions=True)
+        await asyncio.gather(*ended, reading, return_exceptions=True)
 
 
 def _request(message: Any) -> kserve.Request:

@@ -12,7 +12,7 @@ import collections
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
@@ -31,7 +31,8 @@ OPEN_PATHS = frozenset({"/health", "/live", "/ready", "/metrics", "/v2/health/li
 """What needs no key: it tells of the server, not of its users."""
 WITHOUT_ENGINE = frozenset({"/tokenize", "/detokenize", "/v2/repository/index"})
 """What is answered though the engine has stopped."""
-RETRY_SECONDS = 2
+RETRY_SECONDS, MAY_PASS = 2, (429, 503)
+"""When to try again, as refusals of these statuses say."""
 MAX_HEAD_BYTES = 32 << 10
 """Of a request's path and headers."""
 _DROP_SECONDS, _DROP_PAUSE, _DROP_BYTES = 3.0, 0.2, 64 << 20
@@ -65,7 +66,10 @@ class Operation(NamedTuple):
 
 
 class Doors:
-    """Who is inside, who waits, and whether more are let in. For one event loop; other threads may read."""
+    """Who is inside, who waits, and whether more are let in: of all fronts, which share one event loop.
+
+    Other threads may read.
+    """
 
     def __init__(self, limits: Limits, fault: Callable[[], str | None]):
         """fault: says why no request can be served, or returns None."""
@@ -101,15 +105,18 @@ class Doors:
         finally:
             self.num_inside -= 1
 
-    async def place(self, gone: asyncio.Task) -> bool:
-        """Waits for a place; returns whether there is one, which is to be given back. `gone` ends with the client."""
+    async def place(self, gone: asyncio.Task | None = None) -> bool:
+        """Waits for a place; returns whether there is one, which is to be given back.
+
+        gone: ends with the client; None: who waits here is cancelled then.
+        """
         if self.num_running < self.limits.max_running:
             self.num_running += 1
             return True
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
-            await asyncio.wait({turn, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({turn, gone or turn}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             if turn.done() and turn.result():
                 self.give_back()
@@ -127,6 +134,26 @@ class Doors:
             self._waiting.popleft().set_result(True)
         else:
             self.num_running -= 1
+
+    async def through(self, start: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """What comes of the work of a request that is read, once it has a place. Raises Refusal where it gets none.
+
+        Cancelled, it ends the work.
+        """
+        with self.inside():
+            await self.place()
+            try:
+                work = asyncio.create_task(start())
+                try:
+                    if await self.work(work):
+                        return work.result()
+                finally:
+                    work.cancel()
+                    await asyncio.gather(work, return_exceptions=True)
+            finally:
+                self.give_back()
+        note(outcome="cut off")
+        raise cut_off()
 
     async def work(self, work: asyncio.Task) -> bool:
         """Waits for the work of a request; returns False where `cut` ended it."""
@@ -279,7 +306,7 @@ class _ThroughDoors:
             note(outcome="client does not read")
             return  # the response is not complete: the connection is closed
         note(outcome="cut off")
-        refusal = Refusal("the server stops and the answer was not complete in time", status=503, code="unavailable")
+        refusal = cut_off()
         if sender.headers is None:
             await respond(refusal, scope)(scope, receive, send)
         elif dict(sender.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
@@ -358,6 +385,11 @@ class _RequireKey:
         await self._app(scope, receive, send)
 
 
+def cut_off() -> Refusal:
+    """What is said of an answer that `Doors.cut` ended."""
+    return Refusal("the server stops and the answer was not complete in time", status=503, code="unavailable")
+
+
 def respond(
     refusal: Refusal,
     scope: Mapping[str, Any] | None = None,
@@ -370,7 +402,7 @@ def respond(
     if scope is not None and (scope["path"] == "/v2" or scope["path"].startswith("/v2/")):
         error = {"error": refusal.message}
     headers = dict(headers or {})
-    if refusal.status in (429, 503):
+    if refusal.status in MAY_PASS:
         headers.setdefault("Retry-After", str(RETRY_SECONDS))
     if close:
         headers["Connection"] = "close"

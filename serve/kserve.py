@@ -24,9 +24,8 @@ from serve.requests import ChatRequest, CompletionRequest
 from serve.tensors import Tensor
 
 MAX_PROMPTS = 512  # of one request: each has a thread that waits for its answer
-MAX_BYTES = 16 << 20  # of a request, after it is decompressed
 VERSION = "1"
-NO_STATISTICS = "there are none by the model; counts and times of each request are in the server's log"
+NO_STATISTICS = "there are none by the model; counts and times of requests are in /metrics and in the server's log"
 
 
 class Kind(NamedTuple):
@@ -96,11 +95,13 @@ are REST's."""
 
 
 class Served(NamedTuple):
-    """What the fronts serve. `api_keys`: one of them is needed; none: no key is."""
+    """What the fronts serve. `api_keys`: one of them is needed; none: no key is. `max_bytes`: of a request, after it is
+    decompressed."""
 
     pipeline: Pipeline
     model_name: str
     api_keys: tuple[str, ...]
+    max_bytes: int
 
 
 class Request(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -16,6 +15,7 @@ from serve.guided import GuideError
 from serve.kserve import OUTPUTS, Job
 from serve.pipeline import Answer, ContextTooLong, Delta, Result, Token
 from serve.protocol import Refusal, chat_logprobs, completion_logprobs, param_of, tool_calls
+from serve.request_log import note, sane_id
 from serve.requests import ChatRequest, CompletionRequest
 from serve.streams import events_of, submitted
 from serve.tensors import Tensor
@@ -37,11 +37,11 @@ async def answer(job: Job, *, send: Callable[[Response], Awaitable[None]] | None
 
     Left in any way, its answers are aborted. Raises Refusal where they break off.
     """
-    start, results, outcome = time.monotonic(), [], "left"
+    results, outcome = [], "client gone"
     try:
         async with asyncio.timeout(job.seconds):
             results = await _results(job, await _submitted(job), send)
-        outcome = "answered"
+        outcome = "streamed" if job.streams else "answered"
     except TimeoutError as error:
         outcome = "timeout"
         raise Refusal(f"the timeout of {job.seconds:g} s was over before the answer", status=504) from error
@@ -49,22 +49,21 @@ async def answer(job: Job, *, send: Callable[[Response], Awaitable[None]] | None
         outcome = "refused"
         raise
     except GuideError as error:
+        outcome = "failed"
         raise Refusal(str(error)) from error
     except Exception as error:
-        log.exception("kserve %r failed", job.request.id)
+        outcome = "failed"
+        log.exception("%r failed", job.request.id)
         raise Refusal(f"the answer broke off: {error}", status=500) from error
     finally:
-        log.info(
-            "kserve %r model=%r user=%r n=%d finish=%s prompt=%d completion=%d seconds=%.3f %s",
-            job.request.id,
-            job.request.model_name,
-            job.bodies[0].user or getattr(job.bodies[0], "safety_identifier", None),
-            len(job.starts),
-            ",".join(result.finish for result in results),
-            sum(result.num_prompt_tokens for result in results),
-            sum(len(result.ids) for result in results),
-            time.monotonic() - start,
-            outcome,
+        note(
+            answer=sane_id(job.request.id),
+            user=job.bodies[0].user or getattr(job.bodies[0], "safety_identifier", None),
+            n=len(job.starts),
+            finish=",".join(result.finish for result in results),
+            prompt=sum(result.num_prompt_tokens for result in results),
+            completion=sum(len(result.ids) for result in results),
+            outcome=outcome,
         )
     return Response(job.request.model_name, job.request.id, _outputs(job, results), is_last=True)
 

@@ -21,7 +21,6 @@ from starlette.routing import Route
 
 from serve import kserve, tensors
 from serve.kserve_answer import answer
-from serve.pipeline import Pipeline
 from serve.protocol import Refusal
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # how much of a body is JSON: raw tensors follow
@@ -31,9 +30,8 @@ _INPUT_KEYS = {"name", "shape", "datatype", "parameters", "data"}
 log = logging.getLogger("serve")
 
 
-def add_kserve_routes(app: FastAPI, pipeline: Pipeline, *, model_name: str, api_keys: tuple[str, ...]) -> None:
+def add_kserve_routes(app: FastAPI, served: kserve.Served) -> None:
     """Adds all that begins with /v2. It needs the key, but for the health of the server."""
-    served = kserve.Served(pipeline, model_name, api_keys)
     model = "/v2/models/{name:path}"
     routes = [Route("/v2/health/live", _with(served, _live)), Route("/v2/health/ready", _with(served, _ready))]
     for path, endpoint, method in (
@@ -74,9 +72,9 @@ async def _live(request: Request, served: kserve.Served) -> Response:
 
 
 async def _ready(request: Request, served: kserve.Served) -> Response:
-    fault = served.pipeline.fault()
-    if fault is not None:
-        raise Refusal(f"the engine has stopped: {fault}", status=503)
+    fault, closed = served.pipeline.fault(), request.app.state.doors.closed
+    if fault is not None or closed is not None:
+        raise Refusal(closed if fault is None else f"the engine has stopped: {fault}", status=503)
     return JSONResponse({"ready": True})
 
 
@@ -118,7 +116,7 @@ def _name(request: Request, served: kserve.Served) -> str:
 
 async def _infer(request: Request, served: kserve.Served) -> Response:
     _name(request, served)  # before anything is read
-    body, raw = _split(_decompressed(await request.body(), request.headers), request.headers)
+    body, raw = _split(_decompressed(await request.body(), request.headers, served.max_bytes), request.headers)
     asked, is_binary = _request(body, raw, request)
     answering = asyncio.ensure_future(answer(kserve.job_of(asked, served, may_stream=False)))
     leaving = asyncio.ensure_future(_disconnected(request))
@@ -138,7 +136,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _decompressed(body: bytes, headers: Mapping[str, str]) -> bytes:
+def _decompressed(body: bytes, headers: Mapping[str, str], max_bytes: int) -> bytes:
     encoding = headers.get("Content-Encoding", "identity")
     if encoding == "identity":
         return body
@@ -146,11 +144,11 @@ def _decompressed(body: bytes, headers: Mapping[str, str]) -> bytes:
         raise Refusal(f"the Content-Encoding is {encoding!r:.50}; gzip, deflate or none is read", status=415)
     try:
         reader = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either, by its first bytes
-        read = reader.decompress(body, kserve.MAX_BYTES + 1)
+        read = reader.decompress(body, max_bytes + 1)
     except zlib.error as error:
         raise Refusal(f"the body is no {encoding}: {error}") from error
-    if len(read) > kserve.MAX_BYTES:
-        raise Refusal(f"the body has more than {kserve.MAX_BYTES} bytes; send less", status=413)
+    if len(read) > max_bytes:
+        raise Refusal(f"the body has more than {max_bytes} bytes; send less", status=413)
     if not reader.eof:
         raise Refusal(f"the body ends inside its {encoding}; send all of it")
     return read

@@ -1,6 +1,6 @@
 """/metrics: the server's figures in Prometheus' text format. Labels hold names that the server gave, never a client's.
 
-What the engines count is read when it is asked for (`Engine.stats`, `Engine.timings`); only HTTP requests are counted
+What the engines count is read when it is asked for (`Engine.stats`, `Engine.timings`); only requests are counted
 here. An answer is one of a request's `n`; series of the engines have the label `replica`.
 """
 
@@ -71,14 +71,24 @@ class Metrics:
         self._seconds = Histogram(
             "request_duration_seconds", "Until the response is complete.", ["route"], buckets=REQUEST_SECONDS, **of_http
         )
-        self.add_gauge("http_requests_running", "Requests that are worked on.", lambda: doors.num_running)
-        self.add_gauge("http_requests_waiting", "Requests that wait for a place.", lambda: doors.num_waiting)
+        of_grpc = of_http | {"subsystem": "grpc"}
+        self._calls = Counter("requests", "gRPC requests, those in streams each.", ["method", "code"], **of_grpc)
+        self._call_seconds = Histogram(
+            "request_duration_seconds", "Until the answer is complete.", ["method"], buckets=REQUEST_SECONDS, **of_grpc
+        )
+        self.add_gauge("requests_running", "Requests that are worked on, HTTP and gRPC.", lambda: doors.num_running)
+        self.add_gauge("requests_waiting", "Requests that wait for a place, likewise.", lambda: doors.num_waiting)
         self.add_gauge("adapters", "Adapters that are loaded.", lambda: len(pipeline.adapters))
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
+    def called(self, facts: Facts) -> None:
+        """Counts a request of gRPC that is over. Its route is one of the methods that the server knows."""
+        self._calls.labels(facts.route, str(facts.status or "none")).inc()
+        self._call_seconds.labels(facts.route).observe(facts.seconds)
+
     def requested(self, facts: Facts) -> None:
-        """Counts a request that is over."""
+        """Counts a request of HTTP that is over."""
         method = facts.method if facts.method in _METHODS else "other"
         self._requests.labels(method, facts.route, str(facts.status or "none")).inc()
         self._seconds.labels(facts.route).observe(facts.seconds)

@@ -24,6 +24,7 @@ from serve.health import Health, add_health_routes, health_of
 from serve.jobs import Job, events, finish_of, lines_of, nth, stream, submit, whole
 from serve.kept import KeepLimits, Shelf
 from serve.keys import keys_of
+from serve.kserve import Served
 from serve.kserve_routes import add_kserve_routes
 from serve.metrics import Metrics, add_metrics_route
 from serve.pipeline import Delta, Params, Pipeline, Prompt, Result, Token
@@ -64,7 +65,7 @@ def _new_app(fault: Callable[[], str | None], *, api_key: str | Sequence[str] | 
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    app.state.doors = Doors(operation.limits, fault)
+    app.state.operation, app.state.doors = operation, Doors(operation.limits, fault)
     add_guards(app, app.state.doors, api_keys=keys_of(api_key), operation=operation)
     return app
 
@@ -83,7 +84,8 @@ def create_app(
     of them.
 
     adapter_root: the folder below which clients may have adapters loaded from; None: they may not. keep: how much is
-    held for clients, and how long. web: whether the chat page is at `/`. Its `state` has `doors` and `metrics`.
+    held for clients, and how long. web: whether the chat page is at `/`. Its `state` has `operation`, `doors` and
+    `metrics`.
     """
     app = _new_app(pipeline.fault, api_key=api_key, operation=operation)
     doors = app.state.doors
@@ -97,7 +99,7 @@ def create_app(
         raise ValueError(f"the model and an adapter are both named {model_name!r}; give one of them another name")
     if adapter_root is not None:
         add_adapter_routes(app, pipeline, root=adapter_root, model_name=model_name)
-    add_kserve_routes(app, pipeline, model_name=model_name, api_keys=keys_of(api_key))
+    add_kserve_routes(app, Served(pipeline, model_name, keys_of(api_key), operation.limits.body_bytes))
     created = int(time.time())
     sessions = Sessions(most=keep.sessions, seconds=keep.session_seconds)
 

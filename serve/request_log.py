@@ -1,19 +1,21 @@
 """One line of the log for every request: its id, what came of it, how long it took. Never text, unless asked for.
 
 What a route knows it notes (`note`) while the request is under way; the line is written when its response is complete.
-A request's id is the client's X-Request-Id where that is a sane one, else one of our own; the response has it too.
+A request's id is the client's X-Request-Id where that is a sane one, else one of our own; the response has it too. Of
+gRPC every request has a line, those inside a stream as well, with the id of the call.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -41,8 +43,8 @@ class Facts:
     method: str
     route: str = "other"
     """The path as the application declares it; a path that nobody declared is no name to count by."""
-    status: int | None = None
-    """None: no response was begun."""
+    status: int | str | None = None
+    """Of gRPC the name of its code. None: no response was begun."""
     seconds: float = 0.0
     answer: str | None = None
     """The id of the response's object."""
@@ -82,6 +84,19 @@ def note(**facts: Any) -> None:
             setattr(current, name, value)
 
 
+@contextlib.contextmanager
+def recorded(facts: Facts, on_end: Callable[[Facts], None], *, is_polled: bool) -> Iterator[None]:
+    """Times a request that is answered inside, where `note` adds to its facts; tells of it, and writes its line."""
+    _current.set(facts)
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        facts.seconds = time.monotonic() - started
+        on_end(facts)
+        log.log(logging.DEBUG if is_polled else logging.INFO, "%s", facts.line(), extra={"facts": facts.known()})
+
+
 class RequestLog:
     """The application with ids, lines in the log, and `on_end` told of every request's scope and facts."""
 
@@ -92,9 +107,8 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        facts = Facts(_id_of(scope["headers"]), scope["method"])
-        _current.set(facts)
-        started = time.monotonic()
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        facts = Facts(sane_id(given.decode("latin-1")) or new_id(), scope["method"])
 
         async def with_id(message) -> None:
             if message["type"] != "http.response.start":
@@ -107,27 +121,31 @@ class RequestLog:
                 raise _Answered from error
             facts.status = message["status"]
 
-        try:
-            await self._app(scope, receive, with_id)
-        except _Answered:
-            facts.outcome = "no HTTP"
-            while (await receive())["type"] != "http.disconnect":
-                pass
-        except asyncio.CancelledError:
-            facts.outcome = "cut off"
-            raise
-        finally:
-            facts.seconds = time.monotonic() - started
+        def ended(facts: Facts) -> None:
             facts.route = _route_of(scope)
             if self._on_end is not None:
                 self._on_end(scope, facts)
-            level = logging.DEBUG if scope["path"] in POLLED else logging.INFO
-            log.log(level, "%s", facts.line(), extra={"facts": facts.known()})
+
+        with recorded(facts, ended, is_polled=scope["path"] in POLLED):
+            try:
+                await self._app(scope, receive, with_id)
+            except _Answered:
+                facts.outcome = "no HTTP"
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+            except asyncio.CancelledError:
+                facts.outcome = "cut off"
+                raise
 
 
-def _id_of(headers: list[tuple[bytes, bytes]]) -> str:
-    given = dict(headers).get(b"x-request-id", b"").decode("latin-1")
-    return given if _ID.fullmatch(given) else uuid.uuid4().hex
+def sane_id(given: str) -> str | None:
+    """A client's id, if it is one that a line of the log can hold as it is."""
+    return given if _ID.fullmatch(given) else None
+
+
+def new_id() -> str:
+    """An id for a request whose client gave none."""
+    return uuid.uuid4().hex
 
 
 def _route_of(scope: Mapping[str, Any]) -> str:

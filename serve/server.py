@@ -82,14 +82,22 @@ class Server:
         self._app = app
 
     def add_grpc(self, pipeline: Pipeline, port: socket.socket, *, api_keys: Sequence[str]) -> None:
-        """Answers the KServe v2 protocol over gRPC too. Raises ValueError where the port cannot be taken."""
-        from serve.grpc import GrpcServer
+        """Answers the KServe v2 protocol over gRPC too, through the doors of the application that answers now.
+
+        Raises ValueError where the port cannot be taken.
+        """
+        from serve.grpc import Front, GrpcServer
         from serve.kserve import Served
 
         host, number = port.getsockname()[:2]
         port.close()  # gRPC takes no socket of others: it was held so far to be there for it now
-        served = Served(pipeline, self.model_name, tuple(api_keys))
-        self._grpc = GrpcServer(served, host=host, port=number, drain_seconds=self._drain_seconds)
+        self._wait(lambda: self._loop is not None, _READY_SECONDS)
+        if self._loop is None:
+            raise RuntimeError(f"the server at {self.url} did not start in {_READY_SECONDS:g} s")
+        state = self._app.state
+        served = Served(pipeline, self.model_name, tuple(api_keys), state.doors.limits.body_bytes)
+        front = Front(served, state.doors, state.metrics.called, log_prompts=state.operation.log_prompts)
+        self._grpc = GrpcServer(front, loop=self._loop, host=host, port=number)
         self.grpc_address = self._grpc.address
 
     def __enter__(self) -> Server:
@@ -104,18 +112,18 @@ class Server:
         Requests that come or wait are refused with 503, while /health says that it drains. Those under way may finish
         for the drain time, then they are told that the server stops.
         """
-        if self._grpc is not None:
-            self._grpc.leave()
         doors = getattr(getattr(self._app, "state", None), "doors", None)
         if doors is not None and self._loop is not None and self.alive:
             self._loop.call_soon_threadsafe(doors.close, "the server stops and takes no more requests")
+            if self._grpc is not None:
+                self._grpc.leave()
             self._wait(lambda: doors.num_inside == 0, self._drain_seconds)
             self._loop.call_soon_threadsafe(doors.cut)
             self._wait(lambda: doors.num_inside == 0, 1.0)
+            if self._grpc is not None:
+                self._grpc.close()  # before the loop ends, which it has
         self._server.should_exit = True
         self._thread.join()
-        if self._grpc is not None:
-            self._grpc.close()
 
     def _wait(self, condition: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -124,7 +132,7 @@ class Server:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive() and (self._grpc is None or self._grpc.alive)
+        return self._thread.is_alive()
 
 
 class QuietConnections:

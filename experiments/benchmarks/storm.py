@@ -222,7 +222,7 @@ class Storm:
         return heard
 
     async def _call(self, what: Case, index: int, step: Step) -> Heard:
-        """A call of gRPC, cancelled where its client leaves. It is no HTTP request, and not counted as one."""
+        """A call of gRPC, cancelled where its client leaves. The server counts it by code, and not as one of HTTP."""
         from experiments.benchmarks.storm_grpc import call, open_channel
 
         if self._channel is None:

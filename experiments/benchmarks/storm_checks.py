@@ -40,7 +40,7 @@ class Figures(NamedTuple):
     """A server at a moment when nothing is asked of it. None: not known."""
 
     series: Mapping[str, float]
-    """Of /metrics, sums over their labels; those that count by status or finish also as `name:label`."""
+    """Of /metrics, sums over their labels; those that count by status, code or finish also as `name:label`."""
     rss_bytes: int | None = None
     threads: int | None = None
     files: int | None = None
@@ -206,7 +206,7 @@ def series_of(text: str) -> dict[str, float]:
             name, labels, value = match.groups()
             found[name] += float(value)
             for label, given in _LABEL.findall(labels or ""):
-                if label in ("status", "finish"):
+                if label in ("status", "finish", "code"):
                     found[f"{name}:{given}"] += float(value)
     return dict(found)
 
@@ -280,7 +280,7 @@ def _equal(name: str, start: Figures, end: Figures, series: Iterable[str]) -> Ch
     return Check(name, all(start.series[key] == end.series[key] for key in known), told)
 
 
-IDLE = ("answers_running", "answers_waiting", "http_requests_running", "http_requests_waiting")
+IDLE = ("answers_running", "answers_waiting", "requests_running", "requests_waiting")
 
 
 def _zero(name: str, end: Figures) -> Check:
@@ -307,6 +307,10 @@ def _counts(tally: Tally, start: Figures, end: Figures) -> Check:
         least, most = tally.statuses[status], tally.statuses[status] + tally.perhaps[status] + unknown
         if not least <= counted[status] <= most:
             wrong.append(f"status {status} is counted {counted[status]} times, and was seen {least} to {most} times")
+    answered = end.series.get("grpc_requests_total:OK", 0) - start.series.get("grpc_requests_total:OK", 0)
+    least = tally.sent["grpc: ok"]
+    if not least <= answered <= least + tally.sent["grpc: cancelled"] + tally.sent["grpc: hung"]:
+        wrong.append(f"{answered:g} calls of gRPC are counted as answered, and {least} were seen")
     drawn = end.series.get("generated_tokens_total", 0) - start.series.get("generated_tokens_total", 0)
     if drawn < tally.tokens["generated"]:
         wrong.append(f"{drawn:g} tokens are counted, and answers tell of {tally.tokens['generated']}")

@@ -46,7 +46,8 @@ async def call(asked: Exchange, channel: Any, *, seconds: float) -> str:
             count = 0
             async for response in started:
                 if response.error_message:
-                    return f"fault: {response.error_message:.200}"
+                    is_busy = response.error_message.startswith("the server is busy")
+                    return "busy" if is_busy else f"fault: {response.error_message:.200}"
                 count += 1
             return "ok" if count else "fault: a stream without an answer"
     except TimeoutError:

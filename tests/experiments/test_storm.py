@@ -132,6 +132,7 @@ internjax_programs_compiled{replica="0"} 8.0
 internjax_answers_running{replica="0"} 0.0
 internjax_http_requests_total{method="GET",route="/",status="200"} 5.0
 internjax_http_requests_total{method="POST",route="/x",status="200"} 1e1
+internjax_grpc_requests_total{code="OK",method="ModelInfer"} 0.0
 internjax_generated_tokens_total{replica="0"} 100.0
 internjax_answers_total{finish="error",replica="0"} 0.0
 """
@@ -181,6 +182,7 @@ def test_each_demand_can_fail_and_fails_alone():
         ({"http_requests_total__500": 1}, "/metrics tell what was sent"),
         ({"generated_tokens_total": 107}, "/metrics tell what was sent"),
         ({"answers_total__error": 1}, "/metrics tell what was sent"),
+        ({"grpc_requests_total__OK": 1}, "/metrics tell what was sent"),
     ):
         assert failed(end=with_series(**changes)) == {name}
     for changes, name in (

@@ -11,8 +11,10 @@ import numpy as np
 import openai
 import pytest
 
+from internjax.decode.engine import Stats
 from internjax.decode.request import PromptLogprobs, Session
 from internjax.decode.sample import Limits
+from internjax.decode.timing import Clock, Timings
 from internjax.hf.generation import GenerationConfig
 from internjax.hf.open import Model
 from internjax.model.config import ModelConfig
@@ -101,7 +103,7 @@ class ScriptedEngine:
     """`script(request) -> ids`; `chunks` are the numbers of ids in successive events."""
 
     max_context, num_pages, page_size, limits, adapters = MAX_CONTEXT, 1000, 16, Limits(), ()
-    silent = 0.0
+    silent, num_host_pages = 0.0, 0
     config = SimpleNamespace(vocab_size=340)  # for guides, which the script need not follow
 
     def __init__(self, script: Callable, *, chunks=(1,), seconds_per_event=0.0):
@@ -125,6 +127,12 @@ class ScriptedEngine:
 
     def silent_seconds(self) -> float:
         return self.silent
+
+    def stats(self) -> Stats:
+        return Stats(**dict.fromkeys(Stats._fields, 0))._replace(num_active=len(self.active))
+
+    def timings(self) -> Timings:
+        return Clock().read()
 
     def close(self) -> None:
         pass

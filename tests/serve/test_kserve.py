@@ -4,14 +4,17 @@ import contextlib
 import gzip
 import itertools
 import json
+import logging
 import os
 import queue
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import httpx
@@ -29,11 +32,13 @@ from internjax.text.message import Message
 from serve import __main__ as command
 from serve import grpc as front
 from serve import server as serving
-from serve.kserve import INPUTS, ONLY_IF_ASKED, OUTPUTS, SAMPLING, Served
+from serve.guards import Limits, Operation
+from serve.kserve import INPUTS, ONLY_IF_ASKED, OUTPUTS, SAMPLING
 from serve.kserve_messages import messages, read_proto
 from serve.kserve_routes import HEADER_LENGTH
 from serve.pipeline import Pipeline
 from serve.protocol import Refusal
+from serve.request_log import JSONLines
 from serve.server import start_server, take_grpc_port
 from serve.tensors import Tensor, from_raw, from_values, raw_of
 from tests.serve.conftest import ScriptedEngine
@@ -452,9 +457,9 @@ def test_json_in_and_out_over_http(engine, over_http):
 
 
 @contextlib.contextmanager
-def calling(server):
+def calling(server, *, options=()):
     """The service's stub, for what Triton's client does not send."""
-    with grpc.insecure_channel(server.grpc_address) as channel:
+    with grpc.insecure_channel(server.grpc_address, options=options) as channel:
         yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
 
@@ -644,22 +649,142 @@ def test_who_does_not_read_holds_up_nobody(engine, running, over_grpc, eventuall
     eventually(lambda: not engine.active)
 
 
+@contextlib.contextmanager
+def limited(pipeline, *, drain_seconds=1.0, log_prompts=False, **limits):
+    """A server with both fronts and these limits, with its `doors`."""
+    operation = Operation(Limits(**limits), log_prompts=log_prompts)
+    how = {"model_name": "tiny", "grpc_port": 0, "drain_seconds": drain_seconds, "operation": operation}
+    with start_server(pipeline, **how) as server:
+        server.doors = server._app.state.doors
+        yield server
+
+
+def counts(server) -> dict[str, int]:
+    """Requests of gRPC by method and code, as /metrics tell; that as many durations are told is checked."""
+    text = httpx.get(f"{server.url}/metrics").text
+    found = re.findall(r'^internjax_grpc_requests_total{code="(.*)",method="(.*)"} (.*)$', text, re.M)
+    timed = re.findall(r'^internjax_grpc_request_duration_seconds_count{method="(.*)"} (.*)$', text, re.M)
+    assert sum(float(count) for *_, count in found) == sum(float(count) for _, count in timed)
+    return {f"{method} {code}": int(float(count)) for code, method, count in found}
+
+
+def test_both_fronts_share_the_places(scripted, eventually):
+    """One runs, one waits, more are refused: calls, requests in a stream, and requests of HTTP; probes are answered."""
+    pipeline = scripted(TEXT)
+    asked, told = endless(pipeline.engine), queue.Queue()
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 900}
+    busy = "the server is busy: 1 requests run and 1 wait; try again later"
+    with limited(pipeline, max_running=1, max_waiting=1) as server, calling(server) as stub, Stream(server) as stream:
+        client, doors, message = stream.client, server.doors, message_of(text_input=[b"x"])
+        stream.ask("a", asked | {"stream": [True]})
+        assert stream.next().id == "a" and doors.num_running == 1
+        waiting = client.async_infer("tiny", inputs_of(client, asked), lambda result, error: told.put(error))
+        eventually(lambda: doors.num_waiting == 1)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ModelInfer(message)
+        assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, busy)
+        assert int(dict(caught.value.trailing_metadata())["retry-after"]) > 0
+        stream.ask("b", {"text_input": ["x"]})
+        while not isinstance(refused := stream.next(), InferenceServerException):
+            assert refused.id == "a"
+        assert refused.message() == busy
+        assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 429
+        assert client.is_server_ready() and len(pipeline.engine.requests) == 1
+        waiting.cancel()
+        eventually(lambda: doors.num_waiting == 0)
+        next(iter(pipeline.engine.active)).abort()  # the stream goes on: what came in it last was refused
+        eventually(lambda: doors.num_running == doors.num_inside == 0)
+        pipeline.engine.script = lambda request: [70] * 16
+        assert stub.ModelInfer(message).id == "" and ask(client, {"text_input": ["x"]})
+        eventually(lambda: counts(server).get("ModelInfer OK") == 2)
+        assert counts(server) == {
+            "ModelStreamInfer OK": 1,
+            "ModelStreamInfer RESOURCE_EXHAUSTED": 1,
+            "ModelInfer RESOURCE_EXHAUSTED": 1,
+            "ModelInfer CANCELLED": 1,
+            "ModelInfer OK": 2,
+            "ServerReady OK": 1,
+        }
+
+
+def test_a_message_over_the_limit_of_bodies_is_refused(scripted):
+    pipeline = scripted(TEXT)
+    with limited(pipeline, body_bytes=2000) as server, calling(server) as stub:
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ModelInfer(message_of(text_input=[b"x" * 2000]))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        packed = gzip.compress(b" " * 2001)
+        response = httpx.post(
+            f"{server.url}/v2/models/tiny/infer", content=packed, headers={"Content-Encoding": "gzip"}
+        )
+        assert response.status_code == 413 and "more than 2000 bytes" in response.json()["error"]
+        assert stub.ModelInfer(message_of(text_input=[b"x"])) and len(pipeline.engine.requests) == 1
+
+
+def test_a_client_that_does_not_read_its_stream_is_given_up(scripted, eventually):
+    pipeline = scripted(lambda request: [70] * 900)
+    message, sent = message_of(text_input=[b"x"], max_tokens=[900], stream=[True]), itertools.count()
+    few_bytes = [("grpc.http2.bdp_probe", 0)]  # that may be under way: else the window grows to what there is
+    with limited(pipeline, send_seconds=0.1) as server, calling(server, options=few_bytes) as stub:
+        stream = stub.ModelStreamInfer(message for _ in iter(lambda: next(sent) < 20, False))
+        eventually(lambda: counts(server).get("ModelStreamInfer CANCELLED", 0) > 0)
+        eventually(lambda: server.doors.num_inside == 0 and not pipeline.engine.active)
+        assert stub.ModelInfer(message_of(text_input=[b"x"]))
+        with pytest.raises(grpc.RpcError, match="the client has not read for 0.1 seconds") as caught:
+            for _ in stream:  # what was under way, and then no end that could be taken for one
+                pass
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 def test_more_calls_than_are_taken_at_once(scripted, eventually, monkeypatch):
-    monkeypatch.setattr(front, "MAX_CALLS", 2)
+    monkeypatch.setattr(front, "MAX_CALLS", 1)
     pipeline = scripted(TEXT)
     asked = endless(pipeline.engine)
-    with start_server(pipeline, model_name="tiny", grpc_port=0, drain_seconds=1) as server, Stream(server) as stream:
+    with limited(pipeline, max_running=1, max_waiting=0) as server, Stream(server) as stream:
         stream.ask("a", asked)
         eventually(lambda: len(pipeline.engine.active) == 1)
-        with tritonclient.grpc.InferenceServerClient(server.grpc_address) as client:
-            call = client.async_infer("tiny", inputs_of(client, asked), lambda result, error: None)
-            eventually(lambda: len(pipeline.engine.active) == 2)
-            with pytest.raises(InferenceServerException) as caught:
-                ask(client, {"text_input": ["x"]})
+        with Stream(server) as idle, tritonclient.grpc.InferenceServerClient(server.grpc_address) as client:
+            idle.ask("b", asked)
+            assert "the server is busy" in idle.next().message()
+            with pytest.raises(InferenceServerException, match="(?i)concurrent rpc") as caught:
+                client.is_server_live()
             assert status_of(caught.value) == "RESOURCE_EXHAUSTED"
-            call.cancel()
         stream.client.stop_stream(cancel_requests=True)
         eventually(lambda: not pipeline.engine.active)
+
+
+def test_every_request_has_a_line_and_what_it_says_only_where_that_is_asked_for(scripted, caplog, eventually):
+    def lines() -> list[dict]:
+        return [json.loads(JSONLines().format(record)) for record in caplog.records if record.name == "serve"]
+
+    asked = {"text_input": ["SECRET"], "max_tokens": [99]}
+    with caplog.at_level(logging.INFO, logger="serve"):
+        with limited(scripted(TEXT)) as server, calling(server) as stub, Stream(server) as stream:
+            call = stub.ModelInfer.with_call(message_of(text_input=[b"SECRET"]), metadata=(("x-request-id", "mine"),))
+            assert dict(call[1].trailing_metadata())["x-request-id"] == "mine"
+            stream.ask("a", asked | {"stream": [True]})
+            stream.ask("b\nb", asked, model="other")
+            with pytest.raises(InferenceServerException, match="in /metrics and in the server's log"):
+                stream.client.get_inference_statistics("tiny")
+            stream.rest()
+            assert stream.client.is_server_live()
+            ask(tritonclient.http.InferenceServerClient(server.url.removeprefix("http://")), asked, request_id="c")
+            eventually(lambda: len([each for each in lines() if each["route"].startswith("/v2")]) == 1)
+        assert "SECRET" not in caplog.text and TEXT not in caplog.text
+        by_status = {(each["route"], each["status"]): each for each in lines()}
+        assert len(lines()) == 5 + len([each for each in lines() if each["route"] in ("/health", "/metrics")])
+        whole, streamed = by_status["ModelInfer", "OK"], by_status["ModelStreamInfer", "OK"]
+        assert (whole["request"], whole["method"], whole["outcome"]) == ("mine", "gRPC", "answered")
+        assert (streamed["answer"], streamed["outcome"], streamed["finish"]) == ("a", "streamed", "stop")
+        assert streamed["completion"] == whole["completion"] > 0 and streamed["seconds"] > 0
+        refused = by_status["ModelStreamInfer", "NOT_FOUND"]
+        assert refused["request"] == streamed["request"] and "answer" not in refused
+        assert ("ModelStatistics", "UNIMPLEMENTED") in by_status
+        over_http = by_status["/v2/models/{name:path}/infer", 200]
+        assert (over_http["answer"], over_http["completion"]) == ("c", streamed["completion"])
+        with limited(scripted(TEXT), log_prompts=True) as server, calling(server) as stub:
+            stub.ModelInfer(message_of(text_input=[b"SECRET"]))
+            eventually(lambda: "SECRET" in lines()[-1].get("text", ""))
 
 
 def test_the_key(scripted):
@@ -694,18 +819,44 @@ def test_the_key(scripted):
 
 
 def test_a_server_that_leaves_lets_answers_finish_and_waits_for_no_idle_stream(scripted, eventually):
-    pipeline = scripted(lambda request: [70] * 40, seconds_per_event=0.01)
+    pipeline = scripted(TEXT)
+    asked = endless(pipeline.engine)
     server = start_server(pipeline, model_name="tiny", grpc_port=0, drain_seconds=300)
     with Stream(server) as busy, Stream(server) as idle:
-        busy.ask("a", {"text_input": ["x"], "max_tokens": [40]})
+        busy.ask("a", asked)
         eventually(lambda: len(pipeline.engine.active) == 1)
         closing = threading.Thread(target=server.close)
         closing.start()
+        eventually(lambda: not busy.client.is_server_ready())
+        assert busy.client.is_server_live() and not busy.client.is_model_ready("tiny")
+        with pytest.raises(InferenceServerException, match="takes no more requests") as caught:
+            ask(idle.client, {"text_input": ["x"]})
+        assert status_of(caught.value) == "UNAVAILABLE"
+        pipeline.engine.seconds_per_event = 0
         answer = busy.next()
-        assert output(answer, "num_generated_tokens") == [40]
+        assert output(answer, "num_generated_tokens") == [900]
         closing.join(timeout=20)
         assert not closing.is_alive() and not server.alive
         assert idle.rest() == []
+
+
+def test_a_server_that_stops_tells_who_waits_and_who_runs_too_long(scripted, eventually):
+    pipeline, told = scripted(TEXT), queue.Queue()
+    asked = endless(pipeline.engine)
+    with limited(pipeline, max_running=2, max_waiting=5, drain_seconds=0.05) as server, Stream(server) as stream:
+        stream.ask("a", asked)
+        eventually(lambda: len(pipeline.engine.active) == 1)
+        for number in (1, 2):  # one has a place, one waits for it
+            prompt = inputs_of(stream.client, asked)
+            stream.client.async_infer("tiny", prompt, lambda result, error: told.put(error))
+            eventually(lambda number=number: server.doors.num_inside == number + 1)
+        server.close()
+        waiting, running = told.get(timeout=20), told.get(timeout=20)
+        assert [status_of(each) for each in (waiting, running)] == ["UNAVAILABLE"] * 2
+        assert waiting.message() == "the server stops and takes no more requests"
+        late = "the server stops and the answer was not complete in time"
+        assert running.message() == stream.next().message() == late and stream.rest() == []
+    eventually(lambda: not pipeline.engine.active)
 
 
 def test_ports_and_packages(scripted, monkeypatch):
@@ -716,8 +867,9 @@ def test_ports_and_packages(scripted, monkeypatch):
     start_server(scripted(TEXT), model_name="tiny", grpc_port=port).close()
     with socket.create_server(("127.0.0.1", 0)) as other:  # one that came while the model was read
         port = other.getsockname()[1]
+        taken = SimpleNamespace(getsockname=other.getsockname, close=lambda: None)
         with pytest.raises(ValueError, match=f"127.0.0.1:{port} cannot be taken for gRPC .*; give another port"):
-            front.GrpcServer(Served(scripted(TEXT), "tiny", ()), host="127.0.0.1", port=port, drain_seconds=1)
+            start_server(scripted(TEXT), model_name="tiny", grpc_port=taken)
     monkeypatch.setattr(serving, "_is_installed", lambda name: name != "grpc")
     with pytest.raises(ValueError, match="grpcio and protobuf, and grpc cannot be imported; install the extra `serve`"):
         take_grpc_port("127.0.0.1", 0)

@@ -337,7 +337,7 @@ def test_answers_under_way_may_finish_while_others_are_refused(served, eventuall
             closing.start()
             assert b"503 Service Unavailable" in (answer := waiting.recv(2000)) and b"takes no more" in answer
         assert [get(server, path) for path in ("/health", "/ready")] == [(503, "draining")] * 2
-        assert get(server, "/live")[0] == 200
+        assert get(server, "/live")[0] == 200 and get(server, "/v2/health/ready")[0] == 503
         refused = post(server)
         assert error_of(refused, 503)["code"] == "unavailable" and refused.headers["Retry-After"]
         next(iter(server.engine.active)).abort()  # its answer is complete

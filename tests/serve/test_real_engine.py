@@ -129,7 +129,7 @@ def test_metrics_are_what_was_sent_and_what_came_back(client, pipeline, eventual
         after["pages", replica] == after["pages_free", replica] == stats.num_pages and after["pages_used", replica] == 0
     )
     assert after["recompiled_programs_total", replica] == after["engine_fault", replica] == 0
-    assert after["slots", replica] == NUM_SLOTS and after["adapters",] == 0 == after["http_requests_running",]
+    assert after["slots", replica] == NUM_SLOTS and after["adapters",] == 0 == after["requests_running",]
     assert after["info", ("model", "tiny")] == 1 and after["process_resident_memory_bytes",] > 0
 
 
@@ -139,10 +139,10 @@ def test_metrics_are_consistent_after_aborts(client, pipeline, eventually):
         stream = client.completions.create(model="tiny", prompt="x", stream=True, max_tokens=100, n=6, stop=["\0"])
         next(iter(stream))
         running = figures(client)
-        assert running["answers_running", ("replica", "0")] <= NUM_SLOTS and running["http_requests_running",] == 1
+        assert running["answers_running", ("replica", "0")] <= NUM_SLOTS and running["requests_running",] == 1
         stream.close()
         eventually(lambda: is_idle(pipeline))
-    eventually(lambda: figures(client)["http_requests_running",] == 0)
+    eventually(lambda: figures(client)["requests_running",] == 0)
     new = grown(client, before)
     ended = {name.split()[1]: count for name, count in new.items() if name.startswith("answers_total")}
     assert sum(ended.values()) == 18 and ended["aborted"] > 0 and "error" not in ended
@@ -172,7 +172,7 @@ def test_clients_that_leave_while_prompts_are_read_or_wait_free_their_pages(
         assert (
             pipeline.engine.stats().num_waiting and pipeline.engine.stats().num_free_pages < pipeline.engine.num_pages
         )
-    eventually(lambda: figures(client)["http_requests_running",] == 0)  # the clients are gone; the engine is held
+    eventually(lambda: figures(client)["requests_running",] == 0)  # the clients are gone; the engine is held
     held.set()
     eventually(lambda: is_idle(pipeline))
     new = grown(client, before)
