@@ -94,10 +94,10 @@ def add_embedding_route(app: FastAPI, pipeline: Pipeline, *, adapter_of: Callabl
         if len(body.input) > MAX_INPUTS:
             raise Refusal(f"{len(body.input)} inputs are more than {MAX_INPUTS}; send several requests", param="input")
         try:
-            for text in body.input:
+            for text in body.input:  # all of them before the first is tokenised
                 if isinstance(text, str):
                     pipeline.refuse_long([text])
-            texts = [pipeline.prompt_ids(text) for text in body.input]
+            texts = await asyncio.to_thread(lambda: [pipeline.prompt_ids(text) for text in body.input])
         except ContextTooLong as error:
             raise Refusal(str(error), param="input", code="context_length_exceeded") from error
         except ValueError as error:

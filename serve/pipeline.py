@@ -232,8 +232,6 @@ class Pipeline:
         """The continuation of a text, or of token ids (taken as they are). Markers in a text are plain text."""
         params = Params() if params is None else params
         is_text = isinstance(prompt, str)
-        if is_text:
-            self.refuse_long([prompt])
         ids = self.prompt_ids(prompt)
         reader = PlainReader(self.tokenizer, behind_text=len(ids) > 1)  # one token: what begins every text
         return self._submit(ids, reader, params, hidden=int(is_text))
@@ -245,15 +243,18 @@ class Pipeline:
 
         Where neither tools nor a system turn named "interpreter" or "plugin" are given, a call is shown as text.
         """
-        self.refuse_long(message.content for message in messages)
         ids = self.chat_ids(messages, tools=tools)
         return self.answer_to(self._with_tools(messages, tools), ids, Params() if params is None else params)
 
     def chat_ids(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping] = (), add_generation_prompt: bool = True
     ) -> list[int]:
-        """Ids of a conversation as `chat` has it read, up to where the assistant's next turn begins."""
+        """Ids of a conversation as `chat` has it read, up to where the assistant's next turn begins.
+
+        Raises ContextTooLong as `refuse_long` does.
+        """
         told = self._with_tools(messages, tools)
+        self.refuse_long(message.content for message in told)
         return protocol.render(told, self.tokenizer, add_generation_prompt=add_generation_prompt).ids
 
     def session(
@@ -410,9 +411,13 @@ class Pipeline:
         return tuple(forms)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
-        """Ids of a text behind the token that begins one, as evaluation scores it; ids as they are, once checked."""
+        """Ids of a text behind the token that begins one, as evaluation scores it; ids as they are, once checked.
+
+        Raises ContextTooLong as `refuse_long` does.
+        """
         if not isinstance(prompt, str):
             return self._checked_ids(prompt)
+        self.refuse_long([prompt])
         first = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
         return [first, *self.tokenizer.encode(prompt)]
 
@@ -422,18 +427,8 @@ class Pipeline:
         return self._model
 
     def refuse_long(self, texts: Iterable[str]) -> None:
-        """Raises ContextTooLong for texts that no ids in the context can spell.
-
-        Before they are tokenised: that takes some 250 bytes for each character (measured), which an allocator may keep.
-        """
-        if self._longest_token is None:
-            return
-        num_chars, most = sum(map(len, texts)), self.max_context * self._longest_token
-        if num_chars > most:
-            raise ContextTooLong(
-                f"the prompt has {num_chars} characters; the context holds {self.max_context} tokens, which are "
-                f"{most} at most. Shorten the prompt"
-            )
+        """Raises ContextTooLong for texts that no ids in the context can spell; see the function of this name."""
+        refuse_long(texts, longest_token=self._longest_token, max_context=self.max_context)
 
     def _checked_ids(self, ids: Sequence[int]) -> Sequence[int]:
         if not ids:
@@ -459,6 +454,22 @@ class Pipeline:
                 declared.append(Message("system", tool.get("description") or INTERPRETER_PROMPT, name="interpreter"))
         start = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
         return [*messages[:start], *declared, *messages[start:]]
+
+
+def refuse_long(texts: Iterable[str], *, longest_token: int | None, max_context: int) -> None:
+    """Raises ContextTooLong for texts that together no `max_context` tokens of so many characters can spell.
+
+    Before they are tokenised: that takes some 250 bytes for each character (measured), which an allocator may keep.
+    longest_token: of the tokenizer, None where it has no bound; nothing is refused then.
+    """
+    if longest_token is None:
+        return
+    num_chars, most = sum(map(len, texts)), max_context * longest_token
+    if num_chars > most:
+        raise ContextTooLong(
+            f"the prompt has {num_chars} characters; the context holds {max_context} tokens, which are {most} at "
+            "most. Shorten the prompt"
+        )
 
 
 def _is_one(prompts: Given | Sequence[Given]) -> bool:

@@ -26,7 +26,8 @@ from internjax.hf.open import Model
 from internjax.rlhf.reward import check_scalar, get_scores
 from internjax.text.chat import render
 from internjax.text.message import Message
-from internjax.text.tokenizer import REWARD
+from internjax.text.tokenizer import REWARD, longest_token
+from serve.pipeline import ContextTooLong, refuse_long
 from serve.protocol import Refusal, messages_of, refuse_messages
 from serve.request_log import note
 from serve.requests import ChatMessage, Fields
@@ -67,6 +68,7 @@ class Scorer:
         self.max_context = max_context or model.config.max_position_embeddings
         self._model, self._mesh = model, sharding.mesh_of(model.params)
         self._widths = row_widths(model.config, self.max_context)
+        self._longest_token = longest_token(model.tokenizer)
         self._lock = threading.Lock()
 
     def __enter__(self) -> Scorer:
@@ -79,6 +81,11 @@ class Scorer:
         """What the model reads of a conversation, but for the reward token. condition: a system prompt."""
         before = [] if condition is None else [Message("system", condition)]
         return render([*before, *messages], self._model.tokenizer).ids
+
+    def refuse_long(self, messages: Sequence[Message], *, condition: str | None = None) -> None:
+        """Raises ContextTooLong, before anything is tokenised, for a conversation that no context can hold."""
+        texts = [condition or "", *(message.content for message in messages)]
+        refuse_long(texts, longest_token=self._longest_token, max_context=self.max_context)
 
     def __call__(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         """Returns float32 `[len(sequences)]`, one score for each."""
@@ -121,7 +128,13 @@ def add_score_routes(app: FastAPI, scorer: Scorer, *, model_name: str) -> None:
         conversations, place = _conversations(body)
         condition = _condition(body, scorer)
         try:
-            sequences = [scorer.ids_of(messages, condition=condition) for messages in conversations]
+            for messages in conversations:  # all of them before the first is tokenised
+                scorer.refuse_long(messages, condition=condition)
+            sequences = await asyncio.to_thread(
+                lambda: [scorer.ids_of(messages, condition=condition) for messages in conversations]
+            )
+        except ContextTooLong as error:
+            raise Refusal(str(error), param=place, code="context_length_exceeded") from error
         except ValueError as error:
             raise Refusal(str(error), param=place) from error
         longest = max(map(len, sequences)) + 1

@@ -1,7 +1,8 @@
 """Text to token ids and back, as the server reads it: vLLM's POST /tokenize and /detokenize, and GET /tokenizer_info.
 
 The ids of a prompt are those that /v1/completions reads, the ids of a conversation those that /v1/chat/completions
-reads. No engine is asked.
+reads. No engine is asked. What no context can hold is refused before it is read: a text of too many characters, as it
+is for an answer, and more ids than a context has.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI
 from pydantic import Field
 
-from serve.pipeline import Pipeline
+from serve.pipeline import ContextTooLong, Pipeline
 from serve.protocol import Refusal, Refused, messages_of, refuse, refuse_fields, tools_of
 from serve.requests import ChatMessage, ChatRequest, DeclaredTool, Fields
 
@@ -44,6 +45,7 @@ REFUSED_OF_TOKENIZE = {
     "chat_template_kwargs": Refused("the template takes none; leave them out", ({},)),
     "mm_processor_kwargs": Refused("messages are text; leave them out", ({},)),
 }
+TOO_LONG = "context_length_exceeded"
 _OF_PROMPTS, _OF_CHATS = ("add_special_tokens",), ("tools", "add_generation_prompt")
 
 
@@ -64,6 +66,12 @@ def add_tokenize_routes(app: FastAPI, pipeline: Pipeline, *, check_model: Callab
     def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         if body.model is not None:
             check_model(body.model)
+        if len(body.tokens) > pipeline.max_context:
+            raise Refusal(
+                f"{len(body.tokens)} ids are given; the context holds {pipeline.max_context}. Send them in parts",
+                param="tokens",
+                code=TOO_LONG,
+            )
         for index, token_id in enumerate(body.tokens):
             if token_id >= tokenizer.vocab_size:
                 message = f"token id {token_id} does not exist; ids are 0..{tokenizer.vocab_size - 1}"
@@ -104,9 +112,10 @@ def _refuse(body: TokenizeRequest) -> None:
 
 def _ids_of_prompt(body: TokenizeRequest, pipeline: Pipeline) -> list[int]:
     try:
-        if body.add_special_tokens is False:
-            return pipeline.tokenizer.encode(body.prompt)
-        return pipeline.prompt_ids(body.prompt)
+        ids = pipeline.prompt_ids(body.prompt)
+        return ids[1:] if body.add_special_tokens is False else ids
+    except ContextTooLong as error:
+        raise Refusal(str(error), param="prompt", code=TOO_LONG) from error
     except ValueError as error:  # a lone surrogate
         raise Refusal(str(error), param="prompt") from error
 
@@ -124,5 +133,7 @@ def _ids_of_chat(body: TokenizeRequest, pipeline: Pipeline) -> list[int]:
     generation = body.add_generation_prompt is not False
     try:
         return pipeline.chat_ids(turns, tools=tools, add_generation_prompt=generation)
+    except ContextTooLong as error:
+        raise Refusal(str(error), param="messages", code=TOO_LONG) from error
     except ValueError as error:
         raise Refusal(str(error), param="messages") from error

@@ -5,6 +5,7 @@ import json
 import httpx
 import pytest
 
+from internjax.text.tokenizer import Tokenizer, longest_token
 from serve.server import start_server
 from tests.serve.test_openai import ADD, BAD_MESSAGES, TEXT, USER, check_refused
 
@@ -91,6 +92,29 @@ def test_messages_other_models_and_ids_that_are_none_are_refused(served):
         (None, "tokens"),
     ):
         check_refused(post(client, "/detokenize", {"tokens": tokens}), param)
+
+
+def test_what_no_context_holds_is_refused_before_it_is_read(served, tokenizer, monkeypatch):
+    """Texts by the bound of answers, which is beyond the context: until there they are counted; ids by the context."""
+    client, _ = served
+    most = 1024 * longest_token(tokenizer)
+    long, user = "a" * (most + 1), {"role": "user"}
+    assert post(client, "/tokenize", {"prompt": "a" * 2000}).json()["count"] > 1024
+    assert post(client, "/detokenize", {"tokens": [5] * 1024}).status_code == 200
+    monkeypatch.setattr(Tokenizer, "encode_batch", None)
+    monkeypatch.setattr(Tokenizer, "decode", None)
+    said = f"{most + 1} characters; the context holds 1024 tokens, which are {most}"
+    for path, body, param in (
+        ("/tokenize", {"prompt": long}, "prompt"),
+        ("/tokenize", {"prompt": long, "add_special_tokens": False}, "prompt"),
+        ("/tokenize", {"messages": [user | {"content": long[:9]}, user | {"content": long[9:]}]}, "messages"),
+        ("/v1/completions", {"model": "tiny", "prompt": long}, "prompt"),
+    ):
+        error = check_refused(post(client, path, body), param)
+        assert said in error["message"] and error["code"] == "context_length_exceeded"
+    error = check_refused(post(client, "/detokenize", {"tokens": [5] * 1025}), "tokens")
+    assert error["message"].startswith("1025 ids are given; the context holds 1024")
+    assert error["code"] == "context_length_exceeded"
 
 
 def test_what_the_tokenizer_is(served, tokenizer):

@@ -17,7 +17,7 @@ from internjax.model import decoder, rope
 from internjax.rlhf.reward import from_lm, get_score
 from internjax.text.chat import render
 from internjax.text.message import Message
-from internjax.text.tokenizer import REWARD
+from internjax.text.tokenizer import REWARD, Tokenizer
 from serve import __main__ as command
 from serve.embeddings import Embedder
 from serve.pipeline import Pipeline
@@ -156,6 +156,20 @@ def test_scores_are_the_reward_model_s_under_the_condition(rewarding, reward_mod
 def test_what_cannot_be_scored_is_refused(rewarding, extra, param):
     response = httpx.post(f"{rewarding.base_url}score", json={"model": "tiny"} | extra)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+
+
+@pytest.mark.parametrize("field", ["messages", "pairs", "condition_prompt"])
+def test_what_no_context_holds_is_refused_before_it_is_scored(rewarding, monkeypatch, field):
+    monkeypatch.setattr(Tokenizer, "encode_batch", None)
+    texts = dict.fromkeys(("messages", "pairs", "condition_prompt"), "x") | {field: "a" * 100_000}
+    pairs = [{"prompt": "x", "answer": "x"}, {"prompt": "x", "answer": texts["pairs"]}]
+    turns = [{"role": "user", "content": texts["messages"]}, {"role": "assistant", "content": "x"}]
+    place, asked = ("messages", turns) if field == "messages" else ("pairs", pairs)
+    body = {"model": "tiny", place: asked, "condition_prompt": texts["condition_prompt"]}
+    response = httpx.post(f"{rewarding.base_url}score", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, place, "context_length_exceeded")
+    assert "characters; the context holds 128 tokens" in error["message"]
 
 
 def test_each_kind_of_model_refuses_what_the_other_does(client, rewarding, tiny_model):
