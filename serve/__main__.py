@@ -63,6 +63,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="of a reward model: a system prompt that says what counts, chosen by name; may be given several times",
     )
     parser.add_argument(
+        "--max-embedding",
+        type=_count,
+        metavar="TOKENS",
+        help="of a text for /v1/embeddings: what they need is left free beside the cache (default: as --max-context; "
+        "0: no vectors, and all of it for the cache)",
+    )
+    parser.add_argument(
         "--max-sessions", type=_count, default=256, metavar="N", help="conversations held for clients (%(default)s)"
     )
     parser.add_argument(
@@ -306,6 +313,7 @@ def open_served(args: argparse.Namespace, on_program: Callable[[Compiled], None]
     given += ["--replicas"] if args.replicas > 1 else []
     given += ["--grpc-port"] if args.grpc_port is not None else []
     given += ["--adapter-root"] if args.adapter_root is not None else []
+    given += ["--max-embedding"] if args.max_embedding is not None else []
     if given:
         raise ValueError(f"MODEL is a reward model, for which there is no {', '.join(given)}; leave it out")
     scorer = Scorer(model, conditions=dict(args.condition), max_context=args.max_context)
@@ -352,7 +360,7 @@ def weights_kind(model, args: argparse.Namespace) -> str:
 
 def start_pipeline(model, args: argparse.Namespace, on_program: Callable[[Compiled], None] | None = None):
     """A pipeline over the model, with its programs compiled. Says what it has room for. on_program: told of each."""
-    from internjax.decode.sizing import page_bytes
+    from internjax.decode.sizing import embedding_bytes, page_bytes
     from serve.pipeline import Pipeline
 
     def tell(program: Compiled) -> None:
@@ -381,6 +389,7 @@ def start_pipeline(model, args: argparse.Namespace, on_program: Callable[[Compil
         draft=draft,
         mode=args.mode,
         replicas=args.replicas,
+        longest_embedding=getattr(args, "max_embedding", 0),  # who asks in this process has no such route
         on_program=tell,
     )
     engine, config = pipeline.engine, model.config
@@ -400,6 +409,9 @@ def start_pipeline(model, args: argparse.Namespace, on_program: Callable[[Compil
     if args.replicas > 1:
         of_each = f"with such a cache and {args.max_batch} slots each"
         print(f"replicas {args.replicas} on {args.tensor} devices each, {of_each}")
+    if pipeline.longest_embedding:
+        work = embedding_bytes(config, pipeline.longest_embedding)
+        print(f"vectors  of texts of up to {pipeline.longest_embedding:,} tokens, {work / 2**20:,.1f} MiB of work")
     if pipeline.adapters:
         print(f"adapters {', '.join(pipeline.adapters)}")
     return pipeline

@@ -1,6 +1,7 @@
 """/v1/embeddings: the mean of the model's final hidden states over a text, of length 1.
 
-A program is compiled for each width of rows (powers of two) when it is first needed, and stays.
+A program is compiled for each width of rows (powers of two) when it is first needed, and stays. The pipeline leaves the
+memory of the widest free (`Pipeline.longest_embedding`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fastapi import FastAPI
 from pydantic import Field
 
 from internjax import sharding
-from internjax.decode.embed import mean_embeddings, row_widths
+from internjax.decode.embed import mean_embeddings, num_rows, row_widths
 from internjax.hf.open import Model
 from serve.pipeline import ContextTooLong, Pipeline
 from serve.protocol import Refusal
@@ -26,7 +27,6 @@ from serve.request_log import note
 from serve.requests import Fields, Prompts
 
 MAX_INPUTS = 2048  # of one request, as OpenAI has it
-_ROW_TOKENS = 4096  # of the rows that are read at once, unless one alone is longer
 
 
 class EmbeddingRequest(Fields):
@@ -57,7 +57,7 @@ class Embedder:
         for width in self._widths:
             shorter = max((w for w in self._widths if w < width), default=0)
             here = [index for index, ids in enumerate(texts) if shorter < len(ids) <= width]
-            count = min(8, max(1, _ROW_TOKENS // width))
+            count = num_rows(width)
             for start in range(0, len(here), count):
                 chosen = here[start : start + count]
                 vectors[chosen] = self._rows([texts[index] for index in chosen], count, width)[: len(chosen)]
@@ -77,14 +77,16 @@ def add_embedding_route(app: FastAPI, pipeline: Pipeline, *, adapter_of: Callabl
     """Adds the route. adapter_of: raises Refusal for a model that is not served."""
 
     model = pipeline.model
-    embedder = None if model is None else Embedder(model, longest=pipeline.max_context)
+    longest = min(pipeline.max_context, pipeline.longest_embedding)
+    embedder = Embedder(model, longest=longest) if model is not None and longest else None
 
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest) -> dict[str, Any]:
         if adapter_of(body.model) is not None:
             raise Refusal("vectors are of the model without adapters; give its own name", param="model")
         if embedder is None:
-            raise Refusal("this server was made over an engine and has no model to embed with", param="model")
+            without = "is over an engine and has no model to embed with" if model is None else "was started without"
+            raise Refusal(f"this server gives no vectors: it {without}", param="model")
         if body.dimensions not in (None, embedder.num_dimensions):
             raise Refusal(
                 f"dimensions is {body.dimensions}; vectors have {embedder.num_dimensions}, and a part of one is no "
@@ -105,7 +107,7 @@ def add_embedding_route(app: FastAPI, pipeline: Pipeline, *, adapter_of: Callabl
         longest = max(map(len, texts))
         if longest > embedder.longest:
             raise Refusal(
-                f"an input has {longest} tokens, the context holds {embedder.longest}; cut it in parts",
+                f"an input has {longest} tokens, of up to {embedder.longest} there are vectors; cut it in parts",
                 param="input",
                 code="context_length_exceeded",
             )

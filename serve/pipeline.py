@@ -97,6 +97,7 @@ class Pipeline:
         draft: Model | None = None,
         mode: Mode = "fast",
         replicas: int = 1,
+        longest_embedding: int | None = None,
         on_program: Callable[[Compiled], None] | None = None,
     ):
         """Compiles everything and starts the engine.
@@ -108,7 +109,9 @@ class Pipeline:
         one (`Params.adapter`). max_adapters, adapter_rank: room for more than these, and of a larger rank.
         speculation, draft: drafts that are tried together, and the model of a DraftModel. mode: of the engine.
         replicas: engines, each with the model on as many devices as it is on now; num_slots and num_pages are of each,
-        host_bytes of all. on_program: told of each program that was compiled.
+        host_bytes of all. longest_embedding: tokens of a text that a server makes a vector of (`serve.embeddings`), for
+        which room is left beside the pages; None: max_context, 0: it makes none. on_program: told of each program that
+        was compiled.
         """
         if model.tokenizer is None:
             raise ValueError("the model's folder has no tokenizer; add tokenizer.json and tokenizer_config.json to it")
@@ -126,7 +129,8 @@ class Pipeline:
         room = room_for(loaded, num_places=max_adapters, rank=adapter_rank)
         page = page_bytes(model.config, page_size, cache_dtype)
         page += 0 if draft is None else page_bytes(draft.config, page_size, cache_dtype)
-        memory_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        memory_bytes = _memory_bytes()
+        longest_embedding = max_context if longest_embedding is None else min(longest_embedding, max_context)
         if num_pages is None and memory_bytes is not None:
             num_pages = fitting_pages(
                 model.config,
@@ -140,6 +144,7 @@ class Pipeline:
                 tensor=meshes[0].shape["tensor"],
                 num_drafts=0 if speculation is None else speculation.num_drafts,
                 draft=None if draft is None else draft.config,
+                longest_embedding=longest_embedding,
             )
 
         def engine_of(params: dict, lora: Lora | None) -> Engine:
@@ -166,6 +171,7 @@ class Pipeline:
             engines.append(engine_of(*sharding.moved((model.params, model.lora), mesh)))
         engine = engines[0] if replicas == 1 else Router(engines)
         self._use(engine, model.tokenizer, eos_ids=model.generation.eos_ids, model=model)
+        self.longest_embedding = longest_embedding
         for name, adapter in loaded.items():
             engine.load_adapter(name, apply_config(adapter.weights, adapter.config))
         engine.warmup(on_program)
@@ -188,6 +194,7 @@ class Pipeline:
         self._model = model
         # The last token drawn needs no place in the cache.
         self.max_context = min(engine.max_context, engine.num_pages * engine.page_size + 1)
+        self.longest_embedding = self.max_context
         self.stop_ids = tuple(sorted({*protocol.stop_ids(tokenizer), *eos_ids}))
         self._longest_token = longest_token(tokenizer)
         self._guides: Guides | None = None
@@ -475,6 +482,11 @@ def refuse_long(texts: Iterable[str], *, longest_token: int | None, max_context:
 def _is_one(prompts: Given | Sequence[Given]) -> bool:
     """Whether it is one prompt and not several."""
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Message | int))
+
+
+def _memory_bytes() -> int | None:
+    """What a device may hold in all, where it says so."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def _standing_bytes(model: Model, draft: Model | None, room: AdapterRoom | None) -> int:

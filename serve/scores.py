@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from pydantic import Field
 
 from internjax import sharding
-from internjax.decode.embed import row_widths
+from internjax.decode.embed import in_chunks, num_rows, row_widths
 from internjax.hf.open import Model
 from internjax.rlhf.reward import check_scalar, get_scores
 from internjax.text.chat import render
@@ -99,10 +99,10 @@ class Scorer:
                 scores[here] = get_scores(
                     self._model.params,
                     [sequences[index] for index in here],
-                    config=self._model.config,
+                    config=in_chunks(self._model.config),
                     reward_token_id=self._model.tokenizer.special[REWARD],
                     lora=self._model.lora,
-                    batch_size=min(8, max(1, 4096 // width)),
+                    batch_size=num_rows(width),
                     width=width,
                 )
         return scores

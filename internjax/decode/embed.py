@@ -3,12 +3,17 @@
 B batch, T time, D embed.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from internjax.model import decoder, rope
 from internjax.model.config import ModelConfig
 from internjax.model.lora import Lora
+
+ROW_TOKENS, MAX_ROWS = 4096, 8
+"""Of the rows that are read at once, unless one alone is longer; rows, at most."""
 
 
 def mean_embeddings(
@@ -26,6 +31,7 @@ def mean_embeddings(
     Rows are padded on the right, which has no influence; `starts_B` leaves out what begins every text. A pure function
     to jit.
     """
+    config = in_chunks(config)
     T = tokens_BT.shape[1]
     inv_freq_BF = rope.inv_freq(config, length=T)[None]
     with jax.named_scope("embed"):
@@ -34,6 +40,19 @@ def mean_embeddings(
         counts_BT = (at_T >= starts_B[:, None]) & (at_T < lengths_B[:, None])
         mean_BD = jnp.einsum("btd,bt->bd", hidden_BTD.astype(jnp.float32), counts_BT.astype(jnp.float32))
         return mean_BD / jnp.linalg.norm(mean_BD, axis=-1, keepdims=True)
+
+
+def in_chunks(config: ModelConfig) -> ModelConfig:
+    """Returns the config with attention in chunks of queries where it has the reference, whose memory grows with T * T.
+
+    The numbers are the same.
+    """
+    return dataclasses.replace(config, attention="chunked") if config.attention == "xla" else config
+
+
+def num_rows(width: int) -> int:
+    """Returns how many rows of so many tokens are read at once."""
+    return min(MAX_ROWS, max(1, ROW_TOKENS // width))
 
 
 def row_widths(config: ModelConfig, longest: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """How many pages of cache fit beside the weights, from shapes alone; all bytes are those of one device.
 
 B slots, S longest context, C prompt tokens read at once, T tokens of a row in one step, K key/value heads, H head dim,
-N query heads, V vocabulary, D embed, F ffn.
+N query heads, V vocabulary, D embed, F ffn, R rows of whole texts.
 """
 
 import functools
@@ -9,8 +9,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from internjax.decode.embed import num_rows, row_widths
 from internjax.decode.generate import decoding_params
 from internjax.decode.programs import SCORED_AT_ONCE
+from internjax.kernels.attention import QUERY_CHUNK
 from internjax.model.cache import CacheDType, paged_cache
 from internjax.model.config import ModelConfig
 
@@ -57,6 +59,20 @@ def work_bytes(
     return max(drawing, reading) + rows
 
 
+def embedding_bytes(config: ModelConfig, longest: int) -> int:
+    """Returns the bytes that vectors of texts of up to `longest` tokens need beside the weights, at most.
+
+    Of the widest rows, R of T tokens: attention weighs N x C x T scores of each in float32, three of them at a time,
+    for C queries at once, and there are a layer's activations of all tokens.
+    """
+    itemsize, most = jnp.dtype(config.dtype).itemsize, 0
+    wide = 4 * config.d_model + 3 * config.ffn_dim + 3 * config.num_heads * config.head_dim
+    for T in row_widths(config, longest) if longest else ():
+        scores = 3 * min(T, QUERY_CHUNK) * T * config.num_heads * 4
+        most = max(most, num_rows(T) * (scores + T * wide * itemsize))
+    return most
+
+
 def fitting_pages(
     config: ModelConfig,
     *,
@@ -70,11 +86,13 @@ def fitting_pages(
     tensor: int = 1,
     num_drafts: int = 0,
     draft: ModelConfig | None = None,
+    longest_embedding: int = 0,
 ) -> int:
     """Returns how many pages fit into `memory_bytes`; raises ValueError where not even one full context does.
 
     weight_bytes: of all that stands beside pages. tensor: devices over which the heads of the cache are cut.
     num_drafts: tokens that are tried together. draft: a model that drafts, whose cache has as many pages.
+    longest_embedding: tokens of a text that a vector is made of, beside the engine's steps and at the same time.
     """
     sizes = {"num_slots": num_slots, "max_context": max_context, "prefill_chunk": prefill_chunk}
     work = work_bytes(config, **sizes, num_drafts=num_drafts)
@@ -82,12 +100,14 @@ def fitting_pages(
     if draft is not None:
         page += page_bytes(draft, page_size, cache_dtype)
         work = max(work, work_bytes(draft, **sizes))
-    fitting, needed = (memory_bytes - weight_bytes - work) // page, -(-max_context // page_size)
+    vectors = embedding_bytes(config, longest_embedding)
+    fitting, needed = (memory_bytes - weight_bytes - work - vectors) // page, -(-max_context // page_size)
     if fitting < needed:
         gib = {"memory": memory_bytes, "weights": weight_bytes, "work": work, "one context": needed * page}
+        gib |= {"embeddings": vectors} if vectors else {}
         sizes = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in gib.items())
         raise ValueError(
             f"a context of {max_context} tokens does not fit on the device: {sizes}. Ask for a shorter context, fewer "
-            "answers at once, a cache of fewer bits, or quantised weights."
+            f"answers at once, a cache of fewer bits, {'shorter embeddings, ' if vectors else ''}or quantised weights."
         )
     return int(fitting)

@@ -10,10 +10,12 @@ import pytest
 
 from internjax import sharding
 from internjax.decode.adapters import AdapterPlaces, places_bytes
+from internjax.decode.embed import mean_embeddings, num_rows
 from internjax.decode.programs import PromptChunk, Weights, decode_block, empty_state, read_chunk, score_chunk
 from internjax.decode.sample import Allowed, Limits
-from internjax.decode.sizing import fitting_pages, page_bytes, weight_bytes, work_bytes
+from internjax.decode.sizing import embedding_bytes, fitting_pages, page_bytes, weight_bytes, work_bytes
 from internjax.decode.speculate import PromptLookup
+from internjax.kernels.attention import QUERY_CHUNK
 from internjax.model import decoder
 from internjax.model.config import INTERNLM2_7B, TINY
 from tests.weights import random_params
@@ -55,6 +57,17 @@ def test_the_work_is_not_more_than_foretold(dtype, speculation):
     assert foretold < 4 * temporaries, "so much is kept free for nothing"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_vectors_take_no_more_than_foretold(dtype):
+    """Temporaries and outputs of the widest rows, in chunks of queries."""
+    config, B, T = dataclasses.replace(CONFIG, dtype=dtype), num_rows(1024), 1024
+    tokens, lengths = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32)
+    make = jax.jit(functools.partial(mean_embeddings, config=config))
+    memory = make.lower(decoder.abstract_params(config), tokens, lengths, lengths).compile().memory_analysis()
+    taken = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    assert T > QUERY_CHUNK and taken <= embedding_bytes(config, T) < 4 * taken
+
+
 def test_what_stands_beside_pages_is_counted_where_it_lies_and_as_often():
     """In float32 and once more in bfloat16, the part of one device; and the places for adapters."""
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
@@ -86,6 +99,12 @@ def test_pages_fill_what_weights_and_work_leave():
         256 / 68,
         rtol=1e-3,
     )
+    vectors = embedding_bytes(INTERNLM2_7B, 4096)
+    free = find(memory_bytes=60 << 30, cache_dtype="bfloat16") * 16 * 131_072
+    left = find(memory_bytes=60 << 30, cache_dtype="bfloat16", longest_embedding=4096) * 16 * 131_072
+    assert abs(free - left - vectors) <= 16 * 131_072, "the widest vectors have their room beside the pages"
+    with pytest.raises(ValueError, match=r"embeddings 1\.\d\d GiB.*shorter embeddings"):
+        find(memory_bytes=17 << 30, cache_dtype="bfloat16", longest_embedding=4096)
     one, two = (find(memory_bytes=60 << 30, cache_dtype="int8", draft=draft) for draft in (None, INTERNLM2_7B))
     assert one // 2 == two, "a draft model as large halves the pages"
     assert find(memory_bytes=60 << 30, cache_dtype="int8", tensor=4) // 4 == one, "each device has a part of every page"

@@ -19,10 +19,12 @@ from internjax.text.chat import render
 from internjax.text.message import Message
 from internjax.text.tokenizer import REWARD, Tokenizer
 from serve import __main__ as command
+from serve import pipeline as pipeline_module
 from serve.embeddings import Embedder
 from serve.pipeline import Pipeline
 from serve.scores import Scorer
 from serve.server import start_server
+from tests.serve.conftest import ScriptedEngine
 
 TEXTS = ["def gcd(a, b):", "The answer is 6, héllo 你好. " * 12, ""]
 
@@ -106,6 +108,33 @@ def test_a_program_for_each_width_and_no_more(tiny_model, tokenizer):
 def test_what_cannot_be_embedded_is_refused(client, extra, param, status):
     response = httpx.post(f"{client.base_url}embeddings", json={"model": "tiny", "input": "x"} | extra)
     assert (response.status_code, response.json()["error"]["param"]) == (status, param), response.text
+
+
+def test_room_for_the_longest_text_is_left_beside_the_pages(tiny_model, monkeypatch):
+    seen = []
+
+    class Planned(Exception):
+        pass
+
+    def plan(config, **sizes):
+        seen.append(sizes["longest_embedding"])
+        raise Planned
+
+    monkeypatch.setattr(pipeline_module, "fitting_pages", plan)
+    monkeypatch.setattr(pipeline_module, "_memory_bytes", lambda: 1 << 30)
+    for asked in (None, 64, 1000, 0):
+        with pytest.raises(Planned):
+            Pipeline(tiny_model, max_context=128, longest_embedding=asked)
+    assert seen == [128, 64, 128, 0]
+
+
+def test_vectors_of_shorter_texts_than_the_context_or_of_none(tiny_model, tokenizer):
+    pipeline = Pipeline.over(ScriptedEngine(None), tokenizer, model=tiny_model)
+    for longest, said in ((64, "an input has 65 tokens, of up to 64 there are vectors"), (0, "it was started without")):
+        pipeline.longest_embedding = longest
+        with serving(pipeline) as server:
+            response = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": [5] * 65})
+            assert response.status_code == 400 and said in response.json()["error"]["message"]
 
 
 def test_an_input_that_cannot_fit_is_refused_before_it_is_tokenised(client):
