@@ -1,5 +1,6 @@
 """The commands: what they print, how they end, and, of some that serve or fail, that processes end."""
 
+import contextlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -85,17 +87,11 @@ def test_threads_take_memory_from_one_pool():
     assert pools("shared", MALLOC_ARENA_MAX="2") == 2, "what the environment says counts"
 
 
-def test_a_server_from_start_to_sigterm(folder, tmp_path):
-    keys = tmp_path / "keys"
-    keys.write_text("secret\n")
-    flags = ("--max-batch", 2, "--max-context", 64, "--api-key-file", keys, "--log-format", "json")
-    process = subprocess.Popen(
-        command("serve", folder, "--port", 0, *flags),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@contextlib.contextmanager
+def serving(*arguments) -> Iterator[tuple[subprocess.Popen, list[str]]]:
+    """A server process that is ready, and the lines that it printed so far."""
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command("serve", *arguments), cwd=ROOT, **how)
     try:
         lines = []
         for line in process.stdout:
@@ -106,28 +102,57 @@ def test_a_server_from_start_to_sigterm(folder, tmp_path):
             if line.startswith("ready"):
                 break
         assert lines and lines[-1].startswith("ready"), process.stderr.read()
+        yield process, lines
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_server_from_start_to_kill_and_from_start_to_sigterm(folder, tmp_path):
+    """On one port: who was served by the first is told by the second that it has gone."""
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n")
+    flags = ("--max-batch", 2, "--max-context", 64, "--api-key-file", keys, "--log-format", "json")
+    turn = {"model": "my tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    client = httpx.Client(headers={"Authorization": "Bearer secret"}, timeout=30)
+    with serving(folder, "--port", 0, *flags) as (process, lines), client:
+        url = lines[-1].split()[1]
+        session = client.post(f"{url}/sessions", json={"model": "my tiny"}).json()["id"]
+        assert client.post(f"{url}/chat/completions", json=turn | {"session_id": session}).status_code == 200
+        # So many answers on two slots that it cannot be over when its first line is read.
+        asked = {"model": "my tiny", "prompt": "a", "n": 128, "max_tokens": 50, "ignore_eos": True, "stream": True}
+        came = []
+        with client.stream("POST", f"{url}/completions", json=asked) as response:
+            assert response.status_code == 200
+            with pytest.raises(httpx.TransportError):
+                for line in response.iter_lines():
+                    came.append(line)
+                    process.kill()
+        assert came and not any("[DONE]" in line or '"error"' in line for line in came), "it ends as no answer does"
+        assert process.wait() == -signal.SIGKILL
+    port = url.removesuffix("/v1").rpartition(":")[2]
+    with serving(folder, "--port", port, *flags) as (process, lines):
         printed = "".join(lines)
         assert "float32" in printed and "8 pages of 16 tokens" in printed and "2.0 conversations of 64" in printed
-        url = lines[-1].split()[1]
-        assert url.startswith("http://127.0.0.1:") and "model my tiny" in lines[-1]
+        assert "vectors  of texts of up to 64 tokens" in printed
+        assert lines[-1] == f"ready    {url}  model my tiny\n" and url.startswith("http://127.0.0.1:")
         assert lines[-2] == f"page     {url.removesuffix('v1')}\n"
         with openai.OpenAI(base_url=url, api_key="secret", max_retries=0, timeout=30) as client:
+            with pytest.raises(openai.NotFoundError, match="the server was started anew. Begin another one") as caught:
+                client.chat.completions.create(**turn, extra_body={"session_id": session})
+            assert caught.value.code == "session_not_found"
             (model,) = client.models.list()
-            answer = client.chat.completions.create(
-                model=model.id, messages=[{"role": "user", "content": "hi"}], max_tokens=4
-            )
-        assert answer.usage.completion_tokens <= 4
+            again = client.post("/sessions", body={"model": model.id}, cast_to=object)["id"]
+            answer = client.chat.completions.create(**turn, extra_body={"session_id": again})
+        assert answer.usage.completion_tokens <= 4 and again != session
         assert "cygrpc" not in Path(f"/proc/{process.pid}/maps").read_text()  # nobody asked for --grpc-port
         process.send_signal(signal.SIGTERM)
         rest, log = process.communicate(timeout=30)
         assert (process.returncode, rest) == (0, "stopping\n"), log
         lines = [json.loads(line) for line in log.splitlines()]
         assert "Traceback" not in log and "secret" not in log
-        (line,) = [line for line in lines if line.get("route") == "/v1/chat/completions"]
-        assert line["finish"] in ("stop", "length") and line["status"] == 200
-    finally:
-        process.kill()
-        process.wait()
+        lost, line = [line for line in lines if line.get("route") == "/v1/chat/completions"]
+        assert line["finish"] in ("stop", "length") and (lost["status"], line["status"]) == (404, 200)
 
 
 def check_failed(result: subprocess.CompletedProcess, *said: str) -> None:
