@@ -11,7 +11,9 @@ import argparse
 import html
 import os
 import signal
+import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +91,7 @@ def serve_page(args: argparse.Namespace) -> int:
         page = build_page(args, names, key)
         host, number = port.getsockname()[:2]
         print(f"ready    http://{f'[{host}]' if ':' in host else host}:{number}/  asks {args.url}", flush=True)
-        _answer_until_told(application(page), port)
-    return 0
+        return 0 if _answer_until_told(page, port) else 1
 
 
 def offered_models(url: str, key: str) -> list[str]:
@@ -263,6 +264,8 @@ def application(page: gradio.Blocks) -> Callable:
         pwa=False,
         max_file_size=1,  # byte: the page sends no file
     )
+    # What `page.close` tells to end its streams: gradio sets it where it runs the server itself.
+    page.app = app.routes[-1].app
     added = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
 
     async def answer(scope, receive, send) -> None:
@@ -276,18 +279,32 @@ def application(page: gradio.Blocks) -> Callable:
     return answer
 
 
-def _answer_until_told(app: Callable, port) -> None:
-    """Answers at a port until SIGTERM or Ctrl-C."""
+def _answer_until_told(page: gradio.Blocks, port: socket.socket) -> bool:
+    """Answers at a port until SIGTERM or Ctrl-C. Returns whether that was why it ended."""
     import uvicorn
 
-    config = uvicorn.Config(
-        app, ws="none", lifespan="on", log_level="warning", server_header=False, timeout_graceful_shutdown=1
-    )
-    # uvicorn ends at these signals, and then sends them to whoever had them before.
+    stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[port])
+        signal.signal(number, lambda *_: stopping.set())
+    server = uvicorn.Server(
+        uvicorn.Config(
+            application(page),
+            ws="none",
+            lifespan="on",
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
+    )
+    thread = threading.Thread(target=server.run, args=([port],), name="page", daemon=True)
+    thread.start()
+    while thread.is_alive() and not stopping.wait(1.0):
+        pass
     print("stopping", flush=True)
+    page.close(verbose=False)  # each browser holds a stream that has no end by itself
+    server.should_exit = True
+    thread.join()
+    return stopping.is_set()
 
 
 if __name__ == "__main__":
