@@ -128,42 +128,61 @@ def what_to_do(error: openai.OpenAIError, url: str) -> str:
             return f"the server at {url} wants another key; set OPENAI_API_KEY to one of its keys, and start this anew"
         case openai.APIStatusError() if error.body is None:
             return f"the server at {url} answers {error.status_code} to {error.request.url.path}; check URL"
-    return f"the server at {url} says: {getattr(error, 'message', error)}"
+    told = error.body.get("message") if isinstance(getattr(error, "body", None), Mapping) else None
+    return f"the server at {url} says: {told or error}"
 
 
 # --- what is asked ---------------------------------------------------------------------------------------------------
 
 
 def turns(history: Sequence[Mapping], said: str, system: str = "") -> list[dict]:
-    """OpenAI's messages: the system prompt where there is one, gradio's history, and what is said now.
+    """OpenAI's messages: the system prompt where there is one, gradio's history but for notes, and what is said now.
 
     Content of a turn is text or gradio's list of parts. Raises ValueError where one is no text.
     """
     first = [Message("system", system)] if system.strip() else []
-    return to_openai([*first, *from_openai(history), Message("user", said)])
+    spoken = [each for each in history if not (each.get("metadata") or {}).get("title")]
+    return to_openai([*first, *from_openai(spoken), Message("user", said)])
 
 
-def sampling(temperature: float | None, top_p: float | None, max_tokens: float | None) -> dict[str, float]:
-    """Fields of the request. None is an empty field of the page, which is not sent: the server has its own value."""
-    whole = None if max_tokens is None else int(max_tokens)
-    fields = {"temperature": temperature, "top_p": top_p, "max_tokens": whole}
-    return {name: value for name, value in fields.items() if value is not None}
+def note(title: str, text: str) -> dict:
+    """A turn in the conversation that people read and `turns` leaves out. Text is read as HTML there."""
+    return {"role": "assistant", "content": html.escape(text), "metadata": {"title": title}}
 
 
-def answer_callable(client: openai.AsyncOpenAI, url: str) -> Callable[..., AsyncIterator[str]]:
-    """answer(said, history, model, system, temperature, top_p, max_tokens): the answer so far, whenever more of it comes.
+def sampling(temperature: str, top_p: str, max_tokens: str) -> dict[str, float]:
+    """Fields of the request, of texts as they stand on the page. An empty one is not sent: the server has its own.
 
-    Who leaves it early closes the connection, and with it ends the server's work.
+    Raises ValueError where one is no number; whether it is one that makes sense is for the server to say.
     """
-    import gradio
+    fields = {"temperature": (temperature, float), "top_p": (top_p, float), "max_tokens": (max_tokens, int)}
+    found = {}
+    for name, (text, kind) in fields.items():
+        if text.strip():
+            try:
+                found[name] = kind(text)
+            except ValueError:
+                wanted = "a whole number" if kind is int else "a number"
+                raise ValueError(f"{name} is {text!r}; give {wanted}, or nothing for the server's own") from None
+    return found
+
+
+def answer_callable(client: openai.AsyncOpenAI, url: str) -> Callable[..., AsyncIterator[str | list]]:
+    """answer(said, history, model, system, temperature, top_p, max_tokens): the answer so far, when more of it comes.
+
+    Who leaves it early closes the connection, and with it ends the server's work. A failure is a note behind what came
+    before it: an error that is raised leaves gradio's page with nothing to type into.
+    """
     import openai
 
-    async def answer(said, history, model, system, temperature, top_p, max_tokens) -> AsyncIterator[str]:
+    async def answer(said, history, model, system, temperature, top_p, max_tokens) -> AsyncIterator[str | list]:
         text, finish = "", None
         try:
             asked = turns(history, said, system)
             fields = sampling(temperature, top_p, max_tokens)
-            async with await client.chat.completions.create(model=model, messages=asked, stream=True, **fields) as parts:
+            async with await client.chat.completions.create(
+                model=model, messages=asked, stream=True, **fields
+            ) as parts:
                 async for part in parts:
                     for choice in part.choices:
                         finish = choice.finish_reason or finish
@@ -171,22 +190,16 @@ def answer_callable(client: openai.AsyncOpenAI, url: str) -> Callable[..., Async
                             text += choice.delta.content
                             yield text
         except openai.OpenAIError as error:
-            raise _shown(what_to_do(error, url)) from error
+            yield [text, note("No answer", what_to_do(error, url))][not text :]
         except ValueError as error:
-            raise _shown(str(error)) from error
-        if not text:
-            yield text
-        if finish == "length":
-            gradio.Info("The answer ends here because it has as many tokens as it may have.", title="Cut")
+            yield [note("No answer", str(error))]
+        else:
+            if finish == "length":
+                yield [text, note("Cut", "The answer has as many tokens as it may have.")]
+            elif not text:
+                yield [note("Empty", "The model ended its answer at once.")]
 
     return answer
-
-
-def _shown(text: str) -> gradio.Error:
-    """An error as the page shows it, where it is read as HTML."""
-    import gradio
-
-    return gradio.Error(html.escape(text), duration=None, print_exception=False)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -205,37 +218,41 @@ def build_page(args: argparse.Namespace, names: Sequence[str], key: str) -> grad
         ) from error
     import openai
 
-    client = openai.AsyncOpenAI(
-        base_url=api_address(args.url), api_key=key, max_retries=0, timeout=_ANSWER_SECONDS
-    )
-    chosen = args.model or names[0]
+    client = openai.AsyncOpenAI(base_url=api_address(args.url), api_key=key, max_retries=0, timeout=_ANSWER_SECONDS)
 
     async def offered(current: str):
         """The models that there are now: adapters come and go."""
         try:
             now = [each.id for each in (await client.models.list(timeout=_MODELS_SECONDS)).data]
         except openai.OpenAIError as error:
-            raise _shown(what_to_do(error, args.url)) from error
+            gradio.Warning(html.escape(what_to_do(error, args.url)))
+            return gradio.skip()
         return gradio.Dropdown(choices=now, value=current if current in now else next(iter(now), None))
 
-    own = "the server's"
+    def number(label: str, value: float | None) -> gradio.Textbox:
+        # Not gradio's field for numbers: it shows and sends 0 where there is none.
+        return gradio.Textbox("" if value is None else f"{value:g}", label=label, placeholder="the server's own")
+
     with gradio.Blocks(title="InternJAX", analytics_enabled=False, fill_height=True) as page:
         with gradio.Sidebar(label="How it answers"):
-            model = gradio.Dropdown(list(names), value=chosen, label="Model")
+            model = gradio.Dropdown(list(names), value=args.model or names[0], label="Model")
             system = gradio.Textbox(args.system, label="System prompt", lines=3, placeholder="none")
             numbers = [
-                gradio.Number(args.temperature, label="Temperature", info="0 is greedy", placeholder=own, step=0.1),
-                gradio.Number(args.top_p, label="Top-p", placeholder=own, step=0.05),
-                gradio.Number(args.max_tokens, label="Most tokens of an answer", placeholder=own, precision=0),
+                number("Temperature", args.temperature),
+                number("Top-p", args.top_p),
+                number("Most tokens of an answer", args.max_tokens),
             ]
         gradio.ChatInterface(
             answer_callable(client, args.url),
             chatbot=gradio.Chatbot(
                 show_label=False,
                 scale=1,
+                placeholder=f"What you write goes to {html.escape(args.url)}",
                 buttons=["copy", "copy_all"],
                 feedback_options=None,
-                latex_delimiters=[{"left": left, "right": right, "display": display} for left, right, display in FORMULAS],
+                latex_delimiters=[
+                    {"left": left, "right": right, "display": display} for left, right, display in FORMULAS
+                ],
             ),
             additional_inputs=[model, system, *numbers],
             editable=True,
@@ -243,7 +260,7 @@ def build_page(args: argparse.Namespace, names: Sequence[str], key: str) -> grad
             analytics_enabled=False,
             api_name="chat",
         )
-        page.load(offered, model, model, api_visibility="undocumented")
+        page.load(offered, model, model, show_progress="hidden", api_visibility="private")
     return page
 
 
@@ -256,7 +273,7 @@ def application(page: gradio.Blocks) -> Callable:
         fastapi.FastAPI(openapi_url=None),
         page,
         path="/",
-        footer_links=["settings"],
+        footer_links=[],
         run_history=False,
         enable_monitoring=False,
         ssr_mode=False,

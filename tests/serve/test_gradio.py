@@ -4,7 +4,6 @@ Gradio is what `make parity` installs; what the model says is a script.
 """
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -25,7 +24,12 @@ PART = {"type": "text"}
 
 def test_a_conversation_is_asked_as_openai_has_it():
     history = [
-        {"role": "user", "content": [PART | {"text": "two "}, PART | {"text": "parts"}], "metadata": None, "options": None},
+        {
+            "role": "user",
+            "content": [PART | {"text": "two "}, PART | {"text": "parts"}],
+            "metadata": None,
+            "options": None,
+        },
         {"role": "assistant", "content": "a text", "metadata": {"title": None}},
     ]
     asked = [
@@ -35,14 +39,19 @@ def test_a_conversation_is_asked_as_openai_has_it():
     ]
     assert command.turns(history, " now\n") == command.turns(history, " now\n", " \n") == asked
     assert command.turns(history, " now\n", "Be kind.") == [{"role": "system", "content": "Be kind."}, *asked]
+    told = [{"role": "user", "content": "no"}, command.note("No answer", "<b> is busy")]
+    assert told[1]["content"] == "&lt;b&gt; is busy"
+    assert command.turns([*history, *told], " now\n") == [*asked[:2], told[0], asked[2]]
     with pytest.raises(ValueError, match="only text parts"):
         command.turns([{"role": "user", "content": [{"type": "file", "file": {"path": "x"}}]}], "now")
 
 
 def test_an_empty_field_is_not_sent():
-    assert command.sampling(None, None, None) == {}
-    assert command.sampling(0, 0.5, 7.0) == {"temperature": 0, "top_p": 0.5, "max_tokens": 7}
-    assert type(command.sampling(0, 0.5, 7.0)["max_tokens"]) is int
+    assert command.sampling("", " ", "") == {}
+    assert command.sampling("0", " .5", "7") == {"temperature": 0, "top_p": 0.5, "max_tokens": 7}
+    for fields, said in ((("hot", "", ""), "temperature is 'hot'; give a number"), (("", "", "7.5"), "a whole number")):
+        with pytest.raises(ValueError, match=said):
+            command.sampling(*fields)
 
 
 def said_by(capsys, *arguments) -> str:
@@ -93,7 +102,7 @@ def test_the_readme_s_commands_and_flags_exist():
 
 @pytest.fixture
 def front(serve, tmp_path):
-    """front(flags, ...) -> (address of the page, pipeline): the command as a process. It must end well, and say nothing."""
+    """front(flags, ...) -> (address of the page, pipeline): the command as a process. It must end well and quietly."""
     pytest.importorskip("gradio_client")
     with contextlib.ExitStack() as ending:
 
@@ -133,9 +142,9 @@ def test_gradio_s_client_chats_streams_stops_and_is_told(front, eventually, toke
     engine = pipeline.engine
 
     def ask(said, system="", *sampling, model="tiny"):
-        return client.submit(said, model, system, *sampling or (None, None, None), api_name="/chat")
+        return client.submit(said, model, system, *sampling or ("", "", ""), api_name="/chat")
 
-    job = ask("first", "Be kind.", 0.5, 0.75, 40)
+    job = ask("first", "Be kind.", "0.5", "0.75", "40")
     assert job.result(timeout=20) == "The answer is 6, héllo 你好."
     assert len(parts := job.outputs()) > 2 and all(b.startswith(a) for a, b in zip(parts, parts[1:]))
     request = engine.requests[-1]
@@ -145,8 +154,12 @@ def test_gradio_s_client_chats_streams_stops_and_is_told(front, eventually, toke
     told = tokenizer.decode(engine.requests[-1].tokens, skip_special=False)
     assert "Be kind." not in told
     assert [told.find(text) >= 0 for text in ("first", "The answer is 6, héllo 你好.", "second")] == [True] * 3
-    with pytest.raises(gradio_client.exceptions.AppError, match="top_p"):
-        ask("third", "", None, 7.0, None).result(timeout=20)
+    (failed,) = ask("third", "", "", "7", "").result(timeout=20)
+    assert failed["metadata"] == {"title": "No answer"} and "says: top_p: " in failed["content"]
+    text, cut = ask("fourth", "", "", "", "3").result(timeout=20)
+    assert cut["metadata"] == {"title": "Cut"} and "The answer is 6".startswith(text)
+    told = tokenizer.decode(engine.requests[-1].tokens, skip_special=False)
+    assert "third" in told and "top_p" not in told
 
     engine.script, engine.seconds_per_event = lambda request: [5] * 900, 0.01
     job = ask("long")
@@ -154,3 +167,68 @@ def test_gradio_s_client_chats_streams_stops_and_is_told(front, eventually, toke
     job.cancel()
     eventually(lambda: not engine.active)
     assert len(job.outputs()) < 300
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    if find_browser() is None:
+        pytest.skip("no Chromium is installed")
+    with browser(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+FIELD = "textarea.no-label"
+ANSWERS = "[...document.querySelectorAll('[data-testid=bot]')].map((answer) => answer.innerText.trim())"
+IDLE = "document.querySelector('.submit-button')"
+MARKED = "**6**, ![](http://example.invalid/x.png) <script>window.broken = true</script>"
+
+
+@pytest.mark.parity
+def test_in_a_browser_answers_stream_stop_are_made_anew_and_taken_back(front, chromium, eventually, tokenizer):
+    url, pipeline = front(("--temperature", "0.25"), script="one two " * 20, chunks=(2,), seconds_per_event=0.01)
+    page, engine = chromium, pipeline.engine
+    page.call("Network.enable")
+    page.open(url)
+
+    def say(text, num_answers):
+        page.type(FIELD, text)
+        page.press("Enter")
+        page.wait(f"{IDLE} && {ANSWERS}.length === {num_answers}")
+        return page.evaluate(ANSWERS)
+
+    assert page.wait("document.querySelector('input[aria-label=Model]')?.value") == "tiny"
+    page.type(FIELD, "first")
+    page.press("Enter")
+    part = page.wait(f"{ANSWERS}[0]")
+    assert ("one two " * 20).startswith(part)
+    page.click(".stop-button")
+    eventually(lambda: not engine.active)
+    page.wait(IDLE)
+    (stopped,) = page.evaluate(ANSWERS)
+    assert part in stopped and stopped != ("one two " * 20).strip()
+    assert engine.requests[-1].sampling.temperature == 0.25
+
+    engine.script = lambda request: [*tokenizer.encode(MARKED), tokenizer.eos_id]
+    assert say("second", 2)[1].startswith("6,")
+    told = tokenizer.decode(engine.requests[-1].tokens, skip_special=False)
+    assert "first" in told and stopped in told
+    page.wait("document.querySelector('[data-testid=bot] strong')")
+    engine.script = lambda request: [*tokenizer.encode("anew"), tokenizer.eos_id]
+    page.click("button[title=Retry]")
+    page.wait(f"{IDLE} && {ANSWERS}[1] === 'anew'")
+    assert tokenizer.decode(engine.requests[-1].tokens, skip_special=False) == told
+    page.click("button[title=Undo]")
+    page.wait(f"{ANSWERS}.length === 1 && document.querySelector('{FIELD}').value === 'second'")
+
+    asked = {each["params"]["request"]["url"] for each in page.events if each["method"] == "Network.requestWillBeSent"}
+    assert {each for each in asked if not each.startswith((url, "data:"))} == {"http://example.invalid/x.png"}
+    faults = page.faults()  # that one was not sent: the page's policy stood before it
+    assert faults and all("http://example.invalid/x.png" in each and "Policy" in each for each in faults)
+    assert page.evaluate("window.broken") is None
+
+    engine.script = lambda request: [5] * 900
+    page.type(FIELD, "long")
+    page.press("Enter")
+    eventually(lambda: engine.active)
+    page.open("about:blank")
+    eventually(lambda: not engine.active)
