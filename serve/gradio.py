@@ -8,12 +8,11 @@ Exit status: 0 after SIGTERM or Ctrl-C, 1 when nothing answers at URL, the port 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import html
 import os
-import signal
 import socket
 import sys
-import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -264,8 +263,11 @@ def build_page(args: argparse.Namespace, names: Sequence[str], key: str) -> grad
     return page
 
 
-def application(page: gradio.Blocks) -> Callable:
-    """The ASGI application of a page, whose answers have `HEADERS`. Nothing is shared, uploaded or recorded."""
+def application(page: gradio.Blocks, closing: asyncio.Event) -> Callable:
+    """The ASGI application of a page, whose answers have `HEADERS`. Nothing is shared, uploaded or recorded.
+
+    closing: once it is set, every reader counts as gone. Each browser holds a stream that has no end by itself.
+    """
     import fastapi
     import gradio
 
@@ -281,17 +283,33 @@ def application(page: gradio.Blocks) -> Callable:
         pwa=False,
         max_file_size=1,  # byte: the page sends no file
     )
-    # What `page.close` tells to end its streams: gradio sets it where it runs the server itself.
-    page.app = app.routes[-1].app
     added = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
 
     async def answer(scope, receive, send) -> None:
+        is_open = False
+
+        async def receive_or_leave() -> dict[str, Any]:
+            waits = [asyncio.ensure_future(each) for each in (receive(), closing.wait())]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                return waits[0].result() if waits[0].done() else {"type": "http.disconnect"}
+            finally:
+                for each in waits:
+                    each.cancel()
+
         async def send_with_headers(message: dict[str, Any]) -> None:
+            nonlocal is_open
+            is_open = message["type"] == "http.response.start" or message.get("more_body", False)
             if message["type"] == "http.response.start":
                 message = message | {"headers": [*message.get("headers", ()), *added]}
             await send(message)
 
-        await app(scope, receive, send_with_headers if scope["type"] == "http" else send)
+        if scope["type"] == "http":
+            await app(scope, receive_or_leave, send_with_headers)
+            if is_open and closing.is_set():
+                await send({"type": "http.response.body", "body": b""})
+        else:
+            await app(scope, receive, send)
 
     return answer
 
@@ -300,12 +318,10 @@ def _answer_until_told(page: gradio.Blocks, port: socket.socket) -> bool:
     """Answers at a port until SIGTERM or Ctrl-C. Returns whether that was why it ended."""
     import uvicorn
 
-    stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
+    closing = asyncio.Event()
     server = uvicorn.Server(
         uvicorn.Config(
-            application(page),
+            application(page, closing),
             ws="none",
             lifespan="on",
             log_level="warning",
@@ -313,15 +329,15 @@ def _answer_until_told(page: gradio.Blocks, port: socket.socket) -> bool:
             timeout_graceful_shutdown=1,
         )
     )
-    thread = threading.Thread(target=server.run, args=([port],), name="page", daemon=True)
-    thread.start()
-    while thread.is_alive() and not stopping.wait(1.0):
-        pass
+
+    def leave(*_) -> None:
+        closing.set()
+        server.should_exit = True
+
+    server.handle_exit = leave  # what uvicorn calls at these signals, in the thread of its loop
+    server.run(sockets=[port])
     print("stopping", flush=True)
-    page.close(verbose=False)  # each browser holds a stream that has no end by itself
-    server.should_exit = True
-    thread.join()
-    return stopping.is_set()
+    return closing.is_set()
 
 
 if __name__ == "__main__":

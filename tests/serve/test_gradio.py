@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from serve import gradio as command
@@ -123,6 +124,7 @@ def front(serve, tmp_path):
 
 
 def end(process: subprocess.Popen) -> None:
+    """Ends the page as a service manager does."""
     process.send_signal(signal.SIGTERM)
     try:
         rest, errors = process.communicate(timeout=20)
@@ -136,7 +138,7 @@ def end(process: subprocess.Popen) -> None:
 def test_gradio_s_client_chats_streams_stops_and_is_told(front, eventually, tokenizer):
     import gradio_client
 
-    url, pipeline = front(api_key="secret", chunks=(2,))
+    url, pipeline = front(api_key="k-7391", chunks=(2,))
     with contextlib.redirect_stdout(None):
         client = gradio_client.Client(url, analytics_enabled=False)
     engine = pipeline.engine
@@ -167,6 +169,12 @@ def test_gradio_s_client_chats_streams_stops_and_is_told(front, eventually, toke
     job.cancel()
     eventually(lambda: not engine.active)
     assert len(job.outputs()) < 300
+
+    page = httpx.get(url)
+    assert "default-src 'self'" in page.headers["content-security-policy"] and "k-7391" not in page.text
+    assert httpx.post(f"{url}gradio_api/upload", files={"files": ("a.txt", b"text")}).status_code == 413
+    ask("long")
+    eventually(lambda: engine.active)  # and goes on while the page is ended
 
 
 @pytest.fixture(scope="module")
