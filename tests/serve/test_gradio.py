@@ -3,7 +3,6 @@
 Gradio is what `make parity` installs; what the model says is a script.
 """
 
-import contextlib
 import os
 import re
 import shlex
@@ -12,12 +11,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import pytest
 
+from internjax.text.tokenizer import Tokenizer
 from serve import gradio as command
+from serve.pipeline import Pipeline
+from serve.server import start_server
 from tests.browser import browser, find_browser
+from tests.serve.conftest import ScriptedEngine
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PART = {"type": "text"}
@@ -101,80 +105,45 @@ def test_the_readme_s_commands_and_flags_exist():
 # Live, with the gradio that `make parity` installs.
 
 
-@pytest.fixture
-def front(serve, tmp_path):
-    """front(flags, ...) -> (address of the page, pipeline): the command as a process. It must end well and quietly."""
-    pytest.importorskip("gradio_client")
-    with contextlib.ExitStack() as ending:
+KEY, TEXT, LONG = "k-7391", "The answer is 6, héllo 你好.", "one two " * 100
 
-        def start(flags=(), **how):
-            client, pipeline = serve(**how)
-            (tmp_path / "home").mkdir()
-            told = {"OPENAI_API_KEY": how.get("api_key") or "", "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)}
-            process = subprocess.Popen(
-                [sys.executable, "-m", "serve.gradio", str(client.base_url), "--port", "0", *flags],
-                cwd=ROOT, env=os.environ | told, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )  # fmt: skip
-            ending.callback(end, process)
+
+class Front(NamedTuple):
+    url: str
+    engine: ScriptedEngine
+    tokenizer: Tokenizer
+
+    def says(self, text: str) -> None:
+        """Has the model answer so from now on."""
+        self.engine.script = lambda request: [*self.tokenizer.encode(text), self.tokenizer.eos_id]
+
+    def told(self) -> str:
+        """What the model was told last, with its markers."""
+        return self.tokenizer.decode(self.engine.requests[-1].tokens, skip_special=False)
+
+
+@pytest.fixture(scope="module")
+def front(tokenizer, tmp_path_factory):
+    """The command as a process before a server whose engine has a script. It must end well and quietly."""
+    pytest.importorskip("gradio_client")
+    home = str(tmp_path_factory.mktemp("home"))
+    engine = ScriptedEngine(None, chunks=(2,), seconds_per_event=0.01)
+    with start_server(Pipeline.over(engine, tokenizer), model_name="tiny", api_key=KEY, drain_seconds=1) as server:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "serve.gradio", server.url, "--port", "0", "--temperature", "0.25"],
+            cwd=ROOT, env=os.environ | {"OPENAI_API_KEY": KEY, "HOME": home, "TMPDIR": home}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        try:
             ready = process.stdout.readline()
             assert ready.startswith("ready"), process.stderr.read()
-            return ready.split()[1], pipeline
-
-        yield start
-
-
-def end(process: subprocess.Popen) -> None:
-    """Ends the page as a service manager does."""
-    process.send_signal(signal.SIGTERM)
-    try:
-        rest, errors = process.communicate(timeout=20)
-    finally:
-        process.kill()
-        process.wait()
-    assert (process.returncode, rest, errors) == (0, "stopping\n", "")
-
-
-@pytest.mark.parity
-def test_gradio_s_client_chats_streams_stops_and_is_told(front, eventually, tokenizer):
-    import gradio_client
-
-    url, pipeline = front(api_key="k-7391", chunks=(2,))
-    with contextlib.redirect_stdout(None):
-        client = gradio_client.Client(url, analytics_enabled=False)
-    engine = pipeline.engine
-
-    def ask(said, system="", *sampling, model="tiny"):
-        return client.submit(said, model, system, *sampling or ("", "", ""), api_name="/chat")
-
-    job = ask("first", "Be kind.", "0.5", "0.75", "40")
-    assert job.result(timeout=20) == "The answer is 6, héllo 你好."
-    assert len(parts := job.outputs()) > 2 and all(b.startswith(a) for a, b in zip(parts, parts[1:]))
-    request = engine.requests[-1]
-    assert (request.sampling.temperature, request.sampling.top_p, request.max_new_tokens) == (0.5, 0.75, 40)
-    assert "Be kind." in tokenizer.decode(request.tokens, skip_special=False)
-    ask("second").result(timeout=20)
-    told = tokenizer.decode(engine.requests[-1].tokens, skip_special=False)
-    assert "Be kind." not in told
-    assert [told.find(text) >= 0 for text in ("first", "The answer is 6, héllo 你好.", "second")] == [True] * 3
-    (failed,) = ask("third", "", "", "7", "").result(timeout=20)
-    assert failed["metadata"] == {"title": "No answer"} and "says: top_p: " in failed["content"]
-    text, cut = ask("fourth", "", "", "", "3").result(timeout=20)
-    assert cut["metadata"] == {"title": "Cut"} and "The answer is 6".startswith(text)
-    told = tokenizer.decode(engine.requests[-1].tokens, skip_special=False)
-    assert "third" in told and "top_p" not in told
-
-    engine.script, engine.seconds_per_event = lambda request: [5] * 900, 0.01
-    job = ask("long")
-    eventually(lambda: job.outputs() and engine.active)
-    job.cancel()
-    eventually(lambda: not engine.active)
-    assert len(job.outputs()) < 300
-
-    page = httpx.get(url)
-    assert "default-src 'self'" in page.headers["content-security-policy"] and "k-7391" not in page.text
-    assert httpx.post(f"{url}gradio_api/upload", files={"files": ("a.txt", b"text")}).status_code == 413
-    ask("long")
-    eventually(lambda: engine.active)  # and goes on while the page is ended
+            yield Front(ready.split()[1], engine, tokenizer)
+            process.send_signal(signal.SIGTERM)
+            rest, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
+            process.wait()
+        assert (process.returncode, rest, errors) == (0, "stopping\n", "")
 
 
 @pytest.fixture(scope="module")
@@ -192,11 +161,11 @@ MARKED = "**6**, ![](http://example.invalid/x.png) <script>window.broken = true<
 
 
 @pytest.mark.parity
-def test_in_a_browser_answers_stream_stop_are_made_anew_and_taken_back(front, chromium, eventually, tokenizer):
-    url, pipeline = front(("--temperature", "0.25"), script="one two " * 20, chunks=(2,), seconds_per_event=0.01)
-    page, engine = chromium, pipeline.engine
+def test_in_a_browser_answers_stream_stop_are_made_anew_and_taken_back(front, chromium, eventually):
+    page, engine = chromium, front.engine
+    front.says(LONG)
     page.call("Network.enable")
-    page.open(url)
+    page.open(front.url)
 
     def say(text, num_answers):
         page.type(FIELD, text)
@@ -208,35 +177,73 @@ def test_in_a_browser_answers_stream_stop_are_made_anew_and_taken_back(front, ch
     page.type(FIELD, "first")
     page.press("Enter")
     part = page.wait(f"{ANSWERS}[0]")
-    assert ("one two " * 20).startswith(part)
+    assert LONG.startswith(part)
     page.click(".stop-button")
     eventually(lambda: not engine.active)
     page.wait(IDLE)
     (stopped,) = page.evaluate(ANSWERS)
-    assert part in stopped and stopped != ("one two " * 20).strip()
+    assert part in stopped and stopped != LONG.strip()
     assert engine.requests[-1].sampling.temperature == 0.25
 
-    engine.script = lambda request: [*tokenizer.encode(MARKED), tokenizer.eos_id]
+    front.says(MARKED)
     assert say("second", 2)[1].startswith("6,")
-    told = tokenizer.decode(engine.requests[-1].tokens, skip_special=False)
+    told = front.told()
     assert "first" in told and stopped in told
     page.wait("document.querySelector('[data-testid=bot] strong')")
-    engine.script = lambda request: [*tokenizer.encode("anew"), tokenizer.eos_id]
+    front.says("anew")
     page.click("button[title=Retry]")
     page.wait(f"{IDLE} && {ANSWERS}[1] === 'anew'")
-    assert tokenizer.decode(engine.requests[-1].tokens, skip_special=False) == told
+    assert front.told() == told
     page.click("button[title=Undo]")
     page.wait(f"{ANSWERS}.length === 1 && document.querySelector('{FIELD}').value === 'second'")
 
     asked = {each["params"]["request"]["url"] for each in page.events if each["method"] == "Network.requestWillBeSent"}
-    assert {each for each in asked if not each.startswith((url, "data:"))} == {"http://example.invalid/x.png"}
+    assert {each for each in asked if not each.startswith((front.url, "data:"))} == {"http://example.invalid/x.png"}
     faults = page.faults()  # that one was not sent: the page's policy stood before it
     assert faults and all("http://example.invalid/x.png" in each and "Policy" in each for each in faults)
     assert page.evaluate("window.broken") is None
 
-    engine.script = lambda request: [5] * 900
+    front.says(LONG)
     page.type(FIELD, "long")
     page.press("Enter")
     eventually(lambda: engine.active)
     page.open("about:blank")
     eventually(lambda: not engine.active)
+
+
+@pytest.mark.parity
+def test_gradio_s_client_chats_streams_stops_and_is_told(front, eventually):
+    import gradio_client
+
+    client, engine = gradio_client.Client(front.url, analytics_enabled=False, verbose=False), front.engine
+    front.says(TEXT)
+
+    def ask(said, system="", *sampling, model="tiny"):
+        return client.submit(said, model, system, *sampling or ("", "", ""), api_name="/chat")
+
+    job = ask("first", "Be kind.", "0.5", "0.75", "40")
+    assert job.result(timeout=20) == TEXT
+    assert len(parts := job.outputs()) > 2 and all(b.startswith(a) for a, b in zip(parts, parts[1:]))
+    request = engine.requests[-1]
+    assert (request.sampling.temperature, request.sampling.top_p, request.max_new_tokens) == (0.5, 0.75, 40)
+    assert "Be kind." in front.told()
+    ask("second").result(timeout=20)
+    assert "Be kind." not in front.told() and re.search(f"first.*{TEXT}.*second", front.told(), re.DOTALL)
+    (failed,) = ask("third", "", "", "7", "").result(timeout=20)
+    assert failed["metadata"] == {"title": "No answer"} and "says: top_p: " in failed["content"]
+    text, cut = ask("fourth", "", "", "", "3").result(timeout=20)
+    assert cut["metadata"] == {"title": "Cut"} and TEXT.startswith(text)
+    assert "third" in front.told() and "top_p" not in front.told()
+
+    front.says(LONG)
+    job = ask("long")
+    eventually(lambda: job.outputs() and engine.active)
+    job.cancel()
+    eventually(lambda: not engine.active)
+    assert len(job.outputs()) < len(LONG) / 8
+
+    page = httpx.get(front.url)
+    assert "default-src 'self'" in page.headers["content-security-policy"] and KEY not in page.text
+    assert httpx.post(f"{front.url}gradio_api/upload", files={"files": ("a.txt", b"text")}).status_code == 413
+    ask("long")
+    eventually(lambda: engine.active)  # and goes on to the end of the page
