@@ -122,7 +122,7 @@ def what_to_do(error: openai.OpenAIError, url: str) -> str:
         case openai.APITimeoutError():
             return f"the server at {url} took too long to answer; see its /health, and ask again"
         case openai.APIConnectionError():
-            return f"nothing answers at {url}; start a server there (python -m serve MODEL), or give another URL"
+            return f"nothing answers at {url}, or no longer; start a server there (python -m serve MODEL), or check URL"
         case openai.AuthenticationError() | openai.PermissionDeniedError():
             return f"the server at {url} wants another key; set OPENAI_API_KEY to one of its keys, and start this anew"
         case openai.APIStatusError() if error.body is None:
@@ -190,8 +190,8 @@ def answer_callable(client: openai.AsyncOpenAI, url: str) -> Callable[..., Async
                             yield text
         except openai.OpenAIError as error:
             yield [text, note("No answer", what_to_do(error, url))][not text :]
-        except ValueError as error:
-            yield [note("No answer", str(error))]
+        except ValueError as error:  # of a field of the page, or of what came
+            yield [text, note("No answer", str(error))][not text :]
         else:
             if finish == "length":
                 yield [text, note("Cut", "The answer has as many tokens as it may have.")]
@@ -230,7 +230,7 @@ def build_page(args: argparse.Namespace, names: Sequence[str], key: str) -> grad
 
     def number(label: str, value: float | None) -> gradio.Textbox:
         # Not gradio's field for numbers: it shows and sends 0 where there is none.
-        return gradio.Textbox("" if value is None else f"{value:g}", label=label, placeholder="the server's own")
+        return gradio.Textbox("" if value is None else str(value), label=label, placeholder="the server's own")
 
     with gradio.Blocks(title="InternJAX", analytics_enabled=False, fill_height=True) as page:
         with gradio.Sidebar(label="How it answers"):

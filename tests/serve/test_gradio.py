@@ -75,7 +75,7 @@ def test_what_is_missing_is_said_with_its_remedy(serve, capsys, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-        assert f"nothing answers at http://127.0.0.1:{port}; start a server" in said_by(
+        assert f"nothing answers at http://127.0.0.1:{port}, or no longer; start a server" in said_by(
             capsys, f"http://127.0.0.1:{port}", "--port", 0
         )
         taken.listen()
