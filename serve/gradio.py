@@ -189,9 +189,9 @@ def answer_callable(client: openai.AsyncOpenAI, url: str) -> Callable[..., Async
                             text += choice.delta.content
                             yield text
         except openai.OpenAIError as error:
-            yield [text, note("No answer", what_to_do(error, url))][not text :]
+            yield _failed(text, what_to_do(error, url))
         except ValueError as error:  # of a field of the page, or of what came
-            yield [text, note("No answer", str(error))][not text :]
+            yield _failed(text, str(error))
         else:
             if finish == "length":
                 yield [text, note("Cut", "The answer has as many tokens as it may have.")]
@@ -199,6 +199,11 @@ def answer_callable(client: openai.AsyncOpenAI, url: str) -> Callable[..., Async
                 yield [note("Empty", "The model ended its answer at once.")]
 
     return answer
+
+
+def _failed(text: str, why: str) -> list:
+    """Turns of an answer of which no more comes than this text."""
+    return [text, note("Broken off", why)] if text else [note("No answer", why)]
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

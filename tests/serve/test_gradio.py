@@ -234,6 +234,9 @@ def test_gradio_s_client_chats_streams_stops_and_is_told(front, eventually):
     text, cut = ask("fourth", "", "", "", "3").result(timeout=20)
     assert cut["metadata"] == {"title": "Cut"} and TEXT.startswith(text)
     assert "third" in front.told() and "top_p" not in front.told()
+    front.engine.script = lambda request: front.tokenizer.encode(TEXT)  # neither the end nor enough
+    text, broken = ask("fifth").result(timeout=20)
+    assert broken["metadata"] == {"title": "Broken off"} and text and "script ran out" in broken["content"]
 
     front.says(LONG)
     job = ask("long")
