@@ -18,6 +18,7 @@ DATASKETCH := 2.0.0
 LITELLM := 1.110.2
 LANGCHAIN_OPENAI := 1.7.4
 SCHEMATHESIS := 4.32.5
+GRADIO := 6.31.0
 PY := .venv/bin/python
 
 # Settings of the caller's shell that would send packages or imports elsewhere than .venv.
@@ -114,11 +115,15 @@ PARITY := torch==$(TORCH) peft==$(PEFT) lm_eval==$(LM_EVAL) datatrove==$(DATATRO
 CLIENTS := litellm==$(LITELLM) langchain-openai==$(LANGCHAIN_OPENAI) langchain-core==1.8.3 langchain-protocol==0.0.20 langsmith==0.15.1 \
   fastuuid==0.14.0 h2==4.4.1 hpack==4.2.0 hyperframe==6.1.0 importlib_metadata==8.9.0 jsonpatch==1.48 orjson==3.13.0 \
   pydantic-settings==2.16.3 python-dotenv==1.2.4 requests-toolbelt==1.0.0 tenacity==9.2.1 tiktoken==0.14.0 uuid_utils==0.19.0 zstandard==0.25.0
+# Gradio with what of its is needed and not there: it asks for an older pillow and tomlkit than the locked ones.
+PAGE := gradio==$(GRADIO) gradio-client==2.7.2 groovy==0.1.2 hf-gradio==0.4.1 pydub==0.25.1 python-multipart==0.0.34 pytz==2026.6 \
+  safehttpx==0.1.7 semantic-version==2.10.0
+AUDIO := 'audioop-lts==0.2.2; python_version >= "3.13"'
 
-parity: setup  ## installs torch, peft, lm-eval, datatrove, datasketch and clients with pip and compares with them live
+parity: setup  ## installs torch, peft, lm-eval, datatrove, datasketch, clients and gradio with pip and compares with them live
 	@$(PY) -c 'from importlib.metadata import version as v; import sys; \
 	  sys.exit(any(v(name).split("+")[0] != wanted for name, wanted in (pin.split("==") for pin in sys.argv[1:])))' \
-	  $(PARITY) $(CLIENTS) 2>/dev/null || { $(PY) -m pip install -qq $(PARITY); $(PY) -m pip install -qq --no-deps $(CLIENTS); }
+	  $(PARITY) $(CLIENTS) $(PAGE) 2>/dev/null || { $(PY) -m pip install -qq $(PARITY); $(PY) -m pip install -qq --no-deps $(CLIENTS) $(PAGE) $(AUDIO); }
 	@$(PY) -m pytest -m parity $(TESTS)
 
 setup-gpu:  ## adds JAX for NVIDIA GPUs (CUDA=cuda12 or cuda13) and prints devices and driver
