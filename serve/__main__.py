@@ -64,13 +64,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-embedding",
-        type=_count,
+        type=_count_or_none,
         metavar="TOKENS",
         help="of a text for /v1/embeddings: what they need is left free beside the cache (default: as --max-context; "
         "0: no vectors, and all of it for the cache)",
     )
     parser.add_argument(
-        "--max-sessions", type=_count, default=256, metavar="N", help="conversations held for clients (%(default)s)"
+        "--max-sessions",
+        type=_count_or_none,
+        default=256,
+        metavar="N",
+        help="conversations held for clients (%(default)s)",
     )
     parser.add_argument(
         "--session-seconds",
@@ -80,7 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="a session goes when it was not used for so long (%(default)g)",
     )
     parser.add_argument(
-        "--max-responses", type=_count, default=1024, metavar="N", help="responses kept for clients (%(default)s)"
+        "--max-responses",
+        type=_count_or_none,
+        default=1024,
+        metavar="N",
+        help="responses kept for clients (%(default)s)",
     )
     parser.add_argument(
         "--response-seconds",
@@ -221,7 +229,9 @@ def _count(text: str) -> int:
 
 
 def _count_or_none(text: str) -> int:
-    return 0 if text == "0" else _count(text)
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"0 or more, given {text}")
+    return value
 
 
 def _seconds(text: str) -> float:
@@ -239,18 +249,6 @@ def _mib(text: str) -> float:
 def _fraction(text: str) -> float:
     if not 0 < (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"a share of the memory in (0, 1], given {text}")
-    return value
-
-
-def _count(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"a number, 0 or more, given {text}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"seconds, more than 0, given {text}")
     return value
 
 

@@ -265,7 +265,9 @@ class Device:
         self._unjudged.update(pages)
 
     def _copy(self, source: int, target: int, count: int) -> None:
-        self._state = self._run(self._programs.copy_page, self._state, np.int32(source), np.int32(target), np.int32(count))
+        self._state = self._run(
+            self._programs.copy_page, self._state, np.int32(source), np.int32(target), np.int32(count)
+        )
 
     def _parts(self, pages: list[int]) -> list[np.ndarray]:
         padded = np.full(-(-len(pages) // _PAGES_AT_ONCE) * _PAGES_AT_ONCE, self._num_pages, np.int32)
@@ -273,7 +275,9 @@ class Device:
         return list(padded.reshape(-1, _PAGES_AT_ONCE))
 
     def _save(self, pages: list[int]) -> list[Any]:
-        fetched = [jax.device_get(self._run(self._programs.save_pages, self._state, part_W)) for part_W in self._parts(pages)]
+        fetched = [
+            jax.device_get(self._run(self._programs.save_pages, self._state, part_W)) for part_W in self._parts(pages)
+        ]
         # Copies: a page that stays must not hold on to those that were fetched with it.
         return [[x[i].copy() for x in part] for part in fetched for i in range(_PAGES_AT_ONCE)][: len(pages)]
 

@@ -632,7 +632,13 @@ def test_nothing_compiles_after_warm_up(bucketed):
 
 
 def test_another_engine_of_the_kind_compiles_nothing(bucketed):
-    kind = {"config": SCALED, "num_slots": 2, "prefill_chunk": 32, "context_buckets": (16, 40), "tokens_per_dispatch": 3}
+    kind = {
+        "config": SCALED,
+        "num_slots": 2,
+        "prefill_chunk": 32,
+        "context_buckets": (16, 40),
+        "tokens_per_dispatch": 3,
+    }
     request = Request(prompt(20), 6, GREEDY)
     (wanted,) = answer(bucketed[0], request)
     with CompileCounter() as compiled:

@@ -124,7 +124,7 @@ def test_the_code_of_a_fence_that_is_not_closed_is_code(tokenizer):
 
 @pytest.mark.parametrize("may_call", [True, False])
 def test_a_call_cut_off_within_a_character_is_one_text_in_its_order(tokenizer, may_call):
-    ids = tokenizer.encode("See.<|action_start|><|plugin|>\n{\"a\": \"", allow_special=True)
+    ids = tokenizer.encode('See.<|action_start|><|plugin|>\n{"a": "', allow_special=True)
     ids += tokenizer.encode("é")[:1]  # the first of two bytes
     assert len(tokenizer.encode("é")) == 2
     reader = ChatReader(tokenizer, may_call=may_call)

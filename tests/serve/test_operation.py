@@ -398,6 +398,19 @@ def test_keys_come_from_flags_and_a_file_and_no_error_names_one(tmp_path):
         assert "same" not in str(caught.value)
 
 
+def test_numbers_that_leave_nothing_are_refused_where_nothing_would_run(capsys):
+    flags = build_parser().parse_args(["MODEL", "--max-sessions", "0", "--max-responses", "0", "--max-waiting", "0"])
+    assert (flags.max_sessions, flags.max_responses, flags.max_waiting) == (0, 0, 0)
+    for flag, value, said in (
+        ("--max-concurrent", "0", "1 or more, given 0"),
+        ("--max-waiting", "-1", "0 or more, given -1"),
+        ("--drain-seconds", "0", "seconds over 0, given 0"),
+    ):
+        with pytest.raises(SystemExit):
+            build_parser().parse_args(["MODEL", f"{flag}={value}"])
+        assert said in capsys.readouterr().err
+
+
 def test_pages_of_other_origins_may_ask_only_if_they_are_named(served):
     chat = "https://chat.example.org"
     closed, named = served(), served(api_key="key", origins=(chat,))
