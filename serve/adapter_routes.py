@@ -6,11 +6,13 @@ A request names a folder; none is read that is not below the one folder given to
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse, Response
 
+from internjax.hf.open import Model
 from serve.pipeline import Pipeline
 from serve.protocol import Refusal, refuse_adapter
 from serve.requests import LoadAdapterRequest, UnloadAdapterRequest
@@ -34,7 +36,8 @@ def add_adapter_routes(app: FastAPI, pipeline: Pipeline, *, root: Path, model_na
         try:
             pipeline.load_adapter(body.lora_name, folder)
         except (ValueError, OSError) as error:
-            raise Refusal(str(error), param="lora_path") from error
+            log.info("adapter %r not loaded: %s", body.lora_name, error)
+            raise Refusal(_without_places(str(error), root, pipeline.model), param="lora_path") from error
         log.info("adapter %r loaded from %s", body.lora_name, folder)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
@@ -52,6 +55,14 @@ def add_adapter_routes(app: FastAPI, pipeline: Pipeline, *, root: Path, model_na
             raise Refusal(str(error), param="lora_name", status=409) from error
         log.info("adapter %r unloaded", body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _without_places(told: str, root: Path, model: Model | None) -> str:
+    """What is wrong with a folder, with its name as clients know it: where things lie here is not theirs to know."""
+    told = told.replace(f"{root}{os.sep}", "")
+    if model is not None and model.source is not None:
+        told = told.replace(str(model.source.folder), model.source.folder.name)
+    return told
 
 
 def folder_below(root: Path, given: str) -> Path:

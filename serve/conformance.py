@@ -287,7 +287,10 @@ ROUTES: dict[str, tuple[Part, ...]] = {
         Part(
             "",
             tokenize_routes.DetokenizeRequest,
-            {"model": "the model, or an adapter by its name; else 404", "tokens": "ids of the vocabulary"},
+            {
+                "model": "the model, or an adapter by its name; else 404",
+                "tokens": "ids of the vocabulary, as many as a context has",
+            },
         ),
     ),
     "/v1/load_lora_adapter": (
