@@ -139,7 +139,7 @@ $(GPU_READY):
 	  $(PY) -m uv pip uninstall --quiet --python $(PY) jax-$$other-plugin jax-$$other-pjrt; \
 	done
 
-notebook: setup  ## JupyterLab on the tour of the chain (beside it: training from inside; fine-tuning a checkpoint; data)
+notebook: setup  ## JupyterLab on the tour of the chain (beside it: training from inside; fine-tuning a checkpoint; data; decoding; serving)
 	@$(PY) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) experiments/notebooks/00_tour.ipynb
 
 lint: setup  ## ruff: rules and format

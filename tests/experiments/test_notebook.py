@@ -15,9 +15,9 @@ from tests.conftest import QUICK_FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "experiments" / "notebooks"
-NAMES = ("00_tour", "01_training", "02_finetuning", "03_data", "04_decoding")
+NAMES = ("00_tour", "01_training", "02_finetuning", "03_data", "04_decoding", "05_serving")
 ALL = [FOLDER / f"{name}.ipynb" for name in NAMES]
-TOUR, TRAINING, FINETUNING, DATA, DECODING = ALL
+TOUR, TRAINING, FINETUNING, DATA, DECODING, SERVING = ALL
 IDS = [name[3:] for name in NAMES]
 
 
@@ -163,6 +163,30 @@ def decoding(said, pages, work):
     assert [page.count("srcdoc=") for page in pages] == [1] and "Prefix hits" in pages[0]
 
 
+def serving(said, pages, work):
+    # Sure of all it says: the answers below are the same on every machine.
+    assert numbers(r"loss \S+ at first, (\S+) at the end", said)[0] < 0.02
+    # Whole, in pieces and as a turn, of which only what is new is read.
+    (median, fastest, slowest), whole = numbers(FIRST_PIECE, said), "It is in statistics. | 13 tokens read, 6 drawn"
+    assert whole in said and 0 < fastest <= median <= slowest
+    turns = re.findall(r"> (\w+): It is in (\w+)\. \[(\d+) tokens, (\d+) of them held\]", said)
+    assert [turn[:2] for turn in turns] == [*zip(SHUFFLE_TO_CHOICE, ("random", "statistics", "heapq", "random"))]
+    assert all(int(now[3]) >= int(before[2]) for before, now in zip(turns, turns[1:]))
+    # The tool is called as it was declared, and what it returned is what is said.
+    assert re.search(r"with them: tool_calls \| call_\w+ find \{'function': 'choice'\}\n", said)
+    assert all(f"told '{module}': It is in {module}.\n" in said for module in ("random", "heapq"))
+    assert '"function": "heappush"}} | heapq\nanswer | It is in heapq. | None\n' in said
+    (form,) = re.findall(r"^'(\{.*\})' -> Place\(", said, flags=re.MULTILINE)
+    assert json.loads(form.replace("\\n", "\n")).keys() == {"module", "sure"}
+    # All is counted, what was refused as well, and nothing is left.
+    assert "400 temprature | unknown field temprature" in said
+    assert numbers(r"(\d+)  http_requests_total POST /v1/chat/completions 400\n", said) == [1]
+    assert sum(int(number) for number in re.findall(r"(\d+)  answers_total \w+\n", said)) == 44
+    assert re.search(r" 0  pages_used\n +0  recompiled_programs_total\n", said) and "Connection refused" in said
+
+
+FIRST_PIECE = r"the first piece after (\S+) ms \((\S+) to (\S+)\)"
+SHUFFLE_TO_CHOICE = ("shuffle", "mean", "heappop", "choice")
 FROM_BASE = r"from the base: (\S+); by rounding the merged weights to bfloat16: (\S+)"
 
 
@@ -175,6 +199,7 @@ FROM_BASE = r"from the base: (\S+); by rounding the merged weights to bfloat16: 
         (FINETUNING, FOLDER, finetuning, 5),
         (DATA, FOLDER, data, 5),
         (DECODING, FOLDER, decoding, 4),
+        (SERVING, FOLDER, serving, 3),
     ],
     ids=IDS,
 )
