@@ -22,6 +22,7 @@ from internjax.text.chat import stop_ids
 from internjax.text.tokenizer import Tokenizer, train_tokenizer
 from serve.pipeline import Pipeline
 from serve.server import start_server
+from tests.browser import browser, find_browser
 from tests.weights import random_params
 
 MAX_CONTEXT = 1024
@@ -211,3 +212,12 @@ def serve(scripted):
     for server, client in servers:
         client.close()
         server.close()
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """A page of a headless browser."""
+    if find_browser() is None:
+        pytest.skip("no Chromium is installed")
+    with browser(tmp_path_factory.mktemp("profile")) as page:
+        yield page

@@ -20,7 +20,6 @@ from internjax.text.tokenizer import Tokenizer
 from serve import gradio as command
 from serve.pipeline import Pipeline
 from serve.server import start_server
-from tests.browser import browser, find_browser
 from tests.serve.conftest import ScriptedEngine
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -144,14 +143,6 @@ def front(tokenizer, tmp_path_factory):
             process.kill()
             process.wait()
         assert (process.returncode, rest, errors) == (0, "stopping\n", "")
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    if find_browser() is None:
-        pytest.skip("no Chromium is installed")
-    with browser(tmp_path_factory.mktemp("profile")) as page:
-        yield page
 
 
 FIELD = "textarea.no-label"

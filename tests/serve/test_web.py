@@ -10,7 +10,6 @@ import pytest
 from serve import __main__ as command
 from serve.server import start_server
 from serve.web import FOLDER
-from tests.browser import browser, find_browser
 from tests.serve.page_texts import ATTACKS, LAWFUL, MARKDOWN, SHOW, SLOW
 
 CALL = 'I add.<|action_start|><|plugin|>\n{"name": "add", "parameters": {"a": 1, "b": 2}}<|action_end|><|im_end|>'
@@ -81,14 +80,6 @@ def test_the_page_can_be_left_out(scripted):
 
 
 # ------------------------------------------------------------------------------------------------------- browser
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    if find_browser() is None:
-        pytest.skip("no Chromium is installed")
-    with browser(tmp_path_factory.mktemp("profile")) as page:
-        yield page
 
 
 @pytest.fixture
