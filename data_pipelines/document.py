@@ -129,12 +129,16 @@ def document_id(text: str | memoryview, *, source: str, path: str) -> str:
 
     The text may be given as its UTF-8.
     """
-    source, path = (part.encode("utf-8", "surrogatepass") for part in (source, path))
+    raw_source, raw_path = source.encode("utf-8", "surrogatepass"), path.encode("utf-8", "surrogatepass")
     raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    source_size, path_size, size = (len(part).to_bytes(8, "little") for part in (source, path, raw))
-    digest = hashlib.sha256(b"".join((source_size, source, path_size, path, size)))
+    size = len(raw).to_bytes(8, "little")
+    digest = hashlib.sha256(_sized(raw_source) + _sized(raw_path) + size)
     digest.update(raw)
     return digest.hexdigest()[:32]
+
+
+def _sized(raw: bytes) -> bytes:
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def make_document(

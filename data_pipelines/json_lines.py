@@ -97,13 +97,14 @@ def _batch(lines: Sequence[Line], file: File) -> pa.RecordBatch | None:
         return None
     columns: dict[str, list[str | None]] = {field.name: [] for field in SCHEMA if field.name != "text"}
     content, bounds = memoryview(texts.column.buffers()[2]), np.frombuffer(texts.column.buffers()[1], np.int64).tolist()
+    source_of_file = file.path.stem
     for number, (line, (start, stop)) in enumerate(zip(lines, texts.spans.tolist(), strict=True)):
         try:
             row = Row(line.place, readers.parse_line(line.raw[:start] + line.raw[stop:]))
             if not isinstance(row.value, dict):
                 return None
             path = readers.path_of_row(row, file)
-            found = readers.described(row, path=path, source=file.path.stem, on_bad_row=None)
+            found = readers.described(row, path=path, source=source_of_file, on_bad_row=None)
         except (ValueError, RecursionError):
             return None
         source, path = storable(found.source), storable(found.path)

@@ -11,8 +11,10 @@ bytes to a character, and English weigh about as much as they say). A text of fe
 one that CLD2 is not sure of, stays "und". Simplified and traditional Chinese are both "zh".
 """
 
+import functools
 import json
 import re
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -56,6 +58,9 @@ class Languages(NamedTuple):
         return len(self.shares) > 1 and sorted(self.shares.values())[-2] >= MIXED_SHARE
 
 
+NOT_KNOWN = Languages(UNKNOWN, types.MappingProxyType({}))
+
+
 def identify_languages(batch: pa.RecordBatch) -> Outcome:
     """The stage that enters the language of every row that has none and is not code; nothing is dropped."""
     languages, domains = batch.column("language").to_pylist(), batch.column("domain").to_pylist()
@@ -92,14 +97,22 @@ def languages_of(raw: bytes) -> Languages:
     except pycld2.error:
         raw = NOT_INTERCHANGED.sub("", raw.decode("utf-8", "ignore")).encode()
         is_sure, num_bytes, found = pycld2.detect(raw, isPlainText=True)
+    if not is_sure or num_bytes < MIN_BYTES:
+        return NOT_KNOWN
+    return _languages(tuple([(code, percent) for _, code, percent, _ in found]))
+
+
+@functools.lru_cache(4096)  # few texts are not in one language as a whole
+def _languages(found: tuple[tuple[str, int], ...]) -> Languages:
+    """What CLD2's codes and percentages come to."""
     shares: dict[str, float] = {}
-    for _, code, percent, _ in found:
+    for code, percent in found:
         if code != "un" and percent:
             code = CODES.get(code, code)
             shares[code] = round(shares.get(code, 0.0) + percent / 100, 2)
-    if not is_sure or num_bytes < MIN_BYTES or not shares:
-        return Languages(UNKNOWN, {})
-    return Languages(max(shares, key=lambda code: (shares[code], code)), shares)
+    if not shares:
+        return NOT_KNOWN
+    return Languages(max(shares, key=lambda code: (shares[code], code)), types.MappingProxyType(shares))
 
 
 def _found(text: memoryview, is_ascii: bool) -> Languages:

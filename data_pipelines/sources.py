@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from data_pipelines import embedded, rows
@@ -265,17 +266,22 @@ def _cut_lines(file: File, size: int) -> Iterator[Slice]:
                 end = block.find(b"\n", max(start + size - at - 1, 0)) + 1
                 if end:
                     digest.update(memoryview(block)[:end])
-                    line += block.count(b"\n", 0, end)
+                    line += _num_newlines(block, end)
                     yield Slice(file, start, at + end, first, digest.hexdigest(), at + end - start)
                     start, first, digest = at + end, line, hashlib.sha256()
                     content.seek(start)
                     at = start
                     continue
             digest.update(block)
-            line += block.count(b"\n")
+            line += _num_newlines(block, len(block))
             at += len(block)
     if at > start:
         yield Slice(file, start, at, first, digest.hexdigest(), at - start)
+
+
+def _num_newlines(block: bytes, end: int) -> int:
+    """Of block[:end]; several times as fast as `bytes.count` where lines are short."""
+    return int(np.count_nonzero(np.frombuffer(block, np.uint8, end) == ord("\n")))
 
 
 def _cut_row_groups(file: File, size: int, digest: str) -> Iterator[Slice]:
