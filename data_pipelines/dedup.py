@@ -122,20 +122,25 @@ def _name(high: np.uint64, low: np.uint64) -> str:
 
 def sketch_exact(batch: pa.RecordBatch) -> pa.RecordBatch:
     """Returns identity and 128-bit key of every row."""
-    keys_D2, is_ascii_D = _plain_keys(batch)
+    keys_D2, is_ascii_D = _plain_keys(batch, only_ascii=True)
     others = np.flatnonzero(~is_ascii_D)
     if len(others):
-        keys_D2[others], _ = _plain_keys(_plain(batch.take(pa.array(others))).batch)
+        plain = _plain(batch.take(pa.array(others))).batch
+        keys_D2[others], _ = _plain_keys(plain, only_ascii=False)
     key = {"key_a": pa.array(keys_D2[:, 0].copy()), "key_b": pa.array(keys_D2[:, 1].copy())}
     return pa.record_batch(_identity(batch) | key)
 
 
-def _plain_keys(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the key [D, 2] of every text, and where that is right; other texts have to be plain (`plain_text`)."""
+def _plain_keys(batch: pa.RecordBatch, *, only_ascii: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the key [D, 2] of every text that is ASCII, and which are; other texts have to be plain (`plain_text`)
+    and only_ascii False.
+    """
     from data_pipelines import editing
 
+    data, offsets = text_buffer(batch)
     keys_D2, is_ascii_D = np.empty((batch.num_rows, 2), np.uint64), np.empty(batch.num_rows, bool)
-    editing.plain_keys(*text_buffer(batch), keys_D2, is_ascii_D)
+    scratch = np.empty(int(np.diff(offsets).max(initial=0)) + 64, np.uint8)
+    editing.plain_keys(data, offsets, only_ascii, scratch, keys_D2, is_ascii_D)
     return keys_D2, is_ascii_D
 
 

@@ -14,10 +14,9 @@ from data_pipelines.blocks import (
     between,
     block_at,
     compiled,
-    eight_at,
     inlined,
+    load64,
     lowest,
-    num_ones,
     put_piece,
     put_point,
     trailing_zeros,
@@ -39,6 +38,18 @@ def _settled(data, at, end):
         return DROP if (second < 0xA0 and second != 0x85) or second == 0xAD else COPY
     if byte == 0xCE:
         return HARD if second == 0x87 else COPY
+    if byte == 0xD2:  # Cyrillic beyond Russian, Armenian, Hebrew and Arabic: letters and digits, without marks
+        return COPY if second >= 0x8A else HARD
+    if 0xD3 <= byte <= 0xD5 or byte == 0xDA:
+        return COPY
+    if byte == 0xD7:
+        return COPY if 0x90 <= second <= 0xAA else HARD
+    if byte == 0xD8:
+        return COPY if second >= 0xA0 else HARD
+    if byte == 0xD9:
+        return COPY if second <= 0x8A or 0xA0 <= second <= 0xA9 or second >= 0xB1 else HARD
+    if byte == 0xDB:
+        return COPY if second <= 0x95 else HARD
     if byte == 0xE2:
         if second == 0x80:
             if third <= 0x81:
@@ -371,67 +382,60 @@ def may_be_blank(data, offsets, out):
 
 
 @inlined
-def _absorbed(one, other, eight):
-    """Both halves of a key after eight more bytes, whose ASCII letters count as lower case."""
-    low = eight & ~HIGHS
-    is_upper = ((low + ONES * np.uint64(0x80 - 65)) ^ (low + ONES * np.uint64(0x80 - 91))) & ~eight & HIGHS
-    eight = mixed(eight | is_upper >> np.uint64(2))
-    one = (one ^ eight) * np.uint64(MIX)
-    other = (other + eight) * np.uint64(MIX_AGAIN)
-    return one ^ (one >> np.uint64(32)), other ^ (other >> np.uint64(29))
+def _put_collapsed(data, at, end, only_ascii, tail, out):
+    """(number of bytes filled in, whether all of the text is ASCII): the text without white space at its ends, and with
+    one byte of each run of it. only_ascii: it is given up at the first other character.
+    """
+    filled, after_white, highs = 0, np.uint64(1), np.uint64(0)
+    while at < end:
+        block, known = block_at(data, at, tail), lowest(min(end - at, 64))
+        highs |= between(block, 128, 255) & known
+        if only_ascii and highs != 0:
+            return 0, False
+        white = between(block, 9, 13) | between(block, 28, 32)
+        stays = known & ~(white & (white << np.uint64(1) | after_white))
+        after_white = white >> np.uint64(63)
+        while stays != 0:
+            first = trailing_zeros(stays)
+            size = trailing_zeros(~(stays >> np.uint64(first)))
+            put_piece(out, filled, block + first, size)
+            filled += size
+            stays &= ~lowest(first + size)
+        at += 64
+    filled -= filled > 0 and (9 <= out[filled - 1] <= 13 or 28 <= out[filled - 1] <= 32)
+    return filled, highs == 0
 
 
 @inlined
-def _with_piece(one, other, place, size):
-    """Both halves of a key after `size` bytes at an address, 63 at most, that end a run, and the space behind it."""
-    for at in range(0, size & 56, 8):
-        one, other = _absorbed(one, other, eight_at(place + at))
-    rest = size & 7
-    last = eight_at(place + (size & 56)) & lowest(8 * rest) | np.uint64(32) << np.uint64(8 * rest)
-    return _absorbed(one, other, last)
+def _among(eight, first, last):
+    """The highest bit of each of eight bytes that is ASCII and lies from `first` to `last`."""
+    low = eight & ~HIGHS
+    return ((low + ONES * np.uint64(128 - first)) ^ (low + ONES * np.uint64(127 - last))) & ~eight & HIGHS
 
 
 @compiled
-def plain_keys(data, offsets, out, is_ascii):
+def plain_keys(data, offsets, only_ascii, plain, out, is_ascii):
     """Fills out[d], two numbers, with a key of 128 bits of the text, white space and the case of its letters aside, and
-    is_ascii[d]. Where that is False, the key is right if the text is plain already: other characters are taken as is.
+    is_ascii[d]. Where that is False, other characters are taken as they are, which is right if the text is plain
+    already; with only_ascii there is no key then.
 
-    A run of other bytes than white space is absorbed eight bytes at a time, with a space behind it. The key is no
-    cryptographic one.
+    `plain` is scratch space: the bytes of any document and 64. The key is no cryptographic one.
     """
     tail = np.zeros(TAIL_BYTES, np.uint8)
     for document in range(offsets.shape[0] - 1):
-        at, end = offsets[document], offsets[document + 1]
-        one, other, highs = np.uint64(1), np.uint64(2), np.uint64(0)
-        while at < end:
-            block = block_at(data, at, tail)
-            size = min(end - at, 64)
-            highs |= between(block, 128, 255) & lowest(size)
-            inside = ~(between(block, 9, 13) | between(block, 28, 32)) & lowest(size)
-            begins, ends = inside & ~(inside << np.uint64(1)), ~inside & (inside << np.uint64(1))
-            for _ in range(num_ones(ends)):
-                first = trailing_zeros(begins)
-                one, other = _with_piece(one, other, block + first, trailing_zeros(ends) - first)
-                begins &= begins - np.uint64(1)
-                ends &= ends - np.uint64(1)
-            if begins == 0:
-                at += size
-            elif trailing_zeros(begins) > 0:  # a run that may go on: the next block begins with it
-                at += trailing_zeros(begins)
-            else:
-                while inside == lowest(64):
-                    for _ in range(8):
-                        one, other = _absorbed(one, other, eight_at(block))
-                        block += 8
-                    at += 64
-                    block = block_at(data, at, tail)
-                    highs |= between(block, 128, 255) & lowest(min(end - at, 64))
-                    inside = ~(between(block, 9, 13) | between(block, 28, 32)) & lowest(min(end - at, 64))
-                rest = trailing_zeros(~inside)
-                one, other = _with_piece(one, other, block, rest)
-                at += rest
+        size, is_ascii[document] = _put_collapsed(
+            data, offsets[document], offsets[document + 1], only_ascii, tail, plain
+        )
+        plain[size : size + 8] = 0
+        one, other = np.uint64(size), np.uint64(size)
+        for at in range(0, size, 8):
+            eight = load64(plain, at)
+            white = (_among(eight, 9, 13) | _among(eight, 28, 31)) >> np.uint64(7)
+            eight = eight & ~(white * np.uint64(255)) | white << np.uint64(5)
+            eight = mixed(eight | _among(eight, 65, 90) >> np.uint64(2))
+            one, other = (one ^ eight) * np.uint64(MIX), (other + eight) * np.uint64(MIX_AGAIN)
+            one, other = one ^ (one >> np.uint64(32)), other ^ (other >> np.uint64(29))
         out[document, 0], out[document, 1] = mixed(one), mixed(other)
-        is_ascii[document] = highs == 0
     tail[0] = 0  # it is in use up to here
 
 

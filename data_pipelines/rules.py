@@ -11,7 +11,7 @@ Code: generated, minified, data without program, Python that does not parse.
 import functools
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -361,15 +361,26 @@ def _texts(batch: pa.RecordBatch, edited: Edited, change: Callable[[str], str]) 
     rows = np.flatnonzero(edited.hard).tolist()  # nothing was written for these
     if rows:
         changed = [change(batch.column("text")[row].as_py()).encode() for row in rows]
-        bounds = [0, *offsets[rows].tolist(), int(offsets[-1])]
-        pieces: list[np.ndarray | bytes] = [data[: bounds[1]]]
-        for text, start, stop in zip(changed, bounds[1:-1], bounds[2:], strict=True):
-            pieces += [text, data[start:stop]]
-        sizes = np.zeros(len(offsets), np.int64)
-        sizes[np.array(rows) + 1] = [len(text) for text in changed]
-        data, offsets = b"".join(pieces), offsets + np.cumsum(sizes)
-        return pa.LargeStringArray.from_buffers(batch.num_rows, pa.py_buffer(offsets), pa.py_buffer(data))
+        data, offsets = _with_rows(data, offsets, rows, changed)
     return pa.LargeStringArray.from_buffers(batch.num_rows, pa.py_buffer(offsets), pa.py_buffer(data[: offsets[-1]]))
+
+
+def _with_rows(
+    data: np.ndarray, offsets: np.ndarray, rows: Sequence[int], texts: Sequence[bytes]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The data and offsets with these texts as those of the rows, ascending, which had none: what follows is moved."""
+    sizes = np.zeros(len(offsets), np.int64)
+    sizes[np.array(rows) + 1] = [len(text) for text in texts]
+    moved = offsets + np.cumsum(sizes)
+    if moved[-1] > len(data):
+        data = np.concatenate([data, np.empty(moved[-1] - len(data), np.uint8)])
+    content = memoryview(data)
+    starts, stops = offsets[rows].tolist(), [*offsets[rows[1:]].tolist(), int(offsets[-1])]
+    for row, text, start, stop in reversed(list(zip(rows, texts, starts, stops, strict=True))):
+        place = int(moved[row + 1])
+        content[place : place + stop - start] = content[start:stop]
+        content[place - len(text) : place] = text
+    return data, moved
 
 
 # --- code ------------------------------------------------------------------------------------------------------------
