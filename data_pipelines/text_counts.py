@@ -126,7 +126,7 @@ def _count_others(data, at, end, row):
 @inlined
 def _count_characters(data, begin, end, tail, row):
     letters, digits, newlines, white, controls, hashes, braces, known = 0, 0, 0, 0, 0, 0, 0, 0
-    at = begin
+    sentences, at = 0, begin
     while at < end:
         block = block_at(data, at, tail)
         size = min(trailing_zeros(between(block, 128, 255)), end - at)
@@ -144,19 +144,25 @@ def _count_characters(data, begin, end, tail, row):
         controls += num_ones((between(block, 0, 31) | between(block, 127, 127)) & ~(spaces | breaks) & here)
         hashes += num_ones(between(block, 35, 35) & here)
         braces += num_ones(between(block, 123, 123) & here)
-        marks = (between(block, 46, 46) | between(block, 33, 33) | between(block, 63, 63)) & here
-        while marks != 0:
-            mark = at + trailing_zeros(marks)
-            marks &= marks - np.uint64(1)
-            # A sentence ends where its mark is followed by white space or a quotation mark, or by nothing.
-            after = data[mark + 1] if mark + 1 < end else np.uint8(32)
-            row[SENTENCES] += after == 32 or after == 10 or after == 9 or after == 34 or after == 39
-            if data[mark] == 46 and after == 46 and mark + 2 < end and data[mark + 2] == 46:
-                row[ELLIPSES] += mark == begin or data[mark - 1] != 46
+        stops = between(block, 46, 46) & here
+        marks = stops | (between(block, 33, 33) | between(block, 63, 63)) & here
+        # A sentence ends where its mark is followed by white space or a quotation mark, or by nothing.
+        follows = between(block + 1, 9, 10) | between(block + 1, 32, 32)
+        follows |= between(block + 1, 34, 34) | between(block + 1, 39, 39)
+        if end - at <= 64:
+            follows |= np.uint64(1) << np.uint64(end - at - 1)
+        sentences += num_ones(marks & follows)
+        stops &= between(block + 1, 46, 46)
+        while stops != 0:
+            stop = at + trailing_zeros(stops)
+            stops &= stops - np.uint64(1)
+            if stop + 2 < end and data[stop + 2] == 46:
+                row[ELLIPSES] += stop == begin or data[stop - 1] != 46
         at += size
     row[CHARACTERS] += known
     row[LETTERS] += letters
     row[CONTROLS] += controls
+    row[SENTENCES] += sentences
     row[DIGITS], row[NEWLINES], row[HASHES], row[BRACES] = digits, newlines, hashes, braces
     row[PUNCTUATION] += known - letters - digits - newlines - white - controls
 
