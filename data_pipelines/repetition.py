@@ -107,8 +107,8 @@ def repetition(
     An n-gram can only be repeated where the (n - 1)-grams it begins and ends with are, so few are looked at. The words
     inside 5-grams met before hold those inside longer ones. repeated[i] says at the end whether the five words from
     word i on stand elsewhere in its document as well (nothing, where fewer follow).
-    Scratch space: table, counts: powers of two, at least twice the words of any document; slots, places, gram_bytes,
-    costs, values, ends: as many words and one.
+    Scratch space: table, counts: powers of two, at least twice and four times the words of any document; slots, places,
+    gram_bytes, costs, values, ends: as many words and one.
     """
     for document in range(starts.shape[0] - 1):
         start, num_words = starts[document], starts[document + 1] - starts[document]
@@ -121,7 +121,7 @@ def repetition(
         total, left = max(ends[num_words], 1), max(num_words - 1, 0)
         for n in range(2, 5):
             size = 16
-            while size < 2 * left:
+            while size < 4 * left:
                 size *= 2
             counts[:size] = 0  # how many n-grams share a slot: those alone in theirs are met once
             for i in range(left):

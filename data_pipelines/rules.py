@@ -214,7 +214,7 @@ def repetition(words: Words) -> Repetition:
 
     num_rows, most = len(words.starts) - 1, int(np.diff(words.starts).max(initial=0))
     scratch = (
-        np.empty(power_of_two(2 * most), np.uint64), np.empty(power_of_two(2 * most), np.int32),
+        np.empty(power_of_two(2 * most), np.uint64), np.empty(power_of_two(4 * most), np.int32),
         *(np.empty(most + 1, np.int32) for _ in range(4)), np.empty(most + 1, np.uint64), np.empty(most + 1, np.int64),
     )  # fmt: skip
     found = Repetition(
