@@ -26,7 +26,7 @@ from internjax.decode.engine import Engine, Mode
 from internjax.decode.request import Request, RequestError
 from internjax.decode.request import Session as EngineSession
 from internjax.decode.router import Router
-from internjax.decode.sizing import fitting_pages, page_bytes, weight_bytes
+from internjax.decode.sizing import buckets_of, fitting_pages, page_bytes, weight_bytes
 from internjax.decode.speculate import Speculation
 from internjax.hf.open import Model
 from internjax.model.cache import CacheDType
@@ -90,6 +90,7 @@ class Pipeline:
         cache_dtype: CacheDType | None = None,
         tokens_per_dispatch: int = 4,
         prefill_chunk: int | None = None,
+        context_buckets: Sequence[int] | None = None,
         adapters: Mapping[str, str | os.PathLike] | None = None,
         max_adapters: int | None = None,
         adapter_rank: int | None = None,
@@ -105,8 +106,9 @@ class Pipeline:
         max_context: prompt and answer together, None: what the model was trained for. cache_dtype None: the type of the
         computation. num_pages None: what the device has room for, or, where it does not say what it has, enough for all
         slots at full context. host_bytes: memory of the host for pages that the cache has no room for. prefill_chunk:
-        prompt tokens read at once, None: 512, or 64 on a CPU. adapters: folders by name, of which an answer may choose
-        one (`Params.adapter`). max_adapters, adapter_rank: room for more than these, and of a larger rank.
+        prompt tokens read at once, None: 512, or 64 on a CPU. context_buckets: shorter contexts with programs of their
+        own, None: those of `sizing.buckets_of`, none in exact mode. adapters: folders by name, of which an answer may
+        choose one (`Params.adapter`). max_adapters, adapter_rank: room for more than these, and of a larger rank.
         speculation, draft: drafts that are tried together, and the model of a DraftModel. mode: of the engine.
         replicas: engines, each with the model on as many devices as it is on now; num_slots and num_pages are of each,
         host_bytes of all. longest_embedding: tokens of a text that a server makes a vector of (`serve.embeddings`), for
@@ -125,6 +127,8 @@ class Pipeline:
         cache_dtype = cache_dtype or model.config.dtype
         if prefill_chunk is None:
             prefill_chunk = 64 if jax.default_backend() == "cpu" else 512
+        if context_buckets is None:
+            context_buckets = () if mode == "exact" else buckets_of(max_context)
         draft_params = None if draft is None else draft.params
         room = room_for(loaded, num_places=max_adapters, rank=adapter_rank)
         page = page_bytes(model.config, page_size, cache_dtype)
@@ -160,6 +164,7 @@ class Pipeline:
                 lora=lora,
                 tokens_per_dispatch=tokens_per_dispatch,
                 prefill_chunk=prefill_chunk,
+                context_buckets=tuple(context_buckets),
                 adapter_room=room,
                 speculation=speculation,
                 draft_params=draft_params,

@@ -111,7 +111,7 @@ class Session:
         messages = [turn] if isinstance(turn, Message) else list(turn)
         whole = [*self._messages, *messages]
         self._answering.refuse_long(message.content for message in whole)
-        rendered = protocol.render(whole, self._answering.tokenizer, add_generation_prompt=True).ids
+        rendered = self._rendered(messages, add_generation_prompt=True)
         as_held = rendered[: len(self._closed)] == self._closed
         ids = [*self._ids, *rendered[len(self._closed) :]] if as_held else rendered
         kept = _num_common(ids[:-1], self._held.tokens)
@@ -134,12 +134,20 @@ class Session:
             raise RuntimeError("the last answer of this session is not read to its end; read it, or abort it")
         turn.answer.wait()
         if turn.answer.last is not None and not turn.dropped:
-            self._messages = list(self.messages)
-            self._closed = protocol.render(self._messages, self._answering.tokenizer).ids
+            messages = list(self.messages)
+            self._closed = self._rendered(messages[len(self._messages) :])
+            self._messages = messages
             self._ids = self._as_drawn(turn, turn.answer.last)
         else:
             self._held.rewind(_num_common(self._ids, self._held.tokens))
         self._turn = None
+
+    def _rendered(self, more: Sequence[Message], *, add_generation_prompt: bool = False) -> list[int]:
+        """The conversation's ids with these messages behind it, as `render` has them."""
+        tokenizer = self._answering.tokenizer
+        return protocol.render_on(
+            self._closed, self._messages, more, tokenizer, add_generation_prompt=add_generation_prompt
+        )
 
     def _as_drawn(self, turn: _Turn, result: Result) -> list[int]:
         """The conversation's ids with the answer as the model drew it, up to the end of its turn.

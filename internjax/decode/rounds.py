@@ -208,8 +208,8 @@ class Rounds:
             return False
         turns_B = np.full(len(self.seats.rows), -1, np.int32)
         turns_B[[*drawing]] = 0
-        # Where all wait for their first token, it is not kept back for those behind it.
-        first = not any(row.num_in_flight or row.delivered for row in going.values())
+        # A first token is not kept back for those behind it.
+        first = any(not (row.num_in_flight or row.delivered) for row in going.values())
         for index, row in going.items():
             turns_B[index] = 1 if first or row.guide is not None else self._device.turns_per_block
             row.longest = self.seats.longest_next(row)

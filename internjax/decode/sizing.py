@@ -73,6 +73,14 @@ def embedding_bytes(config: ModelConfig, longest: int) -> int:
     return most
 
 
+def buckets_of(max_context: int) -> tuple[int, ...]:
+    """Returns the shorter contexts that are worth programs of their own: 128 tokens, and four times the one before.
+
+    A step reads less than four times what its longest row holds then, and not all that a row might come to hold.
+    """
+    return tuple(128 * 4**i for i in range(32) if 128 * 4**i < max_context)
+
+
 def fitting_pages(
     config: ModelConfig,
     *,

@@ -67,6 +67,7 @@ __all__ = [
     "from_openai",
     "parse",
     "render",
+    "render_on",
     "render_samples",
     "render_turn",
     "stop_ids",
@@ -107,6 +108,24 @@ def render(
         ids += prompt
         mask += [0] * len(prompt)
     return Rendered(ids, mask)
+
+
+def render_on(
+    ids: Sequence[int],
+    earlier: Sequence[Message],
+    more: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    add_generation_prompt: bool = False,
+) -> list[int]:
+    """Ids of `render` of the earlier messages and more, where `ids` are those of the earlier ones ([]: not known).
+
+    In InternLM2's protocol only what is more is tokenised; a template may write earlier turns anew.
+    """
+    if not ids or not _speaks_internlm2(tokenizer):
+        return render([*earlier, *more], tokenizer, add_generation_prompt=add_generation_prompt).ids
+    new = render(more, tokenizer, add_generation_prompt=add_generation_prompt).ids
+    return [*ids, *new[tokenizer.bos_id is not None :]]
 
 
 def render_samples(

@@ -13,7 +13,7 @@ from internjax.decode.adapters import AdapterPlaces, places_bytes
 from internjax.decode.embed import mean_embeddings, num_rows
 from internjax.decode.programs import PromptChunk, Weights, decode_block, empty_state, read_chunk, score_chunk
 from internjax.decode.sample import Allowed, Limits
-from internjax.decode.sizing import embedding_bytes, fitting_pages, page_bytes, weight_bytes, work_bytes
+from internjax.decode.sizing import buckets_of, embedding_bytes, fitting_pages, page_bytes, weight_bytes, work_bytes
 from internjax.decode.speculate import PromptLookup
 from internjax.kernels.attention import QUERY_CHUNK
 from internjax.model import decoder
@@ -55,6 +55,11 @@ def test_the_work_is_not_more_than_foretold(dtype, speculation):
     foretold = work_bytes(CONFIG, prefill_chunk=C, num_drafts=num_drafts, **sizes)
     assert temporaries <= foretold + (1 << 20)
     assert foretold < 4 * temporaries, "so much is kept free for nothing"
+
+
+def test_shorter_contexts_have_programs_of_their_own():
+    assert buckets_of(128) == () and buckets_of(129) == (128,) and buckets_of(1024) == (128, 512)
+    assert buckets_of(200_000) == (128, 512, 2048, 8192, 32_768, 131_072)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

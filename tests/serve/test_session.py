@@ -95,14 +95,15 @@ def test_a_template_that_rewrites_history_is_read_anew_and_said(pipeline, monkey
     session.chat(FIRST, GREEDY).result()
     render = session.chat.__globals__["protocol"].render
 
-    def rewriting(messages, tokenizer, **how):
+    def rewriting(ids, earlier, more, tokenizer, **how):
+        messages = [*earlier, *more]
         last = len(messages) - 1
         thoughtless = [
             m if m.role == "user" or i == last else Message("assistant", "-") for i, m in enumerate(messages)
         ]
-        return render(thoughtless, tokenizer, **how)
+        return render(thoughtless, tokenizer, **how).ids
 
-    monkeypatch.setattr("serve.session.protocol.render", rewriting)
+    monkeypatch.setattr("serve.session.protocol.render_on", rewriting)
     result = session.chat(SECOND, GREEDY).result()
     assert "wrote earlier turns anew" in session.notice
     assert result.ids == pipeline([FIRST, Message("assistant", "-"), SECOND], GREEDY).ids

@@ -165,12 +165,12 @@ def test_the_notice_of_a_template_that_writes_earlier_turns_anew(client, monkeyp
     said(client, session, FIRST)
     render = protocol.render
 
-    def rewriting(messages, tokenizer, **how):
-        *earlier, last = messages
-        thoughtless = [m if m.role == "user" else Message("assistant", "-") for m in earlier]
-        return render([*thoughtless, last], tokenizer, **how)
+    def rewriting(ids, earlier, more, tokenizer, **how):
+        *before, last = *earlier, *more
+        thoughtless = [m if m.role == "user" else Message("assistant", "-") for m in before]
+        return render([*thoughtless, last], tokenizer, **how).ids
 
-    monkeypatch.setattr("serve.session.protocol.render", rewriting)
+    monkeypatch.setattr("serve.session.protocol.render_on", rewriting)
     assert "wrote earlier turns anew" in said(client, session, SECOND)[2]["notice"]
 
 

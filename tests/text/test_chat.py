@@ -103,6 +103,21 @@ def test_conversations_concatenate(tokenizer):
         assert head.mask + [on for turn in rest for on in turn.mask] == whole.mask
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_goes_on_is_what_is_rendered_at_once(tokenizer, asked, monkeypatch):
+    whole = chat.render(TALK, tokenizer, add_generation_prompt=asked).ids
+    for cut in range(len(TALK) + 1):
+        for ids in ([], chat.render(TALK[:cut], tokenizer).ids):
+            assert chat.render_on(ids, TALK[:cut], TALK[cut:], tokenizer, add_generation_prompt=asked) == whole
+    other, talk = with_template(tokenizer, CHATML), [TALK[0], TALK[4], TALK[7], TALK[8], TALK[11]]
+    wanted = chat.render(talk, other, add_generation_prompt=asked).ids
+    # A template may write earlier turns anew: the ids that there are are not trusted.
+    assert chat.render_on([7, 7], talk[:2], talk[2:], other, add_generation_prompt=asked) == wanted
+    monkeypatch.setattr(chat, "render_turn", None)  # nothing of what is known is read again
+    head = chat._header("assistant", None, tokenizer) if asked else []
+    assert chat.render_on(whole[:9], TALK, [], tokenizer, add_generation_prompt=asked) == [*whole[:9], *head]
+
+
 def test_prompt_is_the_prefix_of_what_is_trained(tokenizer):
     for answer in ("\n\nstarts with newlines", "  spaces", "6", ""):
         prompt = chat.render(TALK[:5], tokenizer, add_generation_prompt=True)
