@@ -1007,7 +1007,8 @@ def test_pages_come_back_after_any_traffic(engine):
     assert [after[i] - before[i] for i in range(4)] == [finishes.count(name) for name in ENDS]
     timings = engine.timings()
     assert sum(timings.whole.counts) == sum(after[:2]) <= sum(timings.first_token.counts)
-    assert 0 < sum(timings.each_token.counts) < engine.stats().num_drawn_tokens - sum(timings.first_token.counts)
+    # Every first token came alone, and each other one has its time.
+    assert 0 < sum(timings.each_token.counts) == engine.stats().num_drawn_tokens - sum(timings.first_token.counts)
     assert sorted(pages := engine._rounds.seats.tree.allocate(engine.num_pages)) == list(range(engine.num_pages))
     engine._rounds.seats.tree.free(pages)
     assert (engine._rounds.seats.page_table_BM == engine.num_pages).all()
