@@ -201,7 +201,7 @@ def serve(config: Tiny, root: Path) -> dict[str, Any]:
     from serve.server import start_server
 
     model = open_model(root / "export" / "llama", quantize="int8")
-    with Pipeline(model, num_slots=4, max_context=512) as pipeline:
+    with Pipeline(model, num_slots=4, max_context=512, context_buckets=()) as pipeline:
         with start_server(pipeline, model_name="tiny") as server:
             client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
             question = [{"role": "user", "content": "What does `gcd(*integers)` of math do?"}]
@@ -256,7 +256,7 @@ def agent(config: Tiny, root: Path) -> dict[str, Any]:
         raise Skip("the model was not fine-tuned on conversations, so it cannot follow an agent's protocol")
     model = open_model(root / "export" / "llama")
     problem = tiny_models.train_problems(config)[1][0]
-    with Pipeline(model, num_slots=2, max_context=1024) as pipeline:
+    with Pipeline(model, num_slots=2, max_context=1024, context_buckets=()) as pipeline:
         with start_server(pipeline, model_name="tiny") as server:
             chat = remote_chat(server.url, "tiny")
             sampling = {"max_tokens": 48, "temperature": 0}
