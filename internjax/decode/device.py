@@ -155,7 +155,7 @@ class Device:
         return self._num_compiled + (0 if self.adapters is None else self.adapters.num_compiled)
 
     def width(self, length: int) -> int:
-        """Returns the pages of a row that attention reads while no row is longer than `length`."""
+        """Returns the pages of a row that a token drawn attends to while no row is longer than `length`."""
         return next(width for width in self.widths if width * self._page_size >= length or width == self.widths[-1])
 
     # Rows.
@@ -169,15 +169,10 @@ class Device:
         self, tokens: Sequence[int], pages_M: np.ndarray, start: int, *, inv_freq_F: np.ndarray, adapter: int = -1
     ) -> None:
         """Reads the next tokens of a prompt, at most `chunks[-1]`, from position `start` on, into the row's pages."""
-        # A smaller chunk is for the end of a prompt, or for a turn of a session, wherever it starts. It is compiled for
-        # one width, that of a prompt as short: few programs. Where there are more widths, the largest chunk goes there.
-        end = start + len(tokens)
+        # A smaller chunk is for the end of a prompt, or for a turn of a session, wherever it starts.
         size = next(size for size in self.chunks if size >= len(tokens))
-        if self.width(end) != self.width(size):
-            size = self.chunks[-1]
-        width = self.width(end if size == self.chunks[-1] else size)
         tokens_C = np.pad(np.asarray(tokens, np.int32), (0, size - len(tokens)))
-        self._read(tokens_C, pages_M[:width], start, end, inv_freq_F, adapter)
+        self._read(tokens_C, pages_M, start, start + len(tokens), inv_freq_F, adapter)
 
     def _read(self, tokens_C: np.ndarray, pages_M: np.ndarray, start: int, end: int, inv_freq_F, adapter=-1) -> None:
         chunk = _chunk(tokens_C, pages_M, start, end, inv_freq_F)
@@ -319,8 +314,8 @@ class Device:
             np.array(False),
         )
 
-        def read(size: int, width: int) -> None:
-            self._read(np.zeros(size, np.int32), table_BM[0, :width], 0, 0, inv_freq_F)
+        def read(size: int) -> None:
+            self._read(np.zeros(size, np.int32), table_BM[0], 0, 0, inv_freq_F)
 
         def score() -> None:
             self.score([0], [0], table_BM[0], 0, temperature=1.0, inv_freq_F=inv_freq_F)
@@ -330,10 +325,8 @@ class Device:
             self._state = self._run(self._programs.clear_pages, self._state, table_BM[0])
             self._copy(0, self._num_pages, 0)
 
-        beginnings = [(size, self.width(size)) for size in self.chunks[:-1]]
         programs: dict[str, Callable[[], Any]] = {
-            f"read {size} prompt tokens, context {width * self._page_size}": functools.partial(read, size, width)
-            for size, width in beginnings + [(self.chunks[-1], width) for width in self.widths]
+            f"read {size} prompt tokens": functools.partial(read, size) for size in self.chunks
         }
         programs[f"score {self.chunks[-1]} prompt tokens"] = score
         programs |= {

@@ -104,7 +104,7 @@ class Engine:
         default. num_host_pages: pages whose contents the host's memory may keep when the cache has no room for them.
         lora: one adapter for all requests. adapter_room: room for several that are loaded while the engine runs, of
         which each request may name one (`load_adapter`). prefill_chunk: prompt tokens read at once. context_buckets:
-        shorter contexts, in tokens, for which attention is compiled too; while all rows fit into one, a step reads no
+        shorter contexts, in tokens, for which drawing is compiled too; while all rows fit into one, a step reads no
         more of the cache than that. A row's results then agree with those of another width up to rounding only; with
         none, they do not depend on the other rows at all. limits: what one request may ask for. speculation: drafts
         that are tried together, looked up in the row or drawn by a model with `draft_params`. mode: see Mode; "exact"

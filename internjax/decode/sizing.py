@@ -13,6 +13,7 @@ from internjax.decode.embed import num_rows, row_widths
 from internjax.decode.generate import decoding_params
 from internjax.decode.programs import SCORED_AT_ONCE
 from internjax.kernels.attention import QUERY_CHUNK
+from internjax.kernels.paged_attention import key_block
 from internjax.model.cache import CacheDType, paged_cache
 from internjax.model.config import ModelConfig
 
@@ -43,17 +44,23 @@ def work_bytes(
     """Returns the bytes that a step needs beside weights and pages, at most: what drawing or reading a chunk takes.
 
     Attention reads one layer's pages of its rows into one array each for keys and values (2 S K H), once more where it
-    puts heads before time, and weighs N x T x S scores in float32, three of them at a time. Drawing holds five arrays
-    of B x V float32 and the logits of all T = 1 + drafts tokens, the rows themselves two of B x S and the counts of
-    every token. Reading holds a layer's activations of C tokens, or three arrays of V float32 for each of those scored
-    at once.
+    puts heads before time, and weighs N x T x S scores in float32, three of them at a time; many tokens weigh a block
+    of S only. Drawing holds five arrays of B x V float32 and the logits of all T = 1 + drafts tokens, the rows
+    themselves two of B x S and the counts of every token. Reading holds a layer's activations of C tokens, or three
+    arrays of V float32 for each of those scored at once.
     """
     B, S, C, T, itemsize = num_slots, max_context, prefill_chunk, 1 + num_drafts, jnp.dtype(config.dtype).itemsize
-    read = 2 * 2 * S * config.num_kv_heads * config.head_dim * itemsize
-    scores = 3 * S * config.num_heads * 4
+
+    def read_and_scores(num_queries: int) -> tuple[int, int]:
+        """Of a row, and of each of its queries."""
+        block = key_block(num_queries, S)
+        return 2 * 2 * block * config.num_kv_heads * config.head_dim * itemsize, 3 * block * config.num_heads * 4
+
     logits = 4 * config.vocab_size
     wide = 4 * config.d_model + 3 * config.ffn_dim + 3 * config.num_heads * config.head_dim
+    read, scores = read_and_scores(T)
     drawing = B * (read + 5 * logits + num_drafts * (logits + wide * itemsize) + T * scores)
+    read, scores = read_and_scores(C)
     reading = read + max(C * (scores + wide * itemsize), 3 * min(C, SCORED_AT_ONCE) * logits)
     rows = B * (2 * 4 * S + 5 * config.vocab_size)
     return max(drawing, reading) + rows
@@ -76,7 +83,7 @@ def embedding_bytes(config: ModelConfig, longest: int) -> int:
 def buckets_of(max_context: int) -> tuple[int, ...]:
     """Returns the shorter contexts that are worth programs of their own: 128 tokens, and four times the one before.
 
-    A step reads less than four times what its longest row holds then, and not all that a row might come to hold.
+    A token drawn attends to less than four times what the longest row holds then, and not to all that one might.
     """
     return tuple(128 * 4**i for i in range(32) if 128 * 4**i < max_context)
 

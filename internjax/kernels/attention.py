@@ -59,12 +59,26 @@ def check(backend: Backend, *, dtype: jnp.dtype, head_dim: int, alibi: bool = Fa
         raise ValueError(f"attention back end {backend!r} cannot do {'; '.join(found)}. Use attention={others}.")
 
 
+def heads_first(q_BTNH: jax.Array, *, num_kv_heads: int) -> jax.Array:
+    """Returns queries `[B, K, G * T, H]`, all that read one key/value head side by side, as one matrix."""
+    B, T, N, H = q_BTNH.shape
+    q_BTKGH = q_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
+    return q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, num_kv_heads, -1, H)
+
+
+def time_first(out_BKQH: jax.Array, *, num_heads: int) -> jax.Array:
+    """Returns what `heads_first` was given, `[B, T, N, H]`."""
+    B, K, Q, H = out_BKQH.shape
+    out_BKGTH = out_BKQH.reshape(B, K, num_heads // K, Q * K // num_heads, H)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, -1, num_heads, H)
+
+
 def _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, scale):
     """softmax(scale * q k^T + bias) v as two batched matrix products per key/value head, softmax in float32."""
-    B, T, N, H = q_BTNH.shape
+    B, T, N = q_BTNH.shape[:3]
     S, K = k_BSKH.shape[1:3]
     G = N // K
-    q_BKQH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    q_BKQH = heads_first(q_BTNH, num_kv_heads=K)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
     logits = jnp.einsum("bkqh,bksh->bkqs", q_BKQH, k_BKSH, preferred_element_type=jnp.float32)
     logits = logits.reshape(B, K, G, T, S) * scale
@@ -72,11 +86,11 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, scale):
         logits += bias_BNTS.reshape(B, K, G, T, S)
     logits = jnp.where(mask_BTS[:, None, None], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v_BSKH.dtype).reshape(B, K, G * T, S)
-    out_BKQH = jnp.einsum("bkqs,bksh->bkqh", weights, v_BKSH)
-    return out_BKQH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return time_first(jnp.einsum("bkqs,bksh->bkqh", weights, v_BKSH), num_heads=N)
 
 
-def _alibi(slopes_N, q_positions_BT, k_positions_BS):
+def alibi_bias(slopes_N: jax.Array, q_positions_BT: jax.Array, k_positions_BS: jax.Array) -> jax.Array:
+    """Returns what is added to the logits, `[B, N, T, S]`: minus a head's slope times the distance."""
     distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
     return -slopes_N[None, :, None, None] * distance_BTS[:, None].astype(jnp.float32)
 
@@ -134,7 +148,7 @@ def attention(
 
     def attend(q_BTNH, q_positions_BT, q_segments_BT):
         mask_BTS = mask(q_positions_BT=q_positions_BT, q_segments_BT=q_segments_BT)
-        bias = None if alibi_slopes_N is None else _alibi(alibi_slopes_N, q_positions_BT, k_positions_BS)
+        bias = None if alibi_slopes_N is None else alibi_bias(alibi_slopes_N, q_positions_BT, k_positions_BS)
         return _attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias, scale)
 
     if backend == "ring":

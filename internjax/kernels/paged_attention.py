@@ -1,21 +1,34 @@
 """Attention of queries over a paged key/value cache: arrays only; a jnp reference (`xla`) and a kernel (`mosaic`).
 
-xla: gathers a row's pages, restores what has few bits, and attends. mosaic: reads pages where they are, on NVIDIA's
-Hopper (kernels.mosaic_paged_attention).
+xla: gathers a row's pages, restores what has few bits, and attends; for many queries in a long row it does so block by
+block, up to the last key that one of them may see. mosaic: reads pages where they are, on NVIDIA's Hopper
+(kernels.mosaic_paged_attention).
 
 B batch, T query time, N query heads, K key/value heads, H head dim, L layers, P pages, S slots of a page, M pages of a
 row. A dense cache is the case M = 1: every row owns one page as long as the longest sequence.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from internjax.kernels import mosaic, mosaic_paged_attention
-from internjax.kernels.attention import attention
+from internjax.kernels.attention import alibi_bias, attention, heads_first, time_first
+from internjax.kernels.mask import MASKED, visible
 
 Backend = Literal["xla", "mosaic"]
+
+_MANY_QUERIES = 16
+"""From so many on, blocks of keys are worth a loop: less would be read than the row might come to hold."""
+_SMALLEST_BLOCK = 128
+
+
+def key_block(num_queries: int, num_positions: int) -> int:
+    """Returns how many keys `xla` weighs at once for T queries in rows that can hold S positions."""
+    block = max(_SMALLEST_BLOCK, 2 * num_queries)
+    return block if num_queries >= _MANY_QUERIES and num_positions > 2 * block else num_positions
 
 
 def check(
@@ -62,6 +75,70 @@ def dequantize_kv(values, scales, offsets, *, head_dim: int, dtype: jnp.dtype) -
     return (offsets + scales * values.astype(jnp.float32)).astype(dtype)
 
 
+def _gather_positions(pages_LPS: jax.Array, layer: jax.Array, page_table_BM: jax.Array, at_S: jax.Array) -> jax.Array:
+    """Returns the slots of some positions of every row, `[B, S, ...]`; those of no mapped page read as 0."""
+    size = pages_LPS.shape[2]
+    pages_BS = jnp.take(page_table_BM, at_S // size, axis=1, mode="fill", fill_value=pages_LPS.shape[1])
+    return pages_LPS.at[layer, pages_BS, at_S % size].get(mode="fill", fill_value=0)
+
+
+def _attend_in_blocks(
+    q_BTNH: jax.Array,
+    read: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    *,
+    q_positions_BT: jax.Array,
+    num_positions: int,
+    block: int,
+    window: int | None,
+    alibi_slopes_N: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """Returns what `attention` does, from blocks of keys in turn (online softmax, arXiv:1805.02867), in float32.
+
+    read: returns the keys and values `[B, block, K, H]` of some positions. A block that a query may not see changes no
+    bit of its output, so this does not depend on how far the other queries look, nor on what a row might come to hold.
+    """
+    B, T, N, H = q_BTNH.shape
+    first = 0 if window is None else jnp.maximum(q_positions_BT.min() - window + 1, 0) // block
+    last = jnp.minimum(q_positions_BT.max() // block + 1, -(-num_positions // block))
+
+    def add(index, carry):
+        highest_BKQ1, total_BKQ1, out_BKQH = carry
+        at_S = index * block + jnp.arange(block, dtype=jnp.int32)
+        k_BSKH, v_BSKH = read(at_S)
+        k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+        q_BKQH = heads_first(q_BTNH, num_kv_heads=k_BSKH.shape[2])
+        logits_BKQS = scale * jnp.einsum("bkqh,bksh->bkqs", q_BKQH, k_BKSH, preferred_element_type=jnp.float32)
+        at_BS = jnp.broadcast_to(at_S, (B, block))
+        if alibi_slopes_N is not None:
+            logits_BKQS += alibi_bias(alibi_slopes_N, q_positions_BT, at_BS).reshape(logits_BKQS.shape)
+        mask_BTS = visible(
+            q_positions_BT=q_positions_BT,
+            k_positions_BS=at_BS,
+            q_segments_BT=None,
+            k_segments_BS=None,
+            causal=True,
+            window=window,
+        )
+        mask_BKQS = jnp.broadcast_to(mask_BTS[:, None], (B, N, T, block)).reshape(logits_BKQS.shape)
+        logits_BKQS = jnp.where(mask_BKQS, logits_BKQS, MASKED)
+        now_BKQ1 = jnp.maximum(highest_BKQ1, logits_BKQS.max(axis=-1, keepdims=True))
+        # A query that has seen no key yet would take all that are masked for equally likely.
+        weights_BKQS = jnp.where(mask_BKQS, jnp.exp(logits_BKQS - now_BKQ1), 0.0)
+        kept_BKQ1 = jnp.exp(highest_BKQ1 - now_BKQ1)
+        added = jnp.einsum(
+            "bkqs,bksh->bkqh", weights_BKQS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32
+        )
+        total_BKQ1 = kept_BKQ1 * total_BKQ1 + weights_BKQS.sum(axis=-1, keepdims=True)
+        return now_BKQ1, total_BKQ1, kept_BKQ1 * out_BKQH + added
+
+    K = jax.eval_shape(read, jnp.arange(block))[0].shape[2]
+    rows = B, K, N // K * T
+    start = jnp.full((*rows, 1), MASKED), jnp.zeros((*rows, 1)), jnp.zeros((*rows, H))
+    _, total_BKQ1, out_BKQH = jax.lax.fori_loop(first, last, add, start)
+    return time_first(out_BKQH / jnp.maximum(total_BKQ1, 1e-30), num_heads=N).astype(q_BTNH.dtype)
+
+
 def paged_attention(
     q_BTNH: jax.Array,
     k_LPSKH: jax.Array,
@@ -104,16 +181,30 @@ def paged_attention(
                 run=mosaic.COMPILED,
             )
 
-    def read(pages, scales, offsets):
-        values = gather_pages(pages, layer, page_table_BM)
-        if scales is None:
-            return values.astype(q_BTNH.dtype)
-        scales, offsets = (gather_pages(x, layer, page_table_BM) for x in (scales, offsets))
-        return dequantize_kv(values, scales, offsets, head_dim=q_BTNH.shape[-1], dtype=q_BTNH.dtype)
+    def restored(fetch: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Keys and values from what `fetch` finds in each array of pages."""
+        if k_scales is None:
+            return fetch(k_LPSKH).astype(q_BTNH.dtype), fetch(v_LPSKH).astype(q_BTNH.dtype)
+        stored = (k_LPSKH, k_scales, k_offsets), (v_LPSKH, v_scales, v_offsets)
+        k_BSKH, v_BSKH = (dequantize_kv(*map(fetch, arrays), head_dim=H, dtype=q_BTNH.dtype) for arrays in stored)
+        return k_BSKH, v_BSKH
 
+    num_positions = page_table_BM.shape[1] * k_LPSKH.shape[2]
+    block = key_block(q_BTNH.shape[1], num_positions)
     with jax.named_scope("paged_attention"):
-        k_BSKH, v_BSKH = read(k_LPSKH, k_scales, k_offsets), read(v_LPSKH, v_scales, v_offsets)
-        k_positions_BS = jnp.broadcast_to(jnp.arange(k_BSKH.shape[1], dtype=jnp.int32), k_BSKH.shape[:2])
+        if block < num_positions:
+            return _attend_in_blocks(
+                q_BTNH,
+                lambda at_S: restored(lambda pages: _gather_positions(pages, layer, page_table_BM, at_S)),
+                q_positions_BT=q_positions_BT,
+                num_positions=num_positions,
+                block=block,
+                window=window,
+                alibi_slopes_N=alibi_slopes_N,
+                scale=H**-0.5 if scale is None else scale,
+            )
+        k_BSKH, v_BSKH = restored(lambda pages: gather_pages(pages, layer, page_table_BM))
+        k_positions_BS = jnp.broadcast_to(jnp.arange(num_positions, dtype=jnp.int32), k_BSKH.shape[:2])
         return attention(
             q_BTNH,
             k_BSKH,
