@@ -1,11 +1,13 @@
 """The second half of the tiny chain: the models are evaluated, exported, quantised, served, and used by an agent."""
 
+import contextlib
 import shutil
 import statistics
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,9 @@ from internjax.hf.convert import check
 from internjax.hf.open import Model, logits, open_model
 from internjax.hf.save import save_model
 from internjax.text.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from serve.server import Server
 
 MODELS = ("pretrain", "sft", "rlhf")
 EVALUATED_BYTES = 120_000
@@ -193,38 +198,46 @@ def _num_bytes(model: Model) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.params))
 
 
-def serve(config: Tiny, root: Path) -> dict[str, Any]:
-    """Starts the OpenAI-compatible server on the int8 model and asks it through the openai client."""
-    import openai
-
+@contextlib.contextmanager
+def served(root: Path) -> Iterator["Server"]:
+    """Serves the exported model in int8, OpenAI-compatible, as `tiny`."""
     from serve.pipeline import Pipeline
     from serve.server import start_server
 
     model = open_model(root / "export" / "llama", quantize="int8")
-    with Pipeline(model, num_slots=4, max_context=512, context_buckets=()) as pipeline:
+    # One kind of engine, which both stages share, and one context: asked a few times, it mostly waits for the compiler.
+    with Pipeline(model, num_slots=4, max_context=1024, context_buckets=()) as pipeline:
         with start_server(pipeline, model_name="tiny") as server:
-            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-            question = [{"role": "user", "content": "What does `gcd(*integers)` of math do?"}]
-            asked = {
-                "completion": lambda: (
-                    client.completions.create(model="tiny", prompt="import ", max_tokens=16, seed=0).choices[0].text
-                ),
-                "chat": lambda: (
-                    client.chat.completions.create(model="tiny", messages=question, max_tokens=32, seed=0)
-                    .choices[0]
-                    .message.content
-                ),
-            }
-            found: dict[str, Any] = {"url": server.url, "calls": {}}
-            for name, ask in asked.items():
-                times, text = [], ""
-                for _ in range(3):
-                    started = time.perf_counter()
-                    text = ask()
-                    times.append(time.perf_counter() - started)
-                found["calls"][name] = {"text": text, "seconds": statistics.median(times)}
-            found["calls"]["stream"] = _streamed(client, question)
-        with_ports = not server.alive
+            yield server
+
+
+def serve(config: Tiny, root: Path) -> dict[str, Any]:
+    """Asks the server through the openai client."""
+    import openai
+
+    with served(root) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        question = [{"role": "user", "content": "What does `gcd(*integers)` of math do?"}]
+        asked = {
+            "completion": lambda: (
+                client.completions.create(model="tiny", prompt="import ", max_tokens=16, seed=0).choices[0].text
+            ),
+            "chat": lambda: (
+                client.chat.completions.create(model="tiny", messages=question, max_tokens=32, seed=0)
+                .choices[0]
+                .message.content
+            ),
+        }
+        found: dict[str, Any] = {"url": server.url, "calls": {}}
+        for name, ask in asked.items():
+            times, text = [], ""
+            for _ in range(3):
+                started = time.perf_counter()
+                text = ask()
+                times.append(time.perf_counter() - started)
+            found["calls"][name] = {"text": text, "seconds": statistics.median(times)}
+        found["calls"]["stream"] = _streamed(client, question)
+    with_ports = not server.alive
     for name, call in found["calls"].items():
         print(f"{name}: {call['seconds'] * 1000:.0f} ms: {call['text']!r}")
     return found | {"shut_down": with_ports}
@@ -248,20 +261,16 @@ def agent(config: Tiny, root: Path) -> dict[str, Any]:
     from serve.agents.interpreter import interpret
     from serve.agents.react import react
     from serve.client import remote_chat
-    from serve.pipeline import Pipeline
-    from serve.server import start_server
     from serve.tools.python import interpreter_tool, python_tool
 
     if config.data is not None and available(root) == ["pretrain"]:
         raise Skip("the model was not fine-tuned on conversations, so it cannot follow an agent's protocol")
-    model = open_model(root / "export" / "llama")
     problem = tiny_models.train_problems(config)[1][0]
-    with Pipeline(model, num_slots=2, max_context=1024, context_buckets=()) as pipeline:
-        with start_server(pipeline, model_name="tiny") as server:
-            chat = remote_chat(server.url, "tiny")
-            sampling = {"max_tokens": 48, "temperature": 0}
-            trace = react(chat, f"What is {problem.call}?", [python_tool()], max_turns=2, sampling=sampling)
-            protocol = interpret(chat, f"What is {problem.call}?", [interpreter_tool()], max_turns=2, sampling=sampling)
+    with served(root) as server:
+        chat = remote_chat(server.url, "tiny")
+        sampling = {"max_tokens": 48, "temperature": 0}
+        trace = react(chat, f"What is {problem.call}?", [python_tool()], max_turns=2, sampling=sampling)
+        protocol = interpret(chat, f"What is {problem.call}?", [interpreter_tool()], max_turns=2, sampling=sampling)
     found = {}
     for name, result in (("react", trace), ("interpreter", protocol)):
         found[name] = {

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import httpx
-import jsonschema
 import pytest
 
 from internjax.decode.request import check_options
@@ -73,8 +72,15 @@ def test_a_field_that_is_refused_is_described_by_the_values_that_ask_for_nothing
     assert fields["seed"]["anyOf"][0]["exclusiveMaximum"] == 2**63  # not 9.223372036854776e+18
 
 
+@pytest.fixture(scope="module")
+def jsonschema():
+    import jsonschema  # takes three seconds, which every worker would spend on collecting this file
+
+    return jsonschema
+
+
 @pytest.mark.parametrize("path", [path for path in EXAMPLES if path != "/v1/score"])
-def test_examples_are_taken_and_answered_as_described(server, description, path):
+def test_examples_are_taken_and_answered_as_described(server, description, path, jsonschema):
     body = description["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
     examples = description["components"]["schemas"][body.rpartition("/")[2]]["examples"]
     assert [{"model": "tiny"} | example for example in EXAMPLES[path]] == examples
@@ -96,7 +102,7 @@ def test_examples_are_taken_and_answered_as_described(server, description, path)
         assert len(events) > 3
 
 
-def test_what_is_not_as_described_would_be_seen(server, description):
+def test_what_is_not_as_described_would_be_seen(server, description, jsonschema):
     """The schemas of replies are closed: a field too many or too few is told."""
     schema = reply_schema(description, "/v1/completions", "post")
     sent = httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "x"}).json()

@@ -5,7 +5,6 @@ import json
 import re
 from typing import Literal
 
-import jsonschema
 import numpy as np
 import openai
 import pydantic
@@ -46,7 +45,8 @@ PERSON = {
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_model):
-    with Pipeline(tiny_model, num_slots=4, max_context=1024, speculation=PromptLookup(num_drafts=2)) as pipeline:
+    sizes = {"num_slots": 4, "max_context": 1024, "context_buckets": ()}
+    with Pipeline(tiny_model, **sizes, speculation=PromptLookup(num_drafts=2)) as pipeline:
         yield pipeline
 
 
@@ -55,6 +55,13 @@ def client(pipeline):
     with start_server(pipeline, model_name="tiny", drain_seconds=1) as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
             yield client
+
+
+def validate(value, schema):
+    """Raises jsonschema.ValidationError where the value is not as the schema wants it."""
+    import jsonschema  # takes three seconds, which every worker would spend on collecting this file
+
+    jsonschema.validate(value, schema)
 
 
 def answer(pipeline, guide, seed=0, **options):
@@ -92,7 +99,7 @@ def small_schemas():
 def test_an_answer_follows_its_schema(pipeline, schema, seed, greedy):
     result = answer(pipeline, JSONSchema(schema), seed, temperature=0.0 if greedy else 1.0)
     assert result.finish == "stop", result.text
-    jsonschema.validate(json.loads(result.text), schema)
+    validate(json.loads(result.text), schema)
 
 
 PATTERNS = ["[0-9]{3}-[a-f]{2,4}", "(yes|no), (é|你好){1,3}\n?", r"[a-z_]{1,8}@[^ @]{1,4}\.(com|org)"]
@@ -122,7 +129,7 @@ def test_n_answers_are_guided_each_by_its_own_guide_beside_free_ones(client, pip
     chat = client.chat.completions.create(model="tiny", messages=USER, n=4, seed=1, response_format=asked)
     people = [json.loads(choice.message.content) for choice in chat.choices]
     for person in people:
-        jsonschema.validate(person, PERSON)
+        validate(person, PERSON)
     assert len({person["age"] for person in people}) > 1
     assert {choice.finish_reason for choice in chat.choices} == {"stop"}
     assert handle.result().text == alone.choices[0].text
@@ -260,7 +267,7 @@ def call_in(client, **asked):
     streamed = deltas[0].name, "".join(delta.arguments for delta in deltas)
     assert streamed == (call.function.name, call.function.arguments) and chunks[-1].finish_reason == "tool_calls"
     assert not choice.message.content and choice.finish_reason == "tool_calls"
-    jsonschema.validate(json.loads(call.function.arguments), SCHEMAS[call.function.name])
+    validate(json.loads(call.function.arguments), SCHEMAS[call.function.name])
     return call.function
 
 

@@ -175,7 +175,7 @@ def test_an_answer_that_breaks_off_is_an_error_event_and_is_not_kept(serve):
 
 @pytest.fixture(scope="module")
 def guided(tiny_model):
-    with Pipeline(tiny_model, num_slots=2, max_context=1024) as pipeline:
+    with Pipeline(tiny_model, num_slots=2, max_context=1024, context_buckets=()) as pipeline:
         with start_server(pipeline, model_name="tiny", drain_seconds=1) as server:
             with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
                 yield client
