@@ -51,7 +51,7 @@ def ray(address: str | None = None) -> Iterator[Map]:
     try:
         import ray
     except ImportError as error:
-        raise ValueError("--executor ray needs the package ray; pip install 'internjax[cluster]'") from error
+        raise ValueError("--executor ray needs the package ray: pip install -e '.[cluster]' in the checkout") from error
     started = not ray.is_initialized()
     if started:
         try:

@@ -88,7 +88,7 @@ def test_what_is_missing_is_said_with_its_remedy(serve, capsys, monkeypatch):
         monkeypatch.setenv(name, "True")  # put back behind the test
     monkeypatch.setitem(sys.modules, "gradio", None)
     line = said_by(capsys, f"{url}/v1/", "--port", 0)
-    assert "pip install 'internjax[gradio]'" in line and f"own page at {url}/\n" in line
+    assert "pip install -e '.[gradio]'" in line and f"own page at {url}/\n" in line
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"  # before gradio would have read it
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
     assert "OPENAI_API_KEY" in (line := said_by(capsys, url, "--port", 0)) and "wrong" not in line
