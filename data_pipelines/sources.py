@@ -224,9 +224,10 @@ def _cut(file: File, size: int) -> Cut:
     try:
         if is_name(str(file.path)):
             return Cut(list(_cut_named(file, size)), [])
+        if uncompressed_suffix(file.path) in ROW_SUFFIXES and not file.path.stat().st_size:
+            return Cut([], [f"{file.path}:1: the file is empty"])
         if file.path.suffix.lower() == ".jsonl":
-            slices = list(_cut_lines(file, size))
-            return Cut(slices, []) if slices else Cut([], [f"{file.path}:1: the file is empty"])
+            return Cut(list(_cut_lines(file, size)), [])
         with file.path.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         num_bytes = file.path.stat().st_size

@@ -5,9 +5,12 @@ responses and resources with HTML become documents, and so do the plain texts of
 set aside as "file:record: not a page: ...", and records that hold no content (requests, warcinfo) are passed over.
 """
 
+import gzip
+import io
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Generator, Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -27,6 +30,12 @@ NOT_NESTED = frozenset(
     "caption colgroup option optgroup rt rp html head body a b big code em font i nobr s "
     "small strike strong tt u".split()
 )
+
+
+GZIP_MAGIC = b"\x1f\x8b\x08"
+SECOND_RECORD = b"\r\n\r\nWARC/1."
+HEAD_BYTES = 1 << 16
+"""For the heads of a record, beside its content of at most MAX_ROW_BYTES."""
 
 
 class Page(NamedTuple):
@@ -104,31 +113,118 @@ def html_document(file: File, *, on_bad_row: BadRow = None) -> Iterator[Document
 def warc_documents(file: File, *, on_bad_row: BadRow = None) -> Iterator[Document]:
     """A document per page of a WARC archive: path is its address; meta has date, title and the record it stands in.
 
-    A record is in memory at a time. Where the archive is cut off or damaged, what comes before is kept.
+    A record is in memory at a time. Of a .warc.gz whose records are packed one by one, as crawlers write it, a damaged
+    record is set aside and the next ones are read; of other archives what comes before the damage is kept.
+    """
+    number = 0
+    if file.stream is None and file.path.suffix.lower() == ".gz":
+        with file.path.open("rb", buffering=readers.BUFFER_BYTES) as raw:
+            for content, damage in _unpacked_pieces(raw):
+                if damage is not None:
+                    number += 1
+                    set_aside(f"{file.path}:{number}: cut off or damaged here ({damage}); copy it again", on_bad_row)
+                else:
+                    number = yield from _stream_documents(content, file, number, on_bad_row, goes_on=True)
+    else:
+        with opened(file) as stream:
+            number = yield from _stream_documents(UntilDamage(stream), file, 0, on_bad_row, goes_on=False)
+    if not number:
+        set_aside(f"{file.path}: there is no WARC record in it", on_bad_row)
+
+
+def _stream_documents(
+    whole: Any, file: File, number: int, on_bad_row: BadRow, *, goes_on: bool
+) -> Generator[Document, None, int]:
+    """The documents of a stream of records, `number` of the archive being before it; returns how many are behind it.
+
+    goes_on: whether records of the archive may follow where this stream is damaged.
     """
     from fastwarc.warc import ArchiveIterator
 
-    number, is_cut_off = 0, False
-    with opened(file) as stream:
-        whole = UntilDamage(stream)
-        try:
-            for number, record in enumerate(ArchiveIterator(whole, parse_http=False, stream_detect=False), 1):
-                place = f"{file.path}:{number}"
-                try:
-                    yield from _record_document(record, file, number)
-                except EOFError as error:
-                    is_cut_off = True
-                    set_aside(f"{place}: the archive is cut off in this record, {error}", on_bad_row)
-                except ValueError as error:
-                    address = record.headers.get("WARC-Target-URI", "").strip("<>")
-                    set_aside(f"{place}: {error} ({address})", on_bad_row)
-        except OSError as error:
-            set_aside(f"{file.path}:{number + 1}: damaged from this record on ({error}); copy it again", on_bad_row)
+    is_cut_off = False
+    try:
+        for record in ArchiveIterator(whole, parse_http=False, stream_detect=False):
+            number += 1
+            place = f"{file.path}:{number}"
+            try:
+                yield from _record_document(record, file, number)
+            except EOFError as error:
+                is_cut_off = True
+                what = "this record is cut off" if goes_on else "the archive is cut off in this record"
+                set_aside(f"{place}: {what}, {error}", on_bad_row)
+            except ValueError as error:
+                address = record.headers.get("WARC-Target-URI", "").strip("<>")
+                set_aside(f"{place}: {error} ({address})", on_bad_row)
+    except OSError as error:
+        number += 1
+        where = "here" if goes_on else "from this record on"
+        set_aside(f"{file.path}:{number}: damaged {where} ({error}); copy it again", on_bad_row)
+        return number
+    damage = getattr(whole, "damage", None)
+    if damage and not is_cut_off:
+        number += 1
+        set_aside(f"{file.path}:{number}: cut off or damaged here ({damage}); copy it again", on_bad_row)
+    return number
+
+
+class Piece(NamedTuple):
+    """A stream of what was packed, or why it cannot be had."""
+
+    content: Any
+    damage: Exception | None
+
+
+def _unpacked_pieces(raw: BinaryIO) -> Iterator[Piece]:
+    """What each member of a gzip file holds. A damaged one gives no content, and the next is looked for behind it.
+
+    One that is larger than a record may be, or is damaged and holds several (the whole archive, packed as one), is
+    streamed to the end of the file.
+    """
+    start, is_searching = 0, False
+    while True:
+        raw.seek(start)
+        unpack, pieces, size, stop, damage = zlib.decompressobj(wbits=31), [], 0, start, None
+        while not unpack.eof and size <= readers.MAX_ROW_BYTES + HEAD_BYTES:
+            packed = raw.read(1 << 14)
+            if not pieces and not packed.strip(b"\0"):  # the end; some writers fill a block with zeros
+                if not packed:
+                    return
+                start = stop = stop + len(packed)
+                continue
+            if not packed:
+                damage = EOFError("Compressed file ended before the end-of-stream marker was reached")
+                break
+            stop += len(packed)
+            try:
+                pieces.append(unpack.decompress(packed))
+            except zlib.error as error:
+                damage = error
+                break
+            size += len(pieces[-1])
+        held = b"".join(pieces)
+        if damage is not None and SECOND_RECORD not in held:
+            if not is_searching:
+                yield Piece(None, damage)
+            start, is_searching = _next_member(raw, start + 1), True
+        elif not unpack.eof:
+            raw.seek(start)
+            yield Piece(UntilDamage(gzip.GzipFile(fileobj=raw)), None)
             return
-    if whole.damage and not is_cut_off:
-        set_aside(f"{file.path}:{number + 1}: cut off or damaged here ({whole.damage}); copy it again", on_bad_row)
-    elif not number:
-        set_aside(f"{file.path}: there is no WARC record in it", on_bad_row)
+        else:
+            yield Piece(io.BytesIO(held), None)
+            start, is_searching = stop - len(unpack.unused_data), False
+
+
+def _next_member(raw: BinaryIO, start: int) -> int:
+    """Where, from `start` on, bytes look like the beginning of a gzip member; the end of the file where none do."""
+    raw.seek(start)
+    held = b""
+    while block := raw.read(1 << 16):
+        held += block
+        if (found := held.find(GZIP_MAGIC)) >= 0:
+            return start + found
+        start, held = start + len(held) - len(GZIP_MAGIC), held[-len(GZIP_MAGIC) :]
+    return start + len(held)
 
 
 def _record_document(record: Any, file: File, number: int) -> Iterator[Document]:

@@ -212,7 +212,8 @@ def test_what_cannot_be_read_is_set_aside_by_file_and_line(tmp_path, monkeypatch
         '{"text": 5}\n{"txt": "x"}\n{"text": "x", "language": 3}\n[]\n{"text": "\\ud800 y"}\n'
     )
     (base / "short.jsonl.gz").write_bytes(gzip.compress(f"{good}\n".encode() * 300)[:-12])
-    (base / "empty.jsonl").touch()
+    for name in ("empty.jsonl", "empty.json.gz"):
+        (base / name).touch()
     for name, whole in (
         ("cut.warc.gz", response("http://a.org/", page("A page."))),
         ("cut.tar.gz", tar_bytes({"a.py": b"x"})),
@@ -243,7 +244,8 @@ def test_what_cannot_be_read_is_set_aside_by_file_and_line(tmp_path, monkeypatch
         "types.jsonl:4: a JSON list",
         "short.jsonl.gz: cannot be decompressed",
         "empty.jsonl:1: the file is empty",
-        "cut.warc.gz:2: cut off or damaged here",
+        "empty.json.gz:1: the file is empty",
+        "cut.warc.gz:1: cut off or damaged here",
         "cut.tar.gz: the archive is cut off or damaged",
         "cut.zip: not a readable zip archive",
         "loop: a link to a folder",
@@ -254,7 +256,7 @@ def test_what_cannot_be_read_is_set_aside_by_file_and_line(tmp_path, monkeypatch
     ):
         assert message in said, (message, said)
     counts = json.loads((tmp_path / "out" / "ledger.json").read_text())
-    assert sum(counts["rows_set_aside"].values()) == len(said.splitlines()) == 16
+    assert sum(counts["rows_set_aside"].values()) == len(said.splitlines()) == 17
     assert counts["dropped"]["exact"]["exact_duplicate"] >= 1
 
 

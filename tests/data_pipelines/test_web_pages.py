@@ -88,7 +88,8 @@ def test_a_warc_that_is_cut_off_or_damaged_gives_what_comes_before(tmp_path, rec
             "4: the archive is cut off in this record, in its head",
         ),
         ("cut.warc.gz", packed[: first + 250], 1, "4: "),
-        ("end.warc.gz", packed[: first - 4], 1, "4: cut off or damaged here (Compressed file"),
+        ("end.warc.gz", packed[: first - 4], 0, "3: cut off or damaged here (Compressed file"),
+        ("whole.warc.gz", gzip.compress(raw)[:-4], 8, "14: cut off or damaged here (Compressed file"),
         ("garbled.warc", garbled, 1, "4: damaged from this record on (Invalid WARC header)"),
         ("text.warc", b"no archive\n", 0, "1: damaged from this record on"),
         ("empty.warc", b"", 0, " there is no WARC record in it"),
@@ -98,7 +99,22 @@ def test_a_warc_that_is_cut_off_or_damaged_gives_what_comes_before(tmp_path, rec
         (file,) = sources.find_files([path])
         found = list(web_pages.warc_documents(file, on_bad_row=bad.append))
         assert len(found) == kept, name
-        assert len(bad) == 1 and bad[0].removeprefix(f"{path}:").startswith(message), (name, bad)
+        assert bad[-1].removeprefix(f"{path}:").startswith(message), (name, bad)
+        assert len(bad) == (4 if name.startswith("whole") else 1), (name, bad)
+
+
+def test_a_damaged_record_of_a_warc_that_is_packed_record_by_record_costs_itself_alone(tmp_path, records):
+    packed = [gzip.compress(one) for one in (*records[:5], b"WARC/1.0\r\nno: length\r\n\r\n", b"x" * 99, records[-1])]
+    flipped = bytearray(packed[2])
+    flipped[-20] ^= 255
+    (tmp_path / "x.warc.gz").write_bytes(b"".join([*packed[:2], flipped, *packed[3:], bytes(100)]))
+    found, bad = read(tmp_path / "x.warc.gz")
+    assert [(d.path, d.meta["record"]) for d in found] == [
+        ("http://b.org/gzip", "x.warc.gz:4"), ("http://c.cn/", "x.warc.gz:5"), ("http://last.org/", "x.warc.gz:8")
+    ]  # fmt: skip
+    assert [message.partition(" (")[0] for message in bad] == [
+        "3: cut off or damaged here", "6: this record is cut off, in its head", "7: damaged here"
+    ]  # fmt: skip
 
 
 def test_html_files_in_their_encodings(tmp_path):
