@@ -13,7 +13,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from data_pipelines.classifier import (
     write_classifier,
 )
 from data_pipelines.quality_training import Labelled, train
+from data_pipelines.readers import Row
 
 BATCH_ROWS = 512
 
@@ -51,7 +52,7 @@ def read_labelled(
 
     found = Labelled([], np.zeros(0), np.zeros(0), [], [])
     labels, seconds = [], []
-    for place, row in (row for name in files for row in read_rows(name)):
+    for place, row in _newest((row for name in files for row in read_rows(name)), text_field):
         for field in (text_field, label_field):
             if field not in row:
                 raise ValueError(f"{place}: no field {field!r}; it has {', '.join(row) or 'none'}; name the right one")
@@ -66,6 +67,15 @@ def read_labelled(
     if second_label_field and not any(second >= 0 for second in seconds):
         raise ValueError(f"no row has the field {second_label_field!r}; leave --second-label-field out, or name it")
     return found._replace(labels_D=np.array(labels, np.int64), seconds_D=np.array(seconds, np.int64))
+
+
+def _newest(rows: Iterable[Row], text_field: str) -> list[Row]:
+    """The rows without those that a later one, with the same id and text, labels anew (`tiers.read_labels`)."""
+    found: dict[Any, Row] = {}
+    for number, row in enumerate(rows):
+        name = row.value.get("id")
+        found[number if name is None else (str(name), str(row.value.get(text_field)))] = row
+    return list(found.values())
 
 
 def _label(value: Any, positive: str, place: str, field: str) -> int:

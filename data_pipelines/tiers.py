@@ -7,14 +7,19 @@ InternLM2's report, section 3.1.2: high-quality code is sampled more often, mode
 dropped; a score counts only in languages where it agrees with people, and files of other languages are kept. Annotators
 check the model's most confident verdicts, and earlier labels are checked again in each round. The thresholds are ours.
 
-A row of --scored has id, text, language and quality (or meta with quality), from 0 (low) to 1 (high); a row of --labels
-has id and label ("high" or "low").
+A row of --scored (JSONL or parquet) has id, text, language, and from 0 (low) to 1 (high) the field `quality`, or
+`quality` in its meta, or what `data_pipelines.quality score` adds by a classifier named code_quality. A row of --labels
+has id and label ("high" or "low"); for one id a later row holds. `label` writes rows to be labelled with their texts:
+fill in `label`, append them to the labels, and they are what the classifier is trained on anew:
+
+    python -m data_pipelines.quality train --data labels.jsonl --positive high --drop below --output models/code_quality
+    python -m data_pipelines.quality score --classifier models/code_quality --input FILES --output scored.jsonl
 """
 
 import argparse
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +30,13 @@ import pyarrow as pa
 
 from data_pipelines.document import SCHEMA, Check, Outcome
 from data_pipelines.readers import json_rows
+from data_pipelines.rows import read_rows
 
 Label = Literal["high", "low"]
 Score = Callable[[pa.RecordBatch], np.ndarray]
 """Quality of every row, from 0 to 1."""
+CODE_QUALITY = "code_quality"
+"""The name of the classifier whose scores are qualities."""
 
 
 @dataclass(frozen=True)
@@ -156,13 +164,20 @@ class ToLabel(NamedTuple):
 
 
 def label_next(
-    scored: Iterable[Scored], labels: Mapping[str, Label], *, count: int, confidence: float = 0.8
+    scored: Iterable[Scored],
+    labels: Mapping[str, Label],
+    *,
+    count: int,
+    confidence: float = 0.8,
+    times: Mapping[str, int] = {},
 ) -> list[ToLabel]:
     """Returns at most `count` files for the annotators, the same for the same input in any order.
 
-    First the earlier labels that the score contradicts, the most confident first; then files without a label whose
-    score is at least `confidence` or at most 1 - confidence: high and low in turn, within each language by language,
-    the most confident first, so that no language or side crowds out the others.
+    First the earlier labels that the score contradicts, those that were given least often (`times`: id -> how often)
+    and then the most confident first; they take half of the places, and more where nothing else is left, so that labels
+    which people gave again and again do not come back for ever. Then files without a label whose score is at least
+    `confidence` or at most 1 - confidence: high and low in turn, within each language by language, the most confident
+    first, so that no language or side crowds out the others.
     """
     if count < 1 or not 0.5 <= confidence <= 1:
         raise ValueError(f"count is {count} and confidence {confidence}; wanted 1 or more, and a share from 0.5 to 1")
@@ -172,6 +187,7 @@ def label_next(
         for row in rows
         if row.id in labels and (row.quality >= 0.5) != (labels[row.id] == "high")
     ]
+    again.sort(key=lambda row: times.get(row.id, 1))
     queues: dict[tuple[str, bool], list[ToLabel]] = defaultdict(list)
     for row in rows:
         if row.id not in labels and abs(row.quality - 0.5) >= confidence - 0.5:
@@ -180,23 +196,30 @@ def label_next(
     fresh = [
         (turn, key, item) for key, queue in queues.items() for turn, item in enumerate(queue)
     ]  # in turn: the first of each queue, then the second of each
-    return [*again, *(item for _, _, item in sorted(fresh, key=lambda entry: entry[:2]))][:count]
+    new = [item for _, _, item in sorted(fresh, key=lambda entry: entry[:2])]
+    num_again = max((count + 1) // 2, count - len(new))
+    return [*again[:num_again], *new][:count]
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------
 
 
 def read_scored(path: str | Path) -> list[Scored]:
-    """Returns the rows of a JSONL file with id, text, language and quality (its own field, or one of meta)."""
+    """Returns the rows of a JSONL or parquet file with id, text, language and quality: its own field, else the score of
+    CODE_QUALITY, else that of meta. A text without a word has no score, and is left out."""
     found = []
-    for row in json_rows(path):
+    for row in read_rows(path):
         meta = row.value.get("meta")
         meta = json.loads(meta) if isinstance(meta, str) else meta or {}
-        quality = row.value.get("quality", meta.get("quality"))
+        scores = row.value.get("scores") or {}
+        quality = row.value.get("quality", scores.get(CODE_QUALITY, meta.get("quality")))
         name = row.value.get("id")
+        if quality is None and CODE_QUALITY in scores:
+            continue
         if not isinstance(name, str) or not isinstance(quality, (int, float)) or not 0 <= quality <= 1:
             raise ValueError(
-                f"{row.place}: id is {name!r} and quality {quality!r}; wanted a text and a number from 0 to 1"
+                f"{row.place}: id is {name!r} and quality {quality!r}; wanted a text and a number from 0 to 1: in "
+                f"`quality`, in meta, or as the score of {CODE_QUALITY}; it has {', '.join(row.value) or 'nothing'}"
             )
         found.append(
             Scored(name, str(row.value.get("language", "und")), float(quality), str(row.value.get("text", "")))
@@ -204,36 +227,56 @@ def read_scored(path: str | Path) -> list[Scored]:
     return found
 
 
-def read_labels(path: str | Path) -> dict[str, Label]:
-    """Returns id -> label; a later row for one id is a later round and replaces the earlier one."""
-    labels: dict[str, Label] = {}
+class Labels(NamedTuple):
+    """Id -> label, and how often it was labelled; a later row for one id is a later round and its label holds."""
+
+    label: dict[str, Label]
+    times: Counter[str]
+
+
+def read_labels(path: str | Path) -> Labels:
+    """Returns the labels of a JSONL file."""
+    labels = Labels({}, Counter())
     for row in json_rows(path):
         name, label = row.value.get("id"), row.value.get("label")
         if not isinstance(name, str) or label not in ("high", "low"):
             raise ValueError(f"{row.place}: id is {name!r} and label {label!r}; wanted a text and 'high' or 'low'")
-        labels[name] = label
+        labels.label[name] = label
+        labels.times[name] += 1
     return labels
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_pipelines.tiers", description="Scores against people.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipelines.tiers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     compare = verbs.add_parser("agreement", help="by language, how the score agrees with the labels")
     select = verbs.add_parser("label", help="which files to label next")
     for verb in (compare, select):
-        verb.add_argument("--scored", required=True, metavar="FILE.jsonl")
-        verb.add_argument("--labels", required=verb is compare, metavar="FILE.jsonl")
-    select.add_argument("--count", type=int, required=True)
+        verb.add_argument("--scored", required=True, metavar="FILE", help="files with their quality, JSONL or parquet")
+        verb.add_argument("--labels", required=verb is compare, metavar="FILE.jsonl", help="what people said, so far")
+    select.add_argument("--count", type=int, required=True, metavar="N", help="files to label, at most")
     select.add_argument("--confidence", type=float, default=0.8, help="least certainty of a verdict (default: 0.8)")
-    select.add_argument("--output", required=True, metavar="FILE.jsonl")
+    select.add_argument("--output", required=True, metavar="FILE.jsonl", help="rows to fill in `label` of: high or low")
     given = parser.parse_args(arguments)
     try:
-        scored, labels = read_scored(given.scored), read_labels(given.labels) if given.labels else {}
+        scored = read_scored(given.scored)
+        labels, times = read_labels(given.labels) if given.labels else Labels({}, Counter())
         if given.verb == "agreement":
             return _print_agreement(agreement(scored, labels))
-        chosen = label_next(scored, labels, count=given.count, confidence=given.confidence)
+        chosen = label_next(scored, labels, count=given.count, confidence=given.confidence, times=times)
         _write_chosen(chosen, {row.id: row.text for row in scored}, Path(given.output))
-    except ValueError as error:
+        new = sum(row.why == "confident" for row in chosen)
+        if 2 * new < len(chosen) or len(chosen) < given.count:
+            print(
+                f"{new} files without a label have a score as certain as {given.confidence:g}; with a lower "
+                "--confidence there are more",
+                file=sys.stderr,
+            )
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -54,7 +54,7 @@ from data_pipelines.rules import (
     text_rules,
 )
 from data_pipelines.safety import blocked_domains, blocked_words
-from data_pipelines.tiers import Tiers, score_of_meta, tiers
+from data_pipelines.tiers import CODE_QUALITY, Tiers, score_of_meta, tiers
 
 CODE = ("code",)
 PROSE = ("reference",)
@@ -95,7 +95,6 @@ MODELS = {
     "advertisement": Model("above", "advertisement"),
     "fluency": Model("below", "not_fluent"),
 }
-CODE_QUALITY = "code_quality"
 
 
 def web_text(given: Given = Given()) -> tuple[Stage, ...]:

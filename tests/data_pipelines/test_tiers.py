@@ -1,6 +1,8 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines import tiers as t
@@ -65,12 +67,17 @@ def test_what_to_label_next():
         ("a", "confident"), ("c", "confident"), ("d", "confident"), ("b", "confident"),
     ]  # fmt: skip
     assert found == t.label_next(SCORED[::-1], labels, count=10) and found[:3] == t.label_next(SCORED, labels, count=3)
+    # Labels that the score goes on to contradict come back in turn, and leave half of the places to new files.
+    found = t.label_next(SCORED, dict.fromkeys("fgab", "low"), count=3, times={"a": 2, "f": 3, "b": 2})
+    assert [row.id for row in found] == ["g", "a", "h"]
     with pytest.raises(ValueError, match="count is 0"):
         t.label_next(SCORED, {}, count=0)
 
 
 def test_commands(tmp_path, capsys):
-    scored, labels, output = (tmp_path / name for name in ("scored.jsonl", "labels.jsonl", "next.jsonl"))
+    scored, labels, output, table = (
+        tmp_path / name for name in ("scored.jsonl", "labels.jsonl", "next.jsonl", "scored.parquet")
+    )
     scored.write_text("".join(json.dumps(row._asdict() | {"text": f"text {row.id}"}) + "\n" for row in SCORED))
     labels.write_text('{"id": "f", "label": "high"}\n{"id": "f", "label": "low"}\n')  # the later round holds
     given = ["--scored", str(scored), "--labels", str(labels)]
@@ -79,6 +86,15 @@ def test_commands(tmp_path, capsys):
     assert [(row["id"], row["label"], row["text"]) for row in rows] == [("f", "low", "text f"), ("a", None, "text a")]
     assert t.main(["agreement", *given]) == 0
     assert "c: 1 labels, accuracy 0.000, kappa 0.000: the score does not count" in capsys.readouterr().out
+    # What the classifier says goes before what an earlier round left in meta; a text without a word has no score.
+    rows = [
+        {"id": "a", "meta": '{"quality": 0.9}', "scores": {"code_quality": 0.1}}, {"id": "b", "meta": {"quality": 0.7}},
+        {"id": "c", "scores": {"code_quality": None}},
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist([row | {"meta": json.dumps(row.get("meta"))} for row in rows[1:2]]), table)
+    scored.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(row.id, row.quality) for row in t.read_scored(scored)] == [("a", 0.1), ("b", 0.7)]
+    assert [(row.id, row.quality) for row in t.read_scored(table)] == [("b", 0.7)]
     labels.write_text('{"id": "f", "label": "good"}\n')
     assert (
         t.main(["agreement", *given]) == 1 and "labels.jsonl:1: id is 'f' and label 'good'" in capsys.readouterr().err
