@@ -252,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         documents = repository_documents(given.repository)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     ordered = order_documents(documents)
@@ -268,7 +268,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if given.output:
         (text,) = markdown(ordered, title=ordered[0].path.partition("/")[0])
-        Path(given.output).write_text(text.text, "utf-8")
+        try:
+            Path(given.output).write_text(text.text, "utf-8")
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         print(f"written to {given.output}")
     return 0
 

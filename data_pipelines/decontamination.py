@@ -327,8 +327,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m data_pipelines.decontamination",
         description="Says which evaluation items stand in which documents.",
     )
-    parser.add_argument("--benchmark", nargs="+", required=True, metavar="NAME=FILE.jsonl:FIELD[,FIELD...]")
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="documents: files and folders")
+    parser.add_argument(
+        "--benchmark", nargs="+", required=True, metavar="NAME=FILE.jsonl:FIELD[,FIELD...]",
+        help="evaluation sets (JSONL), and the fields that make an item",
+    )  # fmt: skip
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=sources.WHAT_IS_READ)
     parser.add_argument("--words", type=int, default=Decontamination.words, help="words of an n-gram (default: 12)")
     parser.add_argument("--han-characters", type=int, default=Decontamination.han_characters, help="default: 25")
     parser.add_argument("--output", metavar="FILE.json", help="where the report goes as JSON as well")
@@ -352,7 +355,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"the corpus is empty: no document in {', '.join(given.input)}{unread}; wanted files with text"
             )
-    except ValueError as error:
+        if given.output:
+            written = Path(given.output)
+            written.parent.mkdir(parents=True, exist_ok=True)
+            written.write_text(json.dumps([row._asdict() for row in found], indent=2) + "\n", "utf-8")
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for message in bad[:5]:
@@ -361,8 +368,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in found:
         left_out = f"{row.short_items} too short, {row.template_ngrams} n-grams of its template left out"
         print(f"{row.benchmark}: {row.items_found} of {row.items} items in {row.documents} documents ({left_out})")
-    if given.output:
-        Path(given.output).write_text(json.dumps([row._asdict() for row in found], indent=2) + "\n", "utf-8")
     return 0
 
 

@@ -96,6 +96,11 @@ class Rows:
         """Positions that one epoch can use."""
         return packing.num_positions(self._lengths_D, seq_len=self.seq_len, packing=self.packing)
 
+    def read_D(self) -> np.ndarray:
+        """Returns the numbers of the documents that are read: within the limits, and fit for a row."""
+        used_D = np.flatnonzero(packing.used(self._lengths_D, seq_len=self.seq_len, packing=self.packing))
+        return used_D if self._kept_D is None else self._kept_D[used_D]
+
     @functools.cached_property
     def num_rows(self) -> int:
         """Rows of the first epoch; with `whole` another epoch may have a few more or less."""

@@ -324,7 +324,7 @@ UNKNOWN = "(not in the documents)"
 
 
 class Kind(NamedTuple):
-    """Documents of a token folder that are of one kind."""
+    """Documents of a token folder that are of one kind and are read."""
 
     folder: Path
     kind: tuple[str, ...]
@@ -342,6 +342,7 @@ class Kind(NamedTuple):
 def kinds(mixture: Mixture, runs: Sequence[str | Path], *, by: Sequence[str], num_rows: int) -> list[Kind]:
     """Returns what documents of each kind give to the first `num_rows` rows, those of a folder by their tokens.
 
+    Documents that are not read (outside a source's limits, or fit for no row) count nowhere.
     runs: output folders of `data_pipelines.wanjuan`, where text and kind of the documents are; a document that is in
     none is of the kind `UNKNOWN`.
     """
@@ -360,8 +361,8 @@ def kinds(mixture: Mixture, runs: Sequence[str | Path], *, by: Sequence[str], nu
     known = known.group_by("id", use_threads=False).aggregate([(name, "first") for name in columns if name != "id"])
     known = known.rename_columns([name.removesuffix("_first") for name in known.column_names])
     found = []
-    for share in mixture.shares(num_rows):
-        table = pq.read_table(share.folder / DOCUMENTS, columns=["id", "num_tokens"])
+    for rows, share in zip(mixture.sources, mixture.shares(num_rows), strict=True):
+        table = pq.read_table(share.folder / DOCUMENTS, columns=["id", "num_tokens"]).take(pa.array(rows.read_D()))
         table = table.join(known, "id", join_type="left outer")
         groups = table.group_by(list(by)).aggregate(
             [("num_tokens", "count"), ("num_bytes", "sum"), ("num_tokens", "sum")]

@@ -73,8 +73,12 @@ def plan_rows(lengths_D: np.ndarray, *, seq_len: int, packing: Packing, seed: in
 
 def num_positions(lengths_D: np.ndarray, *, seq_len: int, packing: Packing) -> int:
     """Returns how many positions (inputs with a target) the packing can use of documents of these lengths."""
-    positions_D = np.maximum(lengths_D - 1, 0)
-    return int(positions_D.sum() if packing == "concat" else positions_D[positions_D <= seq_len].sum())
+    return int((lengths_D[used(lengths_D, seq_len=seq_len, packing=packing)] - 1).sum())
+
+
+def used(lengths_D: np.ndarray, *, seq_len: int, packing: Packing) -> np.ndarray:
+    """Returns which documents of these lengths have a position, and fit a row where they stay whole."""
+    return (lengths_D > 1) & ((lengths_D <= seq_len + 1) | (packing == "concat"))
 
 
 def _with_rows(plan: Plan, rows_R: np.ndarray) -> Plan:

@@ -322,6 +322,15 @@ def test_what_each_kind_of_document_gives_to_a_run(folders, tmp_path, capsys):
     assert sum(each.share for each in found) == pytest.approx(1)
     read = [sum(each.num_tokens * each.num_epochs for each in found if each.folder == f.folder) for f in (web, code)]
     assert [sum(each.share for each in found[:2]), other.share] == pytest.approx([n / sum(read) for n in read])
+    # Whole documents and limits: what is read is counted, and no more.
+    few = mixture(folders[:2], packing="whole", weights=(1, 3), min_tokens=(0, 5))
+    found = kinds(few, [tmp_path / "run"], by=["language"], num_rows=4096)
+    for rows, share in zip(few.sources, few.shares(4096), strict=True):
+        mine = [each for each in found if each.folder == share.folder]
+        num_read = share.num_documents - share.num_filtered - share.num_left_out
+        assert sum(each.num_documents for each in mine) == num_read < share.num_documents
+        assert sum(each.num_tokens for each in mine) == share.num_positions + num_read
+        assert (rows.folder.lengths_D[rows.read_D()] <= 17).all()
     arguments = ["--tokens", *folders[:2], "--seq-len", "16", "--num-tokens", "65536", "--weights", "1", "3"]
     assert main([*arguments, "--documents", str(tmp_path / "run"), "--by", "language"]) == 0
     said = capsys.readouterr().out
