@@ -43,7 +43,7 @@ from data_pipelines.coherence_thresholds import (
     write_thresholds,
 )
 from data_pipelines.discourse import statistics
-from data_pipelines.document import Check, Document, Outcome, Stage, only, text_buffer
+from data_pipelines.document import Check, Document, Outcome, Stage, only, text_buffer, to_documents
 from data_pipelines.ledger import Ledger, dropped_by_reason, record
 from data_pipelines.natural_languages import identify_languages
 from data_pipelines.rules import edit, normalise_rows, normalise_text
@@ -202,13 +202,14 @@ def _read(paths: Sequence[str]) -> _Input:
 
 
 def _documents(given: _Input, label: str) -> Iterator[Document]:
-    """The documents of all parts, one in memory at a time, with a progress bar."""
+    """The documents of all parts, a batch in memory at a time, with a progress bar."""
     from data_pipelines.executors import shown_progress
 
     with shown_progress() as progress:
         for done, part in enumerate(given.parts):
             progress(label, done, len(given.parts))
-            yield from part.read(given.bad.append)
+            for batch in chain.batches(part.read(given.bad.append), chain.Sizes()):
+                yield from to_documents(batch)
         progress(label, len(given.parts), len(given.parts))
 
 

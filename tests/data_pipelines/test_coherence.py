@@ -380,10 +380,10 @@ def fitted(tmp_path_factory):
     rows = [{"text": text, "domain": "code", "language": "python", "path": f"{name}{n}"}
             for n, (name, text) in enumerate([*pieces, mixed, ("short", ARGPARSE[:20000])])]  # fmt: skip
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "text.txt").write_text(TRAINING[0])
+    (folder / "text.jsonl").write_text(json.dumps({"text": TRAINING[0]}) + "\n")
     (folder / "broken.jsonl").write_text("{\n")
     scorer, output = str(folder / "ngrams"), str(folder / "thresholds.json")
-    assert long.main(["train", "--input", str(folder / "text.txt"), "--output", scorer]) == 0
+    assert long.main(["train", "--input", str(folder / "text.jsonl"), "--output", scorer]) == 0
     inputs = [str(folder / name) for name in ("rows.jsonl", "broken.jsonl")]
     cut = ["--window", "1500", "--scored", "500", "--short-context", "0"]
     more = ["--keep", "0.85", "book=0.5", "--least-samples", "5"]
