@@ -1,8 +1,8 @@
-"""Documents that hold parts of evaluation sets are dropped, or cut, and the benchmark is named.
+"""Says which items of evaluation sets stand in which documents; drops such documents in a chain (--benchmark there).
 
     python -m data_pipelines.decontamination --benchmark NAME=FILE.jsonl:FIELD[,FIELD...] [...] --input PATH [PATH ...]
 
-An n-gram is 12 words in a row, as `kernels.words` defines words (case, spaces and punctuation leave no trace). Where
+What is looked for is 12 words of an item in a row, an n-gram (case, spaces and punctuation leave no trace). Where
 more than half of the words are Han or kana characters it is 25 of them. The fields of an item are one text, so that
 n-grams which bridge question and answer count as well. What stands in many items of a benchmark is its template and is
 left out, and so are items shorter than an n-gram: the report counts both.
@@ -325,7 +325,8 @@ def parse_benchmark(text: str) -> Benchmark:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.decontamination",
-        description="Says which evaluation items stand in which documents.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--benchmark", nargs="+", required=True, metavar="NAME=FILE.jsonl:FIELD[,FIELD...]",
@@ -333,7 +334,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=sources.WHAT_IS_READ)
     parser.add_argument("--words", type=int, default=Decontamination.words, help="words of an n-gram (default: 12)")
-    parser.add_argument("--han-characters", type=int, default=Decontamination.han_characters, help="default: 25")
+    parser.add_argument(
+        "--han-characters",
+        type=int,
+        default=Decontamination.han_characters,
+        help="where they are most of an n-gram (default: 25)",
+    )
     parser.add_argument("--output", metavar="FILE.json", help="where the report goes as JSON as well")
     given = parser.parse_args(arguments)
     bad: list[str] = []

@@ -7,6 +7,10 @@ Three filters, each a stage: length, measures of the text (`discourse.py`), and 
 helps to predict what follows (`coherence.py`), which wants a scorer: a folder that `train` wrote, or a MODEL. `fit`
 scores a validation sample and writes the thresholds, and beside them thresholds.html with the documents next to them.
 
+Of a window of tokens the last ones (S2, --scored) are predicted from all before them (S1), and from the nearest of
+these alone (--short-context). A MODEL is a Hugging Face folder, a run or its name, BASE+ADAPTER or hf:ORG/NAME. In what
+is printed and written, * stands for all domains, or all languages.
+
 What stays is a subset of the normal corpus: it is learned there as well.
 """
 
@@ -172,19 +176,31 @@ def _parser() -> argparse.ArgumentParser:
             "--input", nargs="+", required=True, metavar="PATH", help="as data_pipelines.wanjuan reads"
         )
     train.add_argument("--output", required=True, metavar="DIR", help="folder to write; one of these is replaced")
-    train.add_argument("--cache-share", type=float, default=counted.cache_share, help="(default: %(default)s)")
-    train.add_argument("--max-ngrams", type=int, default=counted.max_ngrams, help="(default: %(default)s)")
+    train.add_argument(
+        "--cache-share", type=float, default=counted.cache_share, metavar="P",
+        help="of a probability, what comes from the words of the same document so far (default: %(default)s)",
+    )  # fmt: skip
+    train.add_argument(
+        "--max-ngrams", type=int, default=counted.max_ngrams, metavar="N",
+        help="pairs of words that are held, and triples; the rarest are forgotten (default: %(default)s)",
+    )  # fmt: skip
     fit.add_argument("--scorer", required=True, metavar="SCORER", help="folder that train wrote, or MODEL")
     fit.add_argument("--output", required=True, metavar="FILE.json", help="the page goes beside it, as FILE.html")
     fit.add_argument(
         "--keep", nargs="+", default=["0.9"], metavar="[DOMAIN=]SHARE", help="share that is to stay (default: 0.9)"
     )
-    fit.add_argument("--measure", choices=get_args(Measure), default="ppl_ratio")
-    fit.add_argument("--window", type=int, default=windows.window, help="tokens (default: %(default)s)")
-    fit.add_argument("--scored", type=int, default=windows.scored, help="S2 (default: %(default)s)")
     fit.add_argument(
-        "--short-context", type=int, default=windows.short_context, help="of S1, 0: none (default: %(default)s)"
+        "--measure", choices=get_args(Measure), default="ppl_ratio",
+        help="how much less perplexing S2 is behind all of S1: as a share, or the difference (default: ppl_ratio)",
+    )  # fmt: skip
+    fit.add_argument("--window", type=int, default=windows.window, metavar="N", help="tokens (default: %(default)s)")
+    fit.add_argument(
+        "--scored", type=int, default=windows.scored, metavar="N", help="tokens of S2 (default: %(default)s)"
     )
+    fit.add_argument(
+        "--short-context", type=int, default=windows.short_context, metavar="N",
+        help="tokens of S1 that are nearest to S2, 0: none (default: %(default)s)",
+    )  # fmt: skip
     fit.add_argument("--least-samples", type=int, default=LEAST_SAMPLES, help="for a threshold (default: %(default)s)")
     fit.add_argument("--borderline", type=int, default=5, help="documents shown on either side (default: %(default)s)")
     fit.add_argument("--batch-size", type=int, default=4, help="windows a model scores at once (default: %(default)s)")

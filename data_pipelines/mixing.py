@@ -383,12 +383,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m data_pipelines.mixing", description="What token folders give to a run, by weight."
     )
     parser.add_argument("--tokens", nargs="+", required=True, metavar="FOLDER", help="token folders")
-    parser.add_argument("--weights", nargs="+", type=float, default=[], help="one per folder (default: their tokens)")
-    parser.add_argument("--num-tokens", type=float, help="of the run (default: one epoch of all folders)")
-    parser.add_argument("--seq-len", type=int, default=4096, help="tokens of a row (default: 4096)")
-    parser.add_argument("--packing", choices=("concat", "whole"), default="concat")
-    parser.add_argument("--documents", nargs="+", default=[], metavar="DIR", help="runs of data_pipelines.wanjuan")
-    parser.add_argument("--by", nargs="+", default=list(KINDS), choices=KINDS, help="default: all of them")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="W",
+        help="shares of the rows, one per folder; need no sum (default: their tokens)",
+    )
+    parser.add_argument("--num-tokens", type=float, metavar="N", help="of the run (default: one epoch of all folders)")
+    parser.add_argument("--seq-len", type=int, default=4096, metavar="N", help="tokens of a row (default: 4096)")
+    parser.add_argument(
+        "--packing", choices=("concat", "whole"), default="concat",
+        help="concat: documents are cut at row ends; whole: none is cut, longer ones are left out (default: concat)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--documents",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="--output of data_pipelines.wanjuan: what the tokens are of",
+    )
+    parser.add_argument(
+        "--by",
+        nargs="+",
+        default=list(KINDS),
+        choices=KINDS,
+        help="kinds of --documents that are told apart (default: all)",
+    )
     given = parser.parse_args(arguments)
     try:
         sources = make_sources(given.tokens, weights=given.weights)

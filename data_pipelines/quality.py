@@ -6,7 +6,8 @@
 A row of labelled.jsonl is {"text": ..., "label": 1}; labels are 0 and 1, true and false, or names with --positive NAME.
 `domain` and `language` give thresholds of their own, a second annotator's labels (--second-label-field) an agreement.
 Texts are parted by their hash: most to learn from, two held-out parts to calibrate and choose thresholds, and to test.
-MODEL/report.html shows what was measured; report.json holds the numbers.
+DIR/report.html shows what was measured; report.json holds the numbers. In what is printed and written, * stands for
+all domains, or all languages.
 """
 
 import argparse
@@ -103,7 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     defaults = Settings()
-    parser = argparse.ArgumentParser(prog="python -m data_pipelines.quality", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipelines.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     train_parser = commands.add_parser("train", help="labelled rows -> a classifier with its report")
     train_parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="labelled JSONL or parquet")
@@ -114,21 +119,32 @@ def _parser() -> argparse.ArgumentParser:
         "--drop", choices=("above", "below"), required=True,
         help="above: label 1 is what must go (advertisement, toxic); below: label 1 is what is wanted (fluent)",
     )  # fmt: skip
-    train_parser.add_argument("--text-field", default="text")
-    train_parser.add_argument("--label-field", default="label")
-    train_parser.add_argument("--second-label-field", default="", help="a second annotator's labels")
+    train_parser.add_argument("--text-field", default="text", metavar="NAME", help="field of the text (default: text)")
+    train_parser.add_argument("--label-field", default="label", metavar="NAME", help="of the label (default: label)")
+    train_parser.add_argument("--second-label-field", default="", metavar="NAME", help="a second annotator's labels")
     train_parser.add_argument("--positive", default="", metavar="NAME", help="where labels are names: that of label 1")
-    train_parser.add_argument("--precision", type=float, default=0.9, help="of what is dropped (default: 0.9)")
-    train_parser.add_argument("--held-out", type=float, default=0.2, help="share not learned from (default: 0.2)")
-    train_parser.add_argument("--epochs", type=int, default=defaults.epochs)
-    train_parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    train_parser.add_argument("--log2-buckets", type=int, default=defaults.log2_buckets)
-    train_parser.add_argument("--seed", type=int, default=defaults.seed)
+    train_parser.add_argument(
+        "--precision", type=float, default=0.9, metavar="P", help="of what is dropped (default: 0.9)"
+    )
+    train_parser.add_argument(
+        "--held-out", type=float, default=0.2, metavar="P", help="share not learned from (default: 0.2)"
+    )
+    train_parser.add_argument(
+        "--epochs", type=int, default=defaults.epochs, metavar="N", help="passes over the rows (default: %(default)s)"
+    )
+    train_parser.add_argument(
+        "--learning-rate", type=float, default=defaults.learning_rate, metavar="X", help="default: %(default)s"
+    )
+    train_parser.add_argument(
+        "--log2-buckets", type=int, default=defaults.log2_buckets, metavar="N",
+        help="weights of the model, as a power of 2 (default: %(default)s)",
+    )  # fmt: skip
+    train_parser.add_argument("--seed", type=int, default=defaults.seed, metavar="N", help="default: %(default)s")
     score = commands.add_parser("score", help="documents -> the same rows with a score of each classifier")
     score.add_argument("--classifier", nargs="+", required=True, metavar="DIR", help="folders that train wrote")
     score.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSONL or parquet")
     score.add_argument("--output", required=True, metavar="FILE.jsonl", help="rows with {'scores': {NAME: score}}")
-    score.add_argument("--text-field", default="text")
+    score.add_argument("--text-field", default="text", metavar="NAME", help="field of the text (default: text)")
     return parser
 
 

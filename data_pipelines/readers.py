@@ -244,7 +244,8 @@ def described(row: Row, *, path: str, source: str, on_bad_row: BadRow) -> Descri
         return None
     if not isinstance(text, str):
         kind, names = type(text).__name__, ", ".join(sorted(fields)) or "none"
-        reason = f"field {field!r} is {kind}, wanted a string; the row has the fields {names}"
+        lacks = f"field {field!r} is {kind}, wanted a string" if field in fields else "no field 'text' or 'content'"
+        reason = f"{lacks}; the row has the fields {names}"
         set_aside(f"{row.place}: {reason}", on_bad_row)
         return None
     given = {key: value for key in FIELDS if (value := fields.get(key)) is not None}

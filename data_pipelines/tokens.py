@@ -1,5 +1,7 @@
 """Token folders: the form in which text reaches training.
 
+    python -m data_pipelines.tokens --input PATH [PATH ...] --tokenizer MODEL --output FOLDER [--where FIELD=VALUE]
+
 FOLDER/manifest.json       tokenizer sha256, dtype, counts, and the sha256 of every file
 FOLDER/00000.bin           token ids, little-endian uint16 where the vocabulary fits, else uint32
 FOLDER/00000.idx           int64 offsets of its documents in tokens, one more than there are documents
@@ -264,10 +266,19 @@ def main(arguments: list[str] | None = None) -> int:
     from internjax.hf.resolve import resolve
     from internjax.text.tokenizer import load_tokenizer
 
-    parser = argparse.ArgumentParser(prog="python -m data_pipelines.tokens", description="Documents -> a token folder.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipelines.tokens",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=sources.WHAT_IS_READ)
-    parser.add_argument("--tokenizer", required=True, help="a folder with tokenizer.json, or a model (MODEL grammar)")
-    parser.add_argument("--output", required=True, help="token folder to write; the tokenizer is kept in it as well")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="MODEL",
+        help="a folder with tokenizer.json, or a model: a Hugging Face folder, a run or its name, hf:ORG/NAME",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="token folder to write; the tokenizer is kept in it as well"
+    )
     parser.add_argument(
         "--where", metavar="FIELD=VALUE",
         help="only documents whose field (domain, language, source, licence, or one of meta, such as tier) is this",

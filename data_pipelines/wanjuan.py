@@ -334,8 +334,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "chain", choices=list(CHAINS), help="list of stages; mixed: code as code, the rest as reference"
-    )
+        "chain", choices=list(CHAINS),
+        help="web: web pages; code: files of repositories; long: documents of more than 32 KB; reference: "
+        "documentation; mixed: code as code, the rest as reference",
+    )  # fmt: skip
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=sources.WHAT_IS_READ)
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder to write; one of this command is replaced"
@@ -397,7 +399,11 @@ def _add_given(parser: argparse.ArgumentParser) -> None:
         help=f"drop the low tier, by models/{CODE_QUALITY} or (no --models) meta's quality, in these languages or all",
     )  # fmt: skip
     long = parser.add_argument_group("long")
-    long.add_argument("--scorer", metavar="SCORER", help="n-grams of data_pipelines.long_text train, or a MODEL")
+    long.add_argument(
+        "--scorer", metavar="SCORER",
+        help="what judges long text: the folder that data_pipelines.long_text train wrote, or a model (a Hugging Face "
+        "folder, a run or its name, hf:ORG/NAME)",
+    )  # fmt: skip
     long.add_argument("--thresholds", metavar="FILE", help="what data_pipelines.long_text fit wrote for that scorer")
     every = parser.add_argument_group("all chains")
     every.add_argument(
@@ -405,7 +411,10 @@ def _add_given(parser: argparse.ArgumentParser) -> None:
         help="evaluation sets (JSONL) whose items may not stand in the documents",
     )  # fmt: skip
     every.add_argument(
-        "--contaminated", choices=["drop", "cut"], default="drop", help="drop such a document, or cut out the lines"
+        "--contaminated",
+        choices=["drop", "cut"],
+        default="drop",
+        help="drop such a document, or cut out the lines (default: drop)",
     )
 
 

@@ -239,7 +239,7 @@ def test_what_cannot_be_read_is_set_aside_by_file_and_line(tmp_path, monkeypatch
         "long.jsonl:2: a line of more than 3000 bytes",
         "utf8.jsonl:1: not valid JSON",
         "types.jsonl:1: field 'text' is int",
-        "types.jsonl:2: field 'text' is NoneType",
+        "types.jsonl:2: no field 'text' or 'content'; the row has the fields txt",
         "types.jsonl:3: field 'language' is int",
         "types.jsonl:4: a JSON list",
         "short.jsonl.gz: cannot be decompressed",

@@ -53,6 +53,13 @@ def model(tmp_path_factory):
     return folder / "advertisement"
 
 
+def test_of_rows_with_one_id_and_text_the_last_label_holds(tmp_path):
+    rows = [{"id": "a", "text": "x", "label": 0}, {"text": "x", "label": 0}, {"id": "a", "text": "y", "label": 0}]
+    data = write_rows(tmp_path / "rows.jsonl", [*rows, {"id": "a", "text": "x", "label": 1}])
+    found = quality.read_labelled([data])
+    assert found.texts == ["x", "x", "y"] and found.labels_D.tolist() == [1, 0, 0]
+
+
 def batch_of(*texts, language="en", **meta):
     documents = [make_document(t, source="s", path=f"p{i}", language=language, meta=meta) for i, t in enumerate(texts)]
     return to_batch(documents)

@@ -25,7 +25,7 @@ def test_jsonl_rows_and_their_fields(tmp_path):
     [
         (b'{"text": "fine"}\n{"text": \n', r"bad\.jsonl:2: not valid JSON .*wanted one JSON object per line"),
         (b'{"text": "fine"}\n[1, 2]\n', r"bad\.jsonl:2: a JSON list; wanted one JSON object per line"),
-        (b'{"text": "fine"}\n\n{"body": "x"}\n', r"bad\.jsonl:3: field 'text' is NoneType, .*the fields body"),
+        (b'{"text": "fine"}\n\n{"body": "x"}\n', r"bad\.jsonl:3: no field 'text' or 'content'; .*the fields body"),
         (b'{"text": "fine"}\n\xff\xfe\n', r"bad\.jsonl:2: not valid JSON"),
         (b'{"text": "fine"}\n' + b"[" * 100_000, r"bad\.jsonl:2: not valid JSON"),
     ],
