@@ -183,7 +183,7 @@ def write_page(path: Path, fit: Fit, validation: Sequence[Sample], *, measure: M
     groups = _groups(validation)
     said = [report.Text("\n\n".join(fit.notes))] if fit.notes else []
     rows = [item[:6] for item in fit.thresholds]
-    table = report.Table(Fitted._fields[:6], rows, f"Documents whose {measure} lies below `value` go")
+    table = report.Table(Fitted._fields[:6], rows, f"Documents whose {measure} lies below `value` go; `*`: all others")
     sections = [
         report.Section("Sample", [report.Numbers(numbers), *said]),
         report.Section("Thresholds", [table, _shares(groups)]),

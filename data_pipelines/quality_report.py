@@ -36,12 +36,13 @@ def write_report(folder: Path, name: str, trained: Trained) -> None:
         f"learn from, {counts['calibrate']} to calibrate and choose thresholds, {counts['test']} to test. The "
         f"numbers above are those of the test. Left out, as the annotators disagree: {metrics['num_disagreed']}."
     )
+    goes = f"Documents {settings.drop} `value` go; `*`: all others"
     sections = [
         report.Section("Result", [report.Numbers(numbers), report.Text(said)]),
         report.Section(
             "Thresholds",
             [
-                report.Table(Threshold._fields, trained.classifier.thresholds, f"Dropped: {settings.drop}"),
+                report.Table(Threshold._fields, trained.classifier.thresholds, goes),
                 *([report.Text("\n\n".join(trained.notes))] if trained.notes else []),
                 report.Lines(
                     "Precision and recall",
