@@ -217,8 +217,8 @@ def build_page(args: argparse.Namespace, names: Sequence[str], key: str) -> grad
         import gradio
     except ImportError as error:
         raise ValueError(
-            f"gradio cannot be imported ({error}); install it in the checkout with `pip install -e '.[gradio]'`, or use the "
-            f"server's own page at {args.url.removesuffix('/').removesuffix('/v1')}/"
+            f"gradio cannot be imported ({error}); install it in the checkout: `pip install -e '.[gradio]'`, or use "
+            f"the server's own page at {args.url.removesuffix('/').removesuffix('/v1')}/"
         ) from error
     import openai
 
