@@ -14,11 +14,13 @@ from data_pipelines.blocks import (
     between,
     block_at,
     compiled,
+    folded_product,
     inlined,
     load64,
     lowest,
     put_piece,
     put_point,
+    store64,
     trailing_zeros,
 )
 from data_pipelines.kernels import MIX, MIX_AGAIN, mixed
@@ -426,15 +428,17 @@ def plain_keys(data, offsets, only_ascii, plain, out, is_ascii):
         size, is_ascii[document] = _put_collapsed(
             data, offsets[document], offsets[document + 1], only_ascii, tail, plain
         )
-        plain[size : size + 8] = 0
-        one, other = np.uint64(size), np.uint64(size)
-        for at in range(0, size, 8):
+        plain[size : size + 16] = 0
+        for at in range(0, size, 8):  # a loop of its own, so that the compiler takes several steps together
             eight = load64(plain, at)
             white = (_among(eight, 9, 13) | _among(eight, 28, 31)) >> np.uint64(7)
             eight = eight & ~(white * np.uint64(255)) | white << np.uint64(5)
-            eight = mixed(eight | _among(eight, 65, 90) >> np.uint64(2))
-            one, other = (one ^ eight) * np.uint64(MIX), (other + eight) * np.uint64(MIX_AGAIN)
-            one, other = one ^ (one >> np.uint64(32)), other ^ (other >> np.uint64(29))
+            store64(plain, at, eight | _among(eight, 65, 90) >> np.uint64(2))
+        one, other = np.uint64(size), ~np.uint64(size)
+        for at in range(0, size, 16):
+            first, second = load64(plain, at), load64(plain, at + 8)
+            one = folded_product(one ^ first, second ^ np.uint64(MIX))
+            other = folded_product(other ^ second, first ^ np.uint64(MIX_AGAIN))
         out[document, 0], out[document, 1] = mixed(one), mixed(other)
     tail[0] = 0  # it is in use up to here
 

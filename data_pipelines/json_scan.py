@@ -14,7 +14,7 @@ from data_pipelines.blocks import (
     trailing_zeros,
 )
 
-QUOTE, BACKSLASH, COLON = 34, 92, 58
+QUOTE, BACKSLASH, COLON, NEWLINE = 34, 92, 58, 10
 BROKEN = -1
 
 
@@ -37,7 +37,8 @@ def _stops(block):
 
 @inlined
 def _after_white(data, at, end):
-    while at < end and (data[at] == 32 or data[at] == 9 or data[at] == 13 or data[at] == 10):
+    """The first byte of the line that is no white space, or its end."""
+    while at < end and (data[at] == 32 or data[at] == 9 or data[at] == 13):
         at += 1
     return at
 
@@ -54,7 +55,7 @@ def _end_of_string(data, at, end, tail):
         at += trailing_zeros(stops)
         if at < end and data[at] == QUOTE:
             return at, escaped
-        if at >= end or data[at] != BACKSLASH:
+        if at + 1 >= end or data[at] != BACKSLASH or data[at + 1] == NEWLINE:
             return BROKEN, escaped
         escaped = True
         at += 2
@@ -145,9 +146,11 @@ def _is_text_field(data, start, stop):
 
 @inlined
 def _put_text(data, at, end, tail, out, filled):
-    """(start, stop, number of bytes filled in): of a line; start is BROKEN where its text is not settled here."""
+    """(start and stop of the text, end of the line, number of bytes filled in): of the line that begins at `at`; start
+    is BROKEN where its text is not settled here. No string goes on in the next line: a newline breaks it.
+    """
     start, stop, depth = BROKEN, BROKEN, 0
-    while at < end:
+    while at < end and data[at] != NEWLINE:
         byte = data[at]
         at += 1
         if byte == 123 or byte == 91:
@@ -158,41 +161,51 @@ def _put_text(data, at, end, tail, out, filled):
             first = at
             last, escaped = _end_of_string(data, at, end, tail)
             if last < 0:
-                return BROKEN, stop, filled
+                return BROKEN, stop, at, filled
             at = _after_white(data, last + 1, end)
             if depth != 1 or at >= end or data[at] != COLON:
                 continue
             if escaped:
-                return BROKEN, stop, filled
+                return BROKEN, stop, at, filled
             if _is_text_field(data, first, last):
                 at = _after_white(data, at + 1, end)
                 if start >= 0 or at >= end or data[at] != QUOTE:
-                    return BROKEN, stop, filled
+                    return BROKEN, stop, at, filled
                 start = at + 1
                 stop, filled = _put_string(data, start, end, tail, out, filled)
                 if stop < 0:
-                    return BROKEN, stop, filled
+                    return BROKEN, stop, at, filled
                 at = stop + 1
-    return start, stop, filled
+    return start, stop, min(at + 1, end), filled
 
 
 @compiled
-def put_texts(data, offsets, out, out_offsets, spans):
-    """Whether the one JSON string that is the field "text" or "content" of every line's object could be read.
+def put_texts(data, out, out_offsets, spans):
+    """(number of texts, number of lines, where the next one begins): of the first lines, until there is a text for each
+    of `spans`. A text is the one JSON string that is the field "text" or "content" of a line's object; where one cannot
+    be read, their number is BROKEN. Blank lines have none.
 
-    Fills `out` with their UTF-8 end to end, out_offsets[i] with where each starts, spans[i] with the start and stop of
-    the string in its line, its quotes left out. Of lines that are no JSON otherwise nothing is said, nor are bytes of
-    the text looked at that are no UTF-8. `out` must hold all bytes and 64 more.
+    Fills `out` with their UTF-8 end to end, out_offsets[i] with where each starts, spans[i] with the number of its
+    line, the first byte of that, the start and stop of the string, its quotes left out, and the end of the line. Of
+    lines that are no JSON otherwise nothing is said, nor are bytes of the text looked at that are no UTF-8. `out` must
+    hold all bytes and 64 more.
     """
     tail = np.zeros(TAIL_BYTES, np.uint8)
-    filled = np.int64(0)
+    at, end = 0, data.shape[0]
+    found, number, filled = 0, 0, 0
     out_offsets[0] = 0
-    for line in range(offsets.shape[0] - 1):
-        begin = offsets[line]
-        start, stop, filled = _put_text(data, begin, offsets[line + 1], tail, out, filled)
-        if start < 0:
-            return False
-        spans[line, 0], spans[line, 1] = start - begin, stop - begin
-        out_offsets[line + 1] = filled
+    while at < end and found < spans.shape[0]:
+        begin = _after_white(data, at, end)
+        if begin >= end or data[begin] == NEWLINE:
+            at = min(begin + 1, end)
+        else:
+            start, stop, line_end, filled = _put_text(data, begin, end, tail, out, filled)
+            if start < 0:
+                return BROKEN, number, at
+            spans[found, 0], spans[found, 1], spans[found, 2], spans[found, 3] = number, at, start, stop
+            spans[found, 4] = at = line_end
+            found += 1
+            out_offsets[found] = filled
+        number += 1
     tail[0] = 0  # it is in use up to here
-    return True
+    return found, number, at

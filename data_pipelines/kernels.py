@@ -364,15 +364,11 @@ def jaccard(values, start_a, stop_a, start_b, stop_b):
     """|A and B| / |A or B| of two sorted runs of distinct values; 0 where both are empty."""
     common = 0
     a, b = start_a, start_b
-    while a < stop_a and b < stop_b:
-        if values[a] == values[b]:
-            common += 1
-            a += 1
-            b += 1
-        elif values[a] < values[b]:
-            a += 1
-        else:
-            b += 1
+    while a < stop_a and b < stop_b:  # without branches: which of both is less cannot be foreseen
+        one, other = values[a], values[b]
+        common += one == other
+        a += one <= other
+        b += other <= one
     union = (stop_a - start_a) + (stop_b - start_b) - common
     return common / union if union > 0 else 0.0
 

@@ -31,19 +31,6 @@ NOWHERE = -1
 
 
 @compiled
-def most_newlines(data, offsets):
-    """The most newlines that a document has."""
-    most = 0
-    for document in range(offsets.shape[0] - 1):
-        text = data[offsets[document] : offsets[document + 1]]
-        count = 0
-        for i in range(text.shape[0]):
-            count += text[i] == 10
-        most = max(most, count)
-    return most
-
-
-@compiled
 def hold_lorem_ipsum(data, offsets):
     """1.0 for every document that holds "lorem ipsum" in any case (a long s counts as s), else 0.0."""
     out = np.zeros(offsets.shape[0] - 1)
@@ -85,18 +72,22 @@ def _is_terminal(data, at, end):
 
 
 @compiled
-def counts(data, offsets, table, out):
+def counts(data, offsets, out):
     """Fills out[d] (float64) with the counts named at the top of this file.
 
-    `table` (uint64) is scratch space: a power of two above twice the number of lines of any document.
     DUPLICATE_LINES and _PARAGRAPHS are shares of their number, DUPLICATE_LINE_BYTES of their bytes.
     """
-    tail = np.zeros(TAIL_BYTES, np.uint8)
+    tail, table = np.zeros(TAIL_BYTES, np.uint8), np.empty(1 << 12, np.uint64)
     for document in range(offsets.shape[0] - 1):
         row = out[document]
         row[:] = 0.0
         _count_characters(data, offsets[document], offsets[document + 1], tail, row)
-        _count_lines(data, offsets[document], offsets[document + 1], table, tail, row)
+        size = 16  # of a table of lines, and of one of paragraphs
+        while size < 2 * (row[NEWLINES] + 2):
+            size *= 2
+        if table.shape[0] < 2 * size:
+            table = np.empty(2 * size, np.uint64)
+        _count_lines(data, offsets[document], offsets[document + 1], table[:size], table[size : 2 * size], tail, row)
     tail[0] = 0  # it is in use up to here
 
 
@@ -200,11 +191,8 @@ def _ends_in_ellipsis(data, start, stop):
 
 
 @inlined
-def _count_lines(data, at, end, table, tail, row):
-    size = 16
-    while size < 2 * (row[NEWLINES] + 2):
-        size *= 2
-    table[: 2 * size] = 0  # lines in the lower half, paragraphs in the upper
+def _count_lines(data, at, end, of_lines, of_paragraphs, tail, row):
+    of_lines[:], of_paragraphs[:] = 0, 0
     lines, blank, short, bullets, terminal, ellipses, longest = 0, 0, 0, 0, 0, 0, 0
     paragraphs, repeated_paragraphs, repeated_lines, repeated_bytes, line_bytes = 0, 0, 0, 0, 0
     paragraph = np.uint64(0)
@@ -233,7 +221,7 @@ def _count_lines(data, at, end, table, tail, row):
                     last -= 1
                 place = block_at(data, start, tail) if stop - start <= 8 else address_of(data, start)
                 value = _line_hash(place, stop - start)
-                seen = _enter(table[:size], value)
+                seen = _enter(of_lines, value)
                 repeated_lines += seen
                 repeated_bytes += seen * (stop - start)
                 line_bytes += stop - start
@@ -248,7 +236,7 @@ def _count_lines(data, at, end, table, tail, row):
             begin = at + known - num_ones(rest)
             if paragraph != 0 and (start == NOWHERE or begin >= end):
                 paragraphs += 1
-                repeated_paragraphs += _enter(table[size : 2 * size], paragraph)
+                repeated_paragraphs += _enter(of_paragraphs, paragraph)
                 paragraph = np.uint64(0)
             start, characters = NOWHERE, 0
         at += known

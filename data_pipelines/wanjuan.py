@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 from data_pipelines import chain, executors
 from data_pipelines.classifier import Drop, classified, score_by
 from data_pipelines.code_languages import detect_languages
+from data_pipelines.code_rules import CodeRules, code_rules
 from data_pipelines.decontamination import Benchmark, Decontamination, build_index, decontaminate, parse_benchmark
 from data_pipelines.dedup import NearDuplicates, exact_duplicates, near_duplicates
 from data_pipelines.document import (
@@ -43,10 +44,8 @@ from data_pipelines.pii import masked
 from data_pipelines.rules import (
     REFERENCE,
     WEB,
-    CodeRules,
     clean_lines,
     clean_rows,
-    code_rules,
     edit,
     normalise_code,
     normalise_rows,

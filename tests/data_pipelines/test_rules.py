@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipelines import blocks, kernels, rules, text_counts, words
+from data_pipelines.code_rules import CodeRules, code_rules
 from data_pipelines.dedup import plain_text
 from data_pipelines.document import make_document, text_buffer, to_batch, with_text
 
@@ -184,7 +185,7 @@ def plain_counts(text):
 def test_counts_of_characters_equal_plain_python(texts):
     data, offsets = text_buffer(batch_of(*texts))
     found = np.zeros((len(texts), text_counts.NUM_COUNTS))
-    text_counts.counts(data, offsets, np.zeros(1024, np.uint64), found)
+    text_counts.counts(data, offsets, found)
     for row, text in zip(found, texts, strict=True):
         wanted = plain_counts(text)
         assert {name: row[getattr(text_counts, name)] for name in wanted} == wanted
@@ -269,7 +270,7 @@ FUNCTION = "def area(width, height):\n    return width * height\n"
     ],
 )
 def test_code_rules(expected, text):
-    outcome = rules.code_rules(rules.CodeRules())(batch_of(text, language="python"))
+    outcome = code_rules(CodeRules())(batch_of(text, language="python"))
     assert outcome.reasons == [expected]
     assert (outcome.details[0] is None) == (expected is None)
     assert failed(outcome) == FAILED.get(expected, set())
@@ -313,7 +314,7 @@ SCRIPT = "export function area(width, height) {\n  return width * height;\n}\n"
 )
 def test_code_rules_of_other_languages(expected, language, path, text):
     batch = to_batch([make_document(text, source="s", path=path, domain="code", language=language)])
-    outcome = rules.code_rules(rules.CodeRules())(batch)
+    outcome = code_rules(CodeRules())(batch)
     assert outcome.reasons == [expected] and failed(outcome) == FAILED.get(expected, set())
     assert expected == "minified" or not any(check.fails()[0] for check in outcome.checks[1:4])
 
