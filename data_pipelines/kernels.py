@@ -199,14 +199,12 @@ def _combine(left, right):
 
 
 @inlined
-def emptied(table, num_values):
-    """The front of the table, of at least two places for every value, with nothing in it."""
+def table_size(num_values):
+    """A power of two: at least two slots of an open-addressed table for every value."""
     size = 16
     while size < 2 * num_values:
         size *= 2
-    own = table[:size]
-    own[:] = 0
-    return own
+    return size
 
 
 @inlined
@@ -301,7 +299,8 @@ def _num_distinct(values, num_values, seen, slots, table):
     shared = 0
     for i in range(num_values):
         shared += seen[slots[i]] > 1
-    own, repeats = emptied(table, shared), 0
+    own, repeats = table[: table_size(shared)], 0
+    own[:] = 0
     for i in range(num_values):
         if seen[slots[i]] > 1:
             repeats += _enter(own, values[i])

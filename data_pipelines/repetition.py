@@ -5,7 +5,7 @@ import numpy as np
 from data_pipelines import kernels
 from data_pipelines.blocks import compiled, inlined
 
-_combine, _enter, emptied, probe = kernels._combine, kernels._enter, kernels.emptied, kernels.probe
+_combine, _enter, table_size, probe = kernels._combine, kernels._enter, kernels.table_size, kernels.probe
 
 TOP_NGRAMS = (2, 3, 4)
 DUPLICATE_NGRAMS = (5, 6, 7, 8, 9, 10)
@@ -39,7 +39,8 @@ def duplicate_ngrams(hashes, lengths, starts, repeated, rows, table, values, pla
                         places[both] = place
                         both += 1
                 left = both
-            own, inside, after = emptied(table, left), 0, 0
+            own, inside, after = table[: table_size(left)], 0, 0
+            own[:] = 0
             for i in range(left):
                 place = places[i]
                 if place >= after and _enter(own, values[i]):
@@ -69,7 +70,8 @@ def _most_costly(values, gram_bytes, costs, num_values, table, counts):
         looked += costs[i] > least
     if looked == 0:
         return least
-    own, most = emptied(table, looked), least
+    own, most = table[: table_size(looked)], least
+    own[:] = 0
     for i in range(num_values):
         if costs[i] > least:
             value = values[i] | np.uint64(1)
@@ -84,7 +86,8 @@ def _most_costly(values, gram_bytes, costs, num_values, table, counts):
 @inlined
 def _covered_again(values, places, num_values, ends, n, table, counts, repeated):
     """Bytes of words inside n-grams met before; repeated[places[i]] is told whether n-gram i stands elsewhere too."""
-    own, inside, covered = emptied(table, num_values), 0, 0
+    own, inside, covered = table[: table_size(num_values)], 0, 0
+    own[:] = 0
     for i in range(num_values):
         value, first = values[i] | np.uint64(1), places[i]
         slot = probe(own, value, value)

@@ -16,7 +16,7 @@ from data_pipelines.blocks import (
     num_ones,
     trailing_zeros,
 )
-from data_pipelines.kernels import MIX, MIX_AGAIN, mixed
+from data_pipelines.kernels import MIX, MIX_AGAIN, mixed, table_size
 
 _combine, _enter, _kind, _width = kernels._combine, kernels._enter, kernels._kind, kernels._width
 
@@ -82,9 +82,7 @@ def counts(data, offsets, out):
         row = out[document]
         row[:] = 0.0
         _count_characters(data, offsets[document], offsets[document + 1], tail, row)
-        size = 16  # of a table of lines, and of one of paragraphs
-        while size < 2 * (row[NEWLINES] + 2):
-            size *= 2
+        size = table_size(row[NEWLINES] + 2)  # of a table of lines, and of one of paragraphs
         if table.shape[0] < 2 * size:
             table = np.empty(2 * size, np.uint64)
         _count_lines(data, offsets[document], offsets[document + 1], table[:size], table[size : 2 * size], tail, row)
