@@ -302,17 +302,19 @@ def _input(task: Task, ledger: Ledger, set_aside: Any, *, looks: bool) -> Iterat
             count_in(ledger.came, batch)
             yield np.arange(batch.num_rows), batch
         return
-    newest = task.given.decisions[-1:]
+    before, newest = task.given.decisions[:-1], task.given.decisions[-1:]
     drops, changes = read_decision(newest[0]) if newest else None, _changes_of(task.given)
-    for rows, batch in _batches_of(task.given._replace(decisions=task.given.decisions[:-1])):
+    if newest and not looks:
+        gone = rows_gone(before)
+        for rows, batch in _batches_of(task.given._replace(decisions=())):  # whole, so that nothing is copied
+            enter(ledger, task.decided, batch, outcome_of(batch, rows, drops, None), came=~np.isin(rows, gone))
+            yield rows[:0], batch.slice(0, 0)
+        return
+    for rows, batch in _batches_of(task.given._replace(decisions=before)):
         if drops is None:
             yield rows, batch
             continue
         outcome = outcome_of(batch, rows, drops, changes)
-        if not looks:
-            enter(ledger, task.decided, outcome.batch, outcome)
-            yield rows[:0], batch.slice(0, 0)
-            continue
         kept = record(ledger, task.decided, outcome.batch, outcome)
         yield rows[np.array([reason is None for reason in outcome.reasons], bool)], kept
 

@@ -103,8 +103,14 @@ def _rows_that_stay(batch: pa.RecordBatch, stays: np.ndarray) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=batch.schema)
 
 
-def enter(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome) -> None:
-    """`record` where nobody needs the rows that stay, which are not copied then."""
+def enter(
+    ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome, *, came: np.ndarray | None = None
+) -> None:
+    """`record` where nobody needs the rows that stay, which are not copied then.
+
+    came: which rows the stage was given, where some had gone before (None: all); without a reason the others count as
+    nothing.
+    """
     rows = before.num_rows
     if outcome.batch.num_rows != rows or len(outcome.reasons) != rows or len(outcome.details) != rows:
         raise RuntimeError(
@@ -114,7 +120,10 @@ def enter(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome) 
     if outcome.checks:
         measure(ledger.samples.setdefault(stage, Sample()), stage, before, outcome)
     gone = [row for row, reason in enumerate(outcome.reasons) if reason is not None]
-    bytes_kept = num_text_bytes(outcome.batch)
+    num_came, bytes_in, bytes_kept = rows, num_text_bytes(before), num_text_bytes(outcome.batch)
+    if came is not None:
+        num_came = int(came.sum())
+        bytes_in, bytes_kept = (int(np.array(sizes(each))[came].sum()) for each in (before, outcome.batch))
     dropped: Counter[str] = Counter()
     dropped_bytes: Counter[str] = Counter()
     if gone:
@@ -124,8 +133,8 @@ def enter(ledger: Ledger, stage: str, before: pa.RecordBatch, outcome: Outcome) 
             dropped_bytes[outcome.reasons[row]] += row_bytes[row]
             bytes_kept -= bytes_after[row]
         ledger.dropped.append(_fates(ledger, stage, before, outcome, gone, row_bytes))
-    num_kept = rows - len(gone)
-    count = StageCount(stage, rows, num_text_bytes(before), num_kept, bytes_kept, dict(dropped), dict(dropped_bytes))
+    num_kept = num_came - len(gone)
+    count = StageCount(stage, num_came, bytes_in, num_kept, bytes_kept, dict(dropped), dict(dropped_bytes))
     ledger.stages[stage] = add(ledger.stages.get(stage, StageCount(stage)), count)
 
 
