@@ -1,5 +1,6 @@
 """A row of JSON is what the standard library makes of it, its errors included, one by one and in batches."""
 
+import functools
 import io
 import json
 import random
@@ -8,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from data_pipelines import json_lines
+from data_pipelines import json_lines, readers
 from data_pipelines.chain import Sizes, batches
 from data_pipelines.document import to_documents
 from data_pipelines.readers import File, parse_json, row_documents
@@ -95,6 +96,22 @@ def test_lines_in_batches_are_what_they_are_one_by_one():
         (documents, bad), in_batches = read(json_lines.row_batches, one_is_bad)
         assert (documents, bad) == read(row_documents, one_is_bad)[0] and in_batches == 0
         assert b"\xed" in broken or bad[0].startswith("/nowhere/rows.jsonl:2: not valid JSON"), "half a pair is read"
+
+
+@pytest.mark.parametrize("sizes", [Sizes(batch_rows=2), Sizes(batch_bytes=64), Sizes(batch_bytes=700), Sizes()])
+def test_blocks_hold_whole_lines(sizes, monkeypatch):
+    for module in (readers, json_lines):
+        monkeypatch.setattr(module, "MAX_ROW_BYTES", 500)
+    long = [b'{"text": "' + b"x" * size + b'"}' for size in (1100, 486, 487, 488, 489)]  # 12 bytes more, and a newline
+    raw = b"\n".join([b"", FINE[0], *long, FINE[1], b" ", FINE[3], *FINE[4:30], long[0], *BROKEN[:1], FINE[0]])
+    second = raw.index(FINE[1])
+    for start, stop, first_line in ((0, -1, 1), (0, second, 1), (second, len(raw), 8)):
+        found = []
+        for how in (row_documents, functools.partial(json_lines.row_batches, sizes=sizes)):
+            bad, file = [], File(Path("/nowhere/rows.jsonl"), "rows.jsonl", stream=io.BytesIO(raw))
+            rows = how(file, on_bad_row=bad.append, start=start, stop=stop, first_line=first_line)
+            found.append(([document for batch in batches(rows, Sizes()) for document in to_documents(batch)], bad))
+        assert found[0] == found[1] and len(found[0][0]) >= 3 and "a line of more than 500 bytes" in found[0][1][0]
 
 
 @pytest.mark.parametrize("sizes", [Sizes(batch_rows=7), Sizes(batch_bytes=300), Sizes()])
