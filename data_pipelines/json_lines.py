@@ -17,7 +17,7 @@ import pyarrow as pa
 from data_pipelines import readers
 from data_pipelines.chain import Sizes
 from data_pipelines.document import SCHEMA, Document, document_id, meta_json, storable
-from data_pipelines.readers import MAX_ROW_BYTES, BadRow, File, Row
+from data_pipelines.readers import BadRow, File, Row
 
 NEWLINE = ord("\n")
 
@@ -46,7 +46,7 @@ def row_batches(
                     raw = bytes(block)
                     rest = readers.lines_of(file, io.BytesIO(raw), on_bad_row, first_line=first_line)
                     yield from readers.documents_of_lines(rest, file, on_bad_row)
-                    first_line += raw.count(b"\n")
+                    first_line += raw.count(b"\n") + (not raw.endswith(b"\n"))
                     break
                 yield batch
                 block, first_line = block[lines.stop :], first_line + lines.number
@@ -57,23 +57,27 @@ def _blocks(content: BinaryIO, size: float, block_bytes: int) -> Iterator[memory
     damaged, the lines before that are given first. Of a line that is too long to be held there are MAX_ROW_BYTES or
     more.
     """
-    block = memoryview(np.empty(block_bytes + MAX_ROW_BYTES, np.uint8))  # what is not written to is not taken
+    block = memoryview(np.empty(block_bytes + block_bytes // 16, np.uint8))  # most often the rest of a line has room
     while size > 0:
         filled, wanted = 0, min(block_bytes, size)
         try:
             while filled < wanted and (count := content.readinto1(block[filled:wanted])):
                 filled += count
-            rest = b"" if filled and block[filled - 1] == NEWLINE else content.readline(MAX_ROW_BYTES)
+            rest = b"" if filled and block[filled - 1] == NEWLINE else content.readline(readers.MAX_ROW_BYTES)
         except Exception:  # every decompression has kinds of its own
             yield block[: bytes(block[:filled]).rfind(b"\n") + 1]
             raise
         if not filled:
             return
+        if filled + len(rest) > len(block):
+            longer = memoryview(np.empty(filled + len(rest), np.uint8))
+            longer[:filled] = block[:filled]
+            block = longer
         block[filled : filled + len(rest)] = rest
         yield block[: filled + len(rest)]
         size -= filled + len(rest)
         while rest and not rest.endswith(b"\n"):
-            rest = content.readline(MAX_ROW_BYTES)
+            rest = content.readline(readers.MAX_ROW_BYTES)
             size -= len(rest)
 
 
@@ -95,7 +99,7 @@ def _lines(block: memoryview, most: int) -> Lines | None:
     """
     from data_pipelines import json_scan
 
-    if len(block) > MAX_ROW_BYTES:
+    if len(block) > readers.MAX_ROW_BYTES:
         return None
     out, offsets = np.empty(len(block) + 64, np.uint8), np.zeros(most + 1, np.int64)
     spans = np.empty((most, 5), np.int64)

@@ -100,8 +100,7 @@ def test_lines_in_batches_are_what_they_are_one_by_one():
 
 @pytest.mark.parametrize("sizes", [Sizes(batch_rows=2), Sizes(batch_bytes=64), Sizes(batch_bytes=700), Sizes()])
 def test_blocks_hold_whole_lines(sizes, monkeypatch):
-    for module in (readers, json_lines):
-        monkeypatch.setattr(module, "MAX_ROW_BYTES", 500)
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 500)
     long = [b'{"text": "' + b"x" * size + b'"}' for size in (1100, 486, 487, 488, 489)]  # 12 bytes more, and a newline
     raw = b"\n".join([b"", FINE[0], *long, FINE[1], b" ", FINE[3], *FINE[4:30], long[0], *BROKEN[:1], FINE[0]])
     second = raw.index(FINE[1])
