@@ -1,5 +1,4 @@
-"""One process of a training run on 8 devices: what test_processes.py runs itself, and
-starts as two processes.
+"""One process of a training run on 8 devices: the program that test_processes.py starts, alone or twice.
 
 python process_run.py RUN_FOLDER[:RUN_FOLDER ...] HOW [HOW ...] runs them one after the other (what is complete is
 passed over), with HOW one of

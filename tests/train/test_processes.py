@@ -18,15 +18,14 @@ from internjax.train import processes
 from internjax.train.checkpoint import committed_steps, problem
 from internjax.train.heartbeat import EXIT_PEER_LOST, EXIT_PREEMPTED, Beat, Heartbeat, Seen, judge
 from internjax.train.tracking import read_rows
-from tests.train import process_run
 
-PROGRAM = Path(process_run.__file__)
+PROGRAM = Path(__file__).with_name("process_run.py")
 ROOT = PROGRAM.parent.parent.parent
 SILENCE = 5
 
 
-def start(*folders: Path, plans: tuple[str, ...] = (), restarts: int = 0) -> subprocess.Popen:
-    """Starts the program as a job of two processes, which share 8 devices."""
+def start(*folders: Path, plans: tuple[str, ...] = (), num_processes: int = 2, restarts: int = 0) -> subprocess.Popen:
+    """Starts the program in one process with 8 devices, or as a job of several that share them."""
     command = [sys.executable, str(PROGRAM), os.pathsep.join(map(str, folders)), *plans]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
@@ -34,8 +33,9 @@ def start(*folders: Path, plans: tuple[str, ...] = (), restarts: int = 0) -> sub
         "INTERNJAX_SILENCE_SECONDS": str(SILENCE),
         "INTERNJAX_STEP_SECONDS": "60",
     }
-    how = ["--processes", "2", "--devices", "4", "--restarts", str(restarts), "--grace", "20"]
-    command = [sys.executable, "-m", "experiments.launch.local", *how, "--", *command]
+    if num_processes > 1:
+        how = ["--processes", num_processes, "--devices", 8 // num_processes, "--restarts", restarts, "--grace", 20]
+        command = [sys.executable, "-m", "experiments.launch.local", *map(str, how), "--", *command]
     return subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -57,7 +57,7 @@ def losses(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_two_processes_train_save_and_resume_as_one(tmp_path, capfd):
+def test_two_processes_train_save_and_resume_as_one(tmp_path):
     whole, alone, broken, other, full = (tmp_path / name for name in ("whole", "alone", "broken", "other", "full"))
     # One job: `whole` from end to end. In `broken` process 0 gets SIGTERM; process 1 is killed while step 4 is saved,
     # then stopped after step 5; each time the job ends and starts again. In `full` process 1 cannot write step 6.
@@ -87,15 +87,12 @@ def test_two_processes_train_save_and_resume_as_one(tmp_path, capfd):
     assert re.search(r"^\[0\] process 0 ends: (process 1 ended with )?exit code 1", said, re.MULTILINE), said
     assert committed_steps(full / "checkpoints") == [2, 4]
 
-    # One process with all 8 devices, this one: from the start, and from what two have saved.
+    # One process with all 8 devices: from the start, and from what two have saved.
     shutil.copytree(whole, other)
     shutil.rmtree(other / "checkpoints" / "6")
     (other / "complete.json").unlink()
-    capfd.readouterr()
-    for folder in (alone, other):
-        process_run.run(folder, [])
-    said = "".join(capfd.readouterr())
-    assert said.count("resumed from step") == said.count("resumed from step 4") == 1, said
+    code, said = ended(start(alone, other, num_processes=1))
+    assert code == 0 and said.count("resumed from step") == said.count("resumed from step 4") == 1, said
     np.testing.assert_allclose(losses(alone), losses(whole), rtol=1e-5)
     assert order_of(alone) == order_of(whole) and len(order_of(whole)) == 6 * 8
     np.testing.assert_allclose(losses(other), losses(whole), rtol=1e-5)
