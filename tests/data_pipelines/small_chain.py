@@ -12,9 +12,11 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -118,6 +120,43 @@ def under_a_limit(folder: Path) -> None:
     print(size // limit, ledger.stages["near"].documents_kept)
 
 
+AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listened on just now."""
+    held = [socket.socket() for _ in range(count)]
+    for each in held:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in held]
+    for each in held:
+        each.close()
+    return ports
+
+
+def add_node(cluster: Any, **options: Any) -> None:
+    """Adds a node that does not wait for its agents.
+
+    A node ends when its agents do not name their ports within 15 seconds, which they do not on a busy machine (Ray's
+    issue 65983). It waits for no port that it is given, but Ray does not hand on the one that its dashboard's agent
+    listens on.
+    """
+    from ray._private import services
+
+    ports, start = dict(zip(AGENT_PORTS, free_ports(len(AGENT_PORTS)), strict=True)), services.start_ray_process
+
+    def start_with_port(command: list[str], *rest: Any, **more: Any):
+        if command[0] == services.RAYLET_EXECUTABLE:
+            command = [*command, f"--dashboard_agent_listen_port={ports['dashboard_agent_listen_port']}"]
+        return start(command, *rest, **more)
+
+    services.start_ray_process = start_with_port
+    try:
+        cluster.add_node(**options, **ports)
+    finally:
+        services.start_ray_process = start
+
+
 def on_two_ray_nodes(folder: Path) -> None:
     """Runs the chain on a cluster of two nodes of this machine."""
     from ray.cluster_utils import Cluster
@@ -127,8 +166,8 @@ def on_two_ray_nodes(folder: Path) -> None:
     cluster = Cluster()
     try:
         try:
-            cluster.add_node(**small, include_dashboard=False)
-            cluster.add_node(**small)
+            add_node(cluster, **small, include_dashboard=False)
+            add_node(cluster, **small)
         except Exception as error:  # what Ray raises has no kind of its own
             print(f"the nodes did not start: {error}", file=sys.stderr)
             raise SystemExit(NOT_STARTED) from error
