@@ -87,6 +87,7 @@ def _attend_in_blocks(
     read: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
     *,
     q_positions_BT: jax.Array,
+    num_kv_heads: int,
     num_positions: int,
     block: int,
     window: int | None,
@@ -99,6 +100,7 @@ def _attend_in_blocks(
     bit of its output, so this does not depend on how far the other queries look, nor on what a row might come to hold.
     """
     B, T, N, H = q_BTNH.shape
+    q_BKQH = heads_first(q_BTNH, num_kv_heads=num_kv_heads)
     first = 0 if window is None else jnp.maximum(q_positions_BT.min() - window + 1, 0) // block
     last = jnp.minimum(q_positions_BT.max() // block + 1, -(-num_positions // block))
 
@@ -107,7 +109,6 @@ def _attend_in_blocks(
         at_S = index * block + jnp.arange(block, dtype=jnp.int32)
         k_BSKH, v_BSKH = read(at_S)
         k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-        q_BKQH = heads_first(q_BTNH, num_kv_heads=k_BSKH.shape[2])
         logits_BKQS = scale * jnp.einsum("bkqh,bksh->bkqs", q_BKQH, k_BKSH, preferred_element_type=jnp.float32)
         at_BS = jnp.broadcast_to(at_S, (B, block))
         if alibi_slopes_N is not None:
@@ -132,8 +133,7 @@ def _attend_in_blocks(
         total_BKQ1 = kept_BKQ1 * total_BKQ1 + weights_BKQS.sum(axis=-1, keepdims=True)
         return now_BKQ1, total_BKQ1, kept_BKQ1 * out_BKQH + added
 
-    K = jax.eval_shape(read, jnp.arange(block))[0].shape[2]
-    rows = B, K, N // K * T
+    rows = q_BKQH.shape[:3]
     start = jnp.full((*rows, 1), MASKED), jnp.zeros((*rows, 1)), jnp.zeros((*rows, H))
     _, total_BKQ1, out_BKQH = jax.lax.fori_loop(first, last, add, start)
     return time_first(out_BKQH / jnp.maximum(total_BKQ1, 1e-30), num_heads=N).astype(q_BTNH.dtype)
@@ -197,6 +197,7 @@ def paged_attention(
                 q_BTNH,
                 lambda at_S: restored(lambda pages: _gather_positions(pages, layer, page_table_BM, at_S)),
                 q_positions_BT=q_positions_BT,
+                num_kv_heads=k_LPSKH.shape[3],
                 num_positions=num_positions,
                 block=block,
                 window=window,
