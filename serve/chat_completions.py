@@ -91,12 +91,15 @@ def _completion(job: Job, results: Sequence[Result]) -> dict[str, Any]:
 
 
 async def _chunks(job: Job) -> AsyncIterator[dict[str, Any]]:
+    begun: set[int] = set()
+
     def chunk(index: int, delta: dict, logprobs: dict | None = None, finish: str | None = None) -> dict[str, Any]:
+        if index not in begun:  # who speaks is said with the first words: a part of its own would hold up others' first
+            begun.add(index)
+            delta = {"role": "assistant", "content": ""} | delta
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return job.object("chat.completion.chunk", [choice])
 
-    for index in range(len(job.answers)):
-        yield chunk(index, {"role": "assistant", "content": ""})
     open_calls: dict[int, CallPieces] = {}
     async for index, event in events(job):
         match event:

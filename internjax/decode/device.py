@@ -3,7 +3,8 @@
 Every shape is fixed at the start, so after `warmup` nothing is compiled again. A call is dispatched and not awaited;
 calls take effect in their order.
 
-S longest context, M pages of a row, C prompt chunk, F frequencies.
+S longest context, M pages of a row, R rows that are read or admitted together, C prompt chunk, F frequencies,
+I stop ids.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from internjax.decode.adapters import AdapterPlaces, RowAdapters
 from internjax.decode.generate import DecodeState, decoding_params
 from internjax.decode.prefix_tree import Moves
 from internjax.decode.programs import (
+    ROWS_TOGETHER,
     Admission,
     PromptChunk,
     Weights,
@@ -33,6 +35,7 @@ from internjax.decode.programs import (
     empty_state,
     load_pages,
     read_chunk,
+    read_shapes,
     save_pages,
     score_chunk,
 )
@@ -43,7 +46,6 @@ from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
 from internjax.model.lora import ATTENTION_TARGETS, FFN_TARGETS, Lora
 
-_SMALLEST_CHUNK = 16
 _PAGES_AT_ONCE = 16
 """Pages that travel to or from the host's memory in one call."""
 
@@ -54,6 +56,30 @@ class AdapterRoom(NamedTuple):
     num_places: int
     rank: int = 64
     targets: tuple[str, ...] = ATTENTION_TARGETS + FFN_TARGETS
+
+
+class Part(NamedTuple):
+    """The next tokens of a prompt, the position of the first of them, and the row that they belong to."""
+
+    tokens: Sequence[int]
+    pages_M: np.ndarray
+    start: int
+    inv_freq_F: np.ndarray
+    adapter: int = -1
+
+
+class Newcomer(NamedTuple):
+    """A row whose tokens are in the cache, up to the last one, and which begins to draw."""
+
+    slot: int
+    tokens: Sequence[int]
+    num_prompt: int
+    """Tokens from here on are the answer's."""
+    total: int
+    stop_ids: Sequence[int]
+    inv_freq_F: np.ndarray
+    sampling: SamplingParams
+    wants_top: bool
 
 
 class Compiled(NamedTuple):
@@ -84,6 +110,7 @@ class Device:
         prefill_chunk: int,
         context_buckets: Sequence[int],
         row_buckets: Sequence[int],
+        reads_together: bool,
         limits: Limits,
         saves_pages: bool,
         speculation: Speculation | None,
@@ -93,6 +120,7 @@ class Device:
 
         lora: one adapter for all rows. adapter_room: places for several, each row having its own (`adapters`).
         row_buckets: how many slots a block may be for, besides all: the first ones, as many as hold a row.
+        reads_together: short parts of several prompts are read at once (`read_shapes`).
         saves_pages: contents of pages can be fetched to the host's memory and back. draft_params: of a DraftModel.
         """
         self.config, self._max_context, self._num_slots, self._page_size = config, max_context, num_slots, page_size
@@ -103,8 +131,9 @@ class Device:
         """The most that a row can grow by in one block."""
         self.widths = sorted({-(-bucket // page_size) for bucket in context_buckets} | {self.pages_per_row})
         self._row_counts = sorted({*row_buckets, num_slots})
-        smaller = (_SMALLEST_CHUNK << i for i in range(20))
-        self.chunks = [*(size for size in smaller if size < prefill_chunk), prefill_chunk]
+        self._read_shapes = read_shapes(prefill_chunk, num_slots=num_slots, together=reads_together)
+        self.chunks = sorted({size for _, size in self._read_shapes})
+        self._admitted = 1, min(ROWS_TOGETHER, num_slots)
         params = jax.tree.map(jnp.asarray, decoding_params(params, config))
         self._mesh, self._lora = sharding.mesh_of(params), lora
         if (draft := _draft(speculation)) is not None:
@@ -165,45 +194,75 @@ class Device:
             return self._lora
         return RowAdapters(self.adapters.stacked, np.array(adapter_ids, np.int32))
 
-    def read(
-        self, tokens: Sequence[int], pages_M: np.ndarray, start: int, *, inv_freq_F: np.ndarray, adapter: int = -1
-    ) -> None:
-        """Reads the next tokens of a prompt, at most `chunks[-1]`, from position `start` on, into the row's pages."""
+    def read(self, parts: Sequence[Part]) -> None:
+        """Reads parts of prompts, each of at most `chunks[-1]` tokens, into the pages of their rows."""
         # A smaller chunk is for the end of a prompt, or for a turn of a session, wherever it starts.
-        size = next(size for size in self.chunks if size >= len(tokens))
-        tokens_C = np.pad(np.asarray(tokens, np.int32), (0, size - len(tokens)))
-        self._read(tokens_C, pages_M, start, start + len(tokens), inv_freq_F, adapter)
+        of_size: dict[int, list[Part]] = {}
+        for part in parts:
+            of_size.setdefault(next(size for size in self.chunks if size >= len(part.tokens)), []).append(part)
+        for size, alike in of_size.items():
+            most = max(count for count, each in self._read_shapes if each == size)
+            while alike:
+                count = most if len(alike) > most // 2 else 1
+                self._read(count, size, alike[:count])
+                del alike[:count]
 
-    def _read(self, tokens_C: np.ndarray, pages_M: np.ndarray, start: int, end: int, inv_freq_F, adapter=-1) -> None:
-        chunk = _chunk(tokens_C, pages_M, start, end, inv_freq_F)
-        self._state = self._run(self._programs.read_chunk, self._weights, self._state, chunk, self._rows([adapter]))
+    def _read(self, count: int, size: int, parts: Sequence[Part]) -> None:
+        chunk, rows = self._chunk(count, size, parts), self._rows(_filled([part.adapter for part in parts], count, -1))
+        self._state = self._run(self._programs.read_chunk, self._weights, self._state, chunk, rows)
 
-    def score(
-        self,
-        tokens: Sequence[int],
-        following: Sequence[int],
-        pages_M: np.ndarray,
-        start: int,
-        *,
-        temperature: float,
-        inv_freq_F: np.ndarray,
-        adapter: int = -1,
-    ) -> jax.Array:
+    def _chunk(self, count: int, size: int, parts: Sequence[Part]) -> PromptChunk:
+        """Returns the parts as one chunk, and for the rest of its `count` rows nothing that would be written."""
+        tokens_RC = np.zeros((count, size), np.int32)
+        # A copy: the host changes its table while the device may still read what it was given.
+        table_RM = np.full((count, self.pages_per_row), self._num_pages, np.int32)
+        start_R, end_R = np.zeros((2, count), np.int32)
+        inv_freq_RF = np.zeros((count, len(parts[0].inv_freq_F)), np.float32)
+        for row, part in enumerate(parts):
+            start_R[row], end_R[row] = part.start, part.start + len(part.tokens)
+            tokens_RC[row, : len(part.tokens)] = part.tokens
+            table_RM[row], inv_freq_RF[row] = part.pages_M, part.inv_freq_F
+        return PromptChunk(tokens_RC, table_RM, start_R, end_R, inv_freq_RF)
+
+    def score(self, part: Part, following: Sequence[int], *, temperature: float) -> jax.Array:
         """Does what `read` does; returns the packed Scores of the tokens that follow each, on their way to the host."""
         # One shape of its own, so that scoring costs one program more.
-        tokens_C, next_C = np.zeros((2, self.chunks[-1]), np.int32)
-        tokens_C[: len(tokens)], next_C[: len(tokens)] = tokens, following
-        chunk = _chunk(tokens_C, pages_M, start, start + len(tokens), inv_freq_F)
-        temperature_1, rows = np.array([temperature or 1.0], np.float32), self._rows([adapter])
+        chunk, next_C = self._chunk(1, self.chunks[-1], [part]), np.zeros(self.chunks[-1], np.int32)
+        next_C[: len(following)] = following
+        temperature_1, rows = np.array([temperature or 1.0], np.float32), self._rows([part.adapter])
         self._state, packed = self._run(
             self._programs.score_chunk, self._weights, self._state, chunk, next_C[None], temperature_1, rows
         )
         packed.copy_to_host_async()
         return packed
 
-    def admit(self, new: Admission) -> None:
-        """Lets a slot draw for a row that was read."""
-        self._state = self._run(self._programs.admit, self._state, new)
+    def admit(self, rows: Sequence[Newcomer]) -> None:
+        """Lets slots draw for rows that were read."""
+        count = self._admitted[len(rows) > 1]
+        for start in range(0, len(rows), count):
+            self._admit(count, rows[start : start + count])
+
+    def _admit(self, count: int, rows: Sequence[Newcomer]) -> None:
+        self._state = self._run(self._programs.admit, self._state, self._admission(count, rows))
+
+    def _admission(self, count: int, rows: Sequence[Newcomer]) -> Admission:
+        tokens_RS = np.zeros((count, self._max_context), np.int32)
+        stop_ids_RI = np.full((count, self._limits.stop_ids), -1, np.int32)
+        for index, row in enumerate(rows):
+            tokens_RS[index, : len(row.tokens)], stop_ids_RI[index, : len(row.stop_ids)] = row.tokens, row.stop_ids
+        # What is nobody's is for no slot.
+        rows = _filled(rows, count, rows[0]._replace(slot=self._num_slots))
+        return Admission(
+            slot_R=np.array([row.slot for row in rows], np.int32),
+            tokens_RS=tokens_RS,
+            length_R=np.array([len(row.tokens) for row in rows], np.int32),
+            prompt_length_R=np.array([row.num_prompt for row in rows], np.int32),
+            max_length_R=np.array([row.total for row in rows], np.int32),
+            stop_ids_RI=stop_ids_RI,
+            inv_freq_RF=np.stack([row.inv_freq_F for row in rows]),
+            sampling_R=stack([row.sampling for row in rows], limits=self._limits),
+            top_asked_R=np.array([row.wants_top for row in rows]),
+        )
 
     def block(
         self,
@@ -304,29 +363,21 @@ class Device:
     ) -> dict[str, Callable[[], Any]]:
         """Returns by name what runs every program once, for nobody."""
         inv_freq_F = np.asarray(rope.inv_freq(self.config))
-        nothing = Admission(
-            np.array(0, np.int32),
-            np.zeros(self._max_context, np.int32),
-            *[np.array(1, np.int32)] * 3,
-            np.full(self._limits.stop_ids, -1, np.int32),
-            inv_freq_F,
-            stack([SamplingParams()], limits=self._limits),
-            np.array(False),
-        )
-
-        def read(size: int) -> None:
-            self._read(np.zeros(size, np.int32), table_BM[0], 0, 0, inv_freq_F)
+        nothing = Part([], table_BM[0], 0, inv_freq_F)
+        nobody = Newcomer(self._num_slots, [], 0, 0, [], inv_freq_F, SamplingParams(), False)
 
         def score() -> None:
-            self.score([0], [0], table_BM[0], 0, temperature=1.0, inv_freq_F=inv_freq_F)
+            self.score(nothing, [], temperature=1.0)
 
         def admit_clear_copy() -> None:
-            self.admit(nothing)
+            for count in self._admitted:
+                self._admit(count, [nobody])
             self._state = self._run(self._programs.clear_pages, self._state, table_BM[0])
             self._copy(0, self._num_pages, 0)
 
         programs: dict[str, Callable[[], Any]] = {
-            f"read {size} prompt tokens": functools.partial(read, size) for size in self.chunks
+            f"read {size} tokens of {count} prompts": functools.partial(self._read, count, size, [nothing])
+            for count, size in self._read_shapes
         }
         programs[f"score {self.chunks[-1]} prompt tokens"] = score
         programs |= {
@@ -432,7 +483,5 @@ def _placed(state: DecodeState, config: ModelConfig, mesh: Mesh) -> DecodeState:
     return dataclasses.replace(everything, cache=jax.tree.map(place, state.cache))
 
 
-def _chunk(tokens_C: np.ndarray, pages_M: np.ndarray, start: int, end: int, inv_freq_F: np.ndarray) -> PromptChunk:
-    # A copy: the host changes its table while the device may still read what it was given.
-    ends = np.array([start], np.int32), np.array([end], np.int32)
-    return PromptChunk(tokens_C[None], pages_M[None].copy(), *ends, inv_freq_F[None])
+def _filled(rows: Sequence[Any], count: int, nobody: Any) -> list[Any]:
+    return [*rows, *[nobody] * (count - len(rows))]

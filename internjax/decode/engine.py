@@ -103,12 +103,12 @@ class Engine:
         max_context: longest prompt and answer together of a request. num_pages: pages of the cache, all slots full by
         default. num_host_pages: pages whose contents the host's memory may keep when the cache has no room for them.
         lora: one adapter for all requests. adapter_room: room for several that are loaded while the engine runs, of
-        which each request may name one (`load_adapter`). prefill_chunk: prompt tokens read at once. context_buckets:
-        shorter contexts, in tokens, for which drawing is compiled too; while all rows fit into one, a step reads no
-        more of the cache than that. A row's results then agree with those of another width up to rounding only; with
-        none, they do not depend on the other rows at all. limits: what one request may ask for. speculation: drafts
-        that are tried together, looked up in the row or drawn by a model with `draft_params`. mode: see Mode; "exact"
-        wants no context_buckets and a prefill_chunk of whole pages.
+        which each request may name one (`load_adapter`). prefill_chunk: prompt tokens read at once, of one request or
+        of several that are short. context_buckets: shorter contexts, in tokens, for which drawing is compiled too;
+        while all rows fit into one, a step reads no more of the cache than that. A row's results then agree with those
+        of another width up to rounding only. limits: what one request may ask for. speculation: drafts that are tried
+        together, looked up in the row or drawn by a model with `draft_params`. mode: see Mode; "exact" wants no
+        context_buckets and a prefill_chunk of whole pages.
         """
         sizes = {"max_context": max_context, "num_slots": num_slots, "page_size": page_size}
         sizes |= {"tokens_per_dispatch": tokens_per_dispatch, "prefill_chunk": prefill_chunk}
@@ -154,6 +154,7 @@ class Engine:
             context_buckets=context_buckets,
             # What few answers cost does not grow with the slots. Another shape may give other bits.
             row_buckets=() if mode == "exact" else [4**i for i in range(10) if 4 ** (i + 1) <= num_slots],
+            reads_together=mode == "fast",
             limits=limits,
             saves_pages=num_host_pages > 0,
             speculation=speculation,
@@ -171,7 +172,7 @@ class Engine:
             tokens_per_block=self._device.tokens_per_block,
             mode=mode,
         )
-        self._rounds = Rounds(self._device, empty_seats, max_context=max_context, page_size=page_size, limits=limits)
+        self._rounds = Rounds(self._device, empty_seats, page_size=page_size)
         self._arrivals = itertools.count()
         self._thread: threading.Thread | None = None
         self._num_warm: int | None = None

@@ -1,7 +1,7 @@
 """The compiled programs of the engine: pure functions on the DecodeState of all slots, shapes fixed by its settings.
 
-B slots, S longest context, M pages of a row, C prompt chunk, n tokens of a block, V vocabulary, F frequencies,
-I stop ids, K most likely tokens.
+B slots, R rows that are read or admitted together, S longest context, M pages of a row, C prompt chunk, n tokens of a
+block, V vocabulary, F frequencies, I stop ids, K most likely tokens.
 """
 
 import dataclasses
@@ -20,6 +20,9 @@ from internjax.model import decoder, rope
 from internjax.model.cache import CacheDType, KVCache, paged_cache
 from internjax.model.config import ModelConfig
 from internjax.model.lora import Lora
+
+ROWS_TOGETHER = 4
+"""Rows that begin in the same round are read and admitted by so many."""
 
 
 def empty_state(
@@ -100,39 +103,62 @@ def _draft_reads(weights: Weights, state: DecodeState, chunk: "PromptChunk", dra
     cache = prefill_chunk(
         weights.draft,
         state.draft_cache,
-        chunk.tokens_1C,
-        start_B=chunk.start_1,
-        end_B=chunk.end_1,
+        chunk.tokens_RC,
+        start_B=chunk.start_R,
+        end_B=chunk.end_R,
         inv_freq_BF=rope.inv_freq(draft.config)[None],
         config=draft.config,
     ).cache
     return dataclasses.replace(state, draft_cache=cache)
 
 
-class PromptChunk(NamedTuple):
-    """Part of one prompt on its way into the pages of its row."""
+_SMALLEST_CHUNK = 16
+_TOKENS_TOGETHER = 256
+"""Parts of prompts that have so many tokens together, or no more than the longest chunk, are worth one program."""
 
-    tokens_1C: np.ndarray
-    page_table_1M: np.ndarray
-    start_1: np.ndarray
-    end_1: np.ndarray
+
+class ReadShape(NamedTuple):
+    """Rows that are read together, and tokens of each."""
+
+    num_rows: int
+    size: int
+
+
+def read_shapes(prefill_chunk: int, *, num_slots: int, together: bool) -> list[ReadShape]:
+    """Returns what `read_chunk` is compiled for: chunks of one prompt, and short ones of several."""
+    sizes = [*(size for size in (_SMALLEST_CHUNK << i for i in range(20)) if size < prefill_chunk), prefill_chunk]
+    found, num_rows = [ReadShape(1, size) for size in sizes], ROWS_TOGETHER
+    if together and num_slots >= num_rows:
+        most = max(prefill_chunk, _TOKENS_TOGETHER) // num_rows
+        found += [ReadShape(num_rows, size) for size in sizes if size <= most]
+    return found
+
+
+class PromptChunk(NamedTuple):
+    """Parts of prompts on their way into the pages of their rows."""
+
+    tokens_RC: np.ndarray
+    page_table_RM: np.ndarray
+    start_R: np.ndarray
+    end_R: np.ndarray
     """Position after the last one to be written; the rest of the chunk is padding."""
-    inv_freq_1F: np.ndarray
+    inv_freq_RF: np.ndarray
 
 
 class Admission(NamedTuple):
-    """The row of a request whose tokens are in the cache, up to the last one."""
+    """Rows of requests whose tokens are in the cache, up to the last one of each."""
 
-    slot: np.ndarray
-    tokens_S: np.ndarray
-    length: np.ndarray
-    prompt_length: np.ndarray
+    slot_R: np.ndarray
+    """Beyond the last slot: nobody."""
+    tokens_RS: np.ndarray
+    length_R: np.ndarray
+    prompt_length_R: np.ndarray
     """Tokens from here on are the answer's."""
-    max_length: np.ndarray
-    stop_ids_I: np.ndarray
-    inv_freq_F: np.ndarray
-    sampling_1: Sampling
-    top_asked: np.ndarray
+    max_length_R: np.ndarray
+    stop_ids_RI: np.ndarray
+    inv_freq_RF: np.ndarray
+    sampling_R: Sampling
+    top_asked_R: np.ndarray
 
 
 def read_chunk(
@@ -144,15 +170,15 @@ def read_chunk(
     config: ModelConfig,
     draft: DraftModel | None = None,
 ) -> DecodeState:
-    """Returns the state with one chunk of one prompt in the pages that its table names."""
-    placed = _draft_reads(weights, _with_table(state, chunk.page_table_1M), chunk, draft)
+    """Returns the state with one chunk of every prompt in the pages that its table names."""
+    placed = _draft_reads(weights, _with_table(state, chunk.page_table_RM), chunk, draft)
     cache = prefill_chunk(
         weights.model,
         placed.cache,
-        chunk.tokens_1C,
-        start_B=chunk.start_1,
-        end_B=chunk.end_1,
-        inv_freq_BF=chunk.inv_freq_1F,
+        chunk.tokens_RC,
+        start_B=chunk.start_R,
+        end_B=chunk.end_R,
+        inv_freq_BF=chunk.inv_freq_RF,
         config=config,
         lora=lora_of(adapters),
     ).cache
@@ -183,24 +209,25 @@ def score_chunk(
     num_top: int,
     draft: DraftModel | None = None,
 ) -> tuple[DecodeState, jax.Array]:
-    """Returns what `read_chunk` does, and the Scores of the tokens that follow, packed into int32 `[C, 1 + 2 K]`.
+    """Returns what `read_chunk` does of one row, and the Scores of the tokens that follow, packed into int32
+    `[C, 1 + 2 K]`.
 
     `next` are those tokens; the log-probabilities are of logits / temperature.
     """
     params, lora = weights.model, lora_of(adapters)
-    placed = _draft_reads(weights, _with_table(state, chunk.page_table_1M), chunk, draft)
+    placed = _draft_reads(weights, _with_table(state, chunk.page_table_RM), chunk, draft)
     hidden_1CD, cache, _ = prefill_chunk(
         params,
         placed.cache,
-        chunk.tokens_1C,
-        start_B=chunk.start_1,
-        end_B=chunk.end_1,
-        inv_freq_BF=chunk.inv_freq_1F,
+        chunk.tokens_RC,
+        start_B=chunk.start_R,
+        end_B=chunk.end_R,
+        inv_freq_BF=chunk.inv_freq_RF,
         config=config,
         lora=lora,
     )
     after = _with_own_tables(dataclasses.replace(placed, cache=cache), state)
-    K, C = min(num_top, config.vocab_size), chunk.tokens_1C.shape[1]
+    K, C = min(num_top, config.vocab_size), chunk.tokens_RC.shape[1]
     R = min(C, SCORED_AT_ONCE)
 
     def cut(x_C):
@@ -232,29 +259,33 @@ def unpack_scores(packed: np.ndarray) -> Scores:
 
 
 def admit(state: DecodeState, new: Admission) -> DecodeState:
-    """Returns the state in which the slot draws for a new request; nothing of its last one is left."""
-    S, V = state.tokens_BS.shape[1], state.seen_BV.shape[1]
-    index_S = jnp.arange(S)
-    written_S = jnp.where(index_S < new.length, new.tokens_S, V)
-    answer_S = jnp.where(index_S >= new.prompt_length, written_S, V)
+    """Returns the state in which slots draw for new requests; nothing of their last ones is left."""
+    R, S, V = *new.tokens_RS.shape, state.seen_BV.shape[1]
+    index_S, index_R1 = jnp.arange(S), jnp.arange(R)[:, None]
+    written_RS = jnp.where(index_S < new.length_R[:, None], new.tokens_RS, V)
+    answer_RS = jnp.where(index_S >= new.prompt_length_R[:, None], written_RS, V)
     rows = {
-        "tokens_BS": new.tokens_S,
-        "lengths_B": new.length,
-        "prompt_lengths_B": new.prompt_length,
-        "max_lengths_B": new.max_length,
+        "tokens_BS": new.tokens_RS,
+        "lengths_B": new.length_R,
+        "prompt_lengths_B": new.prompt_length_R,
+        "max_lengths_B": new.max_length_R,
         "active_B": True,
         "finish_B": RUNNING,
         "logprobs_BS": 0.0,
-        "seen_BV": jnp.zeros(V, bool).at[written_S].set(True, mode="drop"),
-        "stop_ids_BI": new.stop_ids_I,
-        "inv_freq_BF": new.inv_freq_F,
+        "seen_BV": jnp.zeros((R, V), bool).at[index_R1, written_RS].set(True, mode="drop"),
+        "stop_ids_BI": new.stop_ids_RI,
+        "inv_freq_BF": new.inv_freq_RF,
     }
-    sampling = jax.tree.map(lambda all_B, new_1: all_B.at[new.slot].set(new_1[0]), state.sampling, new.sampling_1)
+
+    def put(all_B, new_R):
+        return all_B.at[new.slot_R].set(new_R, mode="drop")
+
+    sampling = jax.tree.map(put, state.sampling, new.sampling_R)
     if state.counts_BV is not None:
-        rows["counts_BV"] = jnp.zeros(V, jnp.int32).at[answer_S].add(1, mode="drop")
-    rows = {name: getattr(state, name).at[new.slot].set(row) for name, row in rows.items()}
+        rows["counts_BV"] = jnp.zeros((R, V), jnp.int32).at[index_R1, answer_RS].add(1, mode="drop")
+    rows = {name: put(getattr(state, name), row) for name, row in rows.items()}
     if state.top is not None:
-        rows["top"] = state.top._replace(asked_B=state.top.asked_B.at[new.slot].set(new.top_asked))
+        rows["top"] = state.top._replace(asked_B=put(state.top.asked_B, new.top_asked_R))
     return dataclasses.replace(state, sampling=sampling, **rows)
 
 

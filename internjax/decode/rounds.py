@@ -10,16 +10,15 @@ import collections
 import functools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
-from internjax.decode.device import Device
+from internjax.decode.device import Device, Newcomer, Part
 from internjax.decode.generate import FINISH_NAMES
-from internjax.decode.programs import Admission, unpack, unpack_scores
+from internjax.decode.programs import unpack, unpack_scores
 from internjax.decode.request import Finish, prompt_event, tokens_event
-from internjax.decode.sample import Limits, stack
 from internjax.decode.seats import Row, Seats
 from internjax.decode.timing import Clock
 
@@ -27,12 +26,9 @@ from internjax.decode.timing import Clock
 class Rounds:
     """A queue of rows, the seats of those that are served, and the blocks that are under way."""
 
-    def __init__(
-        self, device: Device, empty_seats: Callable[[], Seats], *, max_context: int, page_size: int, limits: Limits
-    ):
+    def __init__(self, device: Device, empty_seats: Callable[[], Seats], *, page_size: int):
         """empty_seats: returns the host's books of a device that holds nothing."""
-        self._device, self._empty_seats = device, empty_seats
-        self._max_context, self._page_size, self._limits = max_context, page_size, limits
+        self._device, self._empty_seats, self._page_size = device, empty_seats, page_size
         self.wake = threading.Condition()
         self.queue: collections.deque[Row] = collections.deque()
         self.closed: str | None = None
@@ -102,9 +98,7 @@ class Rounds:
         try:
             self._drop_aborted()
             self._admit_waiting()
-            for index, row in self.seats.taken.items():
-                if not row.drawing:
-                    self._guarded(index, row, self._read_prompt)
+            self._read_prompts()
             # The next block is dispatched before the last one is read, so the device never waits for the host.
             dispatched = self._dispatch()
             if self._in_flight and (len(self._in_flight) > 1 or not dispatched):
@@ -157,44 +151,54 @@ class Rounds:
             self.num_prompt_tokens += row.num_prompt
             self.num_shared_tokens += row.num_read
 
-    def _read_prompt(self, index: int, row: Row) -> None:
-        """Reads the next chunk of what a row begins with; after the last one it draws."""
-        start = row.num_read
-        end = min(start + self._device.chunks[-1], len(row.tokens) - 1)
-        if end > start:
-            place = {"inv_freq_F": row.inv_freq_F, "adapter": row.adapter.index}
-            tokens, pages_M = row.tokens[start:end], self.seats.page_table_BM[index]
-            if row.scored:
-                self._device.read(tokens, pages_M, start, **place)
-            else:
-                following, temperature = row.tokens[start + 1 : end + 1], row.handle.request.sampling.temperature
-                scores = self._device.score(tokens, following, pages_M, start, temperature=temperature, **place)
-                row.scores.append((end - start, scores))
-            row.num_read = end
-        if end == len(row.tokens) - 1:
-            self.seats.keep(index, whole_pages=True)
-            self._start_drawing(index, row)
+    def _together(self, rows: Mapping[int, Row], work: Callable[[Mapping[int, Row]], None]) -> None:
+        """Does the work of several requests at once; if that fails, of each by itself, so that one alone ends."""
+        try:
+            work(rows)
+        except Exception:
+            if self._device.lost:
+                raise
+            for index, row in rows.items():
+                self._guarded(index, row, lambda index, row: work({index: row}))
 
-    def _start_drawing(self, index: int, row: Row) -> None:
-        request, length = row.handle.request, len(row.tokens)
-        tokens_S = np.zeros(self._max_context, np.int32)
-        tokens_S[:length] = row.tokens
-        stop_ids_I = np.full(self._limits.stop_ids, -1, np.int32)
-        stop_ids_I[: len(request.stop_ids)] = request.stop_ids
-        self._device.admit(
-            Admission(
-                slot=np.array(index, np.int32),
-                tokens_S=tokens_S,
-                length=np.array(length, np.int32),
-                prompt_length=np.array(row.num_prompt, np.int32),
-                max_length=np.array(row.total, np.int32),
-                stop_ids_I=stop_ids_I,
-                inv_freq_F=row.inv_freq_F,
-                sampling_1=stack([request.sampling], limits=self._limits),
-                top_asked=np.array(bool(request.logprobs)),
-            )
-        )
-        row.drawing, row.longest, row.num_in_flight = True, length, 0
+    def _read_prompts(self) -> None:
+        """Reads the next chunk of what every row begins with that does not draw yet; after its last one it draws."""
+        reading = {index: row for index, row in self.seats.taken.items() if not row.drawing}
+        self._together({index: row for index, row in reading.items() if row.scored}, self._read)
+        for index, row in reading.items():
+            if not row.scored:
+                self._guarded(index, row, self._score)
+        read = {index: row for index, row in reading.items() if row.num_read == len(row.tokens) - 1}
+        self._together({index: row for index, row in read.items() if self.seats.rows[index] is row}, self._start)
+
+    def _next_part(self, index: int, row: Row) -> Part:
+        """Returns what is to be read next, which may be nothing."""
+        end = min(row.num_read + self._device.chunks[-1], len(row.tokens) - 1)
+        tokens, pages_M = row.tokens[row.num_read : end], self.seats.page_table_BM[index]
+        return Part(tokens, pages_M, row.num_read, row.inv_freq_F, row.adapter.index)
+
+    def _read(self, rows: Mapping[int, Row]) -> None:
+        parts = {index: self._next_part(index, row) for index, row in rows.items()}
+        self._device.read([part for part in parts.values() if part.tokens])
+        for index, row in rows.items():
+            row.num_read += len(parts[index].tokens)
+
+    def _score(self, index: int, row: Row) -> None:
+        """Reads the next chunk of a prompt whose log-probabilities are wanted."""
+        part = self._next_part(index, row)
+        if part.tokens:
+            following = row.tokens[part.start + 1 : part.start + 1 + len(part.tokens)]
+            scores = self._device.score(part, following, temperature=row.handle.request.sampling.temperature)
+            row.scores.append((len(part.tokens), scores))
+            row.num_read += len(part.tokens)
+
+    def _start(self, rows: Mapping[int, Row]) -> None:
+        """Lets rows draw whose beginning is read."""
+        for index in rows:
+            self.seats.keep(index, whole_pages=True)
+        self._device.admit([_newcomer(index, row) for index, row in rows.items()])
+        for row in rows.values():
+            row.drawing, row.longest, row.num_in_flight = True, len(row.tokens), 0
 
     def _dispatch(self) -> bool:
         """Sends off one block for all slots that draw; returns whether there were any."""
@@ -341,6 +345,20 @@ class Rounds:
         self._in_flight.clear()
         while self.queue:
             self._end(self.queue.popleft(), finish, error)
+
+
+def _newcomer(index: int, row: Row) -> Newcomer:
+    request = row.handle.request
+    return Newcomer(
+        slot=index,
+        tokens=row.tokens,
+        num_prompt=row.num_prompt,
+        total=row.total,
+        stop_ids=request.stop_ids,
+        inv_freq_F=row.inv_freq_F,
+        sampling=request.sampling,
+        wants_top=bool(request.logprobs),
+    )
 
 
 def _guide_on(ids: Sequence[int], index: int, row: Row) -> None:

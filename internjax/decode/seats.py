@@ -19,8 +19,8 @@ from internjax.decode.request import Guide, Handle, Session
 Mode = Literal["fast", "exact"]
 """fast: a request draws the same tokens in any company, up to rounding of what was computed in other pieces or for
 another number of rows. exact: bit by bit. Then only prompts are shared, in whole chunks as every request reads them;
-all pages of a request are reserved before it begins, so none is ever read again; attention has one width, and every
-block is for all slots."""
+all pages of a request are reserved before it begins, so none is ever read again; attention has one width, every
+prompt is read by itself, and every block is for all slots."""
 
 
 @dataclasses.dataclass(eq=False)

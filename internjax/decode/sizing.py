@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from internjax.decode.embed import num_rows, row_widths
 from internjax.decode.generate import decoding_params
-from internjax.decode.programs import SCORED_AT_ONCE
+from internjax.decode.programs import SCORED_AT_ONCE, read_shapes
 from internjax.kernels.attention import QUERY_CHUNK
 from internjax.kernels.paged_attention import key_block
 from internjax.model.cache import CacheDType, paged_cache
@@ -46,8 +46,8 @@ def work_bytes(
     Attention reads one layer's pages of its rows into one array each for keys and values (2 S K H), once more where it
     puts heads before time, and weighs N x T x S scores in float32, three of them at a time; many tokens weigh a block
     of S only. Drawing holds five arrays of B x V float32 and the logits of all T = 1 + drafts tokens, the rows
-    themselves two of B x S and the counts of every token. Reading holds a layer's activations of C tokens, or three
-    arrays of V float32 for each of those scored at once.
+    themselves two of B x S and the counts of every token. Reading holds a layer's activations of C tokens, or of short
+    parts of several prompts, or three arrays of V float32 for each of those scored at once.
     """
     B, S, C, T, itemsize = num_slots, max_context, prefill_chunk, 1 + num_drafts, jnp.dtype(config.dtype).itemsize
 
@@ -60,8 +60,10 @@ def work_bytes(
     wide = 4 * config.d_model + 3 * config.ffn_dim + 3 * config.num_heads * config.head_dim
     read, scores = read_and_scores(T)
     drawing = B * (read + 5 * logits + num_drafts * (logits + wide * itemsize) + T * scores)
-    read, scores = read_and_scores(C)
-    reading = read + max(C * (scores + wide * itemsize), 3 * min(C, SCORED_AT_ONCE) * logits)
+    reading = read_and_scores(C)[0] + 3 * min(C, SCORED_AT_ONCE) * logits
+    for R, size in read_shapes(C, num_slots=B, together=True):
+        read, scores = read_and_scores(size)
+        reading = max(reading, R * (read + size * (scores + wide * itemsize)))
     rows = B * (2 * 4 * S + 5 * config.vocab_size)
     return max(drawing, reading) + rows
 

@@ -15,10 +15,10 @@ import pytest
 
 from internjax import sharding
 from internjax.decode import device
-from internjax.decode.device import AdapterRoom
+from internjax.decode.device import AdapterRoom, Newcomer, Part
 from internjax.decode.engine import Engine
 from internjax.decode.generate import generate
-from internjax.decode.programs import Admission, Weights, decode_block, empty_state
+from internjax.decode.programs import Weights, decode_block, empty_state
 from internjax.decode.replay import replay
 from internjax.decode.request import Event, Handle, Request, RequestError, Result
 from internjax.decode.rounds import Rounds
@@ -171,12 +171,8 @@ def test_greedy_answers_follow_the_reference_and_log_probabilities_are_the_polic
 
 def test_a_row_admitted_in_the_midst_of_its_answer_knows_what_the_answer_is(engine):
     """Five tokens, of which the last three are the answer's and are counted for the penalties."""
-    tokens_S = np.zeros(64, np.int32)
-    tokens_S[:5] = [9, 8, 8, 9, 8]
-    sizes = [np.array(size, np.int32) for size in (1, 5, 2, 40)]
-    sampling_1 = stack([EVERYTHING], limits=engine.limits)
-    row = Admission(sizes[0], tokens_S, *sizes[1:], np.full(8, -1, np.int32), engine._inv_freq_F, sampling_1, np.True_)
-    engine._device.admit(row)  # the host knows nothing of it: it will draw nothing
+    row = Newcomer(1, [9, 8, 8, 9, 8], 2, 40, [], engine._inv_freq_F, EVERYTHING, True)
+    engine._device.admit([row])  # the host knows nothing of it: it will draw nothing
     state = engine._device._state
     wanted_V = np.bincount([8, 9, 8], minlength=64)
     np.testing.assert_array_equal(state.counts_BV[1], wanted_V)
@@ -277,19 +273,53 @@ def test_exact_mode_shares_what_was_read_and_nothing_that_the_step_was_fed(lengt
     assert handle.num_shared == num_shared
 
 
-def test_few_answers_are_drawn_in_a_small_block_and_are_the_same(monkeypatch):
+def recorded(monkeypatch, device, name):
+    """Returns the list that the first arguments of the device's calls go into."""
+    seen, call = [], getattr(device, name)
+    monkeypatch.setattr(device, name, lambda *a, **k: seen.append(a) or call(*a, **k))
+    return seen
+
+
+def test_few_answers_are_drawn_in_a_small_block_and_many_prompts_read_at_once(monkeypatch):
     """Of 16 slots one, four or all, with rows that come and go between them. Nothing compiles late."""
-    engine = build(num_slots=16, num_pages=256)
+    engine = build(num_slots=16, num_pages=256, prefill_chunk=32)
     engine.warmup()
-    counts, block, num_compiled = [], engine._device._block, engine.stats().num_compiled
-    monkeypatch.setattr(engine._device, "_block", lambda count, *a, **k: counts.append(count) or block(count, *a, **k))
-    requests = [Request(prompt(4 + n, seed=n), 3 + n, DRAWN, logprobs=0) for n in range(12)]
-    for some in (requests[:1], requests[:3], requests):
+    num_compiled = engine.stats().num_compiled
+    blocks, reads, admitted = (recorded(monkeypatch, engine._device, name) for name in ("_block", "_read", "_admit"))
+    requests = [Request(prompt(4 + 3 * n, seed=n), 3 + n, DRAWN, logprobs=0) for n in range(12)]
+    for some in (requests[:1], requests[1:4], requests):
         for request, result in zip(some, answer(engine, *some)):
             ids, values = generated(request)
             assert result.ids == ids and result.error is None
             np.testing.assert_allclose(result.logprobs, values, atol=2e-5)
-    assert set(counts) == {1, 4, 16} and engine.stats().num_compiled == num_compiled
+    assert {count for count, *_ in blocks} == {1, 4, 16} and engine.stats().num_compiled == num_compiled
+    assert [(count, size, len(parts)) for count, size, parts in reads[:2]] == [(1, 16, 1), (4, 16, 3)]
+    assert {(count, size) for count, size, _ in reads} == {(1, 16), (4, 16), (4, 32)}
+    assert [(count, len(rows)) for count, rows in admitted[:2]] == [(1, 1), (4, 3)]
+
+
+def test_exact_mode_reads_every_prompt_by_itself(monkeypatch):
+    engine = build(mode="exact", num_slots=4)
+    reads = recorded(monkeypatch, engine._device, "_read")
+    answer(engine, *(Request(prompt(9, seed=n), 2, GREEDY) for n in range(4)))
+    assert [count for count, *_ in reads] == [1] * 4
+
+
+def test_a_prompt_that_cannot_be_read_ends_alone(monkeypatch):
+    """Its neighbours are read once more without it, and answered as ever."""
+    engine = build(num_slots=4)
+    chunk = engine._device._chunk
+
+    def failing(count, size, parts):
+        if any(60 in part.tokens for part in parts):
+            raise RuntimeError("planted")
+        return chunk(count, size, parts)
+
+    monkeypatch.setattr(engine._device, "_chunk", failing)
+    good = [Request(tuple(token % 60 for token in prompt(9, seed=n)), 5, DRAWN, logprobs=0) for n in range(3)]
+    *results, failed = answer(engine, *good, Request((60,) * 9, 5, GREEDY))
+    assert failed == Result((), None, "error", "RuntimeError: planted")
+    assert [result.ids for result in results] == [generated(request)[0] for request in good]
 
 
 def test_stop_ids_end_a_request_and_are_kept(engine):
@@ -604,11 +634,11 @@ def bucketed():
 def test_nothing_compiles_after_warm_up(bucketed):
     engine, reported, names = bucketed
     assert names, "the counter sees nothing"
-    # Chunks of two sizes; a block for each of three contexts; a scored chunk; admission, clearing, copying.
+    # Chunks of two sizes; a block for each of three contexts; a scored chunk; admission (twice), clearing, copying.
     assert len({program.name for program in reported}) == len(reported) == 2 + 3 + 1 + 1
     assert [program[2:] for program in reported] == [(i, 7) for i in range(1, 8)]
     warm = engine.stats().num_compiled
-    assert warm == 1 + 2 + 3 + 1 + 3  # the first is the empty state
+    assert warm == 1 + 2 + 3 + 1 + 4  # the first is the empty state
     rng = random.Random(0)
     with CompileCounter() as compiled:
         handles = []
@@ -657,10 +687,10 @@ def test_a_turn_is_read_in_the_smallest_chunk_that_holds_it(buckets, monkeypatch
     device = build(prefill_chunk=64, context_buckets=buckets)._device
     assert device.chunks == [16, 32, 64]
     reads = []
-    monkeypatch.setattr(device, "_read", lambda tokens_C, pages_M, *_: reads.append((len(tokens_C), len(pages_M))))
+    monkeypatch.setattr(device, "_read", lambda count, size, parts: reads.append((count, size)))
     for start, count in ((6, 10), (30, 10), (30, 20), (0, 40)):
-        device.read([1] * count, np.zeros(16, np.int32), start, inv_freq_F=None)
-    assert reads == [(16, 16), (16, 16), (32, 16), (64, 16)]
+        device.read([Part([1] * count, np.zeros(16, np.int32), start, inv_freq_F=None)])
+    assert reads == [(1, 16), (1, 16), (1, 32), (1, 64)]
 
 
 def test_context_buckets_change_no_token(bucketed):
@@ -718,9 +748,9 @@ def test_requests_choose_adapters_that_come_and_go(monkeypatch):
 
     small = made(LoraConfig(rank=2, targets=("query", "down")), 1, 0.1)
     turned = made(LoraConfig(rank=4, alpha=8.0, targets=("value", "gate"), kind="dora"), 2, 0.05)
-    engine = build(adapter_room=AdapterRoom(2, rank=4), num_pages=60)
+    engine = build(adapter_room=AdapterRoom(2, rank=4), num_slots=4, num_pages=60)
     engine.warmup()
-    warm = engine.stats().num_compiled
+    warm, reads = engine.stats().num_compiled, recorded(monkeypatch, engine._device, "_read")
     with CompileCounter() as compiled:
         engine.load_adapter("small", small)
         engine.load_adapter("turned", turned)
@@ -736,6 +766,7 @@ def test_requests_choose_adapters_that_come_and_go(monkeypatch):
         results = answer(engine, *[Request(prompt(20), 10, GREEDY, adapter=name) for name in names])
         assert [result.ids for result in results] == [wanted[name] for name in names]
     assert engine.stats().num_compiled == warm
+    assert [part.adapter for part in reads[0][2]] == [-1, 1, 0], "their prompts were not read at once"
 
     with pytest.raises(ValueError, match="'other' is not loaded; there are: small, turned"):
         engine.submit(Request((1,), 1, adapter="other"))
@@ -910,7 +941,7 @@ REPEATING = tuple([5, 9, 41, 17, 30, 2] * 5)
 
 
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
-def test_speculation_changes_no_answer(kind, shared_engine):
+def test_speculation_changes_no_answer(kind, shared_engine, monkeypatch):
     """Looked up in the row, or drawn by a model: greedy and drawn answers, penalties, stops, reports and prefixes."""
     if kind == "lookup":
         settings = {"speculation": PromptLookup(3)}
@@ -918,11 +949,12 @@ def test_speculation_changes_no_answer(kind, shared_engine):
         small = dataclasses.replace(CONFIG, num_layers=1)
         settings = {"speculation": DraftModel(small, 3)}
         settings["draft_params"] = PARAMS | {"layers": jax.tree.map(lambda leaf: leaf[:1], PARAMS["layers"])}
-    engine, plain = build(num_pages=22, num_host_pages=4, **settings), shared_engine
+    engine, plain = build(num_slots=4, num_pages=28, num_host_pages=4, **settings), shared_engine
     engine.warmup()
-    warm = engine.stats().num_compiled
+    warm, reads = engine.stats().num_compiled, recorded(monkeypatch, engine._device, "_read")
     sampling = dataclasses.replace(DRAWN, presence_penalty=0.5, min_new_tokens=2, seed=3)
     requests = [
+        *[Request(prompt(12, seed=n), 8, GREEDY) for n in range(3)],
         Request(REPEATING, 20, GREEDY, logprobs=2),
         Request(REPEATING, 25, dataclasses.replace(GREEDY, frequency_penalty=-0.4), logprobs=1),
         Request(prompt(9), 30, sampling, (7, 11), logprobs=3, prompt_logprobs=1),
@@ -941,7 +973,8 @@ def test_speculation_changes_no_answer(kind, shared_engine):
                 ranked = [[token for token, _ in place] for place in result.top_logprobs]
                 assert ranked == [[token for token, _ in place] for place in wanted.top_logprobs]
     stats = engine.stats()
-    assert stats.num_compiled == warm and stats.num_free_pages == 22
+    assert stats.num_compiled == warm and stats.num_free_pages == 28
+    assert max(len(parts) for _, _, parts in reads) >= 3, "no prompts were read at once"
     assert stats.num_turns < 0.9 * stats.num_drawn_tokens, "no draft came true"
     assert plain.stats().num_turns == plain.stats().num_drawn_tokens
     drive(plain)

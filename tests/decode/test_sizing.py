@@ -11,7 +11,15 @@ import pytest
 from internjax import sharding
 from internjax.decode.adapters import AdapterPlaces, places_bytes
 from internjax.decode.embed import mean_embeddings, num_rows
-from internjax.decode.programs import PromptChunk, Weights, decode_block, empty_state, read_chunk, score_chunk
+from internjax.decode.programs import (
+    PromptChunk,
+    Weights,
+    decode_block,
+    empty_state,
+    read_chunk,
+    read_shapes,
+    score_chunk,
+)
 from internjax.decode.sample import Allowed, Limits
 from internjax.decode.sizing import buckets_of, embedding_bytes, fitting_pages, page_bytes, weight_bytes, work_bytes
 from internjax.decode.speculate import PromptLookup
@@ -34,12 +42,15 @@ def test_the_work_is_not_more_than_foretold(dtype, speculation):
     )
     state, params = jax.eval_shape(make), Weights(decoder.abstract_params(CONFIG))
     table = jax.ShapeDtypeStruct((B, S // page_size), jnp.int32)
-    chunk = PromptChunk(
-        jax.ShapeDtypeStruct((1, C), jnp.int32),
-        jax.ShapeDtypeStruct((1, S // page_size), jnp.int32),
-        *[jax.ShapeDtypeStruct((1,), jnp.int32)] * 2,
-        jax.ShapeDtypeStruct((1, CONFIG.head_dim // 2), jnp.float32),
-    )
+
+    def chunk(R: int, C: int) -> PromptChunk:
+        return PromptChunk(
+            jax.ShapeDtypeStruct((R, C), jnp.int32),
+            jax.ShapeDtypeStruct((R, S // page_size), jnp.int32),
+            *[jax.ShapeDtypeStruct((R,), jnp.int32)] * 2,
+            jax.ShapeDtypeStruct((R, CONFIG.head_dim // 2), jnp.float32),
+        )
+
     block = jax.jit(
         lambda *args: decode_block(*args, None, config=CONFIG, num_turns=2, speculation=speculation), donate_argnums=1
     )
@@ -48,8 +59,10 @@ def test_the_work_is_not_more_than_foretold(dtype, speculation):
     words = jax.ShapeDtypeStruct((B, CONFIG.vocab_size // 32), jnp.uint32)
     turns = jax.ShapeDtypeStruct((B,), jnp.int32), Allowed(words, jax.ShapeDtypeStruct((B,), bool))
     scored = jax.ShapeDtypeStruct((1, C), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.float32)
-    lowered = block.lower(params, state, table, *turns), read.lower(params, state, chunk)
-    lowered += (score.lower(params, state, chunk, *scored),)
+    lowered = block.lower(params, state, table, *turns), score.lower(params, state, chunk(1, C), *scored)
+    most = max(read_shapes(C, num_slots=B, together=True))
+    assert most == (4, C)
+    lowered += tuple(read.lower(params, state, chunk(*shape)) for shape in ((1, C), most))
     temporaries = max(each.compile().memory_analysis().temp_size_in_bytes for each in lowered)
     num_drafts = 0 if speculation is None else speculation.num_drafts
     foretold = work_bytes(CONFIG, prefill_chunk=C, num_drafts=num_drafts, **sizes)

@@ -154,14 +154,14 @@ def test_metrics_are_consistent_after_aborts(client, pipeline, eventually):
 def test_clients_that_leave_while_prompts_are_read_or_wait_free_their_pages(
     client, pipeline, eventually, monkeypatch, stream
 ):
-    read, held = Rounds._read_prompt, threading.Event()
+    read, held = Rounds._read_prompts, threading.Event()
 
-    def held_up(self, index, row):
+    def held_up(self):
         held.wait(20)
-        read(self, index, row)
+        read(self)
 
     before = figures(client)
-    monkeypatch.setattr(Rounds, "_read_prompt", held_up)
+    monkeypatch.setattr(Rounds, "_read_prompts", held_up)
     body = json.dumps({"model": "tiny", "prompt": [5] * 40, "max_tokens": 60, "stream": stream, "n": 3}).encode()
     lines = "POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}"
     with contextlib.ExitStack() as stack:
