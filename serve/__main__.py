@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import os
 import signal
 import sys
@@ -488,6 +489,9 @@ def serve(args: argparse.Namespace) -> int:
                     print(f"grpc     {server.grpc_address}")
                 if args.web and is_text:
                     print(f"page     {server.url}/")
+                # What is there now stays. To search it for garbage again stopped all answers for half a second.
+                gc.collect()
+                gc.freeze()
                 print(f"ready    {server.url}/v1  model {name}", flush=True)
                 while server.alive and not stopping.wait(1.0):
                     pass
