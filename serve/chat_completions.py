@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from internjax.text.chat import CallDelta, CallEnd, CallStart
 from serve.calls import CallPieces, Piece
-from serve.jobs import Job, events, finish_of, lines_of, nth, stream, submit, whole
+from serve.jobs import Job, events, finish_of, is_brief, lines_of, nth, stream, submit, whole
 from serve.kept import owner_of
 from serve.pipeline import Delta, Params, Pipeline, Result
 from serve.protocol import (
@@ -63,7 +63,9 @@ async def _job(pipeline: Pipeline, body: ChatRequest, params: Params, turn: Turn
             starts = [lambda: turn.held.session.chat(messages, params)]
         else:
             starts = [lambda i=i: pipeline.chat(messages, nth(params, i), tools=tools) for i in range(n)]
-        answers = await submit(starts, body, param="messages")
+        history = [] if turn is None else [range(turn.held.session.num_tokens)]
+        brief = not tools and is_brief([*history, *[message.content for message in messages] * n], params)
+        answers = await submit(starts, body, param="messages", brief=brief)
     except BaseException:
         if turn is not None:
             turn.release()

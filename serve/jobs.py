@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -96,10 +96,23 @@ class Job:
             ended(results)
 
 
-async def submit(starts: Sequence[Callable[[], Answer]], body: Asking, *, param: str) -> list[Answer]:
+BRIEF = 2000
+"""Characters or ids of all prompts of a request that are read in the event loop, in about a millisecond: when several
+requests come at once, their threads get in each other's way for longer."""
+
+
+def is_brief(prompts: Iterable[str | Sequence[int]], params: Params) -> bool:
+    """Whether answers to these prompts are started within BRIEF, each of them counted as 100 at least.
+
+    With a guide they are not: it may take long to be compiled.
+    """
+    return params.guide is None and sum(max(len(prompt), 100) for prompt in prompts) <= BRIEF
+
+
+async def submit(starts: Sequence[Callable[[], Answer]], body: Asking, *, param: str, brief: bool) -> list[Answer]:
     """The answers, all of them or none. param: the field of the request that holds what is answered."""
     try:
-        return await submitted(starts)
+        return await submitted(starts, brief=brief)
     except ContextTooLong as error:
         raise Refusal(str(error), param=param, code="context_length_exceeded") from error
     except ValueError as error:

@@ -21,7 +21,7 @@ from serve.description import describe
 from serve.embeddings import add_embedding_route
 from serve.guards import Doors, Operation, add_guards
 from serve.health import Health, add_health_routes, health_of
-from serve.jobs import Job, events, finish_of, lines_of, nth, stream, submit, whole
+from serve.jobs import Job, events, finish_of, is_brief, lines_of, nth, stream, submit, whole
 from serve.kept import KeepLimits, Shelf
 from serve.keys import keys_of
 from serve.kserve import Served
@@ -142,6 +142,7 @@ def create_app(
             [lambda p=p, i=i: pipeline.complete(p, nth(params, i % n)) for i, p in enumerate(prompts)],
             body,
             param="prompt",
+            brief=is_brief(prompts, params),
         )
         echoes = [_echo(prompt, pipeline) if body.echo else "" for prompt in prompts]
         job = Job("cmpl-", body, answers, n)

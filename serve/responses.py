@@ -18,7 +18,7 @@ from fastapi.responses import Response
 from internjax.text.message import Message
 from serve.answer import Delta, Result, Token
 from serve.calls import function_of
-from serve.jobs import Job, events, line_of, stream, submit, whole
+from serve.jobs import Job, events, is_brief, line_of, stream, submit, whole
 from serve.kept import Shelf, owner_of
 from serve.pipeline import Pipeline
 from serve.protocol import Refusal, call_guide_of, chat_logprobs, guided_call, messages_of, tools_of
@@ -64,7 +64,8 @@ def add_response_routes(
         conversation = [*before.messages, *new]
         instructed = [] if body.instructions is None else [Message("system", body.instructions)]
         start = [lambda: pipeline.chat([*instructed, *conversation], params, tools=tools)]
-        (answer,) = await submit(start, body, param="input")
+        brief = not tools and is_brief([message.content for message in (*instructed, *conversation)], params)
+        (answer,) = await submit(start, body, param="input", brief=brief)
 
         def keep(results: Sequence[Result] | None) -> None:
             if results is not None and body.store is not False:

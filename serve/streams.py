@@ -23,8 +23,13 @@ def all_or_none(starts: Iterable[Callable[[], Answer]]) -> list[Answer]:
     return answers
 
 
-async def submitted(starts: Iterable[Callable[[], Answer]]) -> list[Answer]:
-    """`all_or_none` in a thread; answers that are no longer waited for when they are there are aborted."""
+async def submitted(starts: Iterable[Callable[[], Answer]], *, brief: bool = False) -> list[Answer]:
+    """`all_or_none` in a thread; answers that are no longer waited for when they are there are aborted.
+
+    brief: to start them takes less time than a thread to get its turn; then it is done here.
+    """
+    if brief:
+        return all_or_none(starts)
     answers: list[Answer] = []
     lock, is_left = threading.Lock(), threading.Event()
 
