@@ -205,7 +205,7 @@ def served(root: Path) -> Iterator["Server"]:
     from serve.server import start_server
 
     model = open_model(root / "export" / "llama", quantize="int8")
-    # One kind of engine, which both stages share, with few programs: asked a few times, it mostly waits for the compiler.
+    # One kind of engine, which both stages share, of few programs: asked a few times, it mostly waits for the compiler.
     with Pipeline(model, num_slots=2, max_context=1024, prefill_chunk=16, context_buckets=()) as pipeline:
         with start_server(pipeline, model_name="tiny") as server:
             yield server

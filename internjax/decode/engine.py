@@ -34,6 +34,9 @@ from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
 from internjax.model.lora import Lora
 
+_LEAST_READ = 512
+"""Prompt tokens that may be read between two blocks, at least."""
+
 
 class Stats(NamedTuple):
     """What the engine holds at this moment, and what it did so far."""
@@ -172,7 +175,8 @@ class Engine:
             tokens_per_block=self._device.tokens_per_block,
             mode=mode,
         )
-        self._rounds = Rounds(self._device, empty_seats, page_size=page_size)
+        most_read = max(4 * prefill_chunk, _LEAST_READ)
+        self._rounds = Rounds(self._device, empty_seats, page_size=page_size, most_read=most_read)
         self._arrivals = itertools.count()
         self._thread: threading.Thread | None = None
         self._num_warm: int | None = None

@@ -26,9 +26,11 @@ from internjax.decode.timing import Clock
 class Rounds:
     """A queue of rows, the seats of those that are served, and the blocks that are under way."""
 
-    def __init__(self, device: Device, empty_seats: Callable[[], Seats], *, page_size: int):
-        """empty_seats: returns the host's books of a device that holds nothing."""
+    def __init__(self, device: Device, empty_seats: Callable[[], Seats], *, page_size: int, most_read: int):
+        """empty_seats: returns the host's books of a device that holds nothing. most_read: prompt tokens that are read
+        in a round while answers are drawn, which wait for that."""
         self._device, self._empty_seats, self._page_size = device, empty_seats, page_size
+        self._most_read = most_read
         self.wake = threading.Condition()
         self.queue: collections.deque[Row] = collections.deque()
         self.closed: str | None = None
@@ -162,14 +164,25 @@ class Rounds:
                 self._guarded(index, row, lambda index, row: work({index: row}))
 
     def _read_prompts(self) -> None:
-        """Reads the next chunk of what every row begins with that does not draw yet; after its last one it draws."""
-        reading = {index: row for index, row in self.seats.taken.items() if not row.drawing}
+        """Reads the next chunk of what rows begin with that do not draw yet; after its last one a row draws."""
+        reading = self._to_read()
         self._together({index: row for index, row in reading.items() if row.scored}, self._read)
         for index, row in reading.items():
             if not row.scored:
                 self._guarded(index, row, self._score)
         read = {index: row for index, row in reading.items() if row.num_read == len(row.tokens) - 1}
         self._together({index: row for index, row in read.items() if self.seats.rows[index] is row}, self._start)
+
+    def _to_read(self) -> dict[int, Row]:
+        """Returns the rows whose turn it is to be read, by slot: the first that came, where others draw."""
+        found, left = {}, self._most_read
+        others_draw = any(row.drawing for row in self.seats.taken.values())
+        for index in self.seats.oldest_first():
+            row = self.seats.rows[index]
+            if not row.drawing and (left > 0 or not others_draw):
+                found[index] = row
+                left -= len(self._next_part(index, row).tokens)
+        return found
 
     def _next_part(self, index: int, row: Row) -> Part:
         """Returns what is to be read next, which may be nothing."""

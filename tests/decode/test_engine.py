@@ -298,6 +298,20 @@ def test_few_answers_are_drawn_in_a_small_block_and_many_prompts_read_at_once(mo
     assert [(count, len(rows)) for count, rows in admitted[:2]] == [(1, 1), (4, 3)]
 
 
+def test_while_answers_are_drawn_prompts_take_turns_to_be_read(monkeypatch):
+    engine = build(num_slots=6)
+    monkeypatch.setattr(engine._rounds, "_most_read", 20)
+    reads = recorded(monkeypatch, engine._device, "read")
+    requests = [Request(prompt(17, seed=n), 40, GREEDY) for n in range(6)]
+    handles = [engine.submit(request) for request in requests[:2]]
+    engine.tick()
+    handles += [engine.submit(request) for request in requests[2:]]
+    drive(engine)
+    parts = [len(parts) for (parts,) in reads if parts]
+    assert parts == [2, 2, 2], "one of 16 tokens leaves 4, which may begin another"
+    assert [handle.result().ids for handle in handles] == [generated(request)[0] for request in requests]
+
+
 def test_exact_mode_reads_every_prompt_by_itself(monkeypatch):
     engine = build(mode="exact", num_slots=4)
     reads = recorded(monkeypatch, engine._device, "_read")
