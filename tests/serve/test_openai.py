@@ -1,9 +1,11 @@
 """The REST interface, asked by the `openai` client over a real socket, with an engine that answers from a script."""
 
+import asyncio
 import json
 import logging
 import socket
 import threading
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -16,6 +18,9 @@ from internjax.decode.sample import Limits
 from internjax.text.chat import render
 from internjax.text.message import Message, ToolCall
 from serve.client import remote_chat
+from serve.guided import Choice
+from serve.jobs import is_brief, lines_of
+from serve.params import Params
 from serve.pipeline import chat_callable
 from serve.requests import ChatRequest, CompletionRequest
 from serve.server import start_server
@@ -182,6 +187,30 @@ def test_chat_stream(serve):
         assert [choice.delta.role for choice in own] == ["assistant", *[None] * (len(own) - 1)]
         assert "".join(choice.delta.content or "" for choice in own) == TEXT
         assert [choice.finish_reason for choice in own if choice.finish_reason] == ["stop"]
+
+
+def test_what_comes_when_all_answers_are_there_is_one_part():
+    """The last words, the finish, the usage and the end of the stream."""
+    job = SimpleNamespace(body=ChatRequest(model="tiny", messages=USER, stream=True), is_complete=False)
+
+    async def chunks():
+        yield {"text": "a"}
+        job.is_complete = True
+        yield {"text": "b"}
+        yield {"finish": "stop"}
+
+    async def parts():
+        return [part async for part in lines_of(job, "kind", chunks())]
+
+    assert asyncio.run(parts()) == [
+        'data: {"text": "a"}\n\n',
+        'data: {"text": "b"}\n\ndata: {"finish": "stop"}\n\ndata: [DONE]\n\n',
+    ]
+
+
+def test_only_what_is_short_and_without_a_guide_is_begun_in_the_event_loop():
+    assert is_brief(["x" * 900, [1] * 900], Params()) and not is_brief(["x" * 1901, "y"], Params())
+    assert not is_brief(["x"] * 21, Params()) and not is_brief(["x"], Params(guide=Choice(("a", "b"))))
 
 
 @pytest.mark.parametrize("stream", [False, True])
