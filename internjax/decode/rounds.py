@@ -225,10 +225,11 @@ class Rounds:
             return False
         turns_B = np.full(len(self.seats.rows), -1, np.int32)
         turns_B[[*drawing]] = 0
-        # A first token is not kept back for those behind it.
-        first = any(not (row.num_in_flight or row.delivered) for row in going.values())
+        # A first token is not kept back for those behind it, unless more rows would lose by that than win.
+        num_first = sum(not (row.num_in_flight or row.delivered) for row in going.values())
+        is_short = 2 * num_first > len(going)
         for index, row in going.items():
-            turns_B[index] = 1 if first or row.guide is not None else self._device.turns_per_block
+            turns_B[index] = 1 if is_short or row.guide is not None else self._device.turns_per_block
             row.longest = self.seats.longest_next(row)
             row.num_in_flight += 1
         width = self._device.width(max(row.longest for row in drawing.values()))
