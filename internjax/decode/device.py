@@ -376,7 +376,7 @@ class Device:
             self._copy(0, self._num_pages, 0)
 
         programs: dict[str, Callable[[], Any]] = {
-            f"read {size} tokens of {count} prompts": functools.partial(self._read, count, size, [nothing])
+            f"read {count} x {size} prompt tokens": functools.partial(self._read, count, size, [nothing])
             for count, size in self._read_shapes
         }
         programs[f"score {self.chunks[-1]} prompt tokens"] = score

@@ -155,13 +155,15 @@ class Rounds:
 
     def _together(self, rows: Mapping[int, Row], work: Callable[[Mapping[int, Row]], None]) -> None:
         """Does the work of several requests at once; if that fails, of each by itself, so that one alone ends."""
-        try:
-            work(rows)
-        except Exception:
-            if self._device.lost:
-                raise
-            for index, row in rows.items():
-                self._guarded(index, row, lambda index, row: work({index: row}))
+        if len(rows) > 1:
+            try:
+                work(rows)
+                return
+            except Exception:  # whose it is shows below, and ends that request with its message
+                if self._device.lost:
+                    raise
+        for index, row in rows.items():
+            self._guarded(index, row, lambda index, row: work({index: row}))
 
     def _read_prompts(self) -> None:
         """Reads the next chunk of what rows begin with that do not draw yet; after its last one a row draws."""
