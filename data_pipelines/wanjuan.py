@@ -325,7 +325,7 @@ def run_files(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a chain on files and returns the exit status."""
-    from data_pipelines import sources
+    from data_pipelines import ahead, sources
 
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.wanjuan",
@@ -358,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(given.output)
     try:
         stages = CHAINS[given.chain](_given_by(given, parser))
-        with executor as run_tasks, executors.shown_progress() as progress:
+        with executor as run_tasks, executors.shown_progress() as progress, ahead.compiling(given.chain):
             ledger = run_files(
                 given.input, stages, folder, run_tasks,
                 strict=given.strict, keep_dropped=given.keep_dropped, progress=progress,

@@ -28,7 +28,8 @@ from internjax.model.lora import Lora
 from internjax.text import chat
 from internjax.text.tokenizer import Tokenizer
 
-MIN_BUCKET = 32
+SHORTEST = 32
+"""Tokens that a shorter row is padded to, unless `local` is told otherwise."""
 SCORE_CHUNK = 256
 
 
@@ -122,9 +123,9 @@ def windows(context: Sequence[int], continuation: Sequence[int], max_length: int
     return rows
 
 
-def bucket(length: int, max_length: int) -> int:
-    """Returns the padded length of a row: the next power of two from MIN_BUCKET on, at most `max_length`."""
-    return min(max(MIN_BUCKET, 1 << (length - 1).bit_length()), max_length)
+def bucket(length: int, max_length: int, *, shortest: int = SHORTEST) -> int:
+    """Returns the padded length of a row: the next power of two, at least `shortest` and at most `max_length`."""
+    return min(1 << (max(length, shortest) - 1).bit_length(), max_length)
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -162,6 +163,7 @@ class _Setting(NamedTuple):
     """How a local model is asked."""
 
     batch_size: int
+    shortest: int
     max_length: int
     encode: Callable[[str, str, Tokenizer], Ids]
     inv_freq_F: jax.Array
@@ -172,22 +174,26 @@ def local(
     model: LocalModel,
     *,
     batch_size: int = 16,
+    shortest: int = SHORTEST,
     max_length: int | None = None,
     encode: Callable[[str, str, Tokenizer], Ids] = as_text,
 ) -> EvalModel:
     """Returns the two functions over an opened model, on the mesh that its parameters live on.
 
     `encode` is `as_text` for base models, `as_chat` for chat models. `max_length` is the longest input in tokens, the
-    model's own if None; longer prompts lose their beginning, which the results count.
+    model's own if None; longer prompts lose their beginning, which the results count. Rows are padded to a power of two
+    of at least `shortest` tokens: the more, the fewer programs are compiled and the more padding is computed.
     """
     limit = model.config.max_position_embeddings if max_length is None else max_length
-    if limit < 2 or batch_size < 1:
-        raise ValueError(f"given max_length={limit}, batch_size={batch_size}; wanted at least 2 and 1")
+    if limit < 2 or batch_size < 1 or shortest < 1:
+        raise ValueError(
+            f"given max_length={limit}, batch_size={batch_size}, shortest={shortest}; wanted at least 2, 1 and 1"
+        )
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer; put its tokenizer.json beside the weights and open it again")
     # The declared length of every row is the limit, so that dynamic NTK frequencies do not depend on the bucket.
     inv_freq_F = rope.inv_freq(model.config, length=limit)
-    setting = _Setting(batch_size, limit, encode, inv_freq_F, sharding.mesh_of(model.params))
+    setting = _Setting(batch_size, shortest, limit, encode, inv_freq_F, sharding.mesh_of(model.params))
     return EvalModel(partial(_loglikelihood, model, setting), partial(_generate, model, setting))
 
 
@@ -211,7 +217,7 @@ def _loglikelihood(model: LocalModel, setting: _Setting, pairs: Sequence[tuple[s
 def _score_rows(model: LocalModel, setting: _Setting, rows: Sequence[Window]) -> list[tuple[float, bool]]:
     """Returns for each row the summed log-probability of the ids that count, and whether all are the most likely."""
     found = [(0.0, False)] * len(rows)
-    for T, indices in _batches([len(row.ids) - 1 for row in rows], setting.max_length, setting.batch_size):
+    for T, indices in _batches([len(row.ids) - 1 for row in rows], setting.max_length, setting):
         tokens_BT, targets_BT, segments_BT = np.zeros((3, setting.batch_size, T), np.int32)
         for b in range(setting.batch_size):
             ids = rows[indices[b % len(indices)]].ids
@@ -238,8 +244,11 @@ def _generate(
     # A token that holds a stop string ends its row, so that rows do not run on to the limit.
     pieces = ((i, tokenizer.decode([i])) for i in range(tokenizer.vocab_size) if stop)
     stopping = {i for i, piece in pieces if any(s in piece for s in stop)}
+    stop_ids = sorted(stopping | set(encoded[0].stop)) if encoded else []
+    # Filled up with the last: tasks that stop at other strings share their programs.
+    stop_ids += stop_ids[-1:] * (bucket(len(stop_ids), tokenizer.vocab_size, shortest=256) - len(stop_ids))
     found = [Completion("")] * len(prompts)
-    for T, indices in _batches([len(ids.context) for ids in encoded], room, setting.batch_size):
+    for T, indices in _batches([len(ids.context) for ids in encoded], room, setting):
         prompts_BT, lengths_B = np.zeros((setting.batch_size, T), np.int32), np.zeros(setting.batch_size, np.int32)
         for b in range(setting.batch_size):
             ids = encoded[indices[b % len(indices)]].context[-room:]
@@ -252,7 +261,7 @@ def _generate(
                 config=model.config,
                 sampling=make_sampling(setting.batch_size, temperature=0.0),
                 max_new_tokens=max_new_tokens,
-                stop_ids=sorted(stopping | set(encoded[indices[0]].stop)),
+                stop_ids=stop_ids,
                 lora=model.lora,
                 inv_freq_BF=setting.inv_freq_F[None],
             )
@@ -272,11 +281,12 @@ def until(text: str, stop: Sequence[str]) -> str:
     return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
 
 
-def _batches(lengths: Sequence[int], limit: int, batch_size: int) -> Iterable[tuple[int, list[int]]]:
-    """Yields (padded length, indices of at most `batch_size` rows), rows of one bucket together, in their order."""
+def _batches(lengths: Sequence[int], limit: int, setting: _Setting) -> Iterable[tuple[int, list[int]]]:
+    """Yields (padded length, indices of one batch's rows), rows of one bucket together, in their order."""
     buckets: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
-        buckets.setdefault(bucket(min(length, limit), limit), []).append(index)
+        padded = bucket(min(length, limit), limit, shortest=setting.shortest)
+        buckets.setdefault(padded, []).append(index)
     for padded, indices in sorted(buckets.items()):
-        for start in range(0, len(indices), batch_size):
-            yield padded, indices[start : start + batch_size]
+        for start in range(0, len(indices), setting.batch_size):
+            yield padded, indices[start : start + setting.batch_size]

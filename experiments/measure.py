@@ -23,7 +23,7 @@ from internjax.hf.open import Model
 from internjax.text import chat
 from internjax.text.chat import Message
 
-PROMPT_BUCKET = 128
+PROMPT_BUCKET = 64
 """Prompts are padded to a multiple of it: one program, and not one for every length."""
 
 

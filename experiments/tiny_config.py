@@ -1,8 +1,10 @@
 """The numbers of the tiny chain, and how a stage says that it cannot be run."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
+from internjax.hf.open import Model, open_model
 from internjax.model.config import TINY, ModelConfig
 from internjax.model.lora import LoraConfig
 from internjax.train.optimizer import AdamW, Cosine
@@ -34,7 +36,7 @@ class Tiny:
     """Tokens of a row, in pre-training and fine-tuning."""
     batch_size: int = 4
     """Rows of a batch of pre-training."""
-    pretrain_steps: int = 800
+    pretrain_steps: int = 700
     """Batches of pre-training."""
     pretrain: AdamW = AdamW(peak_lr=5e-3, weight_decay=0.1)
     """Optimizer of pre-training."""
@@ -48,11 +50,13 @@ class Tiny:
     """Optimizer of fine-tuning."""
     sft_lora: LoraConfig = LoraConfig(rank=32, alpha=64.0, targets=(*LoraConfig().targets, "head"))
     """Adapters that fine-tuning learns."""
+    max_prompt_tokens: int = 64
+    """Longest prompt of reward model and RLHF; functions whose prompt is longer are left out."""
     max_new_tokens: int = 48
     """Longest answer in RLHF and evaluation."""
     reward_steps: int = 80
     """Batches of eight pairs that the reward model learns from."""
-    num_iterations: int = 6
+    num_iterations: int = 4
     """PPO iterations of each of the two RLHF rounds."""
     num_prompts: int = 64
     """Prompts of an iteration."""
@@ -68,6 +72,13 @@ class Tiny:
             raise ValueError(
                 f"num_prompts must be even and divide num_evaluated; given {self.num_prompts} and {self.num_evaluated}"
             )
+
+
+def opened(config: Tiny, path: Path, *, quantize: Literal["int8", "int4"] | None = None) -> Model:
+    """Returns a model of the chain, computed as the chain's are: how a model is computed is not part of its folder."""
+    model = open_model(path, quantize=quantize)
+    how = dataclasses.replace(model.config, unroll_layers=config.model.unroll_layers)
+    return dataclasses.replace(model, config=how)
 
 
 class Skip(Exception):

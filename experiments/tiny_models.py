@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines import embedded, formats, sources, tokens, wanjuan
+from data_pipelines import ahead, embedded, formats, sources, tokens, wanjuan
 from data_pipelines.conversations import Reading
 from data_pipelines.document import Document, fingerprint, make_document, split_by_file
 from data_pipelines.embedded import Fact
@@ -34,11 +34,12 @@ def data(config: Tiny, root: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     bad: list[str] = []
     on_bad_row = bad.append if config.bad_rows == "skip" else None
-    documents = embedded.stdlib_corpus() if config.data is None else _own_documents(config.data, on_bad_row)
-    for message in bad[:5]:
-        print(f"left out: {message}")
-    ledger = Ledger()
-    kept = wanjuan.run_chain(documents, wanjuan.CHAIN, ledger)
+    with ahead.compiling("mixed"):
+        documents = embedded.stdlib_corpus() if config.data is None else _own_documents(config.data, on_bad_row)
+        for message in bad[:5]:
+            print(f"left out: {message}")
+        ledger = Ledger()
+        kept = wanjuan.run_chain(documents, wanjuan.CHAINS["mixed"](), ledger)
     save(ledger, folder)
     split = split_by_file(kept, fraction=config.held_out)
     if not split.train or not split.held_out:
@@ -199,6 +200,7 @@ def sft(config: Tiny, root: Path) -> dict[str, Any]:
             batch_size=config.sft_batch_size,
             num_steps=config.sft_steps,
             lora=config.sft_lora,
+            unroll_layers=config.model.unroll_layers,
             optimizer=config.sft,
             schedule=Cosine(warmup_steps=10),
             checkpoint=CheckpointConfig(every=config.sft_steps, max_to_keep=1),

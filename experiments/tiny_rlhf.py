@@ -17,7 +17,7 @@ from data_pipelines.loading import batches, open_rows
 from eval.metrics import bootstrap_mean, wilson
 from experiments import library, measure, tiny_models
 from experiments.library import CONDITIONS, BodyTask, Completion, condition_of
-from experiments.tiny_config import Skip, Tiny
+from experiments.tiny_config import Skip, Tiny, opened
 from internjax.hf.open import Model, open_model
 from internjax.hf.save import save_model
 from internjax.model.config import ModelConfig
@@ -35,8 +35,6 @@ from internjax.train.optimizer import AdamW, Constant, Cosine, make_optimizer
 from internjax.train.step import init_state, make_step
 from internjax.train.tracking import TrackingConfig, open_run, read_rows
 
-MAX_PROMPT_TOKENS = 80
-PAIR_LENGTH = 176
 NUM_TASKS, NUM_DRAWS, PAIRS_PER_TASK = 192, 2, 4
 """Tasks that pairs are made for, answers that the fine-tuned model draws for each, and pairs of each."""
 
@@ -54,6 +52,11 @@ def conditions_of(tokenizer: Tokenizer) -> Conditions:
     return make_conditions(prompts, bos_id=tokenizer.bos_id)
 
 
+def pair_length(conditions: Conditions, config: Tiny) -> int:
+    """Returns how many tokens the longest answer has with its prompt, its condition and the reward token."""
+    return conditions.tokens_CM.shape[1] + config.max_prompt_tokens + config.max_new_tokens + 1
+
+
 def prompt_ids(task: BodyTask, tokenizer: Tokenizer) -> list[int]:
     """Returns the ids of the conversation that asks for a body, up to the assistant's turn."""
     return list(chat.render(library.body_prompt(task), tokenizer, add_generation_prompt=True).ids)
@@ -65,9 +68,18 @@ def _check_feeds(config: Tiny) -> None:
 
 
 def tasks_of(config: Tiny, root: Path, tokenizer: Tokenizer, *, held_out: bool) -> list[BodyTask]:
-    """Returns the tasks whose prompt fits, in an order that the seed shuffles; held-out ones are of held-out files."""
+    """Returns the tasks whose prompt fits, in an order that the seed shuffles; held-out ones are of held-out files.
+
+    Raises ValueError where there is none.
+    """
     tasks = library.body_tasks(tiny_models.facts(root, config, held_out=held_out))
-    tasks = [task for task in tasks if len(prompt_ids(task, tokenizer)) <= MAX_PROMPT_TOKENS]
+    tasks = [task for task in tasks if len(prompt_ids(task, tokenizer)) <= config.max_prompt_tokens]
+    if not tasks:
+        part = "held-out" if held_out else "training"
+        raise ValueError(
+            f"no function of a {part} file has a prompt of at most {config.max_prompt_tokens} tokens; raise "
+            "max_prompt_tokens, or the vocabulary, which makes prompts shorter"
+        )
     random.Random(config.seed).shuffle(tasks)
     return tasks
 
@@ -138,7 +150,7 @@ def made_pairs(model: Model, tasks: Sequence[BodyTask], config: Tiny, *, seed: i
 def reward(config: Tiny, root: Path) -> dict[str, Any]:
     """Trains the conditional reward model on pairs of drawn and written answers."""
     _check_feeds(config)
-    model = open_model(root / "sft")
+    model = opened(config, root / "sft")
     tokenizer = model.tokenizer
     tasks = tasks_of(config, root, tokenizer, held_out=False)[:NUM_TASKS]
     held_out = tasks_of(config, root, tokenizer, held_out=True)[: NUM_TASKS // 3]
@@ -149,7 +161,7 @@ def reward(config: Tiny, root: Path) -> dict[str, Any]:
     fitted = fit_reward(
         config, root / "reward", params, reward_config, pairs, tokenizer, steps=config.reward_steps, peak_lr=1e-3
     )
-    accuracy = pair_accuracy(fitted.params, reward_config, unseen, tokenizer)
+    accuracy = pair_accuracy(config, fitted.params, reward_config, unseen, tokenizer)
     save_model(
         root / "reward" / "model",
         config=reward_config,
@@ -199,7 +211,7 @@ def fit_reward(
         pairs,
         conditions,
         batch_size=8,
-        length=PAIR_LENGTH,
+        length=pair_length(conditions, config),
         reward_token_id=tokenizer.special[REWARD],
         seed=config.seed,
     )
@@ -210,14 +222,20 @@ def fit_reward(
     return FittedReward(state.trainable, read_rows(folder / "metrics.jsonl"))
 
 
-def pair_accuracy(params: dict, reward_config, pairs: Sequence[Pair], tokenizer: Tokenizer) -> dict[str, float]:
+def pair_accuracy(
+    config: Tiny, params: dict, reward_config: ModelConfig, pairs: Sequence[Pair], tokenizer: Tokenizer
+) -> dict[str, float]:
     """Returns the share of pairs that are ranked right, per condition."""
     scored = jax.jit(score_pairs, static_argnames="config")
     conditions, right = conditions_of(tokenizer), {name: [] for name in CONDITIONS}
     for start in range(0, len(pairs), 32):
         part = pairs[start : start + 32]
         batch = preference_batch(
-            part, conditions, length=PAIR_LENGTH, batch_size=32, reward_token_id=tokenizer.special[REWARD]
+            part,
+            conditions,
+            length=pair_length(conditions, config),
+            batch_size=32,
+            reward_token_id=tokenizer.special[REWARD],
         )
         chosen, rejected = scored(params, batch, config=reward_config)
         for pair, better in zip(part, np.asarray(chosen > rejected), strict=False):
@@ -272,7 +290,7 @@ def rlhf(config: Tiny, root: Path) -> dict[str, Any]:
     A round that has ended is kept: an interrupted stage goes on with the next one.
     """
     _check_feeds(config)
-    model, scorer = open_model(root / "sft"), open_model(root / "reward")
+    model, scorer = opened(config, root / "sft"), opened(config, root / "reward")
     setting = _setting(config, root, model, scorer.config)
     about = {"stage": "rlhf", "ppo": ppo_config(config), "seed": config.seed, "rounds": NUM_ROUNDS}
     with open_run(root / "rlhf", about, tracking=TrackingConfig(wandb="disabled")) as run:
@@ -391,7 +409,7 @@ def _prompts(setting: Setting, tasks: Sequence[BodyTask], block: int, *, draws: 
     """Returns the prompts of a block of tasks, round and round, each `draws` times."""
     count, names = setting.config.num_prompts, list(CONDITIONS)
     chosen = [tasks[(block * count + i // draws) % len(tasks)] for i in range(count)]
-    tokens, lengths = np.zeros((count, MAX_PROMPT_TOKENS), np.int32), np.zeros(count, np.int32)
+    tokens, lengths = np.zeros((count, setting.config.max_prompt_tokens), np.int32), np.zeros(count, np.int32)
     for row, task in enumerate(chosen):
         ids = setting.prompts[task]
         tokens[row, : len(ids)], lengths[row] = ids, len(ids)

@@ -20,7 +20,7 @@ from eval.run import evaluate as run_tasks
 from eval.task import TextItem, TextTask
 from eval.tasks import library as tasks
 from experiments import library, measure, tiny_models
-from experiments.tiny_config import Skip, Tiny
+from experiments.tiny_config import Skip, Tiny, opened
 from internjax.hf.convert import check
 from internjax.hf.open import Model, logits, open_model
 from internjax.hf.save import save_model
@@ -57,8 +57,8 @@ def evaluate(config: Tiny, root: Path) -> dict[str, Any]:
     made = _tasks(facts, config)
     results: dict[str, Any] = {}
     for name in available(root):
-        model = open_model(root / name)
-        asked = local(model, max_length=config.seq_len, batch_size=8, encode=as_text)
+        model = opened(config, root / name)
+        asked = local(model, max_length=config.seq_len, batch_size=8, shortest=64, encode=as_text)
         scores = run_tasks(asked, [text_task, *made], log_folder=folder / name)
         results[name] = {score.task: _row(score) for score in scores}
         for score in scores:
@@ -130,7 +130,7 @@ def _interpreter(config: Tiny, root: Path) -> dict[str, Any]:
     _, held_out = tiny_models.train_problems(config)
     found = {}
     for name in available(root):
-        score = measure.interpreter_score(open_model(root / name), held_out)
+        score = measure.interpreter_score(opened(config, root / name), held_out)
         print(f"{name:9} executed calls {score.executed.value:.0%}, right answers {score.right.value:.0%}")
         found[name] = score._asdict() | {"executed": score.executed._asdict(), "right": score.right._asdict()}
     return found
@@ -142,7 +142,7 @@ def _one_prompt(config: Tiny, root: Path) -> dict[str, Any]:
     chat = library.body_prompt(task)
     said = {}
     for name in available(root):
-        reply = measure.replies(open_model(root / name), [chat], max_new_tokens=config.max_new_tokens)[0]
+        reply = measure.replies(opened(config, root / name), [chat], max_new_tokens=config.max_new_tokens)[0]
         said[name] = reply.message.content + ("" if reply.ended else " …")
     return {"prompt": chat[0].content, "library": task.body, "said": said}
 
@@ -186,8 +186,9 @@ def quantize(config: Tiny, root: Path) -> dict[str, Any]:
     task = TextTask("held_out_text", 1, tuple(TextItem(name, text) for name, text in held_out))
     found = {}
     for scheme in (None, "int8", "int4"):
-        model = open_model(folder, quantize=scheme)
-        score = run_tasks(local(model, max_length=config.seq_len, batch_size=8), [task])[0]
+        model = opened(config, folder, quantize=scheme)
+        asked = local(model, max_length=config.seq_len, batch_size=8, shortest=config.seq_len)  # one program each
+        score = run_tasks(asked, [task])[0]
         name = scheme or model.config.param_dtype
         found[name] = {"bits_per_byte": score.interval.value, "bytes": _num_bytes(model)}
         print(f"{name}: {score.interval.value:.4f} bits per byte, {found[name]['bytes'] / 1e6:.1f} MB")

@@ -363,7 +363,7 @@ def test_compiled_loops_follow_what_they_call_in_other_files(tmp_path, monkeypat
         for name in ("caller", "called"):
             sys.modules.pop(name, None)
         importlib.invalidate_caches()
-        blocks._digest.cache_clear()
+        blocks.digest_of_loops.cache_clear()
         loop = importlib.import_module("caller").loop
         found.append((loop(), loop.stats.cache_hits.total()))
     assert found == [(1, 0), (1, 1), (2, 0)]

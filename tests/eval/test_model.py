@@ -168,6 +168,26 @@ def test_windows_score_every_id_once(num_context, num_continuation, length):
 def test_a_bucket_is_a_power_of_two_within_the_limit():
     assert [bucket(n, 100) for n in (1, 32, 33, 64, 65, 100)] == [32, 32, 64, 64, 100, 100]
     assert bucket(5, 16) == 16
+    assert [bucket(n, 256, shortest=50) for n in (1, 64, 65)] == [64, 64, 128]
+
+
+def test_longer_buckets_ask_for_one_program_and_score_the_same(model):
+    few, many = local(model, batch_size=3, shortest=128), local(model, batch_size=4)
+    pairs = [("from", " math import gcd"), ("def f(x): return x\n" * 4, "import os")]
+    want = [score.logprob for score in many.loglikelihood(pairs)]
+    before = eval_model._score._cache_size()
+    assert [score.logprob for score in few.loglikelihood(pairs)] == pytest.approx(want, abs=1e-4)
+    assert eval_model._score._cache_size() == before + 1
+    with pytest.raises(ValueError, match="shortest=0"):
+        local(model, shortest=0)
+
+
+def test_tasks_that_stop_elsewhere_share_a_program(model):
+    functions = local(model, batch_size=4)
+    functions.generate(["import"], max_new_tokens=3, stop=("\n",))
+    before = generate._generate._cache_size()
+    functions.generate(["import"], max_new_tokens=3, stop=("(", " "))
+    assert generate._generate._cache_size() == before
 
 
 def test_few_programs_are_compiled(model):

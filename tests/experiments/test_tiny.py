@@ -35,6 +35,7 @@ CONFIG = Tiny(
     schedule=Cosine(2),
     sft_steps=20,
     sft_lora=LoraConfig(rank=4, targets=("query", "head")),
+    max_prompt_tokens=80,
     max_new_tokens=8,
     reward_steps=6,
     num_iterations=1,
