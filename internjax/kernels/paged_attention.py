@@ -23,6 +23,9 @@ Backend = Literal["xla", "mosaic"]
 _MANY_QUERIES = 16
 """From so many on, blocks of keys are worth a loop: less would be read than the row might come to hold."""
 _SMALLEST_BLOCK = 128
+_FEW_PAGES = 16
+"""So many are taken one by one: XLA gathers on a CPU element by element. For 64 tokens of a tiny model a block of keys
+takes 190 microseconds with a gather and 125 without; more slices than these take too long to compile."""
 
 
 def key_block(num_queries: int, num_positions: int) -> int:
@@ -75,11 +78,28 @@ def dequantize_kv(values, scales, offsets, *, head_dim: int, dtype: jnp.dtype) -
     return (offsets + scales * values.astype(jnp.float32)).astype(dtype)
 
 
-def _gather_positions(pages_LPS: jax.Array, layer: jax.Array, page_table_BM: jax.Array, at_S: jax.Array) -> jax.Array:
-    """Returns the slots of some positions of every row, `[B, S, ...]`; those of no mapped page read as 0."""
-    size = pages_LPS.shape[2]
-    pages_BS = jnp.take(page_table_BM, at_S // size, axis=1, mode="fill", fill_value=pages_LPS.shape[1])
-    return pages_LPS.at[layer, pages_BS, at_S % size].get(mode="fill", fill_value=0)
+def _positions(
+    pages_LPS: jax.Array, layer: jax.Array, page_table_BM: jax.Array, start: jax.Array, *, block: int
+) -> jax.Array:
+    """Returns the slots of `block` positions of every row, from a multiple of it on, `[B, block, ...]`; those of no
+    mapped page read as 0."""
+    (P, size), B = pages_LPS.shape[1:3], page_table_BM.shape[0]
+    num = block // size
+    if block % size or B * num > _FEW_PAGES:
+        at_S = start + jnp.arange(block, dtype=jnp.int32)
+        pages_BS = jnp.take(page_table_BM, at_S // size, axis=1, mode="fill", fill_value=P)
+        return pages_LPS.at[layer, pages_BS, at_S % size].get(mode="fill", fill_value=0)
+    table_BM = jnp.pad(page_table_BM, ((0, 0), (0, num)), constant_values=P)
+    ids_BM = jax.lax.dynamic_slice_in_dim(table_BM, start // size, num, axis=1)
+
+    def page(row: int, number: int) -> jax.Array:
+        id_ = ids_BM[row, number]
+        found = jax.lax.dynamic_slice(
+            pages_LPS, (layer, id_, *[0] * (pages_LPS.ndim - 2)), (1, 1, *pages_LPS.shape[2:])
+        )
+        return jnp.where(id_ < P, found[0, 0], 0)
+
+    return jnp.stack([jnp.concatenate([page(row, number) for number in range(num)]) for row in range(B)])
 
 
 def _attend_in_blocks(
@@ -96,7 +116,7 @@ def _attend_in_blocks(
 ) -> jax.Array:
     """Returns what `attention` does, from blocks of keys in turn (online softmax, arXiv:1805.02867), in float32.
 
-    read: returns the keys and values `[B, block, K, H]` of some positions. A block that a query may not see changes no
+    read: returns the keys and values `[B, block, K, H]` from a position on. A block that a query may not see changes no
     bit of its output, so this does not depend on how far the other queries look, nor on what a row might come to hold.
     """
     B, T, N, H = q_BTNH.shape
@@ -107,7 +127,7 @@ def _attend_in_blocks(
     def add(index, carry):
         highest_BKQ1, total_BKQ1, out_BKQH = carry
         at_S = index * block + jnp.arange(block, dtype=jnp.int32)
-        k_BSKH, v_BSKH = read(at_S)
+        k_BSKH, v_BSKH = read(index * block)
         k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
         logits_BKQS = scale * jnp.einsum("bkqh,bksh->bkqs", q_BKQH, k_BKSH, preferred_element_type=jnp.float32)
         at_BS = jnp.broadcast_to(at_S, (B, block))
@@ -195,7 +215,7 @@ def paged_attention(
         if block < num_positions:
             return _attend_in_blocks(
                 q_BTNH,
-                lambda at_S: restored(lambda pages: _gather_positions(pages, layer, page_table_BM, at_S)),
+                lambda start: restored(lambda pages: _positions(pages, layer, page_table_BM, start, block=block)),
                 q_positions_BT=q_positions_BT,
                 num_kv_heads=k_LPSKH.shape[3],
                 num_positions=num_positions,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import internjax.kernels.paged_attention as module
 from internjax.kernels.attention import attention
 from internjax.kernels.paged_attention import dequantize_kv, gather_pages, key_block, paged_attention
 from internjax.model import alibi
@@ -110,3 +111,19 @@ def test_few_queries_and_short_rows_take_all_at_once():
     assert key_block(1, 4096) == key_block(15, 4096) == 4096
     assert key_block(16, 4096) == key_block(64, 4096) == 128 and key_block(512, 4096) == 1024
     assert key_block(64, 256) == 256 and key_block(64, 257) == 128
+
+
+def test_few_pages_are_the_same_slots_taken_one_by_one(monkeypatch):
+    rng = np.random.default_rng(3)
+    pages = jnp.asarray(rng.normal(size=(2, 9, 16, K, H)), jnp.float32)
+    table = jnp.asarray([[4, 0, 8, 7, 2], [1, 5, 9, 9, 9]], jnp.int32)  # 9: not mapped
+    each = {}
+    for few in (0, 8):
+        monkeypatch.setattr(module, "_FEW_PAGES", few)
+        each[few] = [
+            np.asarray(module._positions(pages, jnp.int32(1), table, jnp.int32(start), block=64)) for start in (0, 64)
+        ]
+    for gathered, sliced in zip(each[0], each[8]):
+        np.testing.assert_array_equal(gathered, sliced)
+    np.testing.assert_array_equal(each[8][1][0, :16], pages[1, 2])
+    assert not each[8][1][0, 16:].any() and not each[8][0][1, 32:].any() and not each[8][1][1].any()
