@@ -94,12 +94,12 @@ class Session:
 
     def lengthen(self, max_length: int) -> bool:
         """Lets it become longer; returns whether all of it will be read once more, for other rotary frequencies."""
-        self._settle()
+        self.settle()
         return self._answering.engine.lengthen(self._held, max_length)
 
     def fork(self) -> Session:
         """Another conversation that begins as this one."""
-        self._settle()
+        self.settle()
         other = Session(self._answering, self._held.fork(), self._messages)
         other._closed, other._ids = self._closed, self._ids
         return other
@@ -107,7 +107,7 @@ class Session:
     def chat(self, turn: Message | Sequence[Message], params: Params | None = None) -> Answer:
         """The assistant's answer to the new turn (or turns: what tools gave back). Raises RuntimeError while the last
         answer is read, and ContextTooLong where the session has no room."""
-        self._settle()
+        self.settle()
         messages = [turn] if isinstance(turn, Message) else list(turn)
         whole = [*self._messages, *messages]
         self._answering.refuse_long(message.content for message in whole)
@@ -125,8 +125,11 @@ class Session:
         self._turn = _Turn(messages, ids, rendered, answer)
         return answer
 
-    def _settle(self) -> None:
-        """Waits for the engine to be done with an answer, and makes it part of the conversation if it was read."""
+    def settle(self) -> None:
+        """Waits for the engine to be done with an answer, and makes it part of the conversation if it was read.
+
+        The next turn does so too, and begins sooner where it was done before.
+        """
         turn = self._turn
         if turn is None:
             return

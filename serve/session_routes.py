@@ -21,12 +21,15 @@ from fastapi import FastAPI, Request
 from internjax.text.message import to_openai
 from serve.answer import Result
 from serve.calls import function_of
-from serve.jobs import Job
+from serve.jobs import BRIEF, Job
 from serve.kept import Kept, Shelf, owner_of
 from serve.pipeline import Pipeline, Session
 from serve.protocol import Refusal, messages_of, refuse_session, tools_of
 from serve.readers import MARKER_OF
 from serve.requests import ChatRequest, DeclaredTool, SessionRequest
+
+_SENT_SECONDS = 0.001
+"""After so long the end of an answer was sent, and its client thinks of the next turn."""
 
 
 class Held:
@@ -40,6 +43,11 @@ class Held:
         self.called = dict(called)
         self.created = int(time.time())
         self.busy = False
+
+    def settle(self) -> None:
+        """Makes the last answer part of the conversation, unless the next turn is there and does."""
+        if not self.busy:
+            self.session.settle()
 
 
 class Turn(NamedTuple):
@@ -56,8 +64,12 @@ class Turn(NamedTuple):
         """Ends the turn: it becomes part of the session with the answer's result, and leaves no trace without."""
         if results is None:
             self.held.session.drop()
-        elif results[0].call is not None:
-            self.held.called[job.call_id(0)] = function_of(results[0].call).name
+        else:
+            (result,) = results
+            if result.call is not None:
+                self.held.called[job.call_id(0)] = function_of(result.call).name
+            if len(result.text) + len(result.call.content if result.call else "") <= BRIEF:
+                asyncio.get_running_loop().call_later(_SENT_SECONDS, self.held.settle)
         self.held.busy = False
 
     def described(self) -> dict[str, Any]:

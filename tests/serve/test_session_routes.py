@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import socket
+import threading
 
 import httpx
 import openai
@@ -16,6 +17,7 @@ from serve.kept import KeepLimits, Shelf
 from serve.pipeline import Params, Pipeline
 from serve.requests import ChatRequest
 from serve.server import start_server
+from serve.session import Session
 
 BRIEF, FIRST, SECOND, THIRD = (
     {"role": role, "content": text}
@@ -90,6 +92,23 @@ def test_a_turn_sends_only_what_is_new_and_is_answered_as_if_all_was_sent(client
     ]  # fmt: skip
     assert (shown["max_length"], shown["model"], shown["in_use"]) == (200, "tiny", False)
     assert usage.total_tokens < shown["num_tokens"] <= 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_becomes_part_of_the_session_before_the_next_turn_asks(client, monkeypatch, stream):
+    settled, settle = threading.Event(), Session.settle
+
+    def told(session):
+        settle(session)
+        settled.set()
+
+    monkeypatch.setattr(Session, "settle", told)
+    session = begin(client)
+    text, _, _ = said(client, session, FIRST, stream=stream)
+    assert settled.wait(10)
+    messages = raw(client, "GET", f"sessions/{session}").json()["messages"]
+    assert messages == [FIRST, {"role": "assistant", "content": text}]
+    said(client, session, SECOND, stream=stream)
 
 
 def test_a_fork_begins_as_the_session_stands_and_goes_its_own_way(client, pipeline):
