@@ -74,7 +74,7 @@ def _slot(slots, key):
     return probe(slots, key * np.uint64(MIX), key + np.uint64(1))
 
 
-@inlined
+@compiled
 def _enter_all(keys, slots, places):
     for i in range(keys.shape[0]):
         at = _slot(slots, keys[i])

@@ -7,7 +7,7 @@
     python -m experiments.tiny --fresh             # everything anew
 
 Hardware: 2 CPU cores and 8 GB of memory; a GPU is used where there is one
-Time: 6 to 9 minutes
+Time: 5 to 8 minutes
 
 The corpus is the standard library of the Python that runs this. Every stage is a run folder under runs/tiny/ and can be
 run alone; runs/tiny/report.html shows what came out.

@@ -59,7 +59,9 @@ def _in_bfloat16(model: ModelConfig) -> ModelConfig:
 
 
 SETTINGS = {
-    "tiny": Setting(train_step.Setting(TINY, 4, 256), (*OURS, *PEERS)),
+    "tiny": Setting(
+        train_step.Setting(dataclasses.replace(TINY, unroll_layers=TINY.num_layers), 4, 256), (*OURS, *PEERS)
+    ),
     "7b-lora": Setting(
         train_step.Setting(_in_bfloat16(INTERNLM2_7B), 1, 4096, num_segments=4),
         ("lora", "peft-lora", "peft-lora-compile"),

@@ -157,7 +157,7 @@ class Device:
         self._num_compiled = 0
         # On the device: most blocks have no guide in them.
         self._all_allowed = {count: self._allowed(count, {}) for count in self._row_counts}
-        self.moves = Moves(self._renew, self._copy, self._save, self._load)
+        self.moves = Moves(self._renew, self._copy, self._save, self._load, self._hand_over)
         self.reset()
 
     def reset(self) -> None:
@@ -317,6 +317,12 @@ class Device:
             pages_M[: len(part)] = part
             self._state = self._run(self._programs.clear_pages, self._state, pages_M)
         self._unjudged.update(pages)
+
+    def _hand_over(self, page: int) -> bool:
+        if page in self._unjudged:
+            return False
+        self._unjudged.add(page)
+        return True
 
     def _copy(self, source: int, target: int, count: int) -> None:
         self._state = self._run(

@@ -24,6 +24,8 @@ class Moves(NamedTuple):
     """Returns the contents of pages, in the host's memory."""
     load: Callable[[list[Any], list[int]], None]
     """Pages get the contents that were saved."""
+    hand_over: Callable[[int], bool]
+    """A page gets a new owner with its contents; False, with nothing done, where they must not be seen as they are."""
 
 
 class _Node:
@@ -130,15 +132,23 @@ class PrefixTree:
             return _Plan(path, None, 0, needed)  # the page to copy is itself needed
         return _Plan(path, tail, num_tail, needed + (tail in self._idle))
 
-    def take(self, key: Hashable, tokens: Sequence[int], num_pages: int) -> Taken | None:
+    def take(self, key: Hashable, tokens: Sequence[int], num_pages: int, *, goes_on: bool = False) -> Taken | None:
         """Returns `num_pages` pages for a row that begins with `tokens`, the first of them shared as far as possible.
 
-        Pages that end within a whole page of the tree are copied. What the host keeps is loaded. None, with nothing
+        Of a page that is not full, or that the tokens leave in the midst, the first slots are copied. A row that
+        `goes_on` with what nobody else will takes such a page over instead, if that is all it holds and nobody uses it:
+        the tree has it again when it is full, or the row ends. What the host keeps is loaded. None, with nothing
         changed, when there are not enough pages.
         """
         path, tail, num_tail, needed = self._plan(key, tokens, num_pages)
         if needed > self.num_available:
             return None
+        own = []
+        if goes_on and tail in self._idle and num_tail == len(tail.tokens) and self._moves.hand_over(tail.page):
+            own = [tail.page]
+            self._use(tail)
+            self._remove(tail)
+            tail = None
         nodes = [*path, tail] if tail is not None else path
         # First, so that what is used is not evicted to make room.
         saved = {node: node.saved for node in nodes if node.page is None}
@@ -147,7 +157,7 @@ class PrefixTree:
                 del self._saved[node]
             else:
                 self._use(node)
-        fresh = self.allocate(num_pages - sum(node.page is not None for node in path))
+        fresh = self.allocate(num_pages - len(own) - sum(node.page is not None for node in path))
         pages = []
         for node in path:
             if node.page is None:
@@ -163,7 +173,7 @@ class PrefixTree:
             self._moves.copy(fresh[0] if tail.page is None else tail.page, fresh[0], num_tail)
             if tail.page is not None:
                 self.free([tail.page])
-        return Taken(pages + fresh, len(path) * self._page_size + num_tail)
+        return Taken(pages + own + fresh, len(path) * self._page_size + num_tail)
 
     def _match(self, key: Hashable, tokens: Sequence[int]) -> tuple[list[_Node], _Node | None, int]:
         """Returns the nodes of whole pages with which `tokens` begin, then the one that holds most of what follows."""

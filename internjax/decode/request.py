@@ -226,6 +226,8 @@ class Session:
 
     def __init__(self, max_length: int, inv_freq_F: np.ndarray, tokens: tuple[int, ...] = ()):
         self.max_length, self.inv_freq_F, self.tokens = max_length, inv_freq_F, tokens
+        self.is_forked = False
+        """Whether another conversation has all of these tokens too."""
         self._handle: Handle | None = None
 
     @property
@@ -236,7 +238,9 @@ class Session:
     def fork(self) -> "Session":
         """Returns another conversation that begins as this one; raises RuntimeError while it is busy."""
         self._check_idle()
-        return Session(self.max_length, self.inv_freq_F, self.tokens)
+        other = Session(self.max_length, self.inv_freq_F, self.tokens)
+        self.is_forked = other.is_forked = True
+        return other
 
     def rewind(self, length: int) -> None:
         """Forgets all but the first `length` tokens; raises RuntimeError while it is busy."""
@@ -260,7 +264,7 @@ class Session:
     def end(self, tokens: list[int] | None) -> None:
         """Notes the tokens that it has after its request, the engine's part; None leaves them as they were."""
         if tokens is not None:
-            self.tokens = tuple(tokens)
+            self.tokens, self.is_forked = tuple(tokens), False
         self._handle = None
 
     def _check_idle(self) -> None:

@@ -156,7 +156,8 @@ class Seats:
     def give_pages(self, index: int) -> None:
         """Gives a row the pages that it begins with, those that are in the tree among them."""
         row = self.rows[index]
-        taken = self.tree.take(row.key, row.sharable, self._at_first(row))
+        goes_on = row.session is not None and not row.session.is_forked
+        taken = self.tree.take(row.key, row.sharable, self._at_first(row), goes_on=goes_on)
         row.pages, row.num_read = taken.pages, taken.num_tokens
         row.num_turns += 1
         self.page_table_BM[index, : len(row.pages)] = row.pages

@@ -458,6 +458,36 @@ def test_a_session_sends_only_new_turns_and_answers_as_if_all_were_read(engine):
     assert other.tokens[:41] == history and len(other.tokens) == 50
 
 
+def test_a_turn_goes_on_in_the_last_page_of_its_session_and_forks_copy_it(engine, monkeypatch):
+    tree, copied = engine._rounds.seats.tree, []
+    copy = tree._moves.copy
+    monkeypatch.setattr(
+        tree, "_moves", tree._moves._replace(copy=lambda *which: copied.append(which[2]) or copy(*which))
+    )
+    session = engine.open_session()
+
+    def turn(session, seed):
+        before = session.tokens
+        handle = engine.submit(Request(prompt(3, seed=seed), 3, GREEDY), session=session)
+        drive(engine)
+        assert handle.num_shared >= len(before) - 1  # more where the other fork went on with the same token
+        assert handle.result().ids == generated(Request(before + prompt(3, seed=seed), 3, GREEDY))[0]
+
+    turn(session, 30)
+    copied.clear()
+    for seed in (31, 32):
+        assert (len(session.tokens) - 1) % 4  # the page that follows is not full
+        turn(session, seed)
+    assert not copied
+    other = session.fork()
+    turn(session, 34)
+    turn(other, 38)
+    assert len(copied) == 2
+    turn(session, 36)
+    turn(other, 39)
+    assert len(copied) == 2
+
+
 def test_an_aborted_turn_counts_as_far_as_it_came_and_a_failed_one_does_not(engine, monkeypatch):
     session = engine.open_session()
     handle = engine.submit(Request(prompt(5), 40, GREEDY), session=session)

@@ -37,9 +37,12 @@ class Arrays:
             self.slots[page] = list(contents)
         self.num_loads += len(pages)
 
+    def hand_over(self, page):
+        return page % 4 > 0
+
     @property
     def moves(self):
-        return Moves(self.renew, self.copy, self.save, self.load)
+        return Moves(self.renew, self.copy, self.save, self.load, self.hand_over)
 
 
 class Row:
@@ -65,14 +68,14 @@ class Sharing(RuleBasedStateMachine):
             assert self.allocator.num_owners(page) == 1, "a shared page is written"
             self.arrays.slots[page][index % S] = (row.key, tuple(row.tokens[: index + 1]))
 
-    @rule(key=st.sampled_from("ab"), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14))
-    def begin(self, key, tokens):
+    @rule(key=st.sampled_from("ab"), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14), goes_on=st.booleans())
+    def begin(self, key, tokens, goes_on):
         before = self.tree.num_available
         shared = self.tree.num_shared(key, tokens)
         num_pages = -(-len(tokens) // S)
         needed = self.tree.num_needed(key, tokens, num_pages)
         assert num_pages - shared // S <= needed <= num_pages + 1
-        taken = self.tree.take(key, tokens, num_pages)
+        taken = self.tree.take(key, tokens, num_pages, goes_on=goes_on)
         if taken is None:
             assert self.tree.num_available == before < needed
             return
@@ -222,7 +225,7 @@ def test_rows_that_grew_alike_share_one_page_in_the_end(arrays):
 
 def test_a_row_of_more_pages_than_python_recurses_into_is_forgotten_whole():
     num_pages = 2 * sys.getrecursionlimit()
-    tree = PrefixTree(PageAllocator(num_pages), 1, Moves(lambda pages: None, *[None] * 3))
+    tree = PrefixTree(PageAllocator(num_pages), 1, Moves(lambda pages: None, *[None] * 4))
     tokens = list(range(num_pages))
     pages = tree.take("a", tokens, num_pages).pages
     assert tree.insert("a", tokens, pages) == pages and tree.num_shared("a", tokens) == num_pages
@@ -230,3 +233,20 @@ def test_a_row_of_more_pages_than_python_recurses_into_is_forgotten_whole():
     assert tree.num_shared("a", tokens) == 0 and tree.num_available == 0  # the row still owns them
     tree.free(pages)
     assert tree.num_available == num_pages and tree.num_idle == 0
+
+
+def test_who_goes_on_takes_the_last_page_over_and_copies_nothing(arrays):
+    tree = PrefixTree(PageAllocator(NUM_PAGES), S, arrays.moves)
+    pages = tree.take("a", [1, 2, 3, 4], 2).pages
+    arrays.slots[pages[1]][0] = "of token 4"
+    tree.free(tree.insert("a", [1, 2, 3, 4], pages))
+    assert arrays.hand_over(pages[1])
+    taken = tree.take("a", [1, 2, 3, 4, 5], 2, goes_on=True)
+    assert taken == (pages, 4) and arrays.num_copies == 0 and arrays.slots[pages[1]][0] == "of token 4"
+    # Nobody else has it meanwhile; when its row leaves it, others do.
+    assert tree.num_shared("a", [1, 2, 3, 4]) == 3
+    tree.free(tree.insert("a", [1, 2, 3, 4, 5], taken.pages))
+    assert tree.num_shared("a", [1, 2, 3, 4, 5]) == 5
+    # What others go on with, and a page that the tokens leave in the midst, are copied.
+    assert tree.take("a", [1, 2, 3, 4, 5, 6], 2).pages[1] != pages[1] and arrays.num_copies == 1
+    assert tree.take("a", [1, 2, 3, 4, 6], 2, goes_on=True).pages[1] != pages[1] and arrays.num_copies == 2
