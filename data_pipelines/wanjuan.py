@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from data_pipelines import chain, executors
+from data_pipelines import ahead, chain, executors
 from data_pipelines.classifier import Drop, classified, score_by
 from data_pipelines.code_languages import detect_languages
 from data_pipelines.code_rules import CodeRules, code_rules
@@ -325,7 +325,7 @@ def run_files(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a chain on files and returns the exit status."""
-    from data_pipelines import ahead, sources
+    from data_pipelines import sources
 
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.wanjuan",

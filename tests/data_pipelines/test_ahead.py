@@ -11,7 +11,7 @@ FOUND = """
 import sys
 from numba.core.registry import CPUDispatcher
 from pathlib import Path
-from data_pipelines import ahead, wanjuan
+from data_pipelines import ahead, compile_chain, wanjuan
 from data_pipelines.document import make_document
 from data_pipelines.ledger import Ledger
 
@@ -20,8 +20,8 @@ def compiled():
     loops = {value for module in modules for value in vars(module).values() if isinstance(value, CPUDispatcher)}
     return {(loop.py_func.__module__, loop.__name__): len(loop.signatures) for loop in loops if loop.signatures}
 
-ahead._mark = lambda name: Path(sys.argv[2])
-ahead.compile_chain(sys.argv[1])
+ahead.mark_of = lambda name: Path(sys.argv[2])
+compile_chain.compile_chain(sys.argv[1])
 ready = compiled()
 texts = [(path, path.read_text(), "code") for path in sorted(Path("tests/data_pipelines").glob("*.py"))]
 texts += [(path, path.read_text(), "reference") for path in [Path("README.md"), *Path().glob("*/README.md")]]
@@ -41,12 +41,12 @@ def test_samples_make_every_loop_compile_that_documents_do(chain, tmp_path):
 
 def test_nothing_is_started_where_the_loops_are_kept(tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(ahead, "_mark", lambda name: tmp_path / name)
+    monkeypatch.setattr(ahead, "mark_of", lambda name: tmp_path / name)
     monkeypatch.setattr(ahead.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(ahead.subprocess, "Popen", lambda command, **_: started.append(command) or _Beside())
     with ahead.compiling("web"):
         pass
-    assert [command[1:] for command in started] == [["-m", "data_pipelines.ahead", "web"]]
+    assert [command[1:] for command in started] == [["-m", "data_pipelines.compile_chain", "web"]]
     (tmp_path / "web").touch()
     with ahead.compiling("web"):
         pass
@@ -54,7 +54,7 @@ def test_nothing_is_started_where_the_loops_are_kept(tmp_path, monkeypatch):
 
 
 def test_a_chain_that_fails_does_not_wait(tmp_path, monkeypatch):
-    monkeypatch.setattr(ahead, "_mark", lambda name: tmp_path / name)
+    monkeypatch.setattr(ahead, "mark_of", lambda name: tmp_path / name)
     monkeypatch.setattr(ahead.os, "cpu_count", lambda: 2)
     begun, popen = [], subprocess.Popen
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
