@@ -68,7 +68,8 @@ class Turn(NamedTuple):
             (result,) = results
             if result.call is not None:
                 self.held.called[job.call_id(0)] = function_of(result.call).name
-            if len(result.text) + len(result.call.content if result.call else "") <= BRIEF:
+            elif result.stop is None and len(result.text) <= BRIEF:
+                # After a call or a stop string the engine may still be drawing; the loop does not wait for it.
                 asyncio.get_running_loop().call_later(_SENT_SECONDS, self.held.settle)
         self.held.busy = False
 
