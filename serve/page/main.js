@@ -264,14 +264,16 @@ async function loadModels() {
 
 // ------------------------------------------------------------------------------------------------- opened
 
+/** At once, so that what is typed next is typed there: `hashchange` comes later, and only when one goes back or forth. */
 function open(conversation) {
-  location.hash = conversation.id;
+  if (conversation !== state.current) history.pushState(null, "", `#${conversation.id}`);
+  openHash();
   openDrawer(false);
 }
 
 function openNew() {
-  if (location.hash.length > 1) location.hash = "";
-  else openHash();
+  if (location.hash.length > 1) history.pushState(null, "", location.pathname + location.search);
+  openHash();
   openDrawer(false);
 }
 

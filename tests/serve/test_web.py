@@ -199,7 +199,7 @@ def test_conversations_are_listed_found_renamed_and_deleted(visit, eventually):
     page.press("Enter")
     page.wait("document.querySelector('[aria-busy] .said p')")
     page.press("o", ctrl=True, shift=True)
-    page.wait("document.querySelectorAll('.turn').length === 0")
+    assert page.evaluate("document.querySelectorAll('.turn').length") == 0  # at once: what is typed now is typed there
     assert page.evaluate("document.querySelectorAll('#list .busy').length") == 1  # it goes on in the background
     assert say(page, "about stones", 2) == ["about stones", "short"]
     page.type("#input", "a draft")
@@ -208,6 +208,11 @@ def test_conversations_are_listed_found_renamed_and_deleted(visit, eventually):
     page.click("#list li:nth-child(2) .open")
     page.wait("document.querySelector('.bubble')?.textContent === 'about trees'")
     assert page.evaluate("document.querySelector('#input').value") == "" and len(engine.active) == 1
+    page.evaluate("history.back()")
+    page.wait("document.querySelector('.bubble')?.textContent === 'about stones'")
+    assert page.evaluate("document.querySelector('#input').value") == "a draft"
+    page.evaluate("history.forward()")
+    page.wait("document.querySelector('.bubble')?.textContent === 'about trees'")
     page.click("#send")  # stops
     page.wait(f"{DONE} === 2")
     eventually(lambda: not engine.active)
