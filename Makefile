@@ -6,6 +6,7 @@ SHELL := /bin/bash
 
 PYTHON ?=
 DATA ?=
+ARGS ?=
 CUDA ?= cuda12
 WORKERS ?= 3
 TESTS ?= tests
@@ -101,8 +102,8 @@ $(CPU_READY):
 
 setup: $(CPU_READY)  ## .venv with everything for a CPU, tests and notebooks included (PYTHON=python3.12 names the interpreter)
 
-quickstart: setup  ## the whole chain on a tiny model in minutes; DATA=my.jsonl runs it on your own file
-	@$(PY) -m experiments.tiny $(if $(DATA),--data "$$DATA")
+quickstart: setup  ## the whole chain on a tiny model in minutes; DATA=my.jsonl runs it on your own file, ARGS="--fresh" anew
+	@$(PY) -m experiments.tiny $(if $(DATA),--data "$$DATA") $(ARGS)
 
 test: setup  ## all tests (TESTS=tests/model for a part, WORKERS=2 processes)
 	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15 $(TESTS)

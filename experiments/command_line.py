@@ -21,10 +21,13 @@ import dataclasses
 import json
 import os
 import re
+import shlex
+import shutil
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from internjax.compile_cache import keep_programs
@@ -146,8 +149,53 @@ def parse(config: Config, args: Sequence[str] | None = None) -> Config:
     config = tyro.cli(type(config), default=config, args=args, config=(tyro.conf.CascadeSubcommandArgs,), **told)
     if hasattr(config, "run") and {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys():
         # The runs of a sweep differ in their configs, so that each needs a folder of its own.
-        config = dataclasses.replace(config, run=f"{config.run}-{os.environ['WANDB_RUN_ID']}")
+        run = config.run or name.rpartition(".")[2]
+        config = dataclasses.replace(config, run=f"{run}-{os.environ['WANDB_RUN_ID']}")
     return config
+
+
+def python() -> str:
+    """Returns this interpreter as one types it in a shell in the working directory, for commands that are printed."""
+    here = Path(sys.executable)
+    found = shutil.which("python")
+    if found is not None and os.path.abspath(found) == os.path.abspath(here):
+        return "python"
+    return shlex.quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
+
+
+def typed(config: Any, default: Any) -> list[str]:
+    """Returns the arguments that make `config` of `default`, quoted for a shell; `parse(default, ...)` reads them.
+
+    Alternatives come first: their flags are known from their name on.
+    """
+    choices, flags = [], []
+    for name, value in _differing(config, default):
+        if dataclasses.is_dataclass(value) or (value is None and name.endswith(":")):
+            choices.append(f"{name}{_kebab(type(value).__name__, [type(value)]) if value is not None else 'none'}")
+        elif isinstance(value, bool):
+            head, dot, last = name.rpartition(".")
+            flags.append(f"--{head}{dot}{'' if value else 'no-'}{last}")
+        elif isinstance(value, tuple):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags.append(f"--{name}={value}")
+    return [shlex.quote(flag) for flag in (*choices, *flags)]
+
+
+def _differing(config: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the flags' names and values of the fields that differ; "NAME:" and a dataclass or None: an alternative."""
+    for field in dataclasses.fields(config):
+        value, other = getattr(config, field.name), getattr(default, field.name)
+        name = prefix + field.name.replace("_", "-")
+        if value == other:
+            continue
+        if dataclasses.is_dataclass(value):
+            if type(value) is not type(other):
+                yield f"{name}:", value
+                other = type(value)()
+            yield from _differing(value, other, f"{name}.")
+        else:
+            yield (f"{name}:" if dataclasses.is_dataclass(other) else name), value
 
 
 def _paragraphs(text: str) -> str:

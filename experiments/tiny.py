@@ -7,16 +7,19 @@
     python -m experiments.tiny --fresh             # everything anew
 
 Hardware: 2 CPU cores and 8 GB of memory; a GPU is used where there is one
-Time: 5 to 8 minutes
+Time: 3 to 8 minutes
 
-The corpus is the standard library of the Python that runs this. Every stage is a run folder under runs/tiny/ and can be
-run alone; runs/tiny/report.html shows what came out.
+The corpus is the standard library of the Python that runs this. Every stage has a folder under runs/tiny/ (those that
+train are run folders) and can be run alone; runs/tiny/report.html shows what came out. Your own file's chain is in
+runs/tiny-NAME/.
 
 Expected result: held-out bits per byte below the bigram's, executed calls from 0 to over 90 %, more gold after RLHF.
 """
 
+import dataclasses
 import json
 import resource
+import shlex
 import shutil
 import sys
 import time
@@ -26,9 +29,8 @@ from typing import Any, NamedTuple
 
 from data_pipelines.readers import existing
 from experiments import tiny_models, tiny_report, tiny_rlhf, tiny_use
-from experiments.command_line import guarded, parse
-from experiments.tiny_config import Skip, Tiny
-from experiments.training import run_path
+from experiments.command_line import guarded, parse, python, typed
+from experiments.tiny_config import Skip, Tiny, folder
 from internjax.train.tracking import differing_fields, to_json
 
 
@@ -71,7 +73,7 @@ def chosen_stages(config: Tiny, names: Sequence[str]) -> list[str]:
 
 def run(config: Tiny) -> Path:
     """Runs the chain, or what is left of it, and returns the path of its report."""
-    root = run_path(config.run)
+    root = folder(config)
     chain = stages()
     names = [stage.name for stage in chain]
     wanted = chosen_stages(config, names)
@@ -86,13 +88,16 @@ def run(config: Tiny) -> Path:
         raise ValueError(f"{wanted[0]} stands on {missing[0]}, which has not run in {root}; give --from {missing[0]}")
     _remember(config, root, names)
     named = config.only is not None or config.from_stage is not None
-    if not named and all(result(root, stage.name) is not None for stage in chain):
+    stale = set() if named else set(stale_stages(root, names))
+    if not named and not stale and all(result(root, stage.name) is not None for stage in chain):
         print(f"The chain in {root} is complete. Report: {root / 'report.html'}")
-        print(
-            "Run it anew with: python -m experiments.tiny --fresh" + (f" --data {config.data}" if config.data else "")
-        )
+        print(f"Run it anew with: {repetition(config)}")
         _print_next(root)
         return root / "report.html"
+    if stale:
+        print(
+            f"Made before a stage that they stand on was run anew, so run anew: {', '.join(stale_stages(root, names))}."
+        )
     started = time.perf_counter()
     ran = False
     for number, stage in enumerate(chain, 1):
@@ -100,7 +105,7 @@ def run(config: Tiny) -> Path:
             continue
         done = result(root, stage.name)
         # A finished stage is run anew when it was asked for by name, or when one that it stands on was.
-        if done is not None and (named or ran):
+        if done is not None and (named or ran or stage.name in stale):
             shutil.rmtree(root / stage.name)
             done = None
         if done is None:
@@ -109,9 +114,10 @@ def run(config: Tiny) -> Path:
             _run_stage(stage, config, root)
         else:
             print(f"[{number}/{len(chain)}] {stage.name}: done")
-    tiny_report.write(root, names)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-    print(f"\n{time.perf_counter() - started:.0f} s, peak memory {peak:.1f} GB. Report: {root / 'report.html'}")
+    tiny_report.write(root, names, repetition=repetition(config), stale=stale_stages(root, names))
+    # Of this process and of the largest that it started: what compiles the data chain beside it, sandboxes.
+    peaks = [resource.getrusage(who).ru_maxrss / (1 << 20) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(f"\n{time.perf_counter() - started:.0f} s, peak memory {sum(peaks):.1f} GB. Report: {root / 'report.html'}")
     _print_next(root)
     return root / "report.html"
 
@@ -122,6 +128,19 @@ def result(root: Path, stage: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def stale_stages(root: Path, names: Sequence[str]) -> list[str]:
+    """Returns the stages that ended before one that they stand on was run anew."""
+    ended = {name: found["ended"] for name in names if (found := result(root, name)) is not None}
+    order = list(ended)
+    return [name for i, name in enumerate(order) if any(ended[before] > ended[name] for before in order[:i])]
+
+
+def repetition(config: Tiny) -> str:
+    """Returns the command that runs the whole of a chain anew."""
+    whole = dataclasses.replace(config, only=None, from_stage=None, fresh=True)
+    return " ".join([python(), "-m", "experiments.tiny", *typed(whole, CONFIG)])
+
+
 def _run_stage(stage: Stage, config: Tiny, root: Path) -> None:
     started = time.perf_counter()
     try:
@@ -129,12 +148,12 @@ def _run_stage(stage: Stage, config: Tiny, root: Path) -> None:
     except Skip as reason:
         print(f"skipped: {reason}")
         summary = {"skipped": str(reason)}
-    folder = root / stage.name
-    folder.mkdir(parents=True, exist_ok=True)
-    summary["seconds"] = round(time.perf_counter() - started, 1)
-    part = folder / ".stage.json.part"
+    own = root / stage.name
+    own.mkdir(parents=True, exist_ok=True)
+    summary["seconds"], summary["ended"] = round(time.perf_counter() - started, 1), time.time()
+    part = own / ".stage.json.part"
     part.write_text(json.dumps(summary, indent=1) + "\n")
-    part.rename(folder / "stage.json")
+    part.rename(own / "stage.json")
     print(f"{stage.name}: {summary['seconds']} s", flush=True)
 
 
@@ -147,8 +166,8 @@ def _remember(config: Tiny, root: Path, names: Sequence[str]) -> None:
         lines = differing_fields(now, json.loads(path.read_text()))
         if lines:
             raise ValueError(
-                f"{root} holds a chain with another config:\n  " + "\n  ".join(lines) + "\nGive the same "
-                "config, another --run NAME, or --fresh to start anew."
+                f"{root} holds a chain with another config:\n  " + "\n  ".join(lines) + "\nGive the same config, "
+                f"another --run NAME, or start anew: {repetition(config)}"
             )
         return
     root.mkdir(parents=True, exist_ok=True)
@@ -158,8 +177,8 @@ def _remember(config: Tiny, root: Path, names: Sequence[str]) -> None:
 def _print_next(root: Path) -> None:
     final = next((name for name in ("rlhf", "sft", "pretrain") if (root / name / "model").is_dir()), "pretrain")
     print("\nNext:")
-    print(f"  python -m serve.chat {root / final}")
-    print("  python -m experiments.finetune --model YOUR_CHECKPOINT --data YOUR_CHATS.jsonl --run my_run")
+    print(f"  {python()} -m serve.chat {shlex.quote(str(root / final))}")
+    print(f"  {python()} -m experiments.finetune --model YOUR_CHECKPOINT --data YOUR_CHATS.jsonl --run my_run")
 
 
 CONFIG = Tiny()

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from experiments.training import run_path
 from internjax.hf.open import Model, open_model
 from internjax.model.config import TINY, ModelConfig
 from internjax.model.lora import LoraConfig
@@ -14,8 +15,8 @@ from internjax.train.optimizer import AdamW, Cosine
 class Tiny:
     """The numbers of the chain; benchmarks/results/tiny_sweep.json compares them with others at equal training time."""
 
-    run: str = "tiny"
-    """Folder of the chain: a path, or a name under runs/."""
+    run: str | None = None
+    """Folder of the chain: a path, or a name under runs/. By default tiny, and tiny-NAME for your own file NAME."""
     data: str | None = None
     """Your own file (JSONL, text, parquet) or folder instead of the standard library."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
@@ -28,8 +29,8 @@ class Tiny:
     """Remove the chain's folder first."""
     seed: int = 0
     """Decides weights, order of the data and every draw."""
-    held_out: float = 0.03
-    """Share of files kept for evaluation."""
+    held_out: float = 0.1
+    """Share of files kept for evaluation. With less, the library has not 256 functions of held-out files to ask for."""
     model: ModelConfig = dataclasses.replace(TINY, unroll_layers=TINY.num_layers)
     """vocab_size is the size of the tokenizer that is trained."""
     seq_len: int = 256
@@ -65,13 +66,18 @@ class Tiny:
     critic_rate: float = 1e-3
     """Learning rate of the critic."""
     num_evaluated: int = 256
-    """Held-out prompts of the gold score; a multiple of num_prompts."""
+    """Held-out prompts of the gold score, each asked once; fewer where there are not so many."""
 
     def __post_init__(self):
-        if self.num_evaluated % self.num_prompts or self.num_prompts % 2:
-            raise ValueError(
-                f"num_prompts must be even and divide num_evaluated; given {self.num_prompts} and {self.num_evaluated}"
-            )
+        if self.num_prompts % 2 or self.num_prompts < 2:
+            raise ValueError(f"num_prompts must be even, for two minibatches; given {self.num_prompts}")
+
+
+def folder(config: Tiny) -> Path:
+    """Returns the folder of the chain."""
+    if config.run is not None:
+        return run_path(config.run)
+    return run_path("tiny" if config.data is None else f"tiny-{Path(config.data).resolve().stem}")
 
 
 def opened(config: Tiny, path: Path, *, quantize: Literal["int8", "int4"] | None = None) -> Model:

@@ -2,8 +2,6 @@
 
 import json
 import platform
-import shlex
-import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -18,19 +16,22 @@ NAMES = {"pretrain": "base", "sft": "fine-tuned", "rlhf": "after RLHF"}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
 
-def write(root: Path, names: Sequence[str]) -> None:
-    """Writes report.html and report.md from what the stages left in `root`."""
+def write(root: Path, names: Sequence[str], *, repetition: str, stale: Sequence[str] = ()) -> None:
+    """Writes report.html and report.md from what the stages left in `root`.
+
+    repetition: the command that runs it all anew. stale: stages made before one that they stand on was run anew.
+    """
     results = {name: _read(root / name / "stage.json") for name in names}
     results = {name: result for name, result in results.items() if result is not None}
     sections = [
-        _first_screen(results),
+        _first_screen(results, stale),
         *_data(results),
         *_training(root, results),
         *_sft(results),
         *_alignment(results),
         *_evaluation(results),
         *_use(results),
-        _repeat(root, results, names),
+        _repeat(results, names, repetition),
     ]
     corpus = results.get("data", {})
     subtitle = f"Corpus: {corpus.get('source', 'not read yet')}, fingerprint `{corpus.get('fingerprint', '')[:16]}`."
@@ -49,7 +50,7 @@ def _better(good: bool) -> dict[str, str]:
     return {"verdict": "better", "outcome": "good"} if good else {"verdict": "not better", "outcome": "bad"}
 
 
-def _first_screen(results: dict[str, dict]) -> Section:
+def _first_screen(results: dict[str, dict], stale: Sequence[str]) -> Section:
     numbers: list[Number] = []
     evaluation, rlhf = results.get("evaluate", {}), results.get("rlhf", {})
     if "tasks" in evaluation:
@@ -87,7 +88,7 @@ def _first_screen(results: dict[str, dict]) -> Section:
                 "Gold after RLHF",
                 _share(last),
                 baseline=f"before {_share(first)}",
-                **_better(last["value"] > first["value"]),
+                **_better(last["low"] > first["high"]),
             )
         )
     if "llama" in results.get("export", {}):
@@ -103,10 +104,19 @@ def _first_screen(results: dict[str, dict]) -> Section:
             )
         )
     if "calls" in results.get("serve", {}):
-        first_token = results["serve"]["calls"]["stream"]["first_token_seconds"]
-        shown = "–" if first_token is None else f"{first_token * 1000:.0f} ms"
-        numbers.append(Number("First token from the server", shown, baseline="int8 weights, one request"))
+        calls = results["serve"]["calls"]
+        first_token, whole = calls["stream"]["first_token_seconds"], calls["chat"]["seconds"]
+        numbers.append(
+            Number(
+                "First token of a streamed answer",
+                f"{first_token * 1000:.1f} ms",
+                baseline=f"the same answer not streamed, {calls['chat']['num_tokens']} tokens: {whole * 1000:.1f} ms",
+                **_better(first_token < whole),
+            )
+        )
     blocks: list[Any] = [Numbers(numbers)]
+    if stale:
+        blocks.insert(0, Text(f"Made before a stage that they stand on was run anew: {', '.join(stale)}."))
     if "prompt" in evaluation:
         blocks.append(_followed(evaluation["prompt"]))
     return Section("At a glance", blocks)
@@ -232,6 +242,7 @@ def _rounds(found: dict[str, Any]) -> list[Any]:
             row["name"],
             _share(row["gold"]),
             _share_of(row["reward"]),
+            _share_of(row["own_reward"]),
             _share_of(row["length"]),
             row["ended"],
             row["distinct"],
@@ -245,18 +256,24 @@ def _rounds(found: dict[str, Any]) -> list[Any]:
     def line(name: str) -> list[tuple[int, float]]:
         return [(step, row[name]) for step, row in zip(steps, curve, strict=True)]
 
+    difference = found["logprob_difference"]
+    compared = f"over the {found['num_compared']:,} drawn tokens of all iterations"
+    alarms = [f"round {i}: {name} ({why})" for i, row in enumerate(found["alarms"], 1) for name, why in row.items()]
     return [
         Text(
             f"{found['num_rounds']} rounds of {found['num_iterations']} iterations, "
-            f"{found['num_prompts']} prompts each. "
-            f"Largest difference between rollout and trainer log-probabilities: {found['logprob_difference']:.2g}. "
-            f"{found['fast_path']}"
+            f"{found['num_prompts']} prompts each. Largest difference between the log-probabilities of rollout and "
+            f"trainer {compared}: {f'{difference:.2g}' if difference else '0, they are equal bit by bit'}. "
+            f"Between the rounds the reward model learned {sum(found['num_pairs'])} pairs against what the policy had "
+            f"learned to write (training prompts, the preferences' own judgement). "
+            f"Alarms: {'; '.join(alarms) or 'none'}."
         ),
         Table(
-            ["policy", "gold", "reward", "length (tokens)", "ended", "distinct", "KL to the fine-tuned model"],
+            ["policy", "gold", "reward", "own reward", "length (tokens)", "ended", "distinct", "KL to fine-tuned"],
             rows,
-            caption=f"{found['num_evaluated']} held-out prompts, one drawn completion each; 95 % intervals. The "
-            "gold is a program that nothing was trained on; the reward is what the policy was trained for.",
+            caption=f"{found['num_evaluated']} held-out prompts, one drawn completion each; 95 % intervals. Gold: a "
+            "program that nothing was trained on or chosen by. Reward: by the first reward model, so that rows "
+            "compare; own reward: by the model that the round was trained for.",
         ),
         Lines("Reward of the rollouts", {"reward": line("score")}, x_label="iteration", y_label="score"),
         Lines("KL to the reference", {"KL": line("kl")}, x_label="iteration", y_label="nats per response"),
@@ -327,20 +344,12 @@ def _use(results: dict[str, dict]) -> list[Section]:
     return sections
 
 
-def _repeat(root: Path, results: dict[str, dict], names: Sequence[str]) -> Section:
+def _repeat(results: dict[str, dict], names: Sequence[str], repetition: str) -> Section:
     times = [[name, results[name]["seconds"]] for name in names if name in results]
-    stale = _older_than_their_inputs(root, [name for name in names if name in results])
     blocks: list[Any] = [
         Table(["stage", "seconds"], [*times, ["all", sum(row[1] for row in times)]]),
         Table(["package", "version"], [["python", platform.python_version()], *([p, version(p)] for p in PACKAGES)]),
         Text("To repeat:"),
-        Code(f"{Path(sys.executable).name} -m experiments.tiny --fresh --run {shlex.quote(str(root))}"),
+        Code(repetition),
     ]
-    if stale:
-        blocks.insert(0, Text(f"Made before a stage that they stand on was run anew: {', '.join(stale)}."))
     return Section("Times, versions, repetition", blocks)
-
-
-def _older_than_their_inputs(root: Path, names: Sequence[str]) -> list[str]:
-    times = [(root / name / "stage.json").stat().st_mtime for name in names]
-    return [name for i, name in enumerate(names) if any(earlier > times[i] for earlier in times[:i])]

@@ -1,12 +1,14 @@
 """The alignment part of the tiny chain: a conditional reward model, and two rounds of PPO against it.
 
-Preferences are made by a program (`library.preference`), so the reward model can be checked; the gold that is reported
-(`library.gold`) is another program that neither the reward model nor the policy is trained on.
+Preferences are made by a program (`library.preference`), so the reward model can be checked; between the rounds it also
+judges what the policy has learned to write, as people do in the report. The gold that is reported (`library.gold`) is
+another program: neither the reward model nor the policy is trained on it, and no pair is chosen by it.
 """
 
 import json
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,9 +72,12 @@ def _check_feeds(config: Tiny) -> None:
 def tasks_of(config: Tiny, root: Path, tokenizer: Tokenizer, *, held_out: bool) -> list[BodyTask]:
     """Returns the tasks whose prompt fits, in an order that the seed shuffles; held-out ones are of held-out files.
 
-    Raises ValueError where there is none.
+    Each prompt is there once, and a held-out one is none of a training file too. Raises ValueError where there is none.
     """
-    tasks = library.body_tasks(tiny_models.facts(root, config, held_out=held_out))
+    found = library.body_tasks(tiny_models.facts(root, config, held_out=held_out))
+    learned = library.body_tasks(tiny_models.facts(root, config, held_out=False)) if held_out else []
+    known = {task.prompt for task in learned}
+    tasks = {task.prompt: task for task in found if task.prompt not in known}.values()
     tasks = [task for task in tasks if len(prompt_ids(task, tokenizer)) <= config.max_prompt_tokens]
     if not tasks:
         part = "held-out" if held_out else "training"
@@ -311,9 +316,9 @@ def rlhf(config: Tiny, root: Path) -> dict[str, Any]:
         "num_rounds": NUM_ROUNDS,
         "num_iterations": config.num_iterations,
         "num_prompts": config.num_prompts,
-        "num_evaluated": config.num_evaluated,
+        "num_evaluated": len(setting.held_out),
         "logprob_difference": max(row["logprob_difference"] for row in report["curve"]),
-        "fast_path": f"Targeted pairs after each round: {report['num_pairs']}; alarms: {report['alarms']}.",
+        "num_compared": round(sum(row["length"] for row in report["curve"]) * config.num_prompts),
         "samples": report["evaluations"][-1]["samples"],
     }
 
@@ -326,6 +331,7 @@ def _rounds(setting: Setting, root: Path, scorer: Model) -> tuple[ppo.PPOState, 
     pairs = _read_pairs(root / "reward" / "pairs.jsonl")
     rows = open_rows(root / "tokenizer" / "train", seq_len=128, packing="concat", seed=config.seed + 1)
     report: dict[str, Any] = {"evaluations": [], "curve": [], "alarms": [], "num_pairs": []}
+    first_reward = _reward_fn(setting, scorer.params)
     for index in range(NUM_ROUNDS):
         folder = root / "rlhf" / f"round_{index}"
         done = _restored(folder, state)
@@ -334,7 +340,7 @@ def _rounds(setting: Setting, root: Path, scorer: Model) -> tuple[ppo.PPOState, 
             continue
         reward_fn = _reward_fn(setting, reward_params)
         if index == 0:
-            report["evaluations"].append(_evaluate("fine-tuned", setting, state, reward_fn))
+            report["evaluations"].append(_evaluate("fine-tuned", setting, state, first_reward, reward_fn))
         result = cool.run_round(
             setting.run,
             state,
@@ -350,9 +356,10 @@ def _rounds(setting: Setting, root: Path, scorer: Model) -> tuple[ppo.PPOState, 
         )
         state = result.state
         report["curve"] += [row for row in result.metrics if not row["warm_up"]]
-        report["evaluations"].append(_evaluate(f"round {index + 1}", setting, state, reward_fn))
-        new = _targeted_pairs(setting, result, report)
-        if new and index + 1 < NUM_ROUNDS:
+        report["evaluations"].append(_evaluate(f"round {index + 1}", setting, state, first_reward, reward_fn))
+        report["alarms"].append(_alarms(setting, result))
+        new = _targeted_pairs(setting, result, report) if index + 1 < NUM_ROUNDS else []
+        if new:
             mixed = REFRESH_WEIGHT * new + random.Random(config.seed).sample(pairs, min(len(pairs), REFRESH_PAIRS))
             reward_params = fit_reward(
                 config,
@@ -371,22 +378,28 @@ def _rounds(setting: Setting, root: Path, scorer: Model) -> tuple[ppo.PPOState, 
 
 
 def _targeted_pairs(setting: Setting, result: cool.Round, report: dict[str, Any]) -> list[Pair]:
-    """Returns the fast path's pairs of a round; enters alarms and counts into the report."""
-    gold = _gold_of(setting)
-    alarms = monitor.drift(result.early, result.late, gold).alarms
-    new = monitor.fast_path(result.early, result.late, gold, list(CONDITIONS))
-    report["alarms"].append(alarms)
+    """Returns the fast path's pairs of a round, judged as all pairs are; enters their count into the report."""
+
+    def liking(completion: Completion, task: BodyTask) -> float:
+        return library.preference(condition_of(task), completion, task)
+
+    new = monitor.fast_path(result.early, result.late, _scores_of(setting, liking), list(CONDITIONS))
     report["num_pairs"].append(len(new))
-    print(f"round {len(report['alarms'])}: alarms {alarms or 'none'}, {len(new)} targeted pairs")
+    print(f"  {len(new)} targeted pairs")
     return new
+
+
+def _alarms(setting: Setting, result: cool.Round) -> dict[str, str]:
+    """Returns what the gold and the figures of early and late answers of a round warn of."""
+    alarms = monitor.drift(result.early, result.late, _scores_of(setting, library.gold)).alarms
+    print(f"  alarms: {'; '.join(f'{name}: {reason}' for name, reason in alarms.items()) or 'none'}")
+    return alarms
 
 
 def _setting(config: Tiny, root: Path, model: Model, reward_config: ModelConfig) -> Setting:
     tokenizer = model.tokenizer
     train_tasks = tasks_of(config, root, tokenizer, held_out=False)
-    held_out = tasks_of(config, root, tokenizer, held_out=True)
-    # Where there are fewer held-out functions than evaluated prompts, each is drawn for more than once.
-    held_out = [held_out[i % len(held_out)] for i in range(config.num_evaluated)]
+    held_out = tasks_of(config, root, tokenizer, held_out=True)[: config.num_evaluated]
     num_updates = 2 * NUM_ROUNDS * (config.num_iterations + WARM_UP_ITERATIONS)
     optimizers = [
         make_optimizer(AdamW(peak_lr=rate, weight_decay=0.0, b2=0.99, eps=1e-5), Constant(2), num_updates)
@@ -429,21 +442,28 @@ def _completion(setting: Setting, ids: Sequence[int], ended: bool) -> Completion
     return Completion(chat.parse(ids[: len(ids) - ended], setting.tokenizer).content, ended)
 
 
-def _gold_of(setting: Setting) -> monitor.Gold:
+def _scores_of(setting: Setting, judge: Callable[[Completion, BodyTask], float]) -> monitor.Gold:
+    """Returns a program's judgement of answers as a function of samples."""
     task_of = {tuple(ids): task for task, ids in setting.prompts.items()}
 
-    def gold(samples: monitor.Samples) -> np.ndarray:
+    def scores(samples: monitor.Samples) -> np.ndarray:
         rows = zip(samples.prompts, samples.responses, samples.ended, strict=True)
-        return np.array([library.gold(_completion(setting, r, bool(e)), task_of[tuple(p)]) for p, r, e in rows], float)
+        return np.array([judge(_completion(setting, r, bool(e)), task_of[tuple(p)]) for p, r, e in rows], float)
 
-    return gold
+    return scores
 
 
-def _evaluate(name: str, setting: Setting, state: ppo.PPOState, reward_fn: Reward) -> dict[str, Any]:
-    """Returns gold, reward, length, distinct share and KL of the policy on the held-out prompts, one draw each."""
-    gold, rewards, lengths, kls, texts, samples, ended = [], [], [], [], [], [], []
+def _evaluate(
+    name: str, setting: Setting, state: ppo.PPOState, first_reward: Reward, own_reward: Reward
+) -> dict[str, Any]:
+    """Returns gold, rewards, length, distinct share and KL of the policy on the held-out prompts, one draw each.
+
+    `reward` is by the first reward model, so that policies compare; `own_reward` by the one that the round trained for.
+    """
+    gold, rewards, own, lengths, kls, texts, samples, ended = [], [], [], [], [], [], [], []
     settings, count = setting.run.config, setting.config.num_prompts
-    for block in range(len(setting.held_out) // count):
+    for block in range(math.ceil(len(setting.held_out) / count)):
+        tasks = setting.held_out[block * count : (block + 1) * count]  # the last block is filled up, and cut below
         # The same draws (seeds) for every policy, so that they differ by the policy alone.
         drawn = ppo.draw(setting.run, state, _prompts(setting, setting.held_out, block), place=(2, block))
         found = evaluate(
@@ -457,15 +477,15 @@ def _evaluate(name: str, setting: Setting, state: ppo.PPOState, reward_fn: Rewar
             temperature=settings.temperature,
         )
         mask = np.asarray(response_mask(drawn)) > 0
-        kls += list(np.where(mask, np.asarray(found.logprobs_BT - found.ref_logprobs_BT), 0.0).sum(axis=1))
-        answers = monitor.make_samples(drawn, np.asarray(reward_fn(drawn), np.float32))
-        rewards += list(answers.rewards)
-        gold += list(_gold_of(setting)(answers))
-        lengths += [len(response) for response in answers.responses]
-        ended += list(answers.ended)
-        for task, response, end in zip(
-            setting.held_out[block * count : (block + 1) * count], answers.responses, answers.ended, strict=True
-        ):
+        kl = np.where(mask, np.asarray(found.logprobs_BT - found.ref_logprobs_BT), 0.0).sum(axis=1)
+        answers = monitor.make_samples(drawn, np.asarray(first_reward(drawn), np.float32))
+        kls += list(kl[: len(tasks)])
+        rewards += list(answers.rewards[: len(tasks)])
+        own += list(np.asarray(own_reward(drawn), np.float32)[: len(tasks)])
+        gold += list(_scores_of(setting, library.gold)(answers)[: len(tasks)])
+        lengths += [len(response) for response in answers.responses[: len(tasks)]]
+        ended += list(answers.ended[: len(tasks)])
+        for task, response, end in zip(tasks, answers.responses, answers.ended):
             text = _completion(setting, response, bool(end)).text
             texts.append(text)
             samples.append({"prompt": task.prompt, "completion": text, "gold": bool(gold[len(samples)])})
@@ -473,6 +493,7 @@ def _evaluate(name: str, setting: Setting, state: ppo.PPOState, reward_fn: Rewar
         "name": name,
         "gold": wilson(int(sum(gold)), len(gold))._asdict(),
         "reward": bootstrap_mean([float(r) for r in rewards])._asdict(),
+        "own_reward": bootstrap_mean([float(r) for r in own])._asdict(),
         "length": bootstrap_mean([float(n) for n in lengths])._asdict(),
         "ended": float(np.mean(ended)),
         "distinct": len(set(texts)) / len(texts),

@@ -5,7 +5,7 @@ import shutil
 import statistics
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 MODELS = ("pretrain", "sft", "rlhf")
 EVALUATED_BYTES = 120_000
 """Held-out text that bits per byte are measured on."""
+ANSWER_TOKENS = 32
+"""Of what the server is asked for."""
 
 
 def available(root: Path) -> list[str]:
@@ -218,43 +220,55 @@ def serve(config: Tiny, root: Path) -> dict[str, Any]:
 
     with served(root) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-        question = [{"role": "user", "content": "What does `gcd(*integers)` of math do?"}]
-        asked = {
-            "completion": lambda: (
-                client.completions.create(model="tiny", prompt="import ", max_tokens=16, seed=0).choices[0].text
-            ),
-            "chat": lambda: (
-                client.chat.completions.create(model="tiny", messages=question, max_tokens=32, seed=0)
-                .choices[0]
-                .message.content
-            ),
+        # Of one length, so that the answers as a whole and in parts compare: a tiny model may end after a word.
+        length = {"max_tokens": ANSWER_TOKENS, "extra_body": {"min_tokens": ANSWER_TOKENS}}
+        chat = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "What does `gcd(*integers)` of math do?"}],
+            "seed": 0,
+            **length,
         }
+
+        def completion() -> dict[str, Any]:
+            answer = client.completions.create(model="tiny", prompt="import ", seed=0, **length)
+            return {"text": answer.choices[0].text, "num_tokens": answer.usage.completion_tokens}
+
+        def whole() -> dict[str, Any]:
+            answer = client.chat.completions.create(**chat)
+            return {"text": answer.choices[0].message.content, "num_tokens": answer.usage.completion_tokens}
+
+        asked = {"completion": completion, "chat": whole, "stream": lambda: _streamed(client, chat)}
         found: dict[str, Any] = {"url": server.url, "calls": {}}
         for name, ask in asked.items():
-            times, text = [], ""
-            for _ in range(3):
-                started = time.perf_counter()
-                text = ask()
-                times.append(time.perf_counter() - started)
-            found["calls"][name] = {"text": text, "seconds": statistics.median(times)}
-        found["calls"]["stream"] = _streamed(client, question)
-    with_ports = not server.alive
+            ask()  # the first of a kind also imports
+            found["calls"][name] = _medians([_timed(ask) for _ in range(5)])
     for name, call in found["calls"].items():
         print(f"{name}: {call['seconds'] * 1000:.0f} ms: {call['text']!r}")
-    return found | {"shut_down": with_ports}
+    return found | {"shut_down": not server.alive}
 
 
-def _streamed(client, question: list[dict]) -> dict[str, Any]:
-    """Returns a streamed chat answer, the time to its first token and of the whole."""
+def _timed(ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    started = time.perf_counter()
+    answer = ask()
+    return answer | {"seconds": time.perf_counter() - started}
+
+
+def _medians(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns one of several equal answers, with the medians of their times."""
+    names = [name for name in answers[0] if name.endswith("seconds")]
+    return answers[0] | {name: statistics.median(answer[name] for answer in answers) for name in names}
+
+
+def _streamed(client, chat: dict[str, Any]) -> dict[str, Any]:
+    """Returns a streamed chat answer with the time to its first token."""
     started = time.perf_counter()
     first, pieces = None, []
-    stream = client.chat.completions.create(model="tiny", messages=question, max_tokens=32, seed=0, stream=True)
-    for chunk in stream:
+    for chunk in client.chat.completions.create(**chat, stream=True):
         if chunk.choices and chunk.choices[0].delta.content:
             first = first if first is not None else time.perf_counter() - started
             pieces.append(chunk.choices[0].delta.content)
-    seconds = time.perf_counter() - started
-    return {"text": "".join(pieces), "seconds": seconds, "first_token_seconds": first}
+    # An answer of characters that are cut off has no text before its end.
+    return {"text": "".join(pieces), "first_token_seconds": first or time.perf_counter() - started}
 
 
 def agent(config: Tiny, root: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ SETTINGS = (
     Setting(),
     Setting(peak_lr=2.5e-3),
     Setting(peak_lr=1e-2),
-    Setting(vocab_size=2048),
+    Setting(vocab_size=1024),
     Setting(d_model=192, num_layers=4, ffn_dim=512, peak_lr=3e-3),
     Setting(seq_len=128, batch_size=8),
     Setting(batch_size=16),
@@ -71,6 +71,7 @@ def configured(setting: Setting) -> Tiny:
         num_kv_heads=1,
         ffn_dim=setting.ffn_dim,
         initializer_range=setting.initializer_range,
+        unroll_layers=setting.num_layers,
     )
     return Tiny(
         model=model,

@@ -30,7 +30,7 @@ class Samples(NamedTuple):
 
 
 Gold = Callable[[Samples], np.ndarray]
-"""samples -> one number per response that cannot be argued with, e.g. whether a program runs."""
+"""samples -> one number per response that cannot be argued with, e.g. whether a program runs, or what people said."""
 
 
 def make_samples(drawn: Rollout, rewards: np.ndarray) -> Samples:

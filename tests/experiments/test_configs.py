@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 import typing
@@ -17,6 +18,7 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from data_pipelines.conversations import Reading
 from experiments import (
     continue_7b,
     finetune,
@@ -34,7 +36,7 @@ from experiments import (
     tiny,
 )
 from experiments.__main__ import entries
-from experiments.command_line import guarded, launch, parse
+from experiments.command_line import guarded, launch, parse, typed
 from experiments.finetuning import Finetune
 from experiments.jobs import job_of
 from experiments.plan_recipes import with_known_model
@@ -134,6 +136,30 @@ def test_optimizers_are_chosen_by_name():
     assert changed(SEVEN, *args) == wanted
     assert changed(SEVEN, "--optimizer.moment-dtype", "int8") == {"optimizer.moment_dtype": "int8"}
     assert changed(finetune.CONFIG, "optimizer:muon") == {"optimizer": Muon()}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"seed": 3, "run": "with spaces", "fresh": True, "num_steps": 7},
+        {"optimizer": Muon(rms=None), "schedule": Linear(warmup_steps=3), "model": "a 'quoted' folder"},
+        {"data": ("a b.jsonl", "c.jsonl"), "lora": LoraConfig(rank=3, targets=("query", "value"))},
+        {"optimizer": AdamW(peak_lr=0.5), "reading": Reading(cache="", bad_rows="skip", max_samples=(3, 4))},
+    ],
+)
+def test_typed_arguments_make_the_config(fields):
+    config = dataclasses.replace(finetune.CONFIG, **fields)
+    args = typed(config, finetune.CONFIG)
+    assert parse(finetune.CONFIG, shlex.split(" ".join(args))) == config and bool(args) == bool(fields)
+
+
+def test_typed_arguments_choose_alternatives_and_none():
+    model = dataclasses.replace(SEVEN.model, rope_scaling=DynamicNTK(2.0))
+    config = dataclasses.replace(SEVEN, model=model, schedule=Constant())
+    args = typed(config, SEVEN)
+    assert args == ["model.rope-scaling:dynamic-ntk", "schedule:constant", "--model.rope-scaling.factor=2.0"]
+    assert parse(SEVEN, args) == config and parse(config, typed(SEVEN, config)) == SEVEN
 
 
 def test_tuples_take_several_values():

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 import shutil
 
 import numpy as np
@@ -16,8 +17,10 @@ import pytest
 from data_pipelines import embedded
 from data_pipelines.loading import batches, open_rows
 from eval import ngram
-from experiments import tiny, tiny_models, tiny_use
+from experiments import tiny, tiny_config, tiny_models, tiny_rlhf, tiny_use
+from experiments.command_line import parse, python
 from experiments.tiny_config import Tiny
+from experiments.training import run_path
 from internjax.hf.open import open_model
 from internjax.model.lora import LoraConfig
 from internjax.text import chat
@@ -40,7 +43,7 @@ CONFIG = Tiny(
     reward_steps=6,
     num_iterations=1,
     num_prompts=8,
-    num_evaluated=8,
+    num_evaluated=12,
 )
 STAGES = [stage.name for stage in tiny.stages()]
 
@@ -88,12 +91,60 @@ def test_every_stage_ran_and_the_report_is_there(chain):
     assert all(result is not None and "skipped" not in result for result in found.values())
     assert re.findall(r"^\[(\d+)/11\] (\w+): ", printed, re.M) == [(str(n), name) for n, name in enumerate(STAGES, 1)]
     assert printed.rstrip().splitlines()[-2:] == [
-        f"  python -m serve.chat {root / 'rlhf'}",
-        "  python -m experiments.finetune --model YOUR_CHECKPOINT --data YOUR_CHATS.jsonl --run my_run",
+        f"  {python()} -m serve.chat {root / 'rlhf'}",
+        f"  {python()} -m experiments.finetune --model YOUR_CHECKPOINT --data YOUR_CHATS.jsonl --run my_run",
     ]
     page = (root / "report.html").read_text()
-    assert "bits per byte" in page and found["data"]["fingerprint"][:16] in page and 'src="http' not in page
-    assert (root / "report.md").read_text().startswith("# InternJAX")
+    assert found["data"]["fingerprint"][:16] in page and 'src="http' not in page
+
+
+def test_the_report_shows_what_it_must(chain):
+    root, _ = chain
+    found, text = results(root), (root / "report.md").read_text()
+    assert text.startswith("# InternJAX")
+    sections = re.findall(r"^## (.+)$", text, re.M)
+    assert sections == [
+        *("At a glance", "Data", "Pre-training", "Fine-tuning", "Reward model", "COOL RLHF", "Evaluation", "Export"),
+        *("Quantised weights", "Server", "Agent", "Times, versions, repetition"),
+    ]
+    part = dict(zip(sections, re.split(r"^## .+$", text.replace("\\", ""), flags=re.M)[1:], strict=True))
+    numbers = [row.strip("| ").split(" | ") for row in part["At a glance"].splitlines() if row.startswith("| ")][2:]
+    verdicts = {"better", "not better", "equal", "differs"}
+    assert len(numbers) == 7 and all(baseline and verdict[2:] in verdicts for _, _, baseline, verdict in numbers)
+    prompt = found["evaluate"]["prompt"]
+    for said in (prompt["library"], *(text.strip() for text in prompt["said"].values())):
+        assert said.splitlines()[0] in part["At a glance"]
+    for reason, count in found["data"]["ledger"]["dropped"]["text_rules"].items():
+        assert f"| {reason} | {count} |" in part["Data"]
+    assert all(name in part["Pre-training"] for name in ("unigram", "bigram", "zlib", "xz", "Gradient norm"))
+    assert f"{found['rlhf']['num_evaluated']} held-out prompts" in part["COOL RLHF"]
+    assert all(name in part["COOL RLHF"] for name in ("fine-tuned", "round 1", "round 2", "Reward of the rollouts"))
+    assert all(name in part["Export"] for name in ("llama", "internlm2")) and "int4" in part["Quantised weights"]
+    assert all(name in part["Server"] for name in found["serve"]["calls"]) and "jax" in part[sections[-1]]
+    page = (root / "report.html").read_text()
+    assert page.count("<svg") >= 6 and len(found["rlhf"]["curve"]) == 2  # curves of training, reward and RLHF
+
+
+def test_the_command_to_repeat_is_the_one_that_made_it(chain):
+    root, _ = chain
+    said = re.search(r"^```\n(.+ -m experiments\.tiny .+)\n```", (root / "report.md").read_text(), re.M)[1]
+    program, _, module, *args = shlex.split(said)
+    assert (program, module) == (python(), "experiments.tiny")
+    again = parse(tiny.CONFIG, args)
+    assert again == dataclasses.replace(CONFIG, run=str(root), fresh=True)
+
+
+def test_held_out_prompts_are_asked_once_and_no_training_file_has_them(chain):
+    root, _ = chain
+    tokenizer = load_tokenizer(root / "tokenizer" / "hf")
+    learned, unseen = (tiny_rlhf.tasks_of(CONFIG, root, tokenizer, held_out=part) for part in (False, True))
+    prompts = [task.prompt for task in unseen]
+    assert len(set(prompts)) == len(prompts) and {task.prompt for task in learned}.isdisjoint(prompts)
+    found = results(root)["rlhf"]
+    wanted = min(CONFIG.num_evaluated, len(prompts))
+    assert found["num_evaluated"] == wanted and wanted % CONFIG.num_prompts  # the last block is not a whole one
+    for row in found["evaluations"]:
+        assert row["gold"]["value"] * wanted == pytest.approx(round(row["gold"]["value"] * wanted))
 
 
 def test_data_is_split_by_file_and_the_ledger_sums(chain):
@@ -207,7 +258,7 @@ def test_the_second_call_says_that_it_is_complete(copy):
     before = times(copy)
     printed = run(changed(CONFIG, run=str(copy)))
     assert f"The chain in {copy} is complete. Report: {copy / 'report.html'}" in printed
-    assert "python -m experiments.tiny --fresh" in printed and times(copy) == before
+    assert f"{python()} -m experiments.tiny --run={copy} --fresh" in printed and times(copy) == before
 
 
 def test_one_stage_alone_and_all_from_one_on(copy, answered):
@@ -216,8 +267,22 @@ def test_one_stage_alone_and_all_from_one_on(copy, answered):
     assert re.findall(r"\] (\w+):", printed) == ["export"]
     after = times(copy)
     assert {name for name in STAGES if after[name] != before[name]} == {"export"}
-    run(changed(CONFIG, run=str(copy), from_stage="serve"))
-    assert {name for name in STAGES if times(copy)[name] != after[name]} == {"serve", "agent"}
+    assert "Made before a stage that they stand on was run anew: quantize, serve, agent." in glance(copy)
+    run(changed(CONFIG, run=str(copy), from_stage="quantize"))
+    assert {name for name in STAGES if times(copy)[name] != after[name]} == {"quantize", "serve", "agent"}
+    assert "Made before" not in glance(copy)
+
+
+def glance(root):
+    return (root / "report.md").read_text().partition("## Data")[0]
+
+
+def test_what_stands_on_a_stage_run_alone_is_made_anew_by_the_next_call(copy, answered):
+    run(changed(CONFIG, run=str(copy), only="quantize"))
+    before = times(copy)
+    printed = run(changed(CONFIG, run=str(copy)))
+    assert "was run anew, so run anew: serve, agent." in printed
+    assert {name for name in STAGES if times(copy)[name] != before[name]} == {"serve", "agent"}
 
 
 def test_an_unfinished_chain_goes_on_and_what_stands_on_it_is_made_anew(copy, answered):
@@ -245,7 +310,7 @@ MISTAKES = {
     "both": (["--only", "sft", "--from", "data"], "--only and --from exclude each other"),
     "a missing file": (["--data", "nowhere.jsonl"], "no such file or folder: nowhere.jsonl"),
     "a stage that stands on nothing": (["--only", "sft"], "sft stands on data, which has not run in"),
-    "prompts that do not divide": (["--num-prompts", "24"], "num_prompts must be even and divide num_evaluated"),
+    "prompts that make no two minibatches": (["--num-prompts", "25"], "num_prompts must be even, for two minibatches"),
 }
 
 
@@ -258,6 +323,15 @@ def test_a_mistake_is_one_message_and_nothing_written(name, tmp_path, monkeypatc
     error = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert ended.value.code in (1, 2) and said in error and "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_your_own_file_has_a_folder_of_its_own(tmp_path):
+    assert tiny_config.folder(Tiny()) == run_path("tiny")
+    file = str(tmp_path / "my chats.jsonl")
+    assert tiny_config.folder(Tiny(data=file)) == run_path("tiny-my chats")
+    assert tiny_config.folder(Tiny(data=str(tmp_path) + "/")) == run_path(f"tiny-{tmp_path.name}")
+    assert tiny_config.folder(Tiny(data=file, run="mine")) == run_path("mine")
+    assert tiny.repetition(Tiny(data=file, only="sft")).endswith(f"-m experiments.tiny '--data={file}' --fresh")
 
 
 def test_fresh_removes_a_chain_and_nothing_else(tmp_path):
@@ -290,7 +364,7 @@ def test_text_feeds_what_it_can_and_a_stage_that_broke_off_goes_on(code, tmp_pat
     root = tmp_path / "tiny"
     assert tiny.result(root, "data") is not None and tiny.result(root, "tokenizer") is None
     printed = run(config)
-    assert "[1/11] data: done" in printed and f"python -m serve.chat {root / 'pretrain'}" in printed
+    assert "[1/11] data: done" in printed and f"-m serve.chat {root / 'pretrain'}" in printed
     found = results(root)
     skipped = {name: found[name]["skipped"] for name in STAGES if "skipped" in found[name]}
     assert set(skipped) == {"sft", "reward", "rlhf", "agent"}
