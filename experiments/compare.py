@@ -2,6 +2,9 @@
 
     python -m experiments.compare RUN RUN [RUN ...] --output compare.html
 
+Hardware: any
+Time: seconds
+
 RUN is a name under runs/ or the path of a run folder. An output that ends in .md is Markdown.
 """
 

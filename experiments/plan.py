@@ -6,6 +6,9 @@
     python -m experiments.plan internlm2_7b --devices 16 --rlhf --device h100
     python -m experiments.plan --recipes --device 3090
 
+Hardware: any, for jobs of any
+Time: seconds; a minute with --compile
+
 What is not an option of the plan is a field of the experiment, as on its own command line. Nothing is allocated and no
 device is needed. Exit code: 0 when it fits (or no device is named), 1 when it does not, 2 for a mistake.
 """

@@ -1,6 +1,9 @@
 """Says who is there: the smallest job, to see that processes find each other and their devices add up.
 
-python -m experiments.launch.local --processes 2 --devices 4 -- python -m experiments.launch.hello
+    python -m experiments.launch.local --processes 2 --devices 4 -- python -m experiments.launch.hello
+
+Hardware: any
+Time: seconds
 """
 
 import jax

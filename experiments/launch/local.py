@@ -2,6 +2,9 @@
 
     python -m experiments.launch.local --processes 2 --devices 4 -- python -m experiments.internlm2_1_8b --mesh.fsdp 8
 
+Hardware: what the command needs
+Time: what the command takes
+
 Everything after -- is the command of each process; `initialize` of internjax.train.processes finds the others by the
 variables that are set here. Output is passed on line by line with the number of its process in front. When one process
 fails, the others get --grace seconds (they know why to end by then), then SIGTERM, then SIGKILL. SIGTERM and Ctrl-C go

@@ -7,9 +7,12 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from data_pipelines import embedded
 from data_pipelines.loading import batches, open_rows
 from eval import ngram
 from experiments import tiny, tiny_config, tiny_models, tiny_rlhf, tiny_use
+from experiments.benchmarks import quickstart
 from experiments.command_line import parse, python
 from experiments.tiny_config import Tiny
 from experiments.training import run_path
@@ -145,6 +149,27 @@ def test_held_out_prompts_are_asked_once_and_no_training_file_has_them(chain):
     assert found["num_evaluated"] == wanted and wanted % CONFIG.num_prompts  # the last block is not a whole one
     for row in found["evaluations"]:
         assert row["gold"]["value"] * wanted == pytest.approx(round(row["gold"]["value"] * wanted))
+
+
+def test_the_quickstart_benchmark_reads_what_the_chain_reached(chain):
+    root, _ = chain
+    found, said = results(root), quickstart.reached(root)
+    assert list(said["stages"]) == STAGES and said["stages"]["data"] == found["data"]["seconds"]
+    assert [row["value"] for row in said["gold"]] == [row["gold"]["value"] for row in found["rlhf"]["evaluations"]]
+    assert said["bits_per_byte"] == found["evaluate"]["tasks"]["pretrain"]["held_out_text"]["value"]
+    assert set(said["executed"]) == {"pretrain", "sft", "rlhf"} and set(said["export"]) == {"llama", "internlm2"}
+    assert said["first_token_seconds"] < said["whole_answer_seconds"] + 1
+
+
+def test_the_quickstart_benchmark_counts_the_memory_of_all_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "EVERY", 0.02)
+    touch = "x = bytearray({} << 20); x[::4096] = bytes([1]) * len(x[::4096])"
+    child = f"{touch.format(60)}; import time; time.sleep(0.2)"
+    program = f"import subprocess, sys; {touch.format(50)}; subprocess.run([sys.executable, '-c', {child!r}])"
+    found = quickstart.watched([sys.executable, "-c", program], cwd=tmp_path, env=os.environ)
+    assert 110 << 20 < found.peak_bytes < 160 << 20 and found.seconds > 0.2
+    with pytest.raises(subprocess.CalledProcessError):
+        quickstart.watched([sys.executable, "-c", "raise SystemExit(3)"], cwd=tmp_path, env=os.environ)
 
 
 def test_data_is_split_by_file_and_the_ledger_sums(chain):
