@@ -75,8 +75,9 @@ def evaluate(config: Tiny, root: Path) -> dict[str, Any]:
 
 
 def held_out_texts(root: Path) -> list[tuple[str, str]]:
+    """Returns (id, text) of held-out documents of all kinds: by their ids, which are hashes of what they say."""
     chosen, size = [], 0
-    for name, text in tiny_models.texts(root, "held_out"):
+    for name, text in sorted(tiny_models.texts(root, "held_out")):
         if size < EVALUATED_BYTES and len(text) < EVALUATED_BYTES // 4:
             chosen.append((name, text))
             size += len(text.encode())
