@@ -89,6 +89,7 @@ class Pipeline:
         max_context: int | None = None,
         cache_dtype: CacheDType | None = None,
         tokens_per_dispatch: int = 4,
+        max_pause: float | None = None,
         prefill_chunk: int | None = None,
         context_buckets: Sequence[int] | None = None,
         adapters: Mapping[str, str | os.PathLike] | None = None,
@@ -103,17 +104,18 @@ class Pipeline:
     ):
         """Compiles everything and starts the engine.
 
-        max_context: prompt and answer together, None: what the model was trained for. cache_dtype None: the type of the
-        computation. num_pages None: what the device has room for, or, where it does not say what it has, enough for all
-        slots at full context. host_bytes: memory of the host for pages that the cache has no room for. prefill_chunk:
-        prompt tokens read at once, None: 512, or 64 on a CPU. context_buckets: shorter contexts with programs of their
-        own, None: those of `sizing.buckets_of`, none in exact mode. adapters: folders by name, of which an answer may
-        choose one (`Params.adapter`). max_adapters, adapter_rank: room for more than these, and of a larger rank.
-        speculation, draft: drafts that are tried together, and the model of a DraftModel. mode: of the engine.
-        replicas: engines, each with the model on as many devices as it is on now; num_slots and num_pages are of each,
-        host_bytes of all. longest_embedding: tokens of a text that a server makes a vector of (`serve.embeddings`), for
-        which room is left beside the pages; None: max_context, 0: it makes none. on_program: told of each program that
-        was compiled.
+        max_context: prompt and answer together, None: what the model was trained for. cache_dtype None: the
+        type of the computation. num_pages None: what the device has room for, or, where it does not say what it
+        has, enough for all slots at full context. host_bytes: memory of the host for pages that the cache has
+        no room for. tokens_per_dispatch, max_pause: how many tokens come together, see Engine. prefill_chunk:
+        prompt tokens read at once, None: 512, or 64 on a CPU. context_buckets: shorter contexts with programs
+        of their own, None: those of `sizing.buckets_of`, none in exact mode. adapters: folders by name, of
+        which an answer may choose one (`Params.adapter`). max_adapters, adapter_rank: room for more than these,
+        and of a larger rank. speculation, draft: drafts that are tried together, and the model of a DraftModel.
+        mode: of the engine. replicas: engines, each with the model on as many devices as it is on now;
+        num_slots and num_pages are of each, host_bytes of all. longest_embedding: tokens of a text that a
+        server makes a vector of (`serve.embeddings`), for which room is left beside the pages; None:
+        max_context, 0: it makes none. on_program: told of each program that was compiled.
         """
         if model.tokenizer is None:
             raise ValueError("the model's folder has no tokenizer; add tokenizer.json and tokenizer_config.json to it")
@@ -163,6 +165,7 @@ class Pipeline:
                 cache_dtype=cache_dtype,
                 lora=lora,
                 tokens_per_dispatch=tokens_per_dispatch,
+                max_pause=max_pause,
                 prefill_chunk=prefill_chunk,
                 context_buckets=tuple(context_buckets),
                 adapter_room=room,

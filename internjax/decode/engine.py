@@ -94,6 +94,7 @@ class Engine:
         lora: Lora | None = None,
         adapter_room: AdapterRoom | None = None,
         tokens_per_dispatch: int = 4,
+        max_pause: float | None = None,
         prefill_chunk: int = 64,
         context_buckets: tuple[int, ...] = (),
         limits: Limits = Limits(),
@@ -111,7 +112,9 @@ class Engine:
         while all rows fit into one, a step reads no more of the cache than that. A row's results then agree with those
         of another width up to rounding only. limits: what one request may ask for. speculation: drafts that are tried
         together, looked up in the row or drawn by a model with `draft_params`. mode: see Mode; "exact" wants no
-        context_buckets and a prefill_chunk of whole pages.
+        context_buckets and a prefill_chunk of whole pages. tokens_per_dispatch: turns of the model at most in a
+        program's run, whose tokens come together. max_pause: it has fewer where these would come later than so many
+        seconds after those before; the tokens stay the same.
         """
         sizes = {"max_context": max_context, "num_slots": num_slots, "page_size": page_size}
         sizes |= {"tokens_per_dispatch": tokens_per_dispatch, "prefill_chunk": prefill_chunk}
@@ -127,6 +130,8 @@ class Engine:
                 f"exact mode wants no context_buckets and a prefill_chunk of whole pages of {page_size} tokens; given "
                 f"context_buckets={context_buckets} prefill_chunk={prefill_chunk}"
             )
+        if max_pause is not None and not max_pause > 0:
+            raise ValueError(f"max_pause is {max_pause}; give seconds over 0, or None for blocks of full length")
         if lora is not None and adapter_room is not None:
             raise ValueError("give one adapter for all requests (lora) or room for several (adapter_room), not both")
         if isinstance(speculation, DraftModel) != (draft_params is not None):
@@ -176,7 +181,7 @@ class Engine:
             mode=mode,
         )
         most_read = max(4 * prefill_chunk, _LEAST_READ)
-        self._rounds = Rounds(self._device, empty_seats, page_size=page_size, most_read=most_read)
+        self._rounds = Rounds(self._device, empty_seats, page_size=page_size, most_read=most_read, max_pause=max_pause)
         self._arrivals = itertools.count()
         self._thread: threading.Thread | None = None
         self._num_warm: int | None = None

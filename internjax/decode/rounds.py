@@ -11,26 +11,46 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from internjax.decode.device import Device, Newcomer, Part
 from internjax.decode.generate import FINISH_NAMES
+from internjax.decode.pace import Pace
 from internjax.decode.programs import unpack, unpack_scores
 from internjax.decode.request import Finish, prompt_event, tokens_event
 from internjax.decode.seats import Row, Seats
 from internjax.decode.timing import Clock
 
 
+class _Sent(NamedTuple):
+    """A block that was dispatched and not read yet."""
+
+    packed: jax.Array
+    rows: dict[int, tuple[Row, int]]
+    """Those in its slots, with the turn of each."""
+    follows: bool
+    """Whether another one was under way when it was dispatched."""
+
+
 class Rounds:
     """A queue of rows, the seats of those that are served, and the blocks that are under way."""
 
-    def __init__(self, device: Device, empty_seats: Callable[[], Seats], *, page_size: int, most_read: int):
+    def __init__(
+        self,
+        device: Device,
+        empty_seats: Callable[[], Seats],
+        *,
+        page_size: int,
+        most_read: int,
+        max_pause: float | None = None,
+    ):
         """empty_seats: returns the host's books of a device that holds nothing. most_read: prompt tokens that are read
-        in a round while answers are drawn, which wait for that."""
+        in a round while answers are drawn, which wait for that. max_pause: see Pace."""
         self._device, self._empty_seats, self._page_size = device, empty_seats, page_size
-        self._most_read = most_read
+        self._most_read, self._pace = most_read, Pace(device.turns_per_block, max_pause)
         self.wake = threading.Condition()
         self.queue: collections.deque[Row] = collections.deque()
         self.closed: str | None = None
@@ -44,8 +64,7 @@ class Rounds:
 
     def _forget_all(self) -> None:
         """Begins with empty slots and pages, as far as the host is concerned."""
-        # Blocks that were dispatched and not read yet, with the rows in their slots and the turn of each.
-        self._in_flight: collections.deque[tuple[jax.Array, dict[int, tuple[Row, int]]]] = collections.deque()
+        self._in_flight: collections.deque[_Sent] = collections.deque()
         self.seats = self._empty_seats()
 
     @property
@@ -104,7 +123,7 @@ class Rounds:
             # The next block is dispatched before the last one is read, so the device never waits for the host.
             dispatched = self._dispatch()
             if self._in_flight and (len(self._in_flight) > 1 or not dispatched):
-                self._deliver(*self._in_flight.popleft())
+                self._deliver(self._in_flight.popleft())
         except Exception as error:
             self._recover(error)
         self._beat = time.monotonic()
@@ -231,13 +250,14 @@ class Rounds:
         num_first = sum(not (row.num_in_flight or row.delivered) for row in going.values())
         is_short = 2 * num_first > len(going)
         for index, row in going.items():
-            turns_B[index] = 1 if is_short or row.guide is not None else self._device.turns_per_block
+            turns_B[index] = 1 if is_short or row.guide is not None else self._pace.turns
             row.longest = self.seats.longest_next(row)
             row.num_in_flight += 1
         width = self._device.width(max(row.longest for row in drawing.values()))
         adapters = [-1 if row is None else row.adapter.index for row in self.seats.rows]
         packed = self._device.block(self.seats.page_table_BM[:, :width], turns_B, adapters=adapters, masks=masks)
-        self._in_flight.append((packed, {index: (row, row.num_turns) for index, row in going.items()}))
+        rows = {index: (row, row.num_turns) for index, row in going.items()}
+        self._in_flight.append(_Sent(packed, rows, follows=bool(self._in_flight)))
         return True
 
     def _masks(self, rows: dict[int, Row]) -> dict[int, np.ndarray]:
@@ -271,11 +291,12 @@ class Rounds:
         row.num_read, row.num_judged, row.drawing, row.scores = 0, 0, False, []
         self.num_preempted += 1
 
-    def _deliver(self, packed: jax.Array, drawing: dict[int, tuple[Row, int]]) -> None:
+    def _deliver(self, sent: "_Sent") -> None:
         """Hands out the tokens of a block, and frees the slots of rows that are done."""
-        block = unpack(np.asarray(packed), num_tokens=self._device.tokens_per_block)
+        block = unpack(np.asarray(sent.packed), num_tokens=self._device.tokens_per_block)
         now = time.monotonic()
-        for index, (row, turn) in drawing.items():
+        self._pace.ended(now, turns=int(block.turns_B.max()), follows=sent.follows)
+        for index, (row, turn) in sent.rows.items():
             if self.seats.rows[index] is not row or row.num_turns != turn:
                 continue  # done, aborted or preempted before this block was read
             finish = FINISH_NAMES[block.finish_B[index]]
