@@ -98,6 +98,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="a response goes when it was not used for so long (%(default)g)",
     )
+    parser.add_argument(
+        "--response-memory",
+        type=_gib,
+        default=0.25,
+        metavar="GIB",
+        help="for all of them with what was said before; of responses and sessions, the API key that holds most gives "
+        "way (%(default)g)",
+    )
     parser.add_argument("--no-web", dest="web", action="store_false", help="no chat page at / (default: it is there)")
     add_operation_flags(parser)
     add_model_flags(parser)
@@ -145,7 +153,9 @@ def add_operation_flags(parser: argparse.ArgumentParser) -> None:
         help="without a sign of life of an engine that has work, until /health says so (%(default)s)",
     )
     parser.add_argument("--log-format", choices=("text", "json"), default="text", help="of stderr (%(default)s)")
-    parser.add_argument("--log-prompts", action="store_true", help="the log has what clients send (default: never)")
+    parser.add_argument(
+        "--log-prompts", action="store_true", help="the log has the beginning of bodies (default: never)"
+    )
 
 
 def add_model_flags(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
@@ -481,7 +491,11 @@ def serve(args: argparse.Namespace) -> int:
                 if is_text := not isinstance(served, Scorer):
                     how |= {"adapter_root": args.adapter_root, "web": args.web}
                     how["keep"] = KeepLimits(
-                        args.max_sessions, args.session_seconds, args.max_responses, args.response_seconds
+                        args.max_sessions,
+                        args.session_seconds,
+                        args.max_responses,
+                        args.response_seconds,
+                        int(args.response_memory * 2**30),
                     )
                 server.use((create_app if is_text else create_score_app)(served, **how))
                 if grpc_port is not None:

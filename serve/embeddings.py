@@ -24,7 +24,7 @@ from internjax.hf.open import Model
 from serve.pipeline import ContextTooLong, Pipeline
 from serve.protocol import Refusal
 from serve.request_log import note
-from serve.requests import Fields, Prompts
+from serve.requests import Fields, Prompts, ShortText
 
 MAX_INPUTS = 2048  # of one request, as OpenAI has it
 
@@ -34,7 +34,7 @@ class EmbeddingRequest(Fields):
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
-    user: str | None = None
+    user: ShortText | None = None
 
 
 class Embedder:

@@ -101,6 +101,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+ShortText = Annotated[str, Field(max_length=512)]
+"""What is logged, or kept beside a conversation, and no part of what the context bounds."""
 
 
 class StreamOptions(Fields):
@@ -134,7 +136,7 @@ class Asking(Fields):
 
     model: str
     stream: bool | None = None
-    user: str | None = None
+    user: ShortText | None = None
 
 
 class Sampled(Asking):
@@ -175,7 +177,7 @@ class FunctionCall(Fields):
 
 
 class CalledTool(Fields):
-    id: str | None = None
+    id: ShortText | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
 
@@ -185,7 +187,7 @@ class ChatMessage(Fields):
     content: Content = None
     name: str | None = None
     tool_calls: list[CalledTool] | None = None
-    tool_call_id: str | None = None
+    tool_call_id: ShortText | None = None
     refusal: Any = None
     audio: Any = None
     function_call: Any = None
@@ -212,7 +214,7 @@ class ChatRequest(Sampled):
     tools: list[DeclaredTool] | None = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
-    safety_identifier: str | None = None
+    safety_identifier: ShortText | None = None
     response_format: ResponseFormat | None = None
     modalities: Any = None
     audio: Any = None

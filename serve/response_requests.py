@@ -20,6 +20,7 @@ from serve.requests import (
     Fields,
     Function,
     FunctionCall,
+    ShortText,
     Temperature,
     ToolChoice,
     ToolName,
@@ -83,7 +84,7 @@ class ResponseRequest(Asking):
     include: list[str] | None = None
     top_logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     metadata: Metadata | None = None
-    safety_identifier: str | None = None
+    safety_identifier: ShortText | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Not OpenAI's, nor is it refused elsewhere: chats have it."""
     access_programs: Any = None
@@ -233,7 +234,7 @@ class MessageItem(Fields):
 
 class CallItem(Fields):
     type: Literal["function_call"]
-    call_id: str
+    call_id: ShortText
     name: str
     arguments: str
     id: str | None = None
@@ -244,7 +245,7 @@ class CallItem(Fields):
 
 class CallOutputItem(Fields):
     type: Literal["function_call_output"]
-    call_id: str
+    call_id: ShortText
     output: str | list[InputText]
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None

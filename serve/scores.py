@@ -30,7 +30,7 @@ from internjax.text.tokenizer import REWARD, longest_token
 from serve.pipeline import ContextTooLong, refuse_long
 from serve.protocol import Refusal, messages_of, refuse_messages
 from serve.request_log import note
-from serve.requests import ChatMessage, Fields
+from serve.requests import ChatMessage, Fields, ShortText
 
 MAX_PAIRS = 2048
 _OTHER_ROUTES = {
@@ -53,7 +53,7 @@ class ScoreRequest(Fields):
     pairs: Annotated[list[PromptAnswer], Field(min_length=1, max_length=MAX_PAIRS)] | None = None
     condition: str | None = None
     condition_prompt: Annotated[str, Field(min_length=1)] | None = None
-    user: str | None = None
+    user: ShortText | None = None
 
 
 class Scorer:
@@ -84,7 +84,7 @@ class Scorer:
 
     def refuse_long(self, messages: Sequence[Message], *, condition: str | None = None) -> None:
         """Raises ContextTooLong, before anything is tokenised, for a conversation that no context can hold."""
-        texts = [condition or "", *(message.content for message in messages)]
+        texts = [condition or "", *(text for message in messages for text in message.texts)]
         refuse_long(texts, longest_token=self._longest_token, max_context=self.max_context)
 
     def __call__(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:

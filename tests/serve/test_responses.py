@@ -42,7 +42,7 @@ BAD = {
     "prompt_cache_options": {"mode": "x"},
     "prompt_cache_retention": "24h",
     "reasoning": {"effort": "high"},
-    "safety_identifier": 5,
+    "safety_identifier": "x" * 513,
     "seed": "1",
     "service_tier": "flex",
     "store": 1,
@@ -55,7 +55,7 @@ BAD = {
     "top_logprobs": 2,
     "top_p": 0,
     "truncation": "auto",
-    "user": 5,
+    "user": "x" * 513,
     "no_such_field": 1,
 }
 WHERE = {"text": "text.verbosity", "tools": "tools[0].type", "metadata": "metadata.a"}
@@ -152,6 +152,34 @@ def test_newer_responses_take_the_place_of_old_ones(serve):
         client.responses.retrieve(first)
 
 
+def test_what_is_kept_is_bounded_in_bytes_and_shared_between_keys(serve):
+    """Tools that may not be called are told to nobody, so no context bounds them; they are given back."""
+    client, _ = serve(keep=KeepLimits(response_bytes=5 << 20))
+    other = client.with_options(api_key="other")
+
+    def kept(responses, size):
+        tool = ADD | {"description": "x" * size}
+        answer = responses.create(model="tiny", input="x", tools=[tool], tool_choice="none")
+        assert answer.tools[0].description == tool["description"]
+        return answer
+
+    theirs = kept(other.responses, 1 << 20)
+    ours = [kept(client.responses, 1 << 20) for _ in range(5)]
+    assert all(answer.store for answer in (theirs, *ours))
+    assert other.responses.retrieve(theirs.id) == theirs, "the one who floods gives way"
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(ours[1].id)
+    assert [client.responses.retrieve(answer.id) for answer in ours[2:]] == ours[2:]
+    alone = kept(client.responses, 6 << 20)
+    assert alone.store is False
+    with pytest.raises(openai.NotFoundError, match="`store` says so"):
+        client.responses.retrieve(alone.id)
+    assert client.responses.retrieve(ours[-1].id) == ours[-1], "one that has no room takes none"
+    figures = httpx.get(f"{str(client.base_url).removesuffix('/v1/')}/metrics").text
+    (taken,) = (line.split()[1] for line in figures.splitlines() if line.startswith("internjax_response_bytes "))
+    assert 4 << 20 < float(taken) <= 5 << 20
+
+
 def test_log_probabilities_are_included_where_they_are_asked_for(serve):
     client, _ = serve()
     asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
@@ -218,6 +246,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(guided, field):
         ({"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}, "input[0].content"),
         ({"role": "user", "content": "x", "phase": "commentary"}, "input[0].phase"),
         ({"type": "function_call_output", "call_id": "none", "output": "x"}, "input[0].call_id"),
+        ({"type": "function_call", "call_id": "x" * 513, "name": "f", "arguments": "{}"}, "input[0].call_id"),
         ("text", "input[0]"),
     ],
 )
