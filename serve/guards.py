@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from serve.keys import is_opened
@@ -435,6 +436,11 @@ def _add_error_envelopes(app: FastAPI) -> None:
         given = "" if first["type"] == "missing" else f"; given {first['input']!r:.200}"
         message = f"{param or 'the body'}: {first['msg']}{given}"
         return respond(Refusal(message, param=param, code="invalid_value"))
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, error: ClientDisconnect) -> Response:
+        note(outcome="client gone")
+        return Response(status_code=499)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

@@ -1,7 +1,13 @@
 """Embeddings of a language model and scores of a reward model, over REST, against the core computed by hand."""
 
 import base64
+import contextlib
 import dataclasses
+import json
+import logging
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import jax
@@ -20,6 +26,7 @@ from internjax.text.message import Message
 from internjax.text.tokenizer import REWARD, Tokenizer
 from serve import __main__ as command
 from serve import pipeline as pipeline_module
+from serve.batches import batches_of, in_order, portions
 from serve.embeddings import Embedder
 from serve.pipeline import Pipeline
 from serve.scores import Scorer
@@ -141,6 +148,96 @@ def test_an_input_that_cannot_fit_is_refused_before_it_is_tokenised(client):
     body = {"model": "tiny", "input": ["x", "a" * 100_000]}
     error = httpx.post(f"{client.base_url}embeddings", json=body).json()["error"]
     assert "100000 characters" in error["message"] and error["code"] == "context_length_exceeded"
+
+
+class Gate:
+    """In the place of `read` of an Embedder or a Scorer: what is read waits to be let through, one at a time."""
+
+    def __init__(self, monkeypatch, kind):
+        self.num_begun, self._read, self._passes = 0, kind.read, threading.Semaphore(0)
+        monkeypatch.setattr(kind, "read", lambda *arguments: self._wait(*arguments))
+
+    def _wait(self, *arguments):
+        self.num_begun += 1
+        assert self._passes.acquire(timeout=20)
+        return self._read(*arguments)
+
+    def let(self, count: int) -> None:
+        self._passes.release(count)
+
+
+@pytest.fixture(params=["embeddings", "scores"])
+def long_work(request, monkeypatch, tiny_model, reward_model, tokenizer):
+    """(what is served, a gate before each of its batches, the route, a body that is read in ten batches)"""
+    if request.param == "embeddings":
+        pipeline = Pipeline.over(ScriptedEngine(None), tokenizer, model=tiny_model)
+        return pipeline, Gate(monkeypatch, Embedder), "embeddings", {"model": "tiny", "input": ["x"] * 80}
+    pairs = [{"prompt": "a", "answer": "b"}] * 80
+    return Scorer(reward_model), Gate(monkeypatch, Scorer), "score", {"model": "tiny", "pairs": pairs}
+
+
+@contextlib.contextmanager
+def asking(server, route, body):
+    """A connection on which a request was sent."""
+    sent = json.dumps(body).encode()
+    head = (
+        f"POST /v1/{route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as connection:
+        connection.sendall(head.encode() + sent)
+        yield connection
+
+
+def test_who_leaves_is_not_read_for_any_more(long_work, eventually, caplog):
+    served, gate, route, body = long_work
+    with serving(served) as server, caplog.at_level(logging.INFO, logger="serve"):
+        doors = server._app.state.doors
+        with asking(server, route, body):
+            eventually(lambda: gate.num_begun == 1)
+        gate.let(1)
+        eventually(lambda: doors.num_inside == 0)
+        assert gate.num_begun == 1
+        eventually(lambda: "client gone" in caplog.text)
+        gate.let(10)
+        assert len(httpx.post(f"{server.url}/v1/{route}", json=body, timeout=20).json()["data"]) == 80
+        assert gate.num_begun == 11
+
+
+def test_requests_take_turns(long_work, eventually):
+    served, gate, route, body = long_work
+    with serving(served) as server, ThreadPoolExecutor(2) as pool:
+        long = pool.submit(httpx.post, f"{server.url}/v1/{route}", json=body, timeout=20)
+        eventually(lambda: gate.num_begun == 1)
+        few = {name: given if name == "model" else given[:1] for name, given in body.items()}
+        short = pool.submit(httpx.post, f"{server.url}/v1/{route}", json=few, timeout=20)
+        eventually(lambda: gate.num_begun == 2)
+        gate.let(4)
+        assert len(short.result().json()["data"]) == 1 and not long.done()
+        gate.let(7)
+        assert len(long.result().json()["data"]) == 80 and gate.num_begun == 11
+
+
+def test_the_end_of_a_server_does_not_wait_for_what_is_read(long_work, eventually):
+    served, gate, route, body = long_work
+    server = start_server(served, model_name="tiny", drain_seconds=0.1)
+    with asking(server, route, body) as connection:
+        eventually(lambda: gate.num_begun == 1)
+        server.close()  # while the first batch is still read
+        assert connection.recv(1000).startswith(b"HTTP/1.1 503") and not server.alive
+    gate.let(10)
+    assert gate.num_begun == 1
+
+
+def test_texts_are_read_in_few_batches_and_tokenised_in_portions():
+    lengths = [64, 1, 65, 4096, 64, 2048, 1000] + [3] * 8
+    found = batches_of(lengths, (64, 128, 2048, 4096))
+    assert [(batch.width, batch.places) for batch in found] == [
+        (64, [0, 1, 4, 7, 8, 9, 10, 11]), (64, [12, 13, 14]), (128, [2]), (2048, [5, 6]), (4096, [3])
+    ]  # fmt: skip
+    values = in_order(found, [np.array(batch.places) for batch in found])
+    assert values.tolist() == [*range(15)]
+    assert portions(["aa", "b", "cccc", "d", "", "eee"], len, most=3) == [["aa", "b"], ["cccc"], ["d", ""], ["eee"]]
+    assert portions([], len) == []
 
 
 def scored(client, **fields) -> list[float]:
