@@ -1,6 +1,7 @@
 """python -m serve MODEL: an OpenAI-compatible server of one model, on this machine only unless --host says otherwise.
 
-Exit status: 0 after SIGTERM or Ctrl-C, 1 when the model cannot be opened or the port cannot be taken.
+Exit status: 0 after SIGTERM or Ctrl-C, 1 when the model cannot be opened, when the port cannot be taken, or when all
+engines have failed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import logging
 import os
 import signal
 import sys
@@ -21,6 +23,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from internjax.decode.device import Compiled
+    from serve.server import Server
+
+log = logging.getLogger("serve")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -507,11 +512,24 @@ def serve(args: argparse.Namespace) -> int:
                 gc.collect()
                 gc.freeze()
                 print(f"ready    {server.url}/v1  model {name}", flush=True)
-                while server.alive and not stopping.wait(1.0):
-                    pass
+                fault = wait_until_end(server, served.fault if is_text else lambda: None, stopping)
+                if fault is not None:
+                    log.error("the server ends, to be started anew: %s", fault)
                 print("stopping", flush=True)
                 server.close()  # before the pipeline: answers under way may finish
-    return 0
+    return 0 if fault is None else 1
+
+
+def wait_until_end(
+    server: Server, fault: Callable[[], str | None], stopping: threading.Event, *, every: float = 1.0
+) -> str | None:
+    """Returns None when the server is told to stop; why, when it cannot go on. Looks `every` so many seconds."""
+    while not stopping.wait(every):
+        if (found := fault()) is not None:
+            return found
+        if not server.alive:
+            return "the thread that answers has ended"
+    return None
 
 
 if __name__ == "__main__":

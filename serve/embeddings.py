@@ -1,8 +1,8 @@
 """/v1/embeddings: the mean of the model's final hidden states over a text, of length 1.
 
 A program is compiled for each width of rows (powers of two) when it is first needed, and stays. The pipeline leaves the
-memory of the widest free (`Pipeline.longest_embedding`). When its client leaves, a request ends behind the batch that is
-read.
+memory of the widest free (`Pipeline.longest_embedding`). A request whose client leaves ends behind the batch that is
+read then.
 """
 
 from __future__ import annotations

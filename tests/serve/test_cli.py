@@ -13,8 +13,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -88,10 +91,10 @@ def test_threads_take_memory_from_one_pool():
 
 
 @contextlib.contextmanager
-def serving(*arguments) -> Iterator[tuple[subprocess.Popen, list[str]]]:
+def serving(*arguments, program: Sequence[str] = ("-m", "serve")) -> Iterator[tuple[subprocess.Popen, list[str]]]:
     """A server process that is ready, and the lines that it printed so far."""
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command("serve", *arguments), cwd=ROOT, **how)
+    process = subprocess.Popen([sys.executable, *program, *map(str, arguments)], cwd=ROOT, **how)
     try:
         lines = []
         for line in process.stdout:
@@ -153,6 +156,40 @@ def test_a_server_from_start_to_kill_and_from_start_to_sigterm(folder, tmp_path)
         assert "Traceback" not in log and "secret" not in log
         lost, line = [line for line in lines if line.get("route") == "/v1/chat/completions"]
         assert line["finish"] in ("stop", "length") and (lost["status"], line["status"]) == (404, 200)
+
+
+BREAKS = """
+import sys
+from internjax.decode.device import Device
+from internjax.decode.rounds import Rounds
+from serve.__main__ import main
+
+def broken(*_):
+    Device.reset = broken
+    raise MemoryError("planted")
+
+Rounds._admit_waiting = broken
+sys.exit(main())
+"""
+
+
+def test_a_server_whose_engine_has_failed_answers_who_waits_and_ends(folder):
+    flags = (folder, "--port", 0, "--max-batch", 1, "--max-context", 64, "--max-concurrent", 1)
+    with serving(*flags, program=("-c", BREAKS)) as (process, lines), ThreadPoolExecutor(3) as pool:
+        url, asked = lines[-1].split()[1], {"model": "my tiny", "prompt": "a", "max_tokens": 4}
+        answers = [pool.submit(httpx.post, f"{url}/completions", json=asked, timeout=30) for _ in range(3)]
+        assert {answer.result().status_code for answer in answers} <= {500, 503}
+        rest, log = process.communicate(timeout=30)
+    assert (process.returncode, rest) == (1, "stopping\n"), log
+    assert "the server ends, to be started anew: the engine stopped" in log and "planted" in log
+
+
+def test_a_server_that_does_not_answer_any_more_ends():
+    stopping = threading.Event()
+    wait = partial(server.wait_until_end, fault=lambda: None, stopping=stopping, every=0.001)
+    assert wait(SimpleNamespace(alive=False)) == "the thread that answers has ended"
+    stopping.set()
+    assert wait(SimpleNamespace(alive=True)) is None
 
 
 def check_failed(result: subprocess.CompletedProcess, *said: str) -> None:
