@@ -52,13 +52,15 @@ class Shelf(Generic[Value]):
         in_use: Callable[[Value], bool] = lambda value: False,
         max_bytes: int | None = None,
         bytes_of: Callable[[Value], int] = lambda value: 0,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+        unix_time: Callable[[], float] = time.time,
     ):
         """replaces: a new value takes the place of the one that its owner has not used for longest, where that owner
-        holds the largest part; else there is no room for it. max_bytes: of all values together, by `bytes_of`."""
+        holds the largest part; else there is no room for it. max_bytes: of all values together, by `bytes_of`. clock:
+        by which `seconds` pass, however the machine's time is set; unix_time only tells when they will have passed."""
         self.most, self.seconds, self.max_bytes = most, seconds, max_bytes
         self._prefix, self._replaces, self._in_use, self._clock = prefix, replaces, in_use, clock
-        self._bytes_of = bytes_of
+        self._bytes_of, self._unix_time = bytes_of, unix_time
         self._rows: dict[str, _Row] = {}  # those used last are last
         self._shares: dict[str, _Share] = {}  # by owner
         self._lock = threading.Lock()
@@ -113,7 +115,7 @@ class Shelf(Generic[Value]):
 
     def _kept(self, key: str) -> Kept:
         row = self._rows[key]
-        return Kept(key, row.value, int(row.used + self.seconds))
+        return Kept(key, row.value, int(self._unix_time() + row.used + self.seconds - self._clock()))
 
     def _forget(self) -> None:
         last = self._clock() - self.seconds

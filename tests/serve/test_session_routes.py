@@ -5,6 +5,7 @@ import json
 import re
 import socket
 import threading
+import time
 
 import httpx
 import openai
@@ -222,7 +223,8 @@ def test_their_number_is_limited_and_an_unused_one_goes(scripted):
             client.delete(f"sessions/{session}", cast_to=object)
             begin(client)
     now = 0.0
-    shelf = Shelf("x_", most=9, seconds=10, in_use=lambda value: value == "used", clock=lambda: now)
+    clocks = {"clock": lambda: now, "unix_time": lambda: now}
+    shelf = Shelf("x_", most=9, seconds=10, in_use=lambda value: value == "used", **clocks)
     kept, used = (shelf.add(value, owner="me") for value in ("kept", "used"))
     now = 9.0
     assert shelf.find(kept.id, owner="me").expires_at == 19
@@ -230,6 +232,20 @@ def test_their_number_is_limited_and_an_unused_one_goes(scripted):
     assert [each.value for each in shelf.of("me")] == ["used", "kept"]
     now = 20.0
     assert shelf.find(kept.id, owner="me") is None and shelf.find(used.id, owner="me").value == "used"
+
+
+def test_who_sets_the_machine_s_time_ends_nothing():
+    passed, told = 5.0, 1000.0
+    shelf = Shelf(most=9, seconds=10, clock=lambda: passed, unix_time=lambda: told)
+    kept = shelf.add("x", owner="me")
+    assert kept.expires_at == 1010
+    for told in (10**9, 0.0):
+        passed += 4
+        assert shelf.of("me")[0].expires_at == told + 10 - (passed - 5)
+    assert shelf.find(kept.id, owner="me").expires_at == 10
+    passed += 11
+    assert shelf.find(kept.id, owner="me") is None
+    assert Shelf.__init__.__kwdefaults__["clock"] is time.monotonic
 
 
 def test_who_holds_most_gives_way():
