@@ -70,8 +70,13 @@ class Embedder:
             return np.asarray(vectors)[: len(texts)]
 
 
-def add_embedding_route(app: FastAPI, pipeline: Pipeline, *, adapter_of: Callable[[str], str | None]) -> None:
-    """Adds the route. adapter_of: raises Refusal for a model that is not served."""
+def add_embedding_route(
+    app: FastAPI, pipeline: Pipeline, *, adapter_of: Callable[[str], str | None]
+) -> Embedder | None:
+    """Adds the route; returns what makes its vectors, if this server gives any.
+
+    adapter_of: raises Refusal for a model that is not served.
+    """
 
     model = pipeline.model
     longest = min(pipeline.max_context, pipeline.longest_embedding)
@@ -121,6 +126,8 @@ def add_embedding_route(app: FastAPI, pipeline: Pipeline, *, adapter_of: Callabl
             ],
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
         }
+
+    return embedder
 
 
 def _encoded(vector: np.ndarray, how: str | None) -> list[float] | str:

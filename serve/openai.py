@@ -51,6 +51,7 @@ def create_score_app(
     doors = app.state.doors
     add_health_routes(app, lambda: Health("draining" if doors.closed else "ok", None, [None]), model_name=model_name)
     app.state.metrics = Metrics(None, doors, model_name=model_name)
+    app.state.metrics.add_programs("scores", lambda: scorer.num_compiled)
     add_metrics_route(app, app.state.metrics)
     add_score_routes(app, scorer, model_name=model_name)
     describe(app, has_key=bool(keys_of(api_key)), served=lambda: [model_name])
@@ -161,7 +162,9 @@ def create_app(
         bytes_of=bytes_of,
     )
     add_response_routes(app, pipeline, stored, adapter_of=adapter_of)
-    add_embedding_route(app, pipeline, adapter_of=adapter_of)
+    embedder = add_embedding_route(app, pipeline, adapter_of=adapter_of)
+    if embedder is not None:
+        metrics.add_programs("embeddings", lambda: embedder.num_compiled)
     metrics.add_gauge("responses", "Responses that are kept.", lambda: len(stored))
     metrics.add_gauge("response_bytes", "Memory that they take.", lambda: stored.num_bytes)
     add_tokenize_routes(app, pipeline, check_model=check_model)

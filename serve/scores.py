@@ -74,6 +74,10 @@ class Scorer:
         self._compute = jax.jit(partial(score, config=in_chunks(model.config)))
         self._lock = threading.Lock()
 
+    @property
+    def num_compiled(self) -> int:
+        return self._compute._cache_size()
+
     def __enter__(self) -> Scorer:
         return self
 

@@ -150,6 +150,27 @@ def test_an_input_that_cannot_fit_is_refused_before_it_is_tokenised(client):
     assert "100000 characters" in error["message"] and error["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("part", ["embeddings", "scores"])
+def test_programs_that_are_compiled_at_first_use_are_counted(tiny_model, reward_model, tokenizer, part):
+    def num_programs() -> list[float]:
+        text = httpx.get(f"{server.url}/metrics").text
+        names = ("programs_compiled", "recompiled_programs_total")
+        of_part = [f'internjax_{name}{{replica="{part}"}} ' for name in names]
+        return [float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(tuple(of_part))]
+
+    def ask(text: str) -> None:
+        body = {"input": text} if part == "embeddings" else {"pairs": [{"prompt": text, "answer": "b"}]}
+        route = "embeddings" if part == "embeddings" else "score"
+        assert httpx.post(f"{server.url}/v1/{route}", json={"model": "tiny"} | body, timeout=60).status_code == 200
+
+    of_text = Pipeline.over(ScriptedEngine(None), tokenizer, model=tiny_model)
+    with serving(of_text if part == "embeddings" else Scorer(reward_model)) as server:
+        assert num_programs() == [0, 0]
+        for text, count in (("x", 1), ("y", 1), ("two numbers" * 30, 2), ("z", 2)):
+            ask(text)
+            assert num_programs() == [count, count]
+
+
 class Gate:
     """In the place of `read` of an Embedder or a Scorer: what is read waits to be let through, one at a time."""
 
