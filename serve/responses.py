@@ -25,6 +25,7 @@ from serve.kept import Shelf, owner_of
 from serve.pipeline import Pipeline
 from serve.protocol import Refusal, call_guide_of, chat_logprobs, guided_call, messages_of, tools_of
 from serve.response_requests import (
+    REFUSED_OF_QUERIES,
     ResponseRequest,
     chat_choice_of,
     declared_of,
@@ -105,9 +106,10 @@ def add_response_routes(
 
     @app.get("/v1/responses/{response_id}")
     async def one(response_id: str, request: Request) -> Response:
-        for name in ("include", "include[]", "include_obfuscation", "starting_after", "stream"):
-            if request.query_params.get(name) not in (None, "false"):
-                raise Refusal(f"{name} is refused: a response that is kept is shown whole, as it was", param=name)
+        for name, (why, neutral) in REFUSED_OF_QUERIES.items():
+            value = request.query_params.get(name, request.query_params.get(f"{name}[]"))
+            if value is not None and value not in neutral:
+                raise Refusal(f"{name} is refused: {why}", param=name)
         return Response(find(response_id, request).response, media_type="application/json")
 
     @app.delete("/v1/responses/{response_id}")
