@@ -23,7 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from serve.keys import is_opened
+from serve.keys import check_origin, is_opened
 from serve.protocol import Refusal, envelope
 from serve.request_log import MAX_PROMPT_BYTES, note
 from serve.web import is_page
@@ -190,8 +190,11 @@ class Doors:
 def add_guards(app: FastAPI, doors: Doors, *, api_keys: Sequence[str], operation: Operation) -> None:
     """Gives the application its error envelopes and its guards.
 
-    api_keys: one of them is wanted as bearer token, but for OPEN_PATHS; none: no key is needed.
+    api_keys: one of them is wanted as bearer token, but for OPEN_PATHS; none: no key is needed. Raises ValueError for
+    an origin that no page can have.
     """
+    for origin in operation.origins:
+        check_origin(origin)
     _add_error_envelopes(app)
     app.add_middleware(_ThroughDoors, doors=doors, log_prompts=operation.log_prompts)
     if api_keys:

@@ -28,6 +28,8 @@ from internjax.text.message import Message
 from serve import __main__ as server
 from serve import bench, chat, protocol, quantize, requests, response_requests, tokenize_routes
 from serve.chat import _show
+from serve.guards import Operation
+from serve.openai import create_app
 from serve.pipeline import Params
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -230,6 +232,49 @@ def test_wrong_flags_are_said(run, folder):
     check_failed(run("serve.chat", folder, "--adapter", "here"), "NAME=FOLDER")
     check_failed(run("serve.chat", folder, "--drafts", 3), "--speculate")
     check_failed(run("serve", folder, "--adapter-root", folder), "--max-adapters")
+
+
+def test_numbers_that_are_none_are_said_with_what_is_wanted(run):
+    wanted = {"--max-batch": "a whole number of 1 or more", "--page-size": "1 or more", "--num-pages": "1 or more"}
+    wanted |= {"--max-sessions": "a whole number of 0 or more", "--drain-seconds": "seconds over 0"}
+    wanted |= {"--max-body": "MiB in (0, 1024]", "--host-memory": "GiB, 0 or more", "--memory-fraction": "(0, 1]"}
+    for flag, what in wanted.items():
+        for value in ("many", "-1"):
+            result = run("serve", "MODEL", f"{flag}={value}")
+            check_failed(result, f"argument {flag}: ", f"{what}, given {value}")
+            assert result.returncode == 2 and "_seconds" not in result.stderr
+
+
+@pytest.mark.parametrize("origin", ["https://x.org/", "x.org", "https://X.org", "https://x.org:443", "https://x.org/a"])
+def test_an_origin_that_no_page_has_is_said(run, scripted, origin):
+    check_failed(run("serve", "MODEL", "--allow-origin", origin), "argument --allow-origin: ", f"given {origin}")
+    with pytest.raises(ValueError, match="an origin is a scheme, a host"):
+        create_app(scripted("hi"), model_name="tiny", operation=Operation(origins=(origin,)))
+
+
+def test_origins_that_pages_have_are_taken():
+    origins = ["http://localhost:3000", "https://x.org", "http://[::1]:8080", "chrome-extension://abc", "*", "null"]
+    flags = [word for origin in origins for word in ("--allow-origin", origin)]
+    assert server.build_parser().parse_args(["MODEL", *flags]).allow_origin == origins
+
+
+def test_help_has_every_flag_in_a_group(run):
+    result = run("serve", "--help")
+    assert result.returncode == 0
+    sections = {part.partition(":\n")[0]: part for part in result.stdout.split("\n\n")}
+    titles = ("where it answers, and what of", "the model", "its answers, and the cache", "adapters", "speculation")
+    titles += (
+        "who may ask, and for what",
+        "how much it takes on",
+        "what is kept for clients, until the server ends",
+        "the log",
+    )
+    assert [title for title in sections if title in titles] == [*titles]
+    flags = {name: re.findall(r"^  (--?[a-z-]+)", part, re.MULTILINE) for name, part in sections.items()}
+    assert flags["options"] == ["-h"] and flags["the log"] == ["--log-format", "--log-prompts"]
+    in_groups = [flag for title in titles for flag in flags[title]]
+    assert len(in_groups) == len({*in_groups}) == len(vars(server.build_parser().parse_args(["MODEL"]))) - 1
+    assert max(len(flags[title]) for title in titles) <= 8
 
 
 def test_a_conversation_in_the_terminal(run, folder, tmp_path):

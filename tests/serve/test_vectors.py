@@ -28,6 +28,7 @@ from serve import __main__ as command
 from serve import pipeline as pipeline_module
 from serve.batches import batches_of, in_order, portions
 from serve.embeddings import Embedder
+from serve.flags import OF_TEXT
 from serve.pipeline import Pipeline
 from serve.scores import Scorer
 from serve.server import start_server
@@ -334,7 +335,7 @@ def test_each_kind_of_model_refuses_what_the_other_does(client, rewarding, tiny_
         Scorer(tiny_model)
 
 
-def test_the_command_serves_a_reward_model(reward_model, tiny_model, tmp_path, capsys):
+def test_the_command_serves_a_reward_model(reward_model, tiny_model, tmp_path, capsys, monkeypatch):
     for name, model in (("reward", reward_model), ("text", tiny_model)):
         save_model(tmp_path / name, config=model.config, params=model.params, tokenizer=model.tokenizer)
     flags = ["--condition", "kind=Be kind.", "--max-context", "128"]
@@ -347,5 +348,15 @@ def test_the_command_serves_a_reward_model(reward_model, tiny_model, tmp_path, c
     assert scorer([scorer.ids_of(turns)]) == pytest.approx(ours([ours.ids_of(turns)]), abs=1e-6)
     with pytest.raises(ValueError, match="is for a reward model"):
         command.open_served(parse([str(tmp_path / "text"), *flags]))
-    with pytest.raises(ValueError, match="no --speculate"):
-        command.open_served(parse([str(tmp_path / "reward"), "--speculate", "lookup"]))
+    of_text = {"--kv": "int8", "--mode": "exact", "--drafts": 3, "--max-batch": 4, "--num-pages": 9, "--page-size": 8}
+    of_text |= {"--host-memory": 1, "--max-adapters": 1, "--adapter-rank": 4, "--adapter": "a=b", "--adapter-root": "x"}
+    of_text |= {"--speculate": "lookup", "--replicas": 2, "--grpc-port": 0, "--max-embedding": 9, "--stuck-seconds": 9}
+    of_text |= {"--max-sessions": 9, "--session-seconds": 9, "--max-responses": 9, "--response-seconds": 9}
+    of_text |= {"--response-memory": 1, "--paged-attention": "mosaic"}
+    assert {flag.removeprefix("--").replace("-", "_") for flag in of_text} == {*OF_TEXT}
+    monkeypatch.setattr(command, "open_weights", lambda args: reward_model)
+    for flag, value in of_text.items():
+        with pytest.raises(ValueError, match=f"there is no {flag}; leave it out"):
+            command.open_served(parse([str(tmp_path / "reward"), f"{flag}={value}"]))
+    with pytest.raises(ValueError, match="there is no --max-batch, --mode"):
+        command.open_served(parse([str(tmp_path / "reward"), "--mode", "exact", "--max-batch", "4"]))
