@@ -225,6 +225,7 @@ def serve(args: argparse.Namespace) -> int:
         from serve.openai import create_app, create_score_app
         from serve.request_log import log_to
         from serve.scores import Scorer
+        from serve.web import with_page
 
         log_to(sys.stderr, kind=args.log_format)
         starting = Starting(name)
@@ -235,7 +236,8 @@ def serve(args: argparse.Namespace) -> int:
             max_waiting=args.max_waiting,
         )
         operation = Operation(limits, tuple(args.allow_origin), args.log_prompts, args.stuck_seconds)
-        with Server(starting, port, model_name=name, drain_seconds=args.drain_seconds) as server:
+        first = with_page(starting) if args.web else starting
+        with Server(first, port, model_name=name, drain_seconds=args.drain_seconds) as server:
             print(f"port     {server.url}/health tells how far it is", flush=True)
             with open_served(args, starting.compiled) as served:
                 for number in (signal.SIGTERM, signal.SIGINT):

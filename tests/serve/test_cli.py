@@ -104,6 +104,7 @@ def serving(*arguments, program: Sequence[str] = ("-m", "serve")) -> Iterator[tu
             if line.startswith("port"):
                 health = httpx.get(line.split()[1])
                 assert (health.status_code, health.json()["status"]) == (503, "loading")
+                assert httpx.get(line.split()[1].removesuffix("health")).headers["content-type"].startswith("text/html")
             if line.startswith("ready"):
                 break
         assert lines and lines[-1].startswith("ready"), process.stderr.read()
