@@ -1,6 +1,7 @@
 """python -m serve MODEL: an OpenAI-compatible server of one model, on this machine only unless --host says otherwise.
 
-Exit status: 0 after SIGTERM or Ctrl-C, 1 when the model cannot be opened or the port cannot be taken.
+Exit status: 0 after SIGTERM or Ctrl-C, 1 when the model cannot be opened, when the port cannot be taken, or when all
+engines have failed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import logging
 import os
 import signal
 import sys
@@ -19,8 +21,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serve.flags import OF_TEXT, build_parser, given
+
 if TYPE_CHECKING:
     from internjax.decode.device import Compiled
+    from serve.server import Server
+
+log = logging.getLogger("serve")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,245 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:  # while the model is read
         return 130
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m serve",
-        usage="%(prog)s MODEL [flags]; --help lists them",
-        description=__doc__.partition("\n")[0],
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
-    parser.add_argument(
-        "--grpc-port",
-        type=int,
-        metavar="PORT",
-        help="answer the KServe v2 protocol over gRPC there as well (Triton has 8001); over HTTP it is at /v2 anyway",
-    )
-    parser.add_argument("--name", help="model name that clients give (default: the last part of MODEL)")
-    parser.add_argument(
-        "--adapter-root",
-        type=Path,
-        metavar="DIR",
-        help="clients may load and unload adapters that lie below this folder, while there is room (--max-adapters)",
-    )
-    parser.add_argument(
-        "--condition",
-        action="append",
-        type=_named_text,
-        default=[],
-        metavar="NAME=TEXT",
-        help="of a reward model: a system prompt that says what counts, chosen by name; may be given several times",
-    )
-    parser.add_argument(
-        "--max-embedding",
-        type=_count_or_none,
-        metavar="TOKENS",
-        help="of a text for /v1/embeddings: what they need is left free beside the cache (default: as --max-context; "
-        "0: no vectors, and all of it for the cache)",
-    )
-    parser.add_argument(
-        "--max-sessions",
-        type=_count_or_none,
-        default=256,
-        metavar="N",
-        help="conversations held for clients (%(default)s)",
-    )
-    parser.add_argument(
-        "--session-seconds",
-        type=_seconds,
-        default=3600.0,
-        metavar="S",
-        help="a session goes when it was not used for so long (%(default)g)",
-    )
-    parser.add_argument(
-        "--max-responses",
-        type=_count_or_none,
-        default=1024,
-        metavar="N",
-        help="responses kept for clients (%(default)s)",
-    )
-    parser.add_argument(
-        "--response-seconds",
-        type=_seconds,
-        default=86400.0,
-        metavar="S",
-        help="a response goes when it was not used for so long (%(default)g)",
-    )
-    parser.add_argument("--no-web", dest="web", action="store_false", help="no chat page at / (default: it is there)")
-    add_operation_flags(parser)
-    add_model_flags(parser)
-    return parser
-
-
-def add_operation_flags(parser: argparse.ArgumentParser) -> None:
-    """Who may ask a server, how much it takes on, and what it says of it."""
-    parser.add_argument(
-        "--api-key",
-        action="append",
-        default=[],
-        help="clients must send it, or one of several, as bearer token; other users of this machine can see it here "
-        "(default: none is needed)",
-    )
-    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, one in a line, that only you can read")
-    parser.add_argument(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="pages of this origin (https://chat.example.org) may ask from a browser (default: none)",
-    )
-    parser.add_argument(
-        "--max-concurrent",
-        type=_count,
-        metavar="N",
-        help="requests worked on at once (default: 256, or twice what the slots hold, if that is more)",
-    )
-    parser.add_argument(
-        "--max-waiting", type=_count_or_none, default=256, metavar="N", help="behind them; more get 429 (%(default)s)"
-    )
-    parser.add_argument("--max-body", type=_mib, default=16, metavar="MIB", help="of a request (default: %(default)s)")
-    parser.add_argument(
-        "--body-seconds", type=_seconds, default=60, metavar="S", help="for a request to come in (%(default)s)"
-    )
-    parser.add_argument(
-        "--drain-seconds", type=_seconds, default=10, metavar="S", help="for answers under way at the end (%(default)s)"
-    )
-    parser.add_argument(
-        "--stuck-seconds",
-        type=_seconds,
-        default=120,
-        metavar="S",
-        help="without a sign of life of an engine that has work, until /health says so (%(default)s)",
-    )
-    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="of stderr (%(default)s)")
-    parser.add_argument("--log-prompts", action="store_true", help="the log has what clients send (default: never)")
-
-
-def add_model_flags(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
-    """What `python -m serve`, `serve.chat` and `serve.bench` share. nargs: of MODEL; "?" where there is another way."""
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs=nargs,
-        help="Hugging Face folder, adapter folder, BASE+ADAPTER, run folder, RUN@STEP, hf:ORG/NAME",
-    )
-    parser.add_argument(
-        "--quantize",
-        choices=("int8", "int4", "nf4"),
-        help="weights to nearest in 8 or 4 bits, in memory; nf4: as QLoRA has them (default: as stored; serve.quantize "
-        "loses less)",
-    )
-    parser.add_argument("--allow-unknown", nargs="+", default=(), metavar="FIELD", help="of config.json, left unread")
-    parser.add_argument(
-        "--kv",
-        choices=("float32", "bfloat16", "float16", "int8", "int4"),
-        help="key/value cache (default: as computed)",
-    )
-    kernels = "kernels of {}: mosaic is for one NVIDIA GPU of the Hopper generation (default: xla)"
-    for flag, what in (("--paged-attention", "attention over the cache"), ("--quant-matmul", "products with int4")):
-        parser.add_argument(flag, choices=("xla", "mosaic"), default="xla", help=kernels.format(what))
-    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
-    parser.add_argument(
-        "--replicas",
-        type=int,
-        default=1,
-        metavar="N",
-        help="copies of the model that share the requests, each on its own --tensor devices (default: 1)",
-    )
-    parser.add_argument("--max-context", type=int, help="prompt and answer together (default: as trained)")
-    parser.add_argument("--max-batch", type=int, default=8, help="answers at once, each replica (default: %(default)s)")
-    parser.add_argument(
-        "--memory-fraction",
-        type=_fraction,
-        help="of a GPU's memory, for weights, cache and work (default: XLA_PYTHON_CLIENT_MEM_FRACTION, or 0.9)",
-    )
-    parser.add_argument(
-        "--host-memory",
-        type=_gib,
-        default=0,
-        metavar="GIB",
-        help="of this machine, for pages that the cache has no room for: they come back instead of being computed anew",
-    )
-    parser.add_argument(
-        "--num-pages",
-        type=int,
-        help="pages of the cache (default: what --memory-fraction leaves; on a CPU, all answers at full context)",
-    )
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        type=_named_folder,
-        default=[],
-        metavar="NAME=FOLDER",
-        help="an adapter of this model, chosen by name; may be given several times",
-    )
-    parser.add_argument("--max-adapters", type=int, help="room for so many (default: those given)")
-    parser.add_argument("--adapter-rank", type=int, help="largest rank there is room for (default: of those given)")
-    parser.add_argument(
-        "--speculate",
-        metavar="lookup|MODEL",
-        help="try several tokens at once: what followed the last ones before, or what a smaller model says",
-    )
-    parser.add_argument("--drafts", type=int, metavar="N", help="tokens tried at once with --speculate (default: 4)")
-    parser.add_argument(
-        "--mode",
-        choices=("fast", "exact"),
-        default="fast",
-        help="exact: an answer is bit by bit the same in any company (default: %(default)s)",
-    )
-    parser.add_argument("--page-size", type=int, default=16, help="tokens of a page (default: %(default)s)")
-
-
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"1 or more, given {text}")
-    return value
-
-
-def _count_or_none(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"0 or more, given {text}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"seconds over 0, given {text}")
-    return value
-
-
-def _mib(text: str) -> float:
-    if not 0 < (value := float(text)) <= 1024:
-        raise argparse.ArgumentTypeError(f"MiB in (0, 1024], given {text}")
-    return value
-
-
-def _fraction(text: str) -> float:
-    if not 0 < (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"a share of the memory in (0, 1], given {text}")
-    return value
-
-
-def _named_text(text: str) -> tuple[str, str]:
-    name, _, rest = text.partition("=")
-    if not (name and rest):
-        raise argparse.ArgumentTypeError(f"NAME=TEXT, given {text!r}")
-    return name, rest
-
-
-def _named_folder(text: str) -> tuple[str, str]:
-    name, _, folder = text.partition("=")
-    if not (name and folder):
-        raise argparse.ArgumentTypeError(f"NAME=FOLDER, given {text!r}")
-    return name, folder
-
-
-def _gib(text: str) -> float:
-    if not 0 <= (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"GiB, 0 or more, given {text}")
-    return value
 
 
 def _speculation(args: argparse.Namespace):
@@ -308,13 +76,8 @@ def open_served(args: argparse.Namespace, on_program: Callable[[Compiled], None]
         return start_pipeline(model, args, on_program)
     from serve.scores import Scorer
 
-    given = [flag for flag, value in (("--adapter", args.adapter), ("--speculate", args.speculate)) if value]
-    given += ["--replicas"] if args.replicas > 1 else []
-    given += ["--grpc-port"] if args.grpc_port is not None else []
-    given += ["--adapter-root"] if args.adapter_root is not None else []
-    given += ["--max-embedding"] if args.max_embedding is not None else []
-    if given:
-        raise ValueError(f"MODEL is a reward model, for which there is no {', '.join(given)}; leave it out")
+    if wrong := given(args, build_parser(), OF_TEXT):
+        raise ValueError(f"MODEL is a reward model, for which there is no {', '.join(wrong)}; leave it out")
     scorer = Scorer(model, conditions=dict(args.condition), max_context=args.max_context)
     names = ", ".join(scorer.conditions) or "none"
     print(f"scores   conversations of up to {scorer.max_context:,} tokens; conditions: {names}")
@@ -462,6 +225,7 @@ def serve(args: argparse.Namespace) -> int:
         from serve.openai import create_app, create_score_app
         from serve.request_log import log_to
         from serve.scores import Scorer
+        from serve.web import with_page
 
         log_to(sys.stderr, kind=args.log_format)
         starting = Starting(name)
@@ -472,7 +236,8 @@ def serve(args: argparse.Namespace) -> int:
             max_waiting=args.max_waiting,
         )
         operation = Operation(limits, tuple(args.allow_origin), args.log_prompts, args.stuck_seconds)
-        with Server(starting, port, model_name=name, drain_seconds=args.drain_seconds) as server:
+        first = with_page(starting) if args.web else starting
+        with Server(first, port, model_name=name, drain_seconds=args.drain_seconds) as server:
             print(f"port     {server.url}/health tells how far it is", flush=True)
             with open_served(args, starting.compiled) as served:
                 for number in (signal.SIGTERM, signal.SIGINT):
@@ -481,7 +246,11 @@ def serve(args: argparse.Namespace) -> int:
                 if is_text := not isinstance(served, Scorer):
                     how |= {"adapter_root": args.adapter_root, "web": args.web}
                     how["keep"] = KeepLimits(
-                        args.max_sessions, args.session_seconds, args.max_responses, args.response_seconds
+                        args.max_sessions,
+                        args.session_seconds,
+                        args.max_responses,
+                        args.response_seconds,
+                        int(args.response_memory * 2**30),
                     )
                 server.use((create_app if is_text else create_score_app)(served, **how))
                 if grpc_port is not None:
@@ -493,11 +262,24 @@ def serve(args: argparse.Namespace) -> int:
                 gc.collect()
                 gc.freeze()
                 print(f"ready    {server.url}/v1  model {name}", flush=True)
-                while server.alive and not stopping.wait(1.0):
-                    pass
+                fault = wait_until_end(server, served.fault if is_text else lambda: None, stopping)
+                if fault is not None:
+                    log.error("the server ends, to be started anew: %s", fault)
                 print("stopping", flush=True)
                 server.close()  # before the pipeline: answers under way may finish
-    return 0
+    return 0 if fault is None else 1
+
+
+def wait_until_end(
+    server: Server, fault: Callable[[], str | None], stopping: threading.Event, *, every: float = 1.0
+) -> str | None:
+    """Returns None when the server is told to stop; why, when it cannot go on. Looks `every` so many seconds."""
+    while not stopping.wait(every):
+        if (found := fault()) is not None:
+            return found
+        if not server.alive:
+            return "the thread that answers has ended"
+    return None
 
 
 if __name__ == "__main__":

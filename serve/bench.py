@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.__main__ import add_model_flags, open_weights, start_pipeline, weights_kind
+from serve.__main__ import open_weights, start_pipeline, weights_kind
+from serve.flags import add_model_flags, count, given
 
 _CONTEXT = 2048
 """Context that is measured in if the flags ask for nothing else and the model was trained for as much."""
@@ -51,30 +52,22 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_flags(parser, nargs="?")
     parser.set_defaults(max_batch=None)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument(
-        "--batch", type=_positive, nargs="*", default=[1, 8, 32], help="requests at once; none: no grid"
-    )
-    parser.add_argument("--prompt", type=_positive, nargs="+", default=[128], help="tokens (default: %(default)s)")
-    parser.add_argument("--completion", type=_positive, nargs="+", default=[128], help="tokens (default: %(default)s)")
-    parser.add_argument("--rounds", type=_positive, default=3, help="measured, of every cell (default: %(default)s)")
+    parser.add_argument("--batch", type=count, nargs="*", default=[1, 8, 32], help="requests at once; none: no grid")
+    parser.add_argument("--prompt", type=count, nargs="+", default=[128], help="tokens (default: %(default)s)")
+    parser.add_argument("--completion", type=count, nargs="+", default=[128], help="tokens (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=3, help="measured, of every cell (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=64, help="of mixed lengths; 0: none (default: %(default)s)")
     parser.add_argument("--rate", type=float, help="arrivals of those per second, at random (default: all at once)")
-    parser.add_argument("--prefix", type=_positive, nargs="*", default=[128, 512], help="shared tokens (%(default)s)")
+    parser.add_argument("--prefix", type=count, nargs="*", default=[128, 512], help="shared tokens (%(default)s)")
     parser.add_argument("--turns", type=int, default=8, help="of a session; 0: none (default: %(default)s)")
-    parser.add_argument("--turn-tokens", type=_positive, default=32, help="new ones of a turn (default: %(default)s)")
+    parser.add_argument("--turn-tokens", type=count, default=32, help="new ones of a turn (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, lengths and arrivals (default: %(default)s)")
     server = parser.add_argument_group("a server instead of MODEL", "the grid, the load and prefixes over HTTP")
     server.add_argument("--url", help="of an OpenAI-compatible server, with or without /v1")
     server.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY", "none"), help="(default: OPENAI_API_KEY)")
     server.add_argument("--model", dest="served", metavar="NAME", help="(default: the first that it offers)")
-    server.add_argument("--last-id", type=_positive, default=255, help="largest token id of prompts (%(default)s)")
+    server.add_argument("--last-id", type=count, default=255, help="largest token id of prompts (%(default)s)")
     return parser
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"a number of 1 or more, given {text}")
-    return value
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -93,9 +86,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     model_flags = argparse.ArgumentParser()
     add_model_flags(model_flags, nargs="?")
     names = [name for name in vars(model_flags.parse_args([])) if name != "max_context"]
-    given = [f"--{n.replace('_', '-')}" for n in names if getattr(args, n) != parser.get_default(n)]
-    if given:
-        parser.error(f"{', '.join(given)}: for a model in this process; the server at --url has its own")
+    if wrong := given(args, parser, names):
+        parser.error(f"{', '.join(wrong)}: for a model in this process; the server at --url has its own")
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from serve.__main__ import add_model_flags, open_pipeline
+from serve.__main__ import open_pipeline
+from serve.flags import add_model_flags
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

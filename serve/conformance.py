@@ -1,14 +1,16 @@
-"""python -m serve.conformance: CONFORMANCE.md, what becomes of every field of every request.
+"""python -m serve.conformance: writes CONFORMANCE.md, what becomes of every field of every request.
 
-A field is honoured (HONOURED says how), refused (its table of `Refused` says why), or no row can be written: `rows`
-raises ValueError for one that is neither, or that OpenAI documents and the server does not know. Those that OpenAI does
-not document are beyond it.
+A field is honoured (its part says how), without effect (checked, and changes nothing that the model is told or says),
+refused (its table of `Refused` says why), or no row can be written: `rows` raises ValueError for one that is none of
+these, or that OpenAI documents and the server does not know. Those that OpenAI does not document are beyond it.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ from pydantic import BaseModel
 
 from serve import protocol, requests, response_requests, tokenize_routes
 from serve.embeddings import EmbeddingRequest
-from serve.protocol import Refused
+from serve.requests import Refused
 from serve.scores import PromptAnswer, ScoreRequest
 
 PAGE = Path(__file__).parent / "CONFORMANCE.md"
@@ -31,7 +33,7 @@ _SAMPLED = {
     "n": "1 to 128; in a session 1",
     "stop": "strings of any length, however they fall on tokens",
     "seed": "64 bits, folded to 32; answer i of n has seed + i",
-    "user": "in the log",
+    "user": "in the log; up to 512 characters",
     "frequency_penalty": "-2 to 2",
     "presence_penalty": "-2 to 2",
     "logit_bias": "up to 300 tokens",
@@ -56,10 +58,10 @@ _FUNCTION = {
 }
 _MESSAGE = {
     "role": "`developer` is `system`, `tool` the environment",
-    "content": "text, or text parts; other parts are refused",
+    "content": "text, or text parts, below; other parts are refused",
     "name": "in the turn's header",
-    "tool_calls": "one call; of the assistant",
-    "tool_call_id": "of an earlier call; of tools",
+    "tool_calls": "one call, below; of the assistant",
+    "tool_call_id": "of an earlier call, up to 512 characters; of tools",
 }
 
 
@@ -72,12 +74,90 @@ class Part(NamedTuple):
     refused: Mapping[str, Refused] = {}
     documented: tuple[str, ...] = ()
     """OpenAI's own types of it in the package `openai`; none: all of it is beyond OpenAI."""
+    idle: Mapping[str, str] = {}
+    """Fields that are checked and have no effect; what is taken."""
 
 
 _MESSAGE_TYPES = tuple(
     f"chat.ChatCompletion{role}MessageParam" for role in ("System", "Developer", "User", "Assistant", "Tool")
 )
-_MESSAGES = Part("messages[].", requests.ChatMessage, _MESSAGE, protocol.REFUSED_OF_MESSAGES, _MESSAGE_TYPES)
+_MESSAGES = (
+    Part("messages[].", requests.ChatMessage, _MESSAGE, protocol.REFUSED_OF_MESSAGES, _MESSAGE_TYPES),
+    Part(
+        "messages[].content[].",
+        requests.TextPart,
+        {"type": "`text`", "text": "the texts of all parts are joined"},
+        requests.REFUSED_OF_PARTS,
+        ("chat.ChatCompletionContentPartTextParam",),
+    ),
+    Part(
+        "messages[].tool_calls[].",
+        requests.CalledTool,
+        {"id": "what `tool_call_id` names; up to 512 characters", "type": "`function`", "function": "below"},
+        {},
+        ("chat.ChatCompletionMessageFunctionToolCallParam",),
+    ),
+    Part(
+        "messages[].tool_calls[].function.",
+        requests.FunctionCall,
+        {"name": "`interpreter` is code", "arguments": "a JSON object; of the interpreter with `code`"},
+        {},
+        ("chat.chat_completion_message_function_tool_call_param.Function",),
+    ),
+)
+_ITEM_ID = "`msg_`, `fc_` or `fco_` and letters and digits, as outputs have it"
+_ITEM_STATUS = "`completed`, as outputs have it"
+_ITEMS = (
+    Part(
+        "input[message].",
+        response_requests.MessageItem,
+        {
+            "type": "`message`; may be left out",
+            "role": "`developer` is `system`",
+            "content": "a text, or text parts, below; other parts are refused",
+        },
+        response_requests.REFUSED_OF_MESSAGE_ITEMS,
+        (
+            "responses.EasyInputMessageParam",
+            "responses.response_input_param.Message",
+            "responses.ResponseOutputMessageParam",
+        ),
+        {"id": _ITEM_ID, "status": "`completed`, `incomplete`, as outputs have it"},
+    ),
+    Part(
+        "input[message].content[].",
+        response_requests.InputText,
+        {"type": "`input_text`, `output_text`, `text`", "text": "the texts of all parts are joined"},
+        response_requests.REFUSED_OF_TEXT_PARTS,
+        ("responses.ResponseInputTextParam", "responses.ResponseOutputTextParam"),
+        {"logprobs": "as outputs have them"},
+    ),
+    Part(
+        "input[function_call].",
+        response_requests.CallItem,
+        {
+            "type": "`function_call`",
+            "call_id": "what its output names; up to 512 characters",
+            "name": "`interpreter` is code",
+            "arguments": "a JSON object; of the interpreter with `code`",
+        },
+        response_requests.REFUSED_OF_CALL_ITEMS,
+        ("responses.ResponseFunctionToolCallParam",),
+        {"id": _ITEM_ID, "status": _ITEM_STATUS},
+    ),
+    Part(
+        "input[function_call_output].",
+        response_requests.CallOutputItem,
+        {
+            "type": "`function_call_output`",
+            "call_id": "of a call before, here or in the response that is gone on with",
+            "output": "a text, or text parts as of messages",
+        },
+        response_requests.REFUSED_OF_OUTPUT_ITEMS,
+        ("responses.response_input_param.FunctionCallOutput",),
+        {"id": _ITEM_ID, "status": _ITEM_STATUS},
+    ),
+)
 _TOOLS = (
     Part("tools[].", requests.DeclaredTool, _TOOL, {}, ("chat.ChatCompletionFunctionToolParam",)),
     Part("tools[].function.", requests.Function, _FUNCTION, {}, ("shared_params.FunctionDefinition",)),
@@ -114,13 +194,13 @@ ROUTES: dict[str, tuple[Part, ...]] = {
                 "tool_choice": _TOOL_CHOICE,
                 "parallel_tool_calls": "a turn holds one call, whether or not more are allowed",
                 "response_format": "`text`, `json_object`, `json_schema`",
-                "safety_identifier": "in the log",
+                "safety_identifier": "in the log; up to 512 characters",
                 "session_id": "`messages` are the new turn of this session",
             },
             protocol.REFUSED_OF_CHATS,
             ("chat.completion_create_params.CompletionCreateParamsStreaming",),
         ),
-        _MESSAGES,
+        *_MESSAGES,
         *_TOOLS,
         _STREAM,
         Part(
@@ -133,14 +213,10 @@ ROUTES: dict[str, tuple[Part, ...]] = {
         Part(
             "response_format.json_schema.",
             requests.NamedSchema,
-            {
-                "name": "checked",
-                "description": "taken; the model is not told",
-                "schema": "the answer follows it",
-                "strict": "what of it cannot be enforced is refused",
-            },
+            {"schema": "the answer follows it", "strict": "what of it cannot be enforced is refused"},
             {},
             ("shared_params.response_format_json_schema.JSONSchema",),
+            {"name": "64 letters, digits, _ and -; the model is not told", "description": "the model is not told"},
         ),
         _OUTPUTS,
     ),
@@ -167,7 +243,7 @@ ROUTES: dict[str, tuple[Part, ...]] = {
             response_requests.ResponseRequest,
             {
                 "model": _SAMPLED["model"],
-                "input": "a text, or messages, calls and their outputs; other items are refused",
+                "input": "a text, or messages, calls and their outputs, below; other items are refused",
                 "instructions": "a system turn in front; of this response alone",
                 "max_output_tokens": "cut there, the response is incomplete",
                 "temperature": _SAMPLED["temperature"],
@@ -178,18 +254,19 @@ ROUTES: dict[str, tuple[Part, ...]] = {
                 "parallel_tool_calls": "an answer holds one call, whether or not more are allowed",
                 "stream": "typed events",
                 "stream_options": "with `stream` alone",
-                "store": "false: it is not kept",
+                "store": "false: it is not kept; false in the answer where there was no room",
                 "previous_response_id": "goes on behind it; 400 where it is not kept (any more)",
                 "include": "`message.output_text.logprobs` alone",
                 "top_logprobs": "with that `include`",
                 "metadata": "given back with the response",
-                "user": "in the log, and given back",
-                "safety_identifier": "in the log, and given back",
+                "user": "in the log, and given back; up to 512 characters",
+                "safety_identifier": "in the log, and given back; up to 512 characters",
                 "seed": _SAMPLED["seed"],
             },
             response_requests.REFUSED_OF_RESPONSES,
             ("responses.response_create_params.ResponseCreateParamsStreaming",),
         ),
+        *_ITEMS,
         Part(
             "tools[].",
             response_requests.ResponseTool,
@@ -209,13 +286,15 @@ ROUTES: dict[str, tuple[Part, ...]] = {
             response_requests.TextFormat,
             {
                 "type": "`text`, `json_object`, `json_schema`",
-                "name": "checked; needed for a schema",
-                "description": "taken; the model is not told",
                 "schema": "the answer follows it",
                 "strict": "what of it cannot be enforced is refused",
             },
             {},
             ("responses.ResponseFormatTextJSONSchemaConfigParam",),
+            {
+                "name": "needed for a schema: 64 letters, digits, _ and -; the model is not told, and it is given back",
+                "description": "the model is not told, and it is given back",
+            },
         ),
         Part(
             "stream_options.",
@@ -234,7 +313,7 @@ ROUTES: dict[str, tuple[Part, ...]] = {
                 "input": "a text, texts, ids, lists of ids; up to 2048",
                 "encoding_format": "`float`, `base64`",
                 "dimensions": "the model's own; else refused",
-                "user": "in the log",
+                "user": _SAMPLED["user"],
             },
             {},
             ("EmbeddingCreateParams",),
@@ -262,7 +341,7 @@ ROUTES: dict[str, tuple[Part, ...]] = {
                 "pairs": "of prompt and answer, a score for each",
                 "condition": "one of the server's, by name",
                 "condition_prompt": "a condition's text",
-                "user": "in the log",
+                "user": _SAMPLED["user"],
             },
         ),
         Part("pairs[].", PromptAnswer, {"prompt": "the user's turn", "answer": "the assistant's, which is scored"}),
@@ -316,6 +395,20 @@ ROUTES: dict[str, tuple[Part, ...]] = {
 }
 
 
+QUERIES: dict[str, tuple[Part, ...]] = {
+    "/v1/responses/{response_id}": (
+        Part(
+            "",
+            response_requests.ResponseQuery,
+            {},
+            response_requests.REFUSED_OF_QUERIES,
+            ("responses.response_retrieve_params.ResponseRetrieveParamsStreaming",),
+        ),
+    ),
+}
+"""What may stand behind the `?` of a GET. Of other routes nothing is documented."""
+
+
 class Row(NamedTuple):
     field: str
     state: str
@@ -327,21 +420,26 @@ def rows(part: Part) -> Iterator[Row]:
     known = {info.alias or name: name for name, info in part.fields.model_fields.items()}
     documented = {name for path in part.documented for name in typing.get_type_hints(_openai_type(path))}
     refused = {part.fields.model_fields[name].alias or name: why for name, why in part.refused.items()}
+    taken = part.honoured.keys() | part.idle.keys()
     holes = {
-        "neither honoured nor refused": {*known} - {*part.honoured} - {*refused},
-        "both honoured and refused": {*part.honoured} & {*refused},
-        "no field of the request": ({*part.honoured} | {*refused}) - {*known},
+        "neither honoured nor refused": {*known} - taken - {*refused},
+        "both honoured and refused": taken & {*refused},
+        "both honoured and without effect": part.honoured.keys() & part.idle.keys(),
+        "no field of the request": (taken | {*refused}) - {*known},
         "documented by OpenAI and not known": documented - {*known},
     }
     for what, names in holes.items():
         if names:
             raise ValueError(f"{part.fields.__name__} ({part.place or 'top'}): {what}: {', '.join(sorted(names))}")
-    for name in sorted(known, key=lambda name: (name in refused, name not in documented, name)):
+    order = sorted(known, key=lambda name: (name in refused, name in part.idle, name not in documented, name))
+    for name in order:
         beyond = "" if name in documented else ", beyond OpenAI"
         if name in refused:
             why, neutral = refused[name]
-            taken = "".join(f", `{value!r}`" for value in neutral)
-            yield Row(part.place + name, "refused" + beyond, f"{why}; taken: null{taken}")
+            asking_nothing = "".join(f", `{value!r}`" for value in neutral)
+            yield Row(part.place + name, "refused" + beyond, f"{why}; taken: null{asking_nothing}")
+        elif name in part.idle:
+            yield Row(part.place + name, "without effect" + beyond, part.idle[name])
         else:
             yield Row(part.place + name, "honoured" + beyond, part.honoured[name])
 
@@ -353,13 +451,19 @@ def page() -> str:
         "",
         "Written by `python -m serve.conformance` from the classes of requests, the tables of what is refused, and the",
         "types of the package `openai`. Refused is a field with status 400 and its name in `param`, unless its value",
-        "asks for nothing (`taken`). A field that stands in no table is unknown, and refused as well.",
+        "asks for nothing (`taken`). Without effect is one that is checked, and changes nothing that the model is told",
+        "or says. A field that stands in no table is unknown, and refused as well. What `messages` and `tools` hold is",
+        "told once, of chats.",
     ]
-    for route, parts in ROUTES.items():
-        lines += ["", f"## POST {route}", "", "| field | | |", "|---|---|---|"]
-        for part in parts:
-            lines += [f"| `{field}` | {state} | {_cell(note)} |" for field, state, note in rows(part)]
+    for method, routes in (("POST", ROUTES), ("GET", QUERIES)):
+        for route, parts in routes.items():
+            lines += ["", f"## {method} {route}", "", *_table(parts)]
     return "\n".join(lines) + "\n"
+
+
+def _table(parts: Iterable[Part]) -> list[str]:
+    told = [f"| `{field}` | {state} | {_cell(note)} |" for part in parts for field, state, note in rows(part)]
+    return ["| field | | |", "|---|---|---|", *told]
 
 
 def _cell(text: str) -> str:
@@ -374,6 +478,16 @@ def _openai_type(path: str) -> Any:
     return getattr(importlib.import_module(".".join(["openai.types", *modules])), name)
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m serve.conformance", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--output", type=Path, default=PAGE, metavar="FILE", help="where it is written (default: the one beside this)"
+    )
+    args = parser.parse_args(arguments)
+    args.output.write_text(page(), encoding="utf-8")
+    print(f"written {args.output}")
+    return 0
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"written {PAGE}")
+    sys.exit(main())

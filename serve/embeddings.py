@@ -1,12 +1,12 @@
 """/v1/embeddings: the mean of the model's final hidden states over a text, of length 1.
 
 A program is compiled for each width of rows (powers of two) when it is first needed, and stays. The pipeline leaves the
-memory of the widest free (`Pipeline.longest_embedding`).
+memory of the widest free (`Pipeline.longest_embedding`). A request whose client leaves ends behind the batch that is
+read then.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import threading
 from collections.abc import Callable, Sequence
@@ -15,16 +15,17 @@ from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from pydantic import Field
 
 from internjax import sharding
-from internjax.decode.embed import mean_embeddings, num_rows, row_widths
+from internjax.decode.embed import mean_embeddings, row_widths
 from internjax.hf.open import Model
+from serve.batches import Batch, Workers, batches_of, in_order, padded, read_each
 from serve.pipeline import ContextTooLong, Pipeline
 from serve.protocol import Refusal
 from serve.request_log import note
-from serve.requests import Fields, Prompts
+from serve.requests import Fields, Prompts, ShortText
 
 MAX_INPUTS = 2048  # of one request, as OpenAI has it
 
@@ -34,7 +35,7 @@ class EmbeddingRequest(Fields):
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
-    user: str | None = None
+    user: ShortText | None = None
 
 
 class Embedder:
@@ -52,36 +53,38 @@ class Embedder:
         return self._compute._cache_size()
 
     def __call__(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Returns float32 `[len(texts), D]`. The token that begins every text counts only where it is alone."""
-        vectors = np.zeros((len(texts), self.num_dimensions), np.float32)
-        for width in self._widths:
-            shorter = max((w for w in self._widths if w < width), default=0)
-            here = [index for index, ids in enumerate(texts) if shorter < len(ids) <= width]
-            count = num_rows(width)
-            for start in range(0, len(here), count):
-                chosen = here[start : start + count]
-                vectors[chosen] = self._rows([texts[index] for index in chosen], count, width)[: len(chosen)]
-        return vectors
+        """Returns float32 `[len(texts), D]`, read batch by batch."""
+        batches = self.batches(texts)
+        return in_order(batches, [read() for read in read_each(texts, batches, self.read)])
 
-    def _rows(self, texts: Sequence[Sequence[int]], count: int, width: int) -> np.ndarray:
-        tokens, lengths = np.zeros((count, width), np.int32), np.ones(count, np.int32)
-        starts = np.zeros(count, np.int32)
-        for row, ids in enumerate(texts):
-            tokens[row, : len(ids)], lengths[row] = ids, len(ids)
-            starts[row] = len(ids) > 1 and ids[0] == self._model.tokenizer.bos_id
+    def batches(self, texts: Sequence[Sequence[int]]) -> list[Batch]:
+        """Which texts are read at once."""
+        return batches_of([*map(len, texts)], self._widths)
+
+    def read(self, texts: Sequence[Sequence[int]], width: int) -> np.ndarray:
+        """Returns float32 `[len(texts), D]` of a batch. The token before every text counts only where it is alone."""
+        tokens, lengths = padded(texts, width)
+        starts = (lengths > 1) & (tokens[:, 0] == self._model.tokenizer.bos_id)
         with self._lock, sharding.use(self._mesh):
-            return np.asarray(self._compute(self._model.params, tokens, starts, lengths, lora=self._model.lora))
+            vectors = self._compute(self._model.params, tokens, starts.astype(np.int32), lengths, lora=self._model.lora)
+            return np.asarray(vectors)[: len(texts)]
 
 
-def add_embedding_route(app: FastAPI, pipeline: Pipeline, *, adapter_of: Callable[[str], str | None]) -> None:
-    """Adds the route. adapter_of: raises Refusal for a model that is not served."""
+def add_embedding_route(
+    app: FastAPI, pipeline: Pipeline, *, adapter_of: Callable[[str], str | None]
+) -> Embedder | None:
+    """Adds the route; returns what makes its vectors, if this server gives any.
+
+    adapter_of: raises Refusal for a model that is not served.
+    """
 
     model = pipeline.model
     longest = min(pipeline.max_context, pipeline.longest_embedding)
     embedder = Embedder(model, longest=longest) if model is not None and longest else None
+    workers = Workers("embeddings")
 
     @app.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest) -> dict[str, Any]:
+    async def embeddings(body: EmbeddingRequest, request: Request) -> dict[str, Any]:
         if adapter_of(body.model) is not None:
             raise Refusal("vectors are of the model without adapters; give its own name", param="model")
         if embedder is None:
@@ -99,7 +102,7 @@ def add_embedding_route(app: FastAPI, pipeline: Pipeline, *, adapter_of: Callabl
             for text in body.input:  # all of them before the first is tokenised
                 if isinstance(text, str):
                     pipeline.refuse_long([text])
-            texts = await asyncio.to_thread(lambda: [pipeline.prompt_ids(text) for text in body.input])
+            texts = await workers.map(pipeline.prompt_ids, body.input, request, size_of=len)
         except ContextTooLong as error:
             raise Refusal(str(error), param="input", code="context_length_exceeded") from error
         except ValueError as error:
@@ -111,7 +114,7 @@ def add_embedding_route(app: FastAPI, pipeline: Pipeline, *, adapter_of: Callabl
                 param="input",
                 code="context_length_exceeded",
             )
-        vectors = await asyncio.to_thread(embedder, texts)
+        vectors = await workers.read(texts, embedder.batches(texts), embedder.read, request)
         num_tokens = sum(map(len, texts))
         note(user=body.user, n=len(texts), prompt=num_tokens, outcome="embedded")
         return {
@@ -123,6 +126,8 @@ def add_embedding_route(app: FastAPI, pipeline: Pipeline, *, adapter_of: Callabl
             ],
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
         }
+
+    return embedder
 
 
 def _encoded(vector: np.ndarray, how: str | None) -> list[float] | str:

@@ -20,9 +20,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from serve.keys import is_opened
+from serve.keys import check_origin, is_opened
 from serve.protocol import Refusal, envelope
 from serve.request_log import MAX_PROMPT_BYTES, note
 from serve.web import is_page
@@ -189,8 +190,11 @@ class Doors:
 def add_guards(app: FastAPI, doors: Doors, *, api_keys: Sequence[str], operation: Operation) -> None:
     """Gives the application its error envelopes and its guards.
 
-    api_keys: one of them is wanted as bearer token, but for OPEN_PATHS; none: no key is needed.
+    api_keys: one of them is wanted as bearer token, but for OPEN_PATHS; none: no key is needed. Raises ValueError for
+    an origin that no page can have.
     """
+    for origin in operation.origins:
+        check_origin(origin)
     _add_error_envelopes(app)
     app.add_middleware(_ThroughDoors, doors=doors, log_prompts=operation.log_prompts)
     if api_keys:
@@ -435,6 +439,11 @@ def _add_error_envelopes(app: FastAPI) -> None:
         given = "" if first["type"] == "missing" else f"; given {first['input']!r:.200}"
         message = f"{param or 'the body'}: {first['msg']}{given}"
         return respond(Refusal(message, param=param, code="invalid_value"))
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, error: ClientDisconnect) -> Response:
+        note(outcome="client gone")
+        return Response(status_code=499)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

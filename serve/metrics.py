@@ -1,7 +1,8 @@
 """/metrics: the server's figures in Prometheus' text format. Labels hold names that the server gave, never a client's.
 
 What the engines count is read when it is asked for (`Engine.stats`, `Engine.timings`); only requests are counted
-here. An answer is one of a request's `n`; series of the engines have the label `replica`.
+here. An answer is one of a request's `n`; series of the engines have the label `replica`. Programs that no engine runs
+are told beside theirs: replica="embeddings", replica="scores".
 """
 
 from __future__ import annotations
@@ -40,8 +41,13 @@ COUNTERS: dict[str, tuple[str, Callable[[Stats], int]]] = {
     "generated_tokens": ("Tokens drawn.", lambda s: s.num_drawn_tokens),
     "turns": ("Turns of the model for them, counted for every answer.", lambda s: s.num_turns),
     "preemptions": ("Answers that gave up their pages and waited.", lambda s: s.num_preempted),
-    "recompiled_programs": ("Programs compiled after warm-up: should stay 0.", lambda s: s.num_compiled_late),
+    "recompiled_programs": (
+        "Programs compiled after warm-up. Of engines: should stay 0; embeddings and scores compile one for each width "
+        "of rows, at its first use.",
+        lambda s: s.num_compiled_late,
+    ),
 }
+_OF_PROGRAMS = ("programs_compiled", "recompiled_programs")
 FINISHES: dict[str, Callable[[Stats], int]] = {
     "stop": lambda s: s.num_stopped,
     "length": lambda s: s.num_cut,
@@ -63,6 +69,7 @@ class Metrics:
         """pipeline: None for a server without engines."""
         self._pipeline, self._model_name = pipeline, model_name
         self._gauges: dict[str, tuple[str, Callable[[], int]]] = {}
+        self._programs: dict[str, Callable[[], int]] = {}
         # Of its own: several servers in one process do not share figures.
         self._registry = CollectorRegistry()
         names = ["method", "route", "status"]
@@ -78,7 +85,8 @@ class Metrics:
         )
         self.add_gauge("requests_running", "Requests that are worked on, HTTP and gRPC.", lambda: doors.num_running)
         self.add_gauge("requests_waiting", "Requests that wait for a place, likewise.", lambda: doors.num_waiting)
-        self.add_gauge("adapters", "Adapters that are loaded.", lambda: len(pipeline.adapters))
+        if pipeline is not None:
+            self.add_gauge("adapters", "Adapters that are loaded.", lambda: len(pipeline.adapters))
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
@@ -96,6 +104,10 @@ class Metrics:
     def add_gauge(self, name: str, help: str, value: Callable[[], int]) -> None:
         """Adds a figure of a part of the server that counts for itself."""
         self._gauges[name] = (help, value)
+
+    def add_programs(self, name: str, count: Callable[[], int]) -> None:
+        """Adds programs that no engine runs, and that are compiled when they are first needed."""
+        self._programs[name] = count
 
     def text(self) -> bytes:
         """All series as they are now."""
@@ -122,6 +134,8 @@ class Metrics:
                 family = kind(PREFIX + name, help, labels=["replica"])
                 for replica, found in stats.items():
                     family.add_metric([replica], value(found))
+                for part, count in self._programs.items() if name in _OF_PROGRAMS else ():
+                    family.add_metric([part], count())
                 yield family
         answers = CounterMetricFamily(PREFIX + "answers", "Answers that ended, by how.", labels=["replica", "finish"])
         host = GaugeMetricFamily(PREFIX + "host_pages", "Pages that the host's memory may keep.", labels=["replica"])

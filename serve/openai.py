@@ -30,7 +30,7 @@ from serve.metrics import Metrics, add_metrics_route
 from serve.pipeline import Delta, Params, Pipeline, Prompt, Result, Token
 from serve.protocol import Refusal, completion_logprobs, params_of, refuse, usage
 from serve.requests import ChatRequest, CompletionRequest
-from serve.responses import Stored, add_response_routes
+from serve.responses import Stored, add_response_routes, bytes_of
 from serve.scores import Scorer, add_score_routes, refuse_scores
 from serve.session_routes import Sessions, add_session_routes
 from serve.tokenize_routes import add_tokenize_routes
@@ -51,6 +51,7 @@ def create_score_app(
     doors = app.state.doors
     add_health_routes(app, lambda: Health("draining" if doors.closed else "ok", None, [None]), model_name=model_name)
     app.state.metrics = Metrics(None, doors, model_name=model_name)
+    app.state.metrics.add_programs("scores", lambda: scorer.num_compiled)
     add_metrics_route(app, app.state.metrics)
     add_score_routes(app, scorer, model_name=model_name)
     describe(app, has_key=bool(keys_of(api_key)), served=lambda: [model_name])
@@ -153,10 +154,19 @@ def create_app(
     add_chat_route(app, pipeline, sessions, params_for=params_for)
     add_session_routes(app, pipeline, sessions, check_model=check_model)
     metrics.add_gauge("sessions", "Sessions that are kept.", lambda: len(sessions))
-    stored: Shelf[Stored] = Shelf(most=keep.responses, seconds=keep.response_seconds, replaces=True)
+    stored: Shelf[Stored] = Shelf(
+        most=keep.responses,
+        seconds=keep.response_seconds,
+        replaces=True,
+        max_bytes=keep.response_bytes,
+        bytes_of=bytes_of,
+    )
     add_response_routes(app, pipeline, stored, adapter_of=adapter_of)
-    add_embedding_route(app, pipeline, adapter_of=adapter_of)
+    embedder = add_embedding_route(app, pipeline, adapter_of=adapter_of)
+    if embedder is not None:
+        metrics.add_programs("embeddings", lambda: embedder.num_compiled)
     metrics.add_gauge("responses", "Responses that are kept.", lambda: len(stored))
+    metrics.add_gauge("response_bytes", "Memory that they take.", lambda: stored.num_bytes)
     add_tokenize_routes(app, pipeline, check_model=check_model)
     refuse_scores(app, model_name)
     describe(app, has_key=bool(keys_of(api_key)), served=served)

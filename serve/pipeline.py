@@ -269,7 +269,7 @@ class Pipeline:
         Raises ContextTooLong as `refuse_long` does.
         """
         told = self._with_tools(messages, tools)
-        self.refuse_long(message.content for message in told)
+        self.refuse_long(text for message in told for text in message.texts)
         return protocol.render(told, self.tokenizer, add_generation_prompt=add_generation_prompt).ids
 
     def session(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -24,6 +24,7 @@ from serve.requests import (
     CompletionRequest,
     DeclaredTool,
     LoadAdapterRequest,
+    Refused,
     SessionRequest,
     UnloadAdapterRequest,
 )
@@ -51,13 +52,6 @@ def envelope(message: str, *, status: int, param: str | None = None, code: str |
         status, "invalid_request_error" if status < 500 else "server_error"
     )
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-class Refused(NamedTuple):
-    """Why a documented field is refused, unless its value is one that asks for nothing."""
-
-    why: str
-    neutral: tuple = ()
 
 
 REFUSED_OF_COMPLETIONS = {"suffix": Refused("text is continued, not filled in", ("",))}
@@ -259,7 +253,8 @@ def refuse_fields(values: BaseModel, refused: Mapping[str, Refused], place: str 
         value = getattr(values, name)
         if value is not None and not any(_is_same(value, each) for each in neutral):
             known = f"; only {', '.join(map(repr, neutral))} or null is taken" if neutral else ""
-            raise Refusal(f"{place}{name} is refused: {why}{known}", param=place + name, code="unsupported_value")
+            field = place + (type(values).model_fields[name].alias or name)
+            raise Refusal(f"{field} is refused: {why}{known}", param=field, code="unsupported_value")
 
 
 def _is_same(given: Any, wanted: Any) -> bool:

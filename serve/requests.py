@@ -7,7 +7,7 @@ unknown, and refused by the check itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
@@ -16,6 +16,24 @@ class Fields(BaseModel):
     """Checked without conversions; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Refused(NamedTuple):
+    """Why a documented field is refused, unless its value is one that asks for nothing."""
+
+    why: str
+    neutral: tuple = ()
+
+
+class TextPart(Fields):
+    """A part of a message's content, as `_as_text` checks it."""
+
+    type: Literal["text"]
+    text: str
+    prompt_cache_breakpoint: Any = None
+
+
+REFUSED_OF_PARTS = {"prompt_cache_breakpoint": Refused("there is no prompt cache to steer")}
 
 
 def _as_list(value: Any) -> Any:
@@ -46,7 +64,10 @@ def _as_text(value: Any) -> str | None:
             if not isinstance(part, Mapping) or part.get("type") != "text":
                 kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
                 raise ValueError(f"a content part of type {kind!r} cannot be read; only text parts can")
-            if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            for name, refused in REFUSED_OF_PARTS.items():
+                if part.get(name) is not None:
+                    raise ValueError(f"{name} of a part is refused: {refused.why}")
+            if {*part} - {*REFUSED_OF_PARTS} != {"type", "text"} or not isinstance(part["text"], str):
                 raise ValueError('a text part is {"type": "text", "text": "..."} and nothing else')
         return "".join(part["text"] for part in value)
     raise ValueError("give a string or a list of text parts")
@@ -75,7 +96,8 @@ Prompts = Annotated[
 ]
 _PART = {
     "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}}
+    | dict.fromkeys(REFUSED_OF_PARTS, {"enum": [None]}),
     "required": ["type", "text"],
     "additionalProperties": False,
 }
@@ -101,6 +123,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+ShortText = Annotated[str, Field(max_length=512)]
+"""What is logged, or kept beside a conversation, and no part of what the context bounds."""
 
 
 class StreamOptions(Fields):
@@ -134,7 +158,7 @@ class Asking(Fields):
 
     model: str
     stream: bool | None = None
-    user: str | None = None
+    user: ShortText | None = None
 
 
 class Sampled(Asking):
@@ -175,7 +199,7 @@ class FunctionCall(Fields):
 
 
 class CalledTool(Fields):
-    id: str | None = None
+    id: ShortText | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
 
@@ -185,7 +209,7 @@ class ChatMessage(Fields):
     content: Content = None
     name: str | None = None
     tool_calls: list[CalledTool] | None = None
-    tool_call_id: str | None = None
+    tool_call_id: ShortText | None = None
     refusal: Any = None
     audio: Any = None
     function_call: Any = None
@@ -212,7 +236,7 @@ class ChatRequest(Sampled):
     tools: list[DeclaredTool] | None = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
-    safety_identifier: str | None = None
+    safety_identifier: ShortText | None = None
     response_format: ResponseFormat | None = None
     modalities: Any = None
     audio: Any = None

@@ -10,7 +10,8 @@ from pydantic import Field, ValidationError, WithJsonSchema
 
 from serve.guided import AnyJSON, GuideError, GuideSpec, JSONSchema
 from serve.params import Params
-from serve.protocol import Refusal, Refused, refuse_fields
+from serve.protocol import Refusal, refuse_fields
+from serve.replies import TokenLogprob
 from serve.requests import (
     Asking,
     CalledTool,
@@ -20,6 +21,8 @@ from serve.requests import (
     Fields,
     Function,
     FunctionCall,
+    Refused,
+    ShortText,
     Temperature,
     ToolChoice,
     ToolName,
@@ -67,6 +70,15 @@ Metadata = Annotated[
 ]
 
 
+class ResponseQuery(Fields):
+    """What a client may ask for with a response that is kept."""
+
+    include: Any = None
+    include_obfuscation: Any = None
+    starting_after: Any = None
+    stream: Any = None
+
+
 class ResponseRequest(Asking):
     input: Items
     instructions: str | None = None
@@ -83,7 +95,7 @@ class ResponseRequest(Asking):
     include: list[str] | None = None
     top_logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     metadata: Metadata | None = None
-    safety_identifier: str | None = None
+    safety_identifier: ShortText | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Not OpenAI's, nor is it refused elsewhere: chats have it."""
     access_programs: Any = None
@@ -127,6 +139,13 @@ REFUSED_OF_RESPONSE_TOOLS = {
     "defer_loading": Refused("the model is told of all tools at once", (False,)),
     "output_schema": Refused("say in the description what the function gives back"),
 }
+_AS_IT_WAS = "a response that is kept is shown whole, as it was"
+REFUSED_OF_QUERIES = {
+    "include": Refused(_AS_IT_WAS),
+    "include_obfuscation": Refused(_AS_IT_WAS, ("false",)),
+    "starting_after": Refused(_AS_IT_WAS),
+    "stream": Refused(_AS_IT_WAS, ("false",)),
+}
 REFUSED_OF_RESPONSE_STREAMS = {"include_obfuscation": Refused("events are sent as they are", (False,))}
 
 
@@ -167,10 +186,14 @@ def refuse_response(request: ResponseRequest) -> None:
 def guide_of_text(request: ResponseRequest) -> GuideSpec | None:
     """What the text of an answer is to follow. A schema is strict only where it says so."""
     wanted = None if request.text is None else request.text.format
-    if wanted is None or wanted.type == "text":
+    if wanted is None:
         return None
-    if wanted.type == "json_object":
-        return AnyJSON()
+    for name in () if wanted.type == "json_schema" else ("name", "description", "schema_", "strict"):
+        if getattr(wanted, name) is not None:
+            name = TextFormat.model_fields[name].alias or name
+            raise Refusal(f"{name} is for the type json_schema; leave it out", param=f"text.format.{name}")
+    if wanted.type != "json_schema":
+        return AnyJSON() if wanted.type == "json_object" else None
     if wanted.name is None or wanted.schema_ is None:
         missing = "name" if wanted.name is None else "schema"
         raise Refusal(f"the type json_schema needs a {missing}", param=f"text.format.{missing}")
@@ -215,46 +238,66 @@ def chat_choice_of(choice: Any) -> Any:
 # Items.
 
 
+ItemId = Annotated[str, Field(pattern="^(msg|fc|fco)_[0-9a-zA-Z]{1,128}$")]
+
+
 class InputText(Fields):
     type: Literal["input_text", "output_text", "text"]
     text: str
+    logprobs: list[TokenLogprob] | None = None
     annotations: Any = None
-    logprobs: Any = None
+    prompt_cache_breakpoint: Any = None
 
 
 class MessageItem(Fields):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: str | list[InputText]
-    id: str | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    id: ItemId | None = None
+    status: Literal["completed", "incomplete"] | None = None
     phase: Any = None
 
 
 class CallItem(Fields):
     type: Literal["function_call"]
-    call_id: str
+    call_id: ShortText
     name: str
     arguments: str
-    id: str | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    id: ItemId | None = None
+    status: Literal["completed"] | None = None
     namespace: Any = None
     caller: Any = None
+    async_: Annotated[Any, Field(alias="async")] = None
 
 
 class CallOutputItem(Fields):
     type: Literal["function_call_output"]
-    call_id: str
+    call_id: ShortText
     output: str | list[InputText]
-    id: str | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    id: ItemId | None = None
+    status: Literal["completed"] | None = None
+    name: Any = None
+    namespace: Any = None
+    caller: Any = None
 
 
-_KINDS = {"message": MessageItem, "function_call": CallItem, "function_call_output": CallOutputItem}
-REFUSED_OF_ITEMS = {
-    "phase": Refused("the model's messages have none"),
-    "namespace": Refused("functions have names alone"),
-    "caller": Refused("the model alone calls", ({"type": "direct"},)),
+_BY_NAME = Refused("functions have names alone")
+_CALLER = Refused("the model alone calls", ({"type": "direct"},))
+REFUSED_OF_MESSAGE_ITEMS = {"phase": Refused("the model's messages have none")}
+REFUSED_OF_CALL_ITEMS = {
+    "namespace": _BY_NAME,
+    "caller": _CALLER,
+    "async_": Refused("the client runs a call and sends its output in the next request", (False,)),
+}
+REFUSED_OF_OUTPUT_ITEMS = {"namespace": _BY_NAME, "caller": _CALLER, "name": Refused("its call has the name")}
+REFUSED_OF_TEXT_PARTS = {
+    "annotations": Refused("texts have none", ([],)),
+    "prompt_cache_breakpoint": Refused("there is no prompt cache to steer"),
+}
+KINDS = {
+    "message": (MessageItem, REFUSED_OF_MESSAGE_ITEMS),
+    "function_call": (CallItem, REFUSED_OF_CALL_ITEMS),
+    "function_call_output": (CallOutputItem, REFUSED_OF_OUTPUT_ITEMS),
 }
 
 
@@ -289,17 +332,21 @@ def messages_of_items(given: Any, called: Container[str]) -> list[ChatMessage]:
 
 def _item(given: Any, place: str) -> MessageItem | CallItem | CallOutputItem:
     kind = given.get("type", "message") if isinstance(given, Mapping) else None
-    if not isinstance(kind, str) or kind not in _KINDS:
-        known = ", ".join(map(repr, _KINDS))
+    if not isinstance(kind, str) or kind not in KINDS:
+        known = ", ".join(map(repr, KINDS))
         raise Refusal(f"{place} is of the type {kind!r:.100}, and an item is one of {known}", param=place)
+    fields, refused = KINDS[kind]
     try:
-        item = _KINDS[kind].model_validate(given)
+        item = fields.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         field = next((part for part in first["loc"] if isinstance(part, str)), "")
         raise Refusal(f"{place}.{field}: {first['msg']}", param=f"{place}.{field}") from error
-    fields = type(item).model_fields
-    refuse_fields(item, {name: why for name, why in REFUSED_OF_ITEMS.items() if name in fields}, f"{place}.")
+    refuse_fields(item, refused, f"{place}.")
+    for name in ("content", "output"):
+        parts = getattr(item, name, None)
+        for index, part in enumerate(parts if isinstance(parts, list) else ()):
+            refuse_fields(part, REFUSED_OF_TEXT_PARTS, f"{place}.{name}[{index}].")
     return item
 
 

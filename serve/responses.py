@@ -7,6 +7,8 @@ is complete, because one that is cut off is text.
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
@@ -23,6 +25,7 @@ from serve.kept import Shelf, owner_of
 from serve.pipeline import Pipeline
 from serve.protocol import Refusal, call_guide_of, chat_logprobs, guided_call, messages_of, tools_of
 from serve.response_requests import (
+    REFUSED_OF_QUERIES,
     ResponseRequest,
     chat_choice_of,
     declared_of,
@@ -35,9 +38,20 @@ from serve.response_requests import (
 class Stored(NamedTuple):
     """A response that is kept, and the conversation behind it, without instructions and tools: each brings its own."""
 
-    response: dict[str, Any]
+    response: bytes
+    """As JSON: what it takes is known then, and as objects some texts of a request take twenty times as much."""
     messages: tuple[Message, ...]
     called: dict[str, str]
+
+
+_MESSAGE_BYTES = 500
+"""Of a message beside its texts."""
+
+
+def bytes_of(stored: Stored) -> int:
+    """About what it takes of memory. Messages that it shares with the response before are counted for both."""
+    texts = [*stored.called, *stored.called.values(), *(text for turn in stored.messages for text in turn.texts)]
+    return len(stored.response) + _MESSAGE_BYTES * len(stored.messages) + sum(map(sys.getsizeof, texts))
 
 
 def add_response_routes(
@@ -66,19 +80,23 @@ def add_response_routes(
         start = [lambda: pipeline.chat([*instructed, *conversation], params, tools=tools)]
         brief = not tools and is_brief([message.content for message in (*instructed, *conversation)], params)
         (answer,) = await submit(start, body, param="input", brief=brief)
+        final: dict[str, Any] = {}  # the response, once its answer is there
 
         def keep(results: Sequence[Result] | None) -> None:
-            if results is not None and body.store is not False:
-                (result,) = results
+            if results is None:
+                return
+            (result,) = results
+            final.update(_response(job, result))
+            if body.store is not False:
                 if result.call is not None:
                     called[job.call_id(0)] = function_of(result.call).name
-                kept = Stored(_response(job, result), (*conversation, result.message), called)
-                stored.add(kept, owner=owner, key=job.id)
+                kept = Stored(_json(final), (*conversation, result.message), called)
+                final["store"] = stored.add(kept, owner=owner, key=job.id) is not None
 
         job = Job("resp_", body, [answer], ended=keep)
         if body.stream:
-            return stream(job, _events(job), broken=_broken)
-        return await whole(request, job, lambda results: _response(job, results[0]))
+            return stream(job, _events(job, final), broken=_broken)
+        return await whole(request, job, lambda _: final)
 
     def find(response_id: str, request: Request) -> Stored:
         kept = stored.find(response_id, owner=owner_of(request))
@@ -87,11 +105,12 @@ def add_response_routes(
         return kept.value
 
     @app.get("/v1/responses/{response_id}")
-    async def one(response_id: str, request: Request) -> dict[str, Any]:
-        for name in ("include", "include[]", "include_obfuscation", "starting_after", "stream"):
-            if request.query_params.get(name) not in (None, "false"):
-                raise Refusal(f"{name} is refused: a response that is kept is shown whole, as it was", param=name)
-        return find(response_id, request).response
+    async def one(response_id: str, request: Request) -> Response:
+        for name, (why, neutral) in REFUSED_OF_QUERIES.items():
+            value = request.query_params.get(name, request.query_params.get(f"{name}[]"))
+            if value is not None and value not in neutral:
+                raise Refusal(f"{name} is refused: {why}", param=name)
+        return Response(find(response_id, request).response, media_type="application/json")
 
     @app.delete("/v1/responses/{response_id}")
     async def delete(response_id: str, request: Request) -> dict[str, Any]:
@@ -102,7 +121,7 @@ def add_response_routes(
 
 def _before(body: ResponseRequest, stored: Shelf[Stored], owner: str) -> Stored:
     if body.previous_response_id is None:
-        return Stored({}, (), {})
+        return Stored(b"", (), {})
     kept = stored.find(body.previous_response_id, owner=owner)
     if kept is None:
         code = "previous_response_not_found"
@@ -112,13 +131,18 @@ def _before(body: ResponseRequest, stored: Shelf[Stored], owner: str) -> Stored:
 
 def _unknown(response_id: str, stored: Shelf, *, status: int, code: str, param: str | None = None) -> Refusal:
     return Refusal(
-        f"there is no response {response_id!r:.100} of this API key: it never was, was not stored, was deleted, gave "
-        f"way to newer ones ({stored.most} are kept, --max-responses), was not used for {stored.seconds:g} seconds "
+        f"there is no response {response_id!r:.100} of this API key: it never was, was not stored (its `store` says "
+        f"so), was deleted, gave way to newer ones ({stored.most} are kept, --max-responses, in "
+        f"{stored.max_bytes / 2**30:g} GiB, --response-memory), was not used for {stored.seconds:g} seconds "
         "(--response-seconds), or the server was started anew. Send the whole conversation as input",
         status=status,
         code=code,
         param=param,
     )
+
+
+def _json(response: dict[str, Any]) -> bytes:
+    return json.dumps(response, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 _SHOWN_OF_TOOLS = {"type", "name", "description", "parameters", "strict"}
@@ -205,8 +229,8 @@ def _call(job: Job, status: str, name: str, arguments: str) -> dict[str, Any]:
     return known | {"name": name, "arguments": arguments}
 
 
-async def _events(job: Job) -> AsyncIterator[str]:
-    """The typed events of a response, numbered."""
+async def _events(job: Job, final: dict[str, Any]) -> AsyncIterator[str]:
+    """The typed events of a response, numbered. final: the whole of it, when its answer is there."""
     number = 0
 
     def event(kind: str, **fields: Any) -> str:
@@ -240,8 +264,7 @@ async def _events(job: Job) -> AsyncIterator[str]:
                     yield line
                 for line in _closing(job, found, event, in_text):
                     yield line
-                status = "incomplete" if found.finish == "length" else "completed"
-                yield event(status, response=_response(job, found))
+                yield event(final["status"], response=final)
 
 
 def _closing(job: Job, result: Result, event: Callable[..., str], in_text: dict[str, Any]) -> list[str]:

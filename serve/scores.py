@@ -10,27 +10,29 @@ program is compiled for each when it is first needed.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
+import jax
 import numpy as np
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from pydantic import Field
 
 from internjax import sharding
-from internjax.decode.embed import in_chunks, num_rows, row_widths
+from internjax.decode.embed import in_chunks, row_widths
 from internjax.hf.open import Model
-from internjax.rlhf.reward import check_scalar, get_scores
+from internjax.rlhf.reward import check_scalar, score
 from internjax.text.chat import render
 from internjax.text.message import Message
 from internjax.text.tokenizer import REWARD, longest_token
+from serve.batches import Batch, Workers, batches_of, in_order, padded, read_each
 from serve.pipeline import ContextTooLong, refuse_long
 from serve.protocol import Refusal, messages_of, refuse_messages
 from serve.request_log import note
-from serve.requests import ChatMessage, Fields
+from serve.requests import ChatMessage, Fields, ShortText
 
 MAX_PAIRS = 2048
 _OTHER_ROUTES = {
@@ -53,7 +55,7 @@ class ScoreRequest(Fields):
     pairs: Annotated[list[PromptAnswer], Field(min_length=1, max_length=MAX_PAIRS)] | None = None
     condition: str | None = None
     condition_prompt: Annotated[str, Field(min_length=1)] | None = None
-    user: str | None = None
+    user: ShortText | None = None
 
 
 class Scorer:
@@ -69,7 +71,12 @@ class Scorer:
         self._model, self._mesh = model, sharding.mesh_of(model.params)
         self._widths = row_widths(model.config, self.max_context)
         self._longest_token = longest_token(model.tokenizer)
+        self._compute = jax.jit(partial(score, config=in_chunks(model.config)))
         self._lock = threading.Lock()
+
+    @property
+    def num_compiled(self) -> int:
+        return self._compute._cache_size()
 
     def __enter__(self) -> Scorer:
         return self
@@ -78,40 +85,38 @@ class Scorer:
         pass
 
     def ids_of(self, messages: Sequence[Message], *, condition: str | None = None) -> list[int]:
-        """What the model reads of a conversation, but for the reward token. condition: a system prompt."""
+        """What the model reads of a conversation, with the reward token. condition: a system prompt."""
         before = [] if condition is None else [Message("system", condition)]
-        return render([*before, *messages], self._model.tokenizer).ids
+        ids, end = render([*before, *messages], self._model.tokenizer).ids, self._model.tokenizer.special[REWARD]
+        return ids if ids[-1:] == [end] else [*ids, end]
 
     def refuse_long(self, messages: Sequence[Message], *, condition: str | None = None) -> None:
         """Raises ContextTooLong, before anything is tokenised, for a conversation that no context can hold."""
-        texts = [condition or "", *(message.content for message in messages)]
+        texts = [condition or "", *(text for message in messages for text in message.texts)]
         refuse_long(texts, longest_token=self._longest_token, max_context=self.max_context)
 
     def __call__(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
-        """Returns float32 `[len(sequences)]`, one score for each."""
-        scores = np.zeros(len(sequences), np.float32)
-        widths = [
-            next(width for width in self._widths if len(ids) < width) for ids in sequences
-        ]  # and the reward token
-        for width in sorted({*widths}):
-            here = [index for index, each in enumerate(widths) if each == width]
-            with self._lock, sharding.use(self._mesh):
-                scores[here] = get_scores(
-                    self._model.params,
-                    [sequences[index] for index in here],
-                    config=in_chunks(self._model.config),
-                    reward_token_id=self._model.tokenizer.special[REWARD],
-                    lora=self._model.lora,
-                    batch_size=num_rows(width),
-                    width=width,
-                )
-        return scores
+        """Returns float32 `[len(sequences)]`, one score for each, read batch by batch. sequences: see `ids_of`."""
+        batches = self.batches(sequences)
+        return in_order(batches, [read() for read in read_each(sequences, batches, self.read)])
+
+    def batches(self, sequences: Sequence[Sequence[int]]) -> list[Batch]:
+        """Which conversations are read at once."""
+        return batches_of([*map(len, sequences)], self._widths)
+
+    def read(self, sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
+        """Returns float32 `[len(sequences)]` of a batch."""
+        tokens, lengths = padded(sequences, width)
+        with self._lock, sharding.use(self._mesh):
+            scores = self._compute(self._model.params, tokens, lengths, lora=self._model.lora)
+            return np.asarray(scores)[: len(sequences)]
 
 
 def add_score_routes(app: FastAPI, scorer: Scorer, *, model_name: str) -> None:
     """Adds what a server of a reward model answers; requests for text are refused."""
     created = int(time.time())
     card = {"id": model_name, "object": "model", "created": created, "owned_by": "internjax"}
+    workers = Workers("scores")
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -123,21 +128,24 @@ def add_score_routes(app: FastAPI, scorer: Scorer, *, model_name: str) -> None:
         return card
 
     @app.post("/v1/score")
-    async def score(body: ScoreRequest) -> dict[str, Any]:
+    async def score(body: ScoreRequest, request: Request) -> dict[str, Any]:
         _check_model(body.model, model_name)
         conversations, place = _conversations(body)
         condition = _condition(body, scorer)
         try:
             for messages in conversations:  # all of them before the first is tokenised
                 scorer.refuse_long(messages, condition=condition)
-            sequences = await asyncio.to_thread(
-                lambda: [scorer.ids_of(messages, condition=condition) for messages in conversations]
+            sequences = await workers.map(
+                partial(scorer.ids_of, condition=condition),
+                conversations,
+                request,
+                size_of=lambda messages: _num_chars(messages) + len(condition or ""),
             )
         except ContextTooLong as error:
             raise Refusal(str(error), param=place, code="context_length_exceeded") from error
         except ValueError as error:
             raise Refusal(str(error), param=place) from error
-        longest = max(map(len, sequences)) + 1
+        longest = max(map(len, sequences))
         if longest > scorer.max_context:
             raise Refusal(
                 f"a conversation has {longest} tokens with its condition and the reward token, the context holds "
@@ -145,8 +153,8 @@ def add_score_routes(app: FastAPI, scorer: Scorer, *, model_name: str) -> None:
                 param=place,
                 code="context_length_exceeded",
             )
-        scores = await asyncio.to_thread(scorer, sequences)
-        num_tokens = sum(map(len, sequences)) + len(sequences)
+        scores = await workers.read(sequences, scorer.batches(sequences), scorer.read, request)
+        num_tokens = sum(map(len, sequences))
         note(user=body.user, n=len(sequences), prompt=num_tokens, outcome="scored")
         return {
             "object": "list",
@@ -191,6 +199,10 @@ def _conversations(body: ScoreRequest) -> tuple[list[list[Message]], str]:
         return [messages_of(body.messages, {})], "messages"
     except ValueError as error:
         raise Refusal(str(error), param="messages") from error
+
+
+def _num_chars(messages: Sequence[Message]) -> int:
+    return sum(len(text) for message in messages for text in message.texts)
 
 
 def _condition(body: ScoreRequest, scorer: Scorer) -> str | None:

@@ -110,7 +110,7 @@ class Session:
         self.settle()
         messages = [turn] if isinstance(turn, Message) else list(turn)
         whole = [*self._messages, *messages]
-        self._answering.refuse_long(message.content for message in whole)
+        self._answering.refuse_long(text for message in whole for text in message.texts)
         rendered = self._rendered(messages, add_generation_prompt=True)
         as_held = rendered[: len(self._closed)] == self._closed
         ids = [*self._ids, *rendered[len(self._closed) :]] if as_held else rendered

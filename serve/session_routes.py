@@ -23,7 +23,7 @@ from serve.answer import Result
 from serve.calls import function_of
 from serve.jobs import BRIEF, Job
 from serve.kept import Kept, Shelf, owner_of
-from serve.pipeline import Pipeline, Session
+from serve.pipeline import ContextTooLong, Pipeline, Session
 from serve.protocol import Refusal, messages_of, refuse_session, tools_of
 from serve.readers import MARKER_OF
 from serve.requests import ChatRequest, DeclaredTool, SessionRequest
@@ -88,8 +88,9 @@ class Sessions:
         kept = self._shelf.add(held, owner=owner)
         if kept is None:
             raise Refusal(
-                f"{self._shelf.most} sessions are kept already, as many as there may be (--max-sessions); delete one, "
-                f"or wait until one has not been used for {self._shelf.seconds:g} seconds",
+                f"{self._shelf.most} sessions are kept already, as many as there may be (--max-sessions), and no other "
+                "API key has more of them that could go; delete one, or wait until one has not been used for "
+                f"{self._shelf.seconds:g} seconds",
                 status=429,
                 code="too_many_sessions",
             )
@@ -99,9 +100,10 @@ class Sessions:
         kept = self._shelf.find(session_id, owner=owner)
         if kept is None:
             raise Refusal(
-                f"there is no session {session_id!r:.100} of this API key: it never was, was deleted, or was not "
-                f"used for {self._shelf.seconds:g} seconds (--session-seconds), or the server was started anew. Begin "
-                "another one with POST /v1/sessions",
+                f"there is no session {session_id!r:.100} of this API key: it never was, was deleted, gave way to one "
+                f"of a key with fewer ({self._shelf.most} are kept, --max-sessions), was not used for "
+                f"{self._shelf.seconds:g} seconds (--session-seconds), or the server was started anew. Begin another "
+                "one with POST /v1/sessions",
                 param=param,
                 status=404,
                 code="session_not_found",
@@ -163,9 +165,13 @@ def add_session_routes(
             session = pipeline.session(messages, max_length=body.max_length, tools=tools)
         except ValueError as error:
             raise Refusal(str(error), param="max_length") from error
-        for message in session.messages:  # text that is none would be found out by its first turn, or when shown
+        try:  # a session is held though it never has a turn, which would find out
+            pipeline.refuse_long(text for message in session.messages for text in message.texts)
+        except ContextTooLong as error:
+            raise Refusal(str(error), param="messages", code="context_length_exceeded") from error
+        for message in session.messages:  # so would text that is none, or when it is shown
             try:
-                for text in (message.content, message.call.content if message.call else ""):
+                for text in message.texts:
                     pipeline.tokenizer.encode(text)
             except ValueError as error:
                 is_told = tools and message.name in MARKER_OF

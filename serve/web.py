@@ -7,11 +7,14 @@ conversation is kept in the browser; the server holds nothing of it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 FOLDER = Path(__file__).resolve().parent / "page"
 KINDS = {
@@ -51,23 +54,41 @@ class PageFile(NamedTuple):
 
 def add_page(app: FastAPI) -> None:
     """Adds `/` and the files it loads, `/page/NAME`, read once. Raises FileNotFoundError where they do not lie."""
-    files = read_files(FOLDER)
-
-    def route(path: str, file: PageFile) -> None:
-        headers = HEADERS | {"ETag": file.tag}
-
-        async def answer(request: Request) -> Response:
-            known = request.headers.get("if-none-match", "").split(",")
-            if file.tag in (tag.strip().removeprefix("W/") for tag in known):
-                return Response(status_code=304, headers=headers)
-            return Response(file.body, media_type=file.kind, headers=headers)
-
+    for path, answer in _routes().items():
         app.router.add_route(path, answer, methods=["GET"], include_in_schema=False)
 
-    route("/", files["index.html"])
-    for name, file in files.items():
-        if name != "index.html":
-            route(f"/page/{name}", file)
+
+def with_page(starting: Callable) -> Callable:
+    """The ASGI application with the page before it: who comes while a model is loaded sees how far it is.
+
+    Raises FileNotFoundError as `add_page` does.
+    """
+    routes = _routes()
+    page = Starlette(routes=[Route(path, answer, methods=["GET"]) for path, answer in routes.items()])
+
+    async def answer(scope, receive, send) -> None:
+        of_page = scope["type"] == "http" and scope["path"] in routes and scope["method"] in ("GET", "HEAD")
+        await (page if of_page else starting)(scope, receive, send)
+
+    return answer
+
+
+def _routes() -> dict[str, Callable[[Request], Awaitable[Response]]]:
+    """What answers each path of the page."""
+    files = read_files(FOLDER)
+    return {"/" if name == "index.html" else f"/page/{name}": _answer_with(file) for name, file in files.items()}
+
+
+def _answer_with(file: PageFile) -> Callable[[Request], Awaitable[Response]]:
+    headers = HEADERS | {"ETag": file.tag}
+
+    async def answer(request: Request) -> Response:
+        known = request.headers.get("if-none-match", "").split(",")
+        if file.tag in (tag.strip().removeprefix("W/") for tag in known):
+            return Response(status_code=304, headers=headers)
+        return Response(file.body, media_type=file.kind, headers=headers)
+
+    return answer
 
 
 def is_page(path: str) -> bool:

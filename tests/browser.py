@@ -158,11 +158,12 @@ class Page:
             const top = document.elementFromPoint(x, y);
             return element.contains(top) && !element.disabled && [x, y];
         }})()""")
+        self.click_at(*found)
+
+    def click_at(self, x: float, y: float) -> None:
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-            self.call(
-                "Input.dispatchMouseEvent",
-                type=kind, x=found[0], y=found[1], button="none" if kind == "mouseMoved" else "left", clickCount=1,
-            )  # fmt: skip
+            button = "none" if kind == "mouseMoved" else "left"
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, clickCount=1)
 
     def type(self, selector: str, text: str) -> None:
         """Puts a text where the one of a field was, as a keyboard does."""

@@ -49,6 +49,12 @@ class Message:
         if self.name is not None and (not self.name or "\n" in self.name):
             raise ValueError(f"name is {self.name!r}; give one line of text, or None")
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All texts of the turn: its name, what it says, what it wants run; those that it has."""
+        named = () if self.name is None else (self.name,)
+        return (*named, self.content, *(() if self.call is None else (self.call.content,)))
+
 
 # Chat(messages, *, tools, stop, sampling) -> the assistant's message: what agents and judges are given as a model.
 Chat = Callable[..., Message]

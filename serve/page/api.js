@@ -54,6 +54,16 @@ export async function models(key) {
   return (await response.json()).data.map((model) => model.id);
 }
 
+/** How far a server is that has no models yet, in its own words; null where it does not say. */
+export async function health() {
+  try {
+    const { status } = await (await fetch(address("health"))).json();
+    return typeof status === "string" ? status : null;
+  } catch {
+    return null;
+  }
+}
+
 /**
  * Asks for an answer and calls `onPart({text, calls})` as it comes. Returns {finish, usage}; throws Failure, or an
  * AbortError once `signal` says so. Closing the connection is what stops the server.

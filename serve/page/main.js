@@ -1,7 +1,7 @@
 // The page: what is open, what its buttons and keys do. Conversations are values (tree.js) that are shown and kept.
 
 import { respond, runningIn, stop } from "./answers.js";
-import { models } from "./api.js";
+import { health, models } from "./api.js";
 import { announce, asked, clearNotice, confirmed, notify } from "./dialog.js";
 import { h, icon, iconButton, plainButton } from "./element.js";
 import { fit, growTurn, isSend, showTurns } from "./messages.js";
@@ -26,6 +26,7 @@ const state = {
   drafts: new Map(), // what is typed and not sent, by the conversation's id
   unsaved: new Set(),
   timer: null,
+  asking: null, // the timer after which the models are asked for again
 };
 
 // ------------------------------------------------------------------------------------------------- shown
@@ -248,8 +249,9 @@ async function askKey() {
   return given;
 }
 
-/** Asks for the models that are served; resolves to why that failed, or to null. */
+/** Asks for the models that are served; resolves to why that failed, or to null. A server that starts is asked again. */
 async function loadModels() {
+  clearTimeout(state.asking);
   try {
     state.models = await models(state.key);
     clearNotice("models");
@@ -257,7 +259,14 @@ async function loadModels() {
     return null;
   } catch (error) {
     if (error.kind === "key" && (await askKey()) !== null) return null; // which has loaded them
-    notify("models", error.message, plainButton("Try again", loadModels));
+    let text = error.message;
+    if (error.kind === "busy" && error.retryAfter !== null) {
+      const status = await health();
+      if (status !== null) text = `The server is starting: ${status}. This page goes on by itself.`;
+      clearTimeout(state.asking);
+      state.asking = setTimeout(loadModels, 1000 * error.retryAfter);
+    }
+    notify("models", text, plainButton("Try again", loadModels));
     return error;
   }
 }
@@ -323,16 +332,37 @@ function showPanel() {
   showSettings(at("fields"), state.current.settings, { changed, useForNew });
 }
 
+const isDrawerOpen = () => document.body.classList.contains("drawer-open");
+const areSettingsOpen = () => !at("settings").hidden;
+
+/** Whether the focus is in a part of the page, or nowhere: a press beside what lies over the page takes it away. */
+const hasFocus = (part) => part.contains(document.activeElement) || document.activeElement === document.body;
+
 function openDrawer(isOpen) {
+  const hadFocus = isDrawerOpen() && hasFocus(at("drawer"));
   document.body.classList.toggle("drawer-open", isOpen);
-  at("drawer").inert = isNarrow.matches && !isOpen;
+  showLayers();
   if (isOpen) at("new").focus();
+  else if (hadFocus) at("open-drawer").firstChild.focus();
 }
 
 function openSettings(isOpen) {
+  const hadFocus = areSettingsOpen() && hasFocus(at("settings"));
   at("settings").hidden = !isOpen;
-  at("open-settings").firstChild.setAttribute("aria-expanded", String(isOpen));
+  showLayers();
   if (isOpen && isNarrow.matches) at("settings").querySelector("button").focus();
+  else if (hadFocus) at("open-settings").firstChild.focus();
+}
+
+/** On a narrow screen the list and the settings lie over the rest, which nobody reaches then. */
+function showLayers() {
+  const [isNear, drawer, settings] = [isNarrow.matches, isDrawerOpen(), areSettingsOpen()];
+  document.body.classList.toggle("settings-open", settings);
+  at("drawer").inert = isNear && !drawer;
+  at("settings").inert = isNear && drawer;
+  for (const rest of [document.querySelector("main"), at("skip")]) rest.inert = isNear && (drawer || settings);
+  at("open-drawer").firstChild.setAttribute("aria-expanded", String(drawer));
+  at("open-settings").firstChild.setAttribute("aria-expanded", String(settings));
 }
 
 // ------------------------------------------------------------------------------------------------- buttons and keys
@@ -341,7 +371,7 @@ function placeButtons() {
   at("new").append(icon("plus"), "New chat");
   at("close-drawer").append(iconButton("close", "Close the list", () => openDrawer(false)));
   at("open-drawer").append(iconButton("menu", "Conversations", () => openDrawer(true)));
-  const toggle = () => openSettings(at("settings").hidden);
+  const toggle = () => openSettings(!areSettingsOpen());
   at("open-settings").append(iconButton("sliders", "Settings of this chat", toggle, { class: "quiet count" }));
   at("close-settings").append(iconButton("close", "Close the settings", () => openSettings(false)));
   at("jump-place").append(jump);
@@ -361,9 +391,12 @@ function onKey(event) {
     event.preventDefault();
     openNew();
   } else if (event.key === "Escape") {
-    if (document.body.classList.contains("drawer-open")) openDrawer(false);
+    // What lies over the conversation, or is used, goes first. Settings beside it may stay open while one stops answers.
+    const inSettings = areSettingsOpen() && (isNarrow.matches || at("settings").contains(document.activeElement));
+    if (isDrawerOpen()) openDrawer(false);
+    else if (inSettings) openSettings(false);
     else if (runningIn(state.current)) stop(state.current);
-    else if (!at("settings").hidden) openSettings(false);
+    else openSettings(false);
   }
 }
 
@@ -388,7 +421,7 @@ function listen() {
   at("new").addEventListener("click", openNew);
   at("search").addEventListener("input", showSide);
   at("file").addEventListener("change", importFile);
-  at("veil").addEventListener("click", () => openDrawer(false));
+  at("veil").addEventListener("click", () => (isDrawerOpen() ? openDrawer(false) : openSettings(false)));
   at("fields").addEventListener("submit", (event) => event.preventDefault());
   at("scroll").addEventListener("scroll", () => {
     jump.hidden = isAtEnd();

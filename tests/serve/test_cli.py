@@ -13,8 +13,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -25,6 +28,8 @@ from internjax.text.message import Message
 from serve import __main__ as server
 from serve import bench, chat, protocol, quantize, requests, response_requests, tokenize_routes
 from serve.chat import _show
+from serve.guards import Operation
+from serve.openai import create_app
 from serve.pipeline import Params
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -88,10 +93,10 @@ def test_threads_take_memory_from_one_pool():
 
 
 @contextlib.contextmanager
-def serving(*arguments) -> Iterator[tuple[subprocess.Popen, list[str]]]:
+def serving(*arguments, program: Sequence[str] = ("-m", "serve")) -> Iterator[tuple[subprocess.Popen, list[str]]]:
     """A server process that is ready, and the lines that it printed so far."""
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command("serve", *arguments), cwd=ROOT, **how)
+    process = subprocess.Popen([sys.executable, *program, *map(str, arguments)], cwd=ROOT, **how)
     try:
         lines = []
         for line in process.stdout:
@@ -99,6 +104,7 @@ def serving(*arguments) -> Iterator[tuple[subprocess.Popen, list[str]]]:
             if line.startswith("port"):
                 health = httpx.get(line.split()[1])
                 assert (health.status_code, health.json()["status"]) == (503, "loading")
+                assert httpx.get(line.split()[1].removesuffix("health")).headers["content-type"].startswith("text/html")
             if line.startswith("ready"):
                 break
         assert lines and lines[-1].startswith("ready"), process.stderr.read()
@@ -155,6 +161,40 @@ def test_a_server_from_start_to_kill_and_from_start_to_sigterm(folder, tmp_path)
         assert line["finish"] in ("stop", "length") and (lost["status"], line["status"]) == (404, 200)
 
 
+BREAKS = """
+import sys
+from internjax.decode.device import Device
+from internjax.decode.rounds import Rounds
+from serve.__main__ import main
+
+def broken(*_):
+    Device.reset = broken
+    raise MemoryError("planted")
+
+Rounds._admit_waiting = broken
+sys.exit(main())
+"""
+
+
+def test_a_server_whose_engine_has_failed_answers_who_waits_and_ends(folder):
+    flags = (folder, "--port", 0, "--max-batch", 1, "--max-context", 64, "--max-concurrent", 1)
+    with serving(*flags, program=("-c", BREAKS)) as (process, lines), ThreadPoolExecutor(3) as pool:
+        url, asked = lines[-1].split()[1], {"model": "my tiny", "prompt": "a", "max_tokens": 4}
+        answers = [pool.submit(httpx.post, f"{url}/completions", json=asked, timeout=30) for _ in range(3)]
+        assert {answer.result().status_code for answer in answers} <= {500, 503}
+        rest, log = process.communicate(timeout=30)
+    assert (process.returncode, rest) == (1, "stopping\n"), log
+    assert "the server ends, to be started anew: the engine stopped" in log and "planted" in log
+
+
+def test_a_server_that_does_not_answer_any_more_ends():
+    stopping = threading.Event()
+    wait = partial(server.wait_until_end, fault=lambda: None, stopping=stopping, every=0.001)
+    assert wait(SimpleNamespace(alive=False)) == "the thread that answers has ended"
+    stopping.set()
+    assert wait(SimpleNamespace(alive=True)) is None
+
+
 def check_failed(result: subprocess.CompletedProcess, *said: str) -> None:
     assert result.returncode not in (0, -9) and "Traceback" not in result.stderr, result.stderr
     assert all(text in result.stderr for text in said), result.stderr
@@ -193,6 +233,49 @@ def test_wrong_flags_are_said(run, folder):
     check_failed(run("serve.chat", folder, "--adapter", "here"), "NAME=FOLDER")
     check_failed(run("serve.chat", folder, "--drafts", 3), "--speculate")
     check_failed(run("serve", folder, "--adapter-root", folder), "--max-adapters")
+
+
+def test_numbers_that_are_none_are_said_with_what_is_wanted(run):
+    wanted = {"--max-batch": "a whole number of 1 or more", "--page-size": "1 or more", "--num-pages": "1 or more"}
+    wanted |= {"--max-sessions": "a whole number of 0 or more", "--drain-seconds": "seconds over 0"}
+    wanted |= {"--max-body": "MiB in (0, 1024]", "--host-memory": "GiB, 0 or more", "--memory-fraction": "(0, 1]"}
+    for flag, what in wanted.items():
+        for value in ("many", "-1"):
+            result = run("serve", "MODEL", f"{flag}={value}")
+            check_failed(result, f"argument {flag}: ", f"{what}, given {value}")
+            assert result.returncode == 2 and "_seconds" not in result.stderr
+
+
+@pytest.mark.parametrize("origin", ["https://x.org/", "x.org", "https://X.org", "https://x.org:443", "https://x.org/a"])
+def test_an_origin_that_no_page_has_is_said(run, scripted, origin):
+    check_failed(run("serve", "MODEL", "--allow-origin", origin), "argument --allow-origin: ", f"given {origin}")
+    with pytest.raises(ValueError, match="an origin is a scheme, a host"):
+        create_app(scripted("hi"), model_name="tiny", operation=Operation(origins=(origin,)))
+
+
+def test_origins_that_pages_have_are_taken():
+    origins = ["http://localhost:3000", "https://x.org", "http://[::1]:8080", "chrome-extension://abc", "*", "null"]
+    flags = [word for origin in origins for word in ("--allow-origin", origin)]
+    assert server.build_parser().parse_args(["MODEL", *flags]).allow_origin == origins
+
+
+def test_help_has_every_flag_in_a_group(run):
+    result = run("serve", "--help")
+    assert result.returncode == 0
+    sections = {part.partition(":\n")[0]: part for part in result.stdout.split("\n\n")}
+    titles = ("where it answers, and what of", "the model", "its answers, and the cache", "adapters", "speculation")
+    titles += (
+        "who may ask, and for what",
+        "how much it takes on",
+        "what is kept for clients, until the server ends",
+        "the log",
+    )
+    assert [title for title in sections if title in titles] == [*titles]
+    flags = {name: re.findall(r"^  (--?[a-z-]+)", part, re.MULTILINE) for name, part in sections.items()}
+    assert flags["options"] == ["-h"] and flags["the log"] == ["--log-format", "--log-prompts"]
+    in_groups = [flag for title in titles for flag in flags[title]]
+    assert len(in_groups) == len({*in_groups}) == len(vars(server.build_parser().parse_args(["MODEL"]))) - 1
+    assert max(len(flags[title]) for title in titles) <= 8
 
 
 def test_a_conversation_in_the_terminal(run, folder, tmp_path):

@@ -491,6 +491,10 @@ BAD_MESSAGES = {
     "unknown role": ([{"role": "robot", "content": "x"}], "messages[0].role"),
     "no content": ([{"role": "user"}], "messages[0].content"),
     "an image": ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content"),
+    "a part with a cache": (
+        [{"role": "user", "content": [{"type": "text", "text": "x", "prompt_cache_breakpoint": {"mode": "explicit"}}]}],
+        "messages[0].content",
+    ),
     "a number": ([{"role": "user", "content": 5}], "messages[0].content"),
     "unknown key": ([{"role": "user", "content": "x", "colour": "red"}], "messages[0].colour"),
     "a refusal": ([{"role": "assistant", "content": "x", "refusal": "no"}], "messages[0].refusal"),

@@ -468,6 +468,26 @@ def test_the_log_has_one_line_of_every_request_and_never_what_was_said(served, c
         assert word not in caplog.text and word not in str(lines)
 
 
+@pytest.mark.parametrize("name", ["user", "safety_identifier"])
+def test_a_name_in_the_log_is_short(served, caplog, eventually, name):
+    server = served()
+    turn = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
+    text = {"model": "tiny", "prompt": "hi", "input": "hi"}
+    paths = {"chat/completions": turn, "responses": {"model": "tiny", "input": "hi"}}
+    if name == "user":
+        paths |= {path: {key: text[key] for key in ("model", field)} for path, field in _WITH_USER.items()}
+    with caplog.at_level(logging.INFO, logger="serve"):
+        for path, body in paths.items():
+            error = error_of(post(server, body | {name: "x" * 513}, path=f"/v1/{path}"), 400)
+            assert (error["param"], error["code"]) == (name, "invalid_value"), path
+        assert post(server, turn | {name: "y" * 512}, path="/v1/chat/completions").status_code == 200
+        eventually(lambda: len(lines_of(caplog)) == len(paths) + 1)
+    assert lines_of(caplog)[-1]["user"] == "y" * 512 and "xxx" not in caplog.text
+
+
+_WITH_USER = {"completions": "prompt", "embeddings": "input"}
+
+
 def test_what_clients_send_is_logged_only_where_it_is_asked_for(served, caplog, eventually):
     server = served(log_prompts=True)
     with caplog.at_level(logging.INFO, logger="serve"):

@@ -42,7 +42,7 @@ BAD = {
     "prompt_cache_options": {"mode": "x"},
     "prompt_cache_retention": "24h",
     "reasoning": {"effort": "high"},
-    "safety_identifier": 5,
+    "safety_identifier": "x" * 513,
     "seed": "1",
     "service_tier": "flex",
     "store": 1,
@@ -55,9 +55,12 @@ BAD = {
     "top_logprobs": 2,
     "top_p": 0,
     "truncation": "auto",
-    "user": 5,
+    "user": "x" * 513,
     "no_such_field": 1,
 }
+TEXT_PART = {"type": "input_text", "text": "x"}
+CACHED = {"prompt_cache_breakpoint": {"mode": "explicit"}}
+CALL_ITEM = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
 WHERE = {"text": "text.verbosity", "tools": "tools[0].type", "metadata": "metadata.a"}
 
 
@@ -152,6 +155,34 @@ def test_newer_responses_take_the_place_of_old_ones(serve):
         client.responses.retrieve(first)
 
 
+def test_what_is_kept_is_bounded_in_bytes_and_shared_between_keys(serve):
+    """Tools that may not be called are told to nobody, so no context bounds them; they are given back."""
+    client, _ = serve(keep=KeepLimits(response_bytes=5 << 20))
+    other = client.with_options(api_key="other")
+
+    def kept(responses, size):
+        tool = ADD | {"description": "x" * size}
+        answer = responses.create(model="tiny", input="x", tools=[tool], tool_choice="none")
+        assert answer.tools[0].description == tool["description"]
+        return answer
+
+    theirs = kept(other.responses, 1 << 20)
+    ours = [kept(client.responses, 1 << 20) for _ in range(5)]
+    assert all(answer.store for answer in (theirs, *ours))
+    assert other.responses.retrieve(theirs.id) == theirs, "the one who floods gives way"
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(ours[1].id)
+    assert [client.responses.retrieve(answer.id) for answer in ours[2:]] == ours[2:]
+    alone = kept(client.responses, 6 << 20)
+    assert alone.store is False
+    with pytest.raises(openai.NotFoundError, match="`store` says so"):
+        client.responses.retrieve(alone.id)
+    assert client.responses.retrieve(ours[-1].id) == ours[-1], "one that has no room takes none"
+    figures = httpx.get(f"{str(client.base_url).removesuffix('/v1/')}/metrics").text
+    (taken,) = (line.split()[1] for line in figures.splitlines() if line.startswith("internjax_response_bytes "))
+    assert 4 << 20 < float(taken) <= 5 << 20
+
+
 def test_log_probabilities_are_included_where_they_are_asked_for(serve):
     client, _ = serve()
     asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
@@ -162,6 +193,18 @@ def test_log_probabilities_are_included_where_they_are_asked_for(serve):
     streamed = [e.logprobs for e in stream if e.type == "response.output_text.delta"]
     assert [each.logprob for part in streamed for each in part] == [each.logprob for each in logprobs]
     assert client.responses.create(model="tiny", input="x").output[0].content[0].logprobs == []
+    asking = [{"role": "user", "content": "x"}, *answer.output, {"role": "user", "content": "and?"}]
+    assert client.responses.create(model="tiny", input=asking).output_text == TEXT, "an output goes back as it is"
+
+
+def test_what_may_be_asked_for_with_a_kept_response(serve):
+    client, _ = serve()
+    kept = client.responses.create(model="tiny", input="x")
+    assert client.responses.retrieve(kept.id, include_obfuscation=False) == kept
+    for name, value in {"include": [], "starting_after": 3, "include_obfuscation": True, "stream": True}.items():
+        with pytest.raises(openai.BadRequestError, match="shown whole, as it was") as caught:
+            client.responses.retrieve(kept.id, **{name: value or ["message.output_text.logprobs"]})
+        assert caught.value.param == name
 
 
 def test_an_answer_that_breaks_off_is_an_error_event_and_is_not_kept(serve):
@@ -217,12 +260,32 @@ def test_what_cannot_be_honoured_is_refused_by_name(guided, field):
         ({"role": "tool", "content": "x"}, "input[0].role"),
         ({"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}, "input[0].content"),
         ({"role": "user", "content": "x", "phase": "commentary"}, "input[0].phase"),
+        ({"role": "user", "content": "x", "id": "item 1"}, "input[0].id"),
+        ({"role": "assistant", "content": "x", "status": "in_progress"}, "input[0].status"),
+        ({"role": "user", "content": [TEXT_PART | {"annotations": [{}]}]}, "input[0].content[0].annotations"),
+        ({"role": "user", "content": [TEXT_PART, TEXT_PART | CACHED]}, "input[0].content[1].prompt_cache_breakpoint"),
+        ({"role": "assistant", "content": [TEXT_PART | {"logprobs": [{"token": "x"}]}]}, "input[0].content"),
+        (CALL_ITEM | {"async": True}, "input[0].async"),
+        (CALL_ITEM | {"status": "incomplete"}, "input[0].status"),
+        ({"type": "function_call_output", "call_id": "c", "output": "x", "name": "f"}, "input[0].name"),
         ({"type": "function_call_output", "call_id": "none", "output": "x"}, "input[0].call_id"),
+        ({"type": "function_call", "call_id": "x" * 513, "name": "f", "arguments": "{}"}, "input[0].call_id"),
         ("text", "input[0]"),
     ],
 )
 def test_items_that_cannot_be_read_are_refused_by_their_place(guided, item, param):
     refusal_of(guided, {"input": [item]}, param)
+
+
+@pytest.mark.parametrize(("name", "value"), [("async", True), ("defer_loading", True), ("output_schema", {})])
+def test_what_a_tool_cannot_have_is_refused_by_its_place(guided, name, value):
+    refusal_of(guided, {"tools": [ADD, ADD | {name: value}]}, f"tools[1].{name}")
+
+
+@pytest.mark.parametrize("kind", ["text", "json_object"])
+@pytest.mark.parametrize(("name", "value"), [("schema", {}), ("name", "s"), ("strict", True), ("description", "x")])
+def test_only_a_schema_is_described(guided, kind, name, value):
+    refusal_of(guided, {"text": {"format": {"type": kind, name: value}}}, f"text.format.{name}")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import re
 import socket
 import threading
+import time
 
 import httpx
 import openai
@@ -222,7 +223,8 @@ def test_their_number_is_limited_and_an_unused_one_goes(scripted):
             client.delete(f"sessions/{session}", cast_to=object)
             begin(client)
     now = 0.0
-    shelf = Shelf("x_", most=9, seconds=10, in_use=lambda value: value == "used", clock=lambda: now)
+    clocks = {"clock": lambda: now, "unix_time": lambda: now}
+    shelf = Shelf("x_", most=9, seconds=10, in_use=lambda value: value == "used", **clocks)
     kept, used = (shelf.add(value, owner="me") for value in ("kept", "used"))
     now = 9.0
     assert shelf.find(kept.id, owner="me").expires_at == 19
@@ -230,6 +232,69 @@ def test_their_number_is_limited_and_an_unused_one_goes(scripted):
     assert [each.value for each in shelf.of("me")] == ["used", "kept"]
     now = 20.0
     assert shelf.find(kept.id, owner="me") is None and shelf.find(used.id, owner="me").value == "used"
+
+
+def test_who_sets_the_machine_s_time_ends_nothing():
+    passed, told = 5.0, 1000.0
+    shelf = Shelf(most=9, seconds=10, clock=lambda: passed, unix_time=lambda: told)
+    kept = shelf.add("x", owner="me")
+    assert kept.expires_at == 1010
+    for told in (10**9, 0.0):
+        passed += 4
+        assert shelf.of("me")[0].expires_at == told + 10 - (passed - 5)
+    assert shelf.find(kept.id, owner="me").expires_at == 10
+    passed += 11
+    assert shelf.find(kept.id, owner="me") is None
+    assert Shelf.__init__.__kwdefaults__["clock"] is time.monotonic
+
+
+def test_who_holds_most_gives_way():
+    sessions = Shelf("x_", most=4, seconds=10, in_use=lambda value: value == "used")
+    many = [sessions.add(value, owner="many").id for value in ("used", "a", "b", "c")]
+    assert sessions.add("d", owner="many") is None, "nobody has more"
+    few = [sessions.add("e", owner="few").id for _ in range(2)]
+    assert sessions.add("e", owner="few") is None, "nobody has more"
+    assert [each.id for each in sessions.of("many")] == [many[0], many[3]], "one in use stays"
+    assert [each.id for each in sessions.of("few")] == few
+    stored = Shelf(most=9, seconds=10, replaces=True, max_bytes=10, bytes_of=len)
+    little = stored.add("x", owner="little").id
+    for size in (4, 4, 5):
+        assert stored.add("x" * size, owner="much")
+    assert [len(each.value) for each in stored.of("much")] == [4, 5]
+    assert stored.find(little, owner="little") and stored.num_bytes == 10
+    assert stored.add("x" * 11, owner="little") is None and len(stored) == 3
+    assert stored.add("x" * 6, owner="little") is None and len(stored) == 3, "much would have less then"
+    assert stored.add("x" * 4, owner="little")
+    sizes = {owner: [len(each.value) for each in stored.of(owner)] for owner in ("little", "much")}
+    assert sizes == {"little": [1, 4], "much": [5]}
+    assert stored.add("x" * 2, owner="third"), "of two who hold as much, the one that was not used for longest goes"
+    assert (len(stored.of("much")), len(stored.of("little")), stored.num_bytes) == (0, 2, 7)
+    assert Shelf(most=0, seconds=10, replaces=True).add("x", owner="me") is None
+
+
+def test_a_session_does_not_begin_with_what_no_context_holds(client):
+    long = "x" * 100_000
+    turn = {
+        "role": "assistant",
+        "tool_calls": [{"id": "c", "function": {"name": "add", "arguments": json.dumps({"a": long})}}],
+    }
+    for wrong in (
+        {"messages": [FIRST | {"content": long}]},
+        {"messages": [FIRST | {"name": long}]},
+        {"messages": [turn]},
+        {"tools": [ADD | {"function": ADD["function"] | {"description": long}}]},
+    ):
+        answer = raw(client, "POST", "sessions", {"model": "tiny"} | wrong)
+        assert "100" in refused(answer, 400, "context_length_exceeded", "messages")
+    answer = raw(client, "POST", "chat/completions", GREEDY | {"messages": [FIRST, turn]})
+    assert "characters" in refused(answer, 400, "context_length_exceeded", "messages"), "nor a conversation"
+    turn["tool_calls"][0] |= {"id": "x" * 513, "function": {"name": "add", "arguments": "{}"}}
+    refused(
+        raw(client, "POST", "sessions", {"model": "tiny", "messages": [turn]}),
+        400,
+        "invalid_value",
+        "messages[0].tool_calls[0].id",
+    )
 
 
 def test_the_tools_of_a_session_and_the_results_of_its_calls(serve, tokenizer):

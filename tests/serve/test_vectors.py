@@ -1,7 +1,13 @@
 """Embeddings of a language model and scores of a reward model, over REST, against the core computed by hand."""
 
 import base64
+import contextlib
 import dataclasses
+import json
+import logging
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import jax
@@ -20,7 +26,9 @@ from internjax.text.message import Message
 from internjax.text.tokenizer import REWARD, Tokenizer
 from serve import __main__ as command
 from serve import pipeline as pipeline_module
+from serve.batches import batches_of, in_order, portions
 from serve.embeddings import Embedder
+from serve.flags import OF_TEXT
 from serve.pipeline import Pipeline
 from serve.scores import Scorer
 from serve.server import start_server
@@ -143,6 +151,117 @@ def test_an_input_that_cannot_fit_is_refused_before_it_is_tokenised(client):
     assert "100000 characters" in error["message"] and error["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("part", ["embeddings", "scores"])
+def test_programs_that_are_compiled_at_first_use_are_counted(tiny_model, reward_model, tokenizer, part):
+    def num_programs() -> list[float]:
+        text = httpx.get(f"{server.url}/metrics").text
+        names = ("programs_compiled", "recompiled_programs_total")
+        of_part = [f'internjax_{name}{{replica="{part}"}} ' for name in names]
+        return [float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(tuple(of_part))]
+
+    def ask(text: str) -> None:
+        body = {"input": text} if part == "embeddings" else {"pairs": [{"prompt": text, "answer": "b"}]}
+        route = "embeddings" if part == "embeddings" else "score"
+        assert httpx.post(f"{server.url}/v1/{route}", json={"model": "tiny"} | body, timeout=60).status_code == 200
+
+    of_text = Pipeline.over(ScriptedEngine(None), tokenizer, model=tiny_model)
+    with serving(of_text if part == "embeddings" else Scorer(reward_model)) as server:
+        assert num_programs() == [0, 0]
+        for text, count in (("x", 1), ("y", 1), ("two numbers" * 30, 2), ("z", 2)):
+            ask(text)
+            assert num_programs() == [count, count]
+
+
+class Gate:
+    """In the place of `read` of an Embedder or a Scorer: what is read waits to be let through, one at a time."""
+
+    def __init__(self, monkeypatch, kind):
+        self.num_begun, self._read, self._passes = 0, kind.read, threading.Semaphore(0)
+        monkeypatch.setattr(kind, "read", lambda *arguments: self._wait(*arguments))
+
+    def _wait(self, *arguments):
+        self.num_begun += 1
+        assert self._passes.acquire(timeout=20)
+        return self._read(*arguments)
+
+    def let(self, count: int) -> None:
+        self._passes.release(count)
+
+
+@pytest.fixture(params=["embeddings", "scores"])
+def long_work(request, monkeypatch, tiny_model, reward_model, tokenizer):
+    """(what is served, a gate before each of its batches, the route, a body that is read in ten batches)"""
+    if request.param == "embeddings":
+        pipeline = Pipeline.over(ScriptedEngine(None), tokenizer, model=tiny_model)
+        return pipeline, Gate(monkeypatch, Embedder), "embeddings", {"model": "tiny", "input": ["x"] * 80}
+    pairs = [{"prompt": "a", "answer": "b"}] * 80
+    return Scorer(reward_model), Gate(monkeypatch, Scorer), "score", {"model": "tiny", "pairs": pairs}
+
+
+@contextlib.contextmanager
+def asking(server, route, body):
+    """A connection on which a request was sent."""
+    sent = json.dumps(body).encode()
+    head = (
+        f"POST /v1/{route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as connection:
+        connection.sendall(head.encode() + sent)
+        yield connection
+
+
+def test_who_leaves_is_not_read_for_any_more(long_work, eventually, caplog):
+    served, gate, route, body = long_work
+    with serving(served) as server, caplog.at_level(logging.INFO, logger="serve"):
+        doors = server._app.state.doors
+        with asking(server, route, body):
+            eventually(lambda: gate.num_begun == 1)
+        gate.let(1)
+        eventually(lambda: doors.num_inside == 0)
+        assert gate.num_begun == 1
+        eventually(lambda: "client gone" in caplog.text)
+        gate.let(10)
+        assert len(httpx.post(f"{server.url}/v1/{route}", json=body, timeout=20).json()["data"]) == 80
+        assert gate.num_begun == 11
+
+
+def test_requests_take_turns(long_work, eventually):
+    served, gate, route, body = long_work
+    with serving(served) as server, ThreadPoolExecutor(2) as pool:
+        long = pool.submit(httpx.post, f"{server.url}/v1/{route}", json=body, timeout=20)
+        eventually(lambda: gate.num_begun == 1)
+        few = {name: given if name == "model" else given[:1] for name, given in body.items()}
+        short = pool.submit(httpx.post, f"{server.url}/v1/{route}", json=few, timeout=20)
+        eventually(lambda: gate.num_begun == 2)
+        gate.let(4)
+        assert len(short.result().json()["data"]) == 1 and not long.done()
+        gate.let(7)
+        assert len(long.result().json()["data"]) == 80 and gate.num_begun == 11
+
+
+def test_the_end_of_a_server_does_not_wait_for_what_is_read(long_work, eventually):
+    served, gate, route, body = long_work
+    server = start_server(served, model_name="tiny", drain_seconds=0.1)
+    with asking(server, route, body) as connection:
+        eventually(lambda: gate.num_begun == 1)
+        server.close()  # while the first batch is still read
+        assert connection.recv(1000).startswith(b"HTTP/1.1 503") and not server.alive
+    gate.let(10)
+    assert gate.num_begun == 1
+
+
+def test_texts_are_read_in_few_batches_and_tokenised_in_portions():
+    lengths = [64, 1, 65, 4096, 64, 2048, 1000] + [3] * 8
+    found = batches_of(lengths, (64, 128, 2048, 4096))
+    assert [(batch.width, batch.places) for batch in found] == [
+        (64, [0, 1, 4, 7, 8, 9, 10, 11]), (64, [12, 13, 14]), (128, [2]), (2048, [5, 6]), (4096, [3])
+    ]  # fmt: skip
+    values = in_order(found, [np.array(batch.places) for batch in found])
+    assert values.tolist() == [*range(15)]
+    assert portions(["aa", "b", "cccc", "d", "", "eee"], len, most=3) == [["aa", "b"], ["cccc"], ["d", ""], ["eee"]]
+    assert portions([], len) == []
+
+
 def scored(client, **fields) -> list[float]:
     answer = client.post("score", body={"model": "tiny"} | fields, cast_to=object)
     assert [entry["index"] for entry in answer["data"]] == [*range(len(answer["data"]))]
@@ -216,7 +335,7 @@ def test_each_kind_of_model_refuses_what_the_other_does(client, rewarding, tiny_
         Scorer(tiny_model)
 
 
-def test_the_command_serves_a_reward_model(reward_model, tiny_model, tmp_path, capsys):
+def test_the_command_serves_a_reward_model(reward_model, tiny_model, tmp_path, capsys, monkeypatch):
     for name, model in (("reward", reward_model), ("text", tiny_model)):
         save_model(tmp_path / name, config=model.config, params=model.params, tokenizer=model.tokenizer)
     flags = ["--condition", "kind=Be kind.", "--max-context", "128"]
@@ -229,5 +348,15 @@ def test_the_command_serves_a_reward_model(reward_model, tiny_model, tmp_path, c
     assert scorer([scorer.ids_of(turns)]) == pytest.approx(ours([ours.ids_of(turns)]), abs=1e-6)
     with pytest.raises(ValueError, match="is for a reward model"):
         command.open_served(parse([str(tmp_path / "text"), *flags]))
-    with pytest.raises(ValueError, match="no --speculate"):
-        command.open_served(parse([str(tmp_path / "reward"), "--speculate", "lookup"]))
+    of_text = {"--kv": "int8", "--mode": "exact", "--drafts": 3, "--max-batch": 4, "--num-pages": 9, "--page-size": 8}
+    of_text |= {"--host-memory": 1, "--max-adapters": 1, "--adapter-rank": 4, "--adapter": "a=b", "--adapter-root": "x"}
+    of_text |= {"--speculate": "lookup", "--replicas": 2, "--grpc-port": 0, "--max-embedding": 9, "--stuck-seconds": 9}
+    of_text |= {"--max-sessions": 9, "--session-seconds": 9, "--max-responses": 9, "--response-seconds": 9}
+    of_text |= {"--response-memory": 1, "--paged-attention": "mosaic"}
+    assert {flag.removeprefix("--").replace("-", "_") for flag in of_text} == {*OF_TEXT}
+    monkeypatch.setattr(command, "open_weights", lambda args: reward_model)
+    for flag, value in of_text.items():
+        with pytest.raises(ValueError, match=f"there is no {flag}; leave it out"):
+            command.open_served(parse([str(tmp_path / "reward"), f"{flag}={value}"]))
+    with pytest.raises(ValueError, match="there is no --max-batch, --mode"):
+        command.open_served(parse([str(tmp_path / "reward"), "--mode", "exact", "--max-batch", "4"]))

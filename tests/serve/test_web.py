@@ -2,14 +2,21 @@
 
 import base64
 import json
+import os
 import re
+import struct
+from functools import partial
+from pathlib import Path
 
 import httpx
 import pytest
 
+from internjax.decode.device import Compiled
 from serve import __main__ as command
-from serve.server import start_server
-from serve.web import FOLDER
+from serve.health import Starting
+from serve.openai import create_app
+from serve.server import Server, start_server, take_port
+from serve.web import FOLDER, with_page
 from tests.serve.page_texts import ATTACKS, LAWFUL, MARKDOWN, SHOW, SLOW
 
 CALL = 'I add.<|action_start|><|plugin|>\n{"name": "add", "parameters": {"a": 1, "b": 2}}<|action_end|><|im_end|>'
@@ -451,6 +458,161 @@ def test_a_narrow_screen_scrolls_down_only(visit):
     page.wait("document.querySelector('#drawer').inert")
     page.click("#open-settings button")
     assert page.wait(f"[{OVERFLOWING}]") == [[]]
+
+
+FOCUSED = "document.activeElement.closest('[id]').id"
+INERT = "['main', '#skip', '#drawer', '#settings'].filter((each) => document.querySelector(each).inert)"
+
+
+def test_what_is_closed_gives_the_focus_back_and_what_is_covered_is_out_of_reach(visit):
+    page, _, _ = visit("hi")
+    page.click("#open-settings button")
+    page.type("[name=seed]", "1")
+    page.press("Escape")
+    assert page.evaluate(FOCUSED) == "open-settings" and page.evaluate("document.querySelector('#settings').hidden")
+    page.click("#open-settings button")
+    page.click("#close-settings button")
+    assert page.evaluate(FOCUSED) == "open-settings"
+    page.type("#input", "typed")
+    page.press("o", ctrl=True, shift=True)  # what is not closed takes no focus
+    assert page.evaluate(FOCUSED) == "input" and page.evaluate(INERT) == []
+    page.resize(360, 740)
+    page.wait(f"{INERT}.join() === '#drawer'")
+    for place, own, other, beside in (
+        ("open-drawer", "new", "#settings", 355),
+        ("open-settings", "close-settings", "#drawer", 5),
+    ):
+        expanded = f"document.querySelector('#{place} button').getAttribute('aria-expanded')"
+        for leave in (partial(page.press, "Escape"), partial(page.click_at, beside, 700)):
+            page.click(f"#{place} button")
+            page.wait(f"{FOCUSED} === '{own}'")
+            assert page.evaluate(INERT) == ["main", "#skip", other] and page.evaluate(expanded) == "true"
+            leave()
+            page.wait(f"{FOCUSED} === '{place}'")
+            assert page.evaluate(INERT) == ["#drawer"] and page.evaluate(expanded) == "false"
+    page.click("#open-drawer button")
+    page.click("#new")  # a new chat closes it too
+    assert page.wait(f"{FOCUSED} === 'open-drawer'")
+
+
+def test_escape_closes_what_is_used_before_it_stops_an_answer(visit, eventually):
+    page, engine, _ = visit("never ending " * 200, seconds_per_event=0.005)
+    page.type("#input", "go on")
+    page.press("Enter")
+    page.wait("document.querySelector('[aria-busy] .said p')")
+    page.click("#open-settings button")
+    page.type("[name=seed]", "1")
+    page.press("Escape")
+    assert page.evaluate("document.querySelector('#settings').hidden") and len(engine.active) == 1
+    page.click("#open-settings button")
+    page.evaluate("document.querySelector('#input').focus()")
+    page.press("Escape")  # settings beside the conversation stay
+    page.wait(f"{DONE} === 2")
+    eventually(lambda: not engine.active)
+    assert not page.evaluate("document.querySelector('#settings').hidden")
+    page.press("Escape")
+    assert page.evaluate("document.querySelector('#settings').hidden")
+
+
+def test_the_page_is_there_while_the_model_is_loaded(chromium, scripted):
+    starting = Starting("tiny")
+    with Server(with_page(starting), take_port("127.0.0.1", 0), model_name="tiny", drain_seconds=1) as server:
+        assert httpx.get(f"{server.url}/v1/models").status_code == httpx.post(server.url).status_code == 503
+        assert httpx.get(f"{server.url}/page/none.js").json()["error"]["code"] == "unavailable"
+        assert httpx.get(f"{server.url}/health").json()["status"] == "loading"
+        chromium.resize(1200, 800)
+        chromium.open(server.url)
+        told = "document.querySelector('[data-name=models] p')?.textContent"
+        chromium.wait(f"{told} === 'The server is starting: loading. This page goes on by itself.'")
+        starting.compiled(Compiled("draw", 1.0, 3, 9))
+        chromium.wait(f"{told}?.includes('compiling 4 of 9')")
+        server.use(create_app(scripted("here"), model_name="tiny"))
+        chromium.wait("document.querySelector('#model').value === 'tiny' && !document.querySelector('.notice')")
+        assert say(chromium, "hi", 2) == ["hi", "here"]
+        assert all("503" in fault for fault in chromium.faults())
+
+
+CONTRASTS = """(() => {
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number).concat(1).slice(0, 4);
+  const over = ([r, g, b, a], below) => [r, g, b].map((each, i) => each * a + below[i] * (1 - a));
+  const ancestors = (element) => element ? [...ancestors(element.parentElement), element] : [];
+  const light = (rgb) => rgb.map((each) => each / 255)
+    .map((each) => each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, each, i) => sum + each * [0.2126, 0.7152, 0.0722][i], 0);
+  const found = [];
+  const look = (element, text, pseudo) => {
+    const style = getComputedStyle(element, pseudo);
+    const below = ancestors(element).map((each) => getComputedStyle(each));
+    let ground = [255, 255, 255];
+    for (const each of below) ground = over(parse(each.backgroundColor), ground);
+    if (pseudo === "::after") ground = over(parse(style.backgroundColor), ground);
+    const seen = [...below, ...(pseudo ? [style] : [])].reduce((share, each) => share * Number(each.opacity), 1);
+    const [r, g, b, a] = parse(style.color);
+    const [one, other] = [light(over([r, g, b, a * seen], ground)), light(ground)];
+    const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+    found.push([text.trim().slice(0, 40), element.tagName + "." + element.className, Math.round(100 * ratio) / 100]);
+  };
+  for (const element of document.querySelectorAll("body, body *")) {
+    const box = element.getBoundingClientRect();
+    const isShown = element.checkVisibility({visibilityProperty: true}) && box.width > 1;
+    if (!isShown || element.closest(":disabled")) continue;
+    const own = [...element.childNodes].filter((each) => each.nodeType === 3 && each.data.trim());
+    if (own.length) look(element, own[0].data);
+    if (element.value && element.matches("input, textarea, select")) look(element, element.value);
+    else if (element.placeholder) look(element, element.placeholder, "::placeholder");
+    if (/^"/.test(getComputedStyle(element, "::after").content)) look(element, "after", "::after");
+  }
+  return found.filter(([text]) => text);
+})()"""
+SEEN = """# A *heading*
+
+Text with `code`, a [link](https://example.com) and
+
+> what somebody said.
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```python
+def gcd(a, b):  # a comment
+    return "text" if a else 12
+```
+"""
+
+
+def test_text_is_seen_on_its_ground_in_both_themes(visit, tokenizer, tmp_path):
+    """WCAG's contrast, level AA. Pictures of what is looked at go to the folder that PAGE_PICTURES names."""
+    half = tokenizer.encode("half an answer")
+    page, _, _ = visit(SEEN, CALL, half)
+    folder = Path(os.environ.get("PAGE_PICTURES", tmp_path))
+    page.click("#open-settings button")
+    page.type("[name=tools]", ADD)
+    page.type("[name=top_p]", "7")
+    say(page, "hi", 2)
+    say(page, "add", 4)
+    say(page, "and fail", 6)
+    page.click(".row button:last-child")  # a notice
+    states = {
+        "turns": lambda: page.evaluate("document.querySelector('.code').scrollIntoView()"),
+        "end": lambda: page.evaluate("document.querySelector('#scroll').scrollTop = 1e6"),
+        "dialog": lambda: page.click("#list [aria-label^='Delete']"),
+        "new": lambda: (page.press("Escape"), page.wait("!document.querySelector('dialog')"), page.click("#new")),
+    }
+    looked_at = set()
+    for scheme in ("light", "dark"):
+        page.prefer(scheme)
+        for name, show in states.items():
+            show()
+            found = page.evaluate(CONTRASTS)
+            assert [each for each in found if each[2] < 4.5] == [], (scheme, name)
+            looked_at |= {where for _, where, _ in found}
+            page.screenshot(folder / f"{scheme}-{name}.png")
+            assert (folder / f"{scheme}-{name}.png").read_bytes()[:24].endswith(struct.pack(">2I", 1200, 800))
+        page.evaluate("history.back()")
+        page.wait("document.querySelectorAll('.turn').length === 6")
+    wanted = {"H2.", "CODE.", "A.", "TD.", "SPAN.comment", "SPAN.string", "SPAN.number", "SPAN.word", "P.fault"}
+    assert wanted <= looked_at, looked_at
 
 
 def test_colours_follow_the_system_until_one_is_chosen(visit):
