@@ -150,6 +150,7 @@ def start_pipeline(model, args: argparse.Namespace, on_program: Callable[[Compil
         speculation=speculation,
         draft=draft,
         mode=args.mode,
+        max_pause=args.max_pause / 1000,
         replicas=args.replicas,
         longest_embedding=getattr(args, "max_embedding", 0),  # who asks in this process has no such route
         on_program=tell,

@@ -11,7 +11,7 @@ from serve.keys import check_origin
 DESCRIPTION = "An OpenAI-compatible server of one model, on this machine only unless --host says otherwise."
 OF_TEXT = (
     *("grpc_port", "max_embedding", "kv", "paged_attention", "replicas", "max_batch", "host_memory", "num_pages"),
-    *("page_size", "mode", "adapter", "adapter_root", "max_adapters", "adapter_rank", "speculate", "drafts"),
+    *("page_size", "mode", "max_pause", "adapter", "adapter_root", "max_adapters", "adapter_rank", "speculate", "drafts"),
     *("max_sessions", "session_seconds", "max_responses", "response_seconds", "response_memory", "stuck_seconds"),
 )
 """Flags of what draws text, of which a reward model has nothing."""
@@ -210,6 +210,14 @@ def _add_room(group: argparse._ArgumentGroup) -> None:
         help="exact: an answer is bit by bit the same in any company (default: %(default)s)",
     )
     group.add_argument(
+        "--max-pause",
+        type=_milliseconds,
+        default=4,
+        metavar="MS",
+        help="tokens come one by one where several at once would take longer than this after those before "
+        "(%(default)g)",
+    )
+    group.add_argument(
         "--kv",
         choices=("float32", "bfloat16", "float16", "int8", "int4"),
         help="key/value cache (default: as computed)",
@@ -281,6 +289,10 @@ def count_or_none(text: str) -> int:
 
 def _seconds(text: str) -> float:
     return _number(text, float, "seconds over 0", lambda value: 0 < value < float("inf"))
+
+
+def _milliseconds(text: str) -> float:
+    return _number(text, float, "milliseconds over 0", lambda value: 0 < value < float("inf"))
 
 
 def _mib(text: str) -> float:

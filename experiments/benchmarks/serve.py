@@ -290,7 +290,11 @@ def ratios(found: Mapping[str, dict]) -> dict[str, dict[str, float]]:
 
 def _compared(each: Mapping[str, Any]) -> dict[str, float]:
     """The figures in which contenders are compared; the smaller, the better."""
-    percentiles = {"first token": ("first_token", ("p50", "p99")), "per token": ("per_token", ("p50", "p95", "p99"))}
+    percentiles = {
+        "first token": ("first_token", ("p50", "p99")),
+        "per token": ("per_token", ("p50", "p95", "p99")),
+        "pause": ("pause", ("p50", "p95", "p99")),
+    }
     found = {"seconds per token": 1 / each["tokens_per_second"]}
     for name, (field, points) in percentiles.items():
         found |= {f"{name} {point}": each[field][point] for point in points if each[field] and each[field][point] > 0}
