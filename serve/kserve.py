@@ -23,7 +23,7 @@ from serve.protocol import Refusal, Refused, call_guide_of, guided_call, message
 from serve.requests import ChatRequest, CompletionRequest
 from serve.tensors import Tensor
 
-MAX_PROMPTS = 512  # of one request: each has a thread that waits for its answer
+MAX_PROMPTS = 512  # of one request
 VERSION = "1"
 NO_STATISTICS = "there are none by the model; counts and times of requests are in /metrics and in the server's log"
 

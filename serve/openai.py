@@ -36,7 +36,7 @@ from serve.session_routes import Sessions, add_session_routes
 from serve.tokenize_routes import add_tokenize_routes
 from serve.web import add_page
 
-MAX_ANSWERS = 512  # of one request: each has a thread that waits for it
+MAX_ANSWERS = 512  # of one request
 
 
 def create_score_app(
