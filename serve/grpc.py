@@ -4,6 +4,9 @@ The calls are in `kserve.proto`, what a request may hold in `serve.kserve`. The 
 and so are the doors: a request takes a place, those in a stream one each, or is refused as over HTTP. A call that is
 cancelled, lost or past its deadline frees its slots and pages. Of a stream, requests are answered side by side; whoever
 does not read holds up nobody else, and is given up.
+
+All calls are served as streams of requests, those with one request too: gRPC would read its message before it asked us,
+of any size, for as long as it takes. So nothing is read of a call without a key, of one that is refused, of a probe.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf import json_format
+from google.protobuf.message import DecodeError
 
 from serve import kserve, tensors
-from serve.guards import MAY_PASS, RETRY_SECONDS, Doors
+from serve.guards import MAY_PASS, RETRY_SECONDS, Doors, Limits
 from serve.kserve_answer import Response, answer
-from serve.kserve_messages import Messages, messages
+from serve.kserve_messages import Messages, Rpc, messages
 from serve.protocol import Refusal
 from serve.request_log import MAX_PROMPT_BYTES, Facts, new_id, note, recorded, sane_id
 
@@ -29,6 +33,10 @@ MAX_CALLS = 1000  # at once beside those that the doors let in, such as open str
 MAX_IN_STREAM = 64  # requests of one stream that are answered at once; the next one is read when one of them is over
 _MAX_DETAILS = 2000  # bytes: gRPC sends them in a header, up to three times as long, and clients take 8 KiB of it
 _START_SECONDS = 30.0
+_PING_SECONDS, _PONG_SECONDS = 60.0, 20.0
+"""A client with an open call is pinged when it has said nothing for so long, and given up without an answer."""
+_IDLE_SECONDS = 300.0
+"""After so long without a call a connection is ended; clients connect again when they need to."""
 _STOP_SECONDS = 1.0  # for responses that are complete to be sent
 
 log = logging.getLogger("serve")
@@ -37,6 +45,7 @@ _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     501: grpc.StatusCode.UNIMPLEMENTED,
     503: grpc.StatusCode.UNAVAILABLE,
@@ -97,8 +106,15 @@ class GrpcServer:
     async def _started(self) -> grpc.aio.Server:
         served, limits = self._front.served, self._front.doors.limits
         sizes = ("grpc.max_receive_message_length", served.max_bytes), ("grpc.max_send_message_length", -1)
+        waits = {
+            "grpc.keepalive_time_ms": _PING_SECONDS,
+            "grpc.keepalive_timeout_ms": _PONG_SECONDS,
+            "grpc.http2.ping_timeout_ms": _PONG_SECONDS,  # which is what gRPC goes by, in spite of the one above
+            "grpc.max_connection_idle_ms": _IDLE_SECONDS,
+        }
+        times = [(name, int(seconds * 1000)) for name, seconds in waits.items()]
         # Else a second server might share the port with this one, and each get some of the requests.
-        options = (*sizes, ("grpc.so_reuseport", 0))
+        options = (*sizes, *times, ("grpc.so_reuseport", 0))
         most = MAX_CALLS + limits.max_running + limits.max_waiting
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=most)
         server.add_generic_rpc_handlers((_handlers(self._front, self._leaving),))
@@ -120,35 +136,39 @@ def _handlers(front: Front, leaving: asyncio.Event) -> grpc.GenericRpcHandler:
     }
     handlers = {}
     for rpc in found.rpcs:
-        serving = {
-            "request_deserializer": rpc.request.FromString,
-            "response_serializer": rpc.response.SerializeToString,
-        }
+        sent = {"response_serializer": rpc.response.SerializeToString}
         if rpc.streams:
             handler = partial(_stream, rpc.name, front=front, found=found, leaving=leaving)
-            handlers[rpc.name] = grpc.stream_stream_rpc_method_handler(handler, **serving)
+            read = {"request_deserializer": rpc.request.FromString}
+            handlers[rpc.name] = grpc.stream_stream_rpc_method_handler(handler, **read, **sent)
             continue
-        if rpc.name in methods:
-            answered = partial(_told, methods[rpc.name], rpc.response)
+        if rpc.name in _PROBES:
+            answered = partial(_told_of_server, methods[rpc.name], rpc.response)
+        elif rpc.name in methods:
+            answered = partial(_told, methods[rpc.name], rpc)
         else:
-            answered = partial(_infer, front=front, found=found)
-        handlers[rpc.name] = grpc.unary_unary_rpc_method_handler(_unary(rpc.name, answered, front), **serving)
+            answered = partial(_infer, rpc, front=front, found=found)
+        handlers[rpc.name] = grpc.stream_unary_rpc_method_handler(_one(rpc.name, answered, front), **sent)
     for name, why in _NOT_DONE.items():
         answered = partial(_not_done, f"{name} is not answered here: {why}")
-        handlers[name] = grpc.unary_unary_rpc_method_handler(_unary(name, answered, front))
+        handlers[name] = grpc.stream_unary_rpc_method_handler(_one(name, answered, front))
     return grpc.method_handlers_generic_handler(found.service, handlers)
 
 
-def _unary(name: str, answered: Callable[[Any], Awaitable[Any]], front: Front) -> Callable:
+Read = Callable[[Rpc], Awaitable[Any]]
+"""Reads the message of a call. Raises Refusal where none comes in time, or one that is none."""
+
+
+def _one(name: str, answered: Callable[[Read], Awaitable[Any]], front: Front) -> Callable:
     """The handler of a call with one request and one response."""
 
-    async def handle(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def handle(messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> Any:
         facts = _facts(name, context)
 
         async def opened() -> Any:
             if name not in _PROBES:
                 _check_key(context, front.served)
-            return await answered(request)
+            return await answered(partial(_read, messages, limits=front.doors.limits))
 
         context.set_trailing_metadata((("x-request-id", facts.request),))
         with recorded(facts, front.on_end, is_polled=name in _PROBES):
@@ -158,6 +178,22 @@ def _unary(name: str, answered: Callable[[Any], Awaitable[Any]], front: Front) -
         return response
 
     return handle
+
+
+async def _read(messages: AsyncIterator[bytes], rpc: Rpc, *, limits: Limits) -> Any:
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            data = await anext(messages, None)
+    except TimeoutError:
+        what = f"the message did not come in within {limits.body_seconds:g} seconds; send it faster, or less"
+        raise Refusal(what, status=408) from None
+    if data is None:  # or the client has gone; of a message that is too large gRPC has told it
+        note(outcome="no message")
+        raise Refusal(f"{rpc.name} has no message, or one of more than {limits.body_bytes} bytes; send one")
+    try:
+        return rpc.request.FromString(data)
+    except DecodeError as error:
+        raise Refusal(f"the message of {len(data)} bytes is no {rpc.request.DESCRIPTOR.name}: {error}") from error
 
 
 def _facts(name: str, context: grpc.aio.ServicerContext) -> Facts:
@@ -207,11 +243,15 @@ def _details(message: str) -> str:
     return message.encode(errors="replace")[:_MAX_DETAILS].decode(errors="ignore")
 
 
-async def _told(tell: Callable[[Any], Mapping], response: Any, request: Any) -> Any:
-    return json_format.ParseDict(tell(request), response())
+async def _told_of_server(tell: Callable[[None], Mapping], response: Any, read: Read) -> Any:
+    return json_format.ParseDict(tell(None), response())
 
 
-async def _not_done(why: str, request: bytes) -> None:
+async def _told(tell: Callable[[Any], Mapping], rpc: Rpc, read: Read) -> Any:
+    return json_format.ParseDict(tell(await read(rpc)), rpc.response())
+
+
+async def _not_done(why: str, read: Read) -> None:
     raise Refusal(why, status=501)
 
 
@@ -244,12 +284,15 @@ def _note_prompt(request: Any, front: Front) -> None:
         note(text=str(request)[:MAX_PROMPT_BYTES])
 
 
-async def _infer(request: Any, *, front: Front, found: Messages) -> Any:
-    async def answered() -> Response:
-        return await answer(kserve.job_of(_request(request), front.served, may_stream=False))
+async def _infer(rpc: Rpc, read: Read, *, front: Front, found: Messages) -> Any:
+    with front.doors.inside():
+        request = await read(rpc)
+        _note_prompt(request, front)
 
-    _note_prompt(request, front)
-    message = _response(await front.doors.through(answered), found)
+        async def answered() -> Response:
+            return await answer(kserve.job_of(_request(request), front.served, may_stream=False))
+
+        message = _response(await front.doors.placed(answered), found)
     message.parameters.clear()  # there is one response: nobody asks whether it is the last
     return message
 
@@ -305,10 +348,14 @@ class _Stream:
             job = kserve.job_of(_request(request), self._front.served, may_stream=True)
             await self._send(await answer(job, send=self._send))
 
+        async def inside() -> None:
+            with self._front.doors.inside():
+                await self._front.doors.placed(answered)
+
         try:
             with recorded(facts, self._front.on_end, is_polled=False):
                 _note_prompt(request, self._front)
-                _, refusal = await _outcome(self._front.doors.through(answered), facts)
+                _, refusal = await _outcome(inside(), facts)
                 if self._left.is_set():  # which is why it was refused, if it was
                     facts.status = grpc.StatusCode.CANCELLED.name
                     facts.outcome = "client does not read" if self.is_stuck else "client gone"

@@ -721,6 +721,87 @@ def test_a_message_over_the_limit_of_bodies_is_refused(scripted):
         assert stub.ModelInfer(message_of(text_input=[b"x"])) and len(pipeline.engine.requests) == 1
 
 
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+
+
+@contextlib.contextmanager
+def silent(server, method=INFER, **how):
+    """A call of one request whose message does not come. It is ended with the block, if it was not before."""
+    over = threading.Event()
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        call = channel.stream_unary(method).future(iter(lambda: over.wait(20) and None, None), timeout=20, **how)
+        try:
+            yield call
+        finally:
+            over.set()
+
+
+def test_a_call_whose_message_does_not_come_in_time_is_ended(scripted, eventually):
+    pipeline = scripted(TEXT)
+    with limited(pipeline, body_seconds=0.3, max_running=1, max_waiting=0) as server, calling(server) as stub:
+        with silent(server) as call:
+            eventually(lambda: server.doors.num_inside == 1)
+            with pytest.raises(grpc.RpcError, match="the server is busy"):  # it holds a place, for its time
+                stub.ModelInfer(message_of(text_input=[b"x"]))
+            assert call.exception().code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert "the message did not come in within 0.3 seconds" in call.exception().details()
+        with silent(server, INFER.replace("ModelInfer", "ModelReady")) as call:
+            assert "the message did not come in" in call.exception().details()
+        assert stub.ModelInfer(message_of(text_input=[b"x"])) and server.doors.num_inside == 0
+        with grpc.insecure_channel(server.grpc_address) as channel:
+            for messages_, said in (([], "ModelInfer has no message"), ([b"\xff"], "is no ModelInferRequest")):
+                with pytest.raises(grpc.RpcError, match=said) as caught:
+                    channel.stream_unary(INFER)(iter(messages_), timeout=20)
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(pipeline.engine.requests) == 1
+
+
+def test_nothing_is_read_of_a_call_that_is_refused_or_asks_for_nothing(scripted):
+    with start_server(scripted(TEXT), model_name="tiny", api_key="sesame", grpc_port=0, drain_seconds=1) as server:
+        for method in ("ModelInfer", "ModelReady", "ModelStatistics"):
+            with silent(server, INFER.replace("ModelInfer", method)) as call:
+                assert call.exception().code() is grpc.StatusCode.UNAUTHENTICATED
+        with calling(server) as stub:
+            large = message_of(text_input=[b"x" * (8 << 20)])
+            with pytest.raises(grpc.RpcError, match="the API key is missing or wrong") as caught:
+                stub.ModelInfer(large)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        with silent(server, INFER.replace("ModelInfer", "ServerLive")) as call:
+            assert call.result() == b"\x08\x01", "live"
+        with silent(server, INFER.replace("ModelInfer", "Other")) as call:
+            assert call.exception().code() is grpc.StatusCode.UNIMPLEMENTED
+        server._loop.call_soon_threadsafe(server._app.state.doors.close, "no more")
+        with silent(server, metadata=(("authorization", "Bearer sesame"),)) as call:
+            assert (call.exception().code(), call.exception().details()) == (grpc.StatusCode.UNAVAILABLE, "no more")
+
+
+def test_clients_that_are_stopped_and_connections_without_calls_are_given_up(scripted, eventually, monkeypatch):
+    for name, seconds in (("_PING_SECONDS", 0.3), ("_PONG_SECONDS", 0.3), ("_IDLE_SECONDS", 0.3)):
+        monkeypatch.setattr(front, name, seconds)
+    program = (
+        "import sys, grpc\n"
+        "with grpc.insecure_channel(sys.argv[1]) as channel:\n"
+        "    call = channel.stream_unary(sys.argv[2])\n"
+        "    call(iter(sys.stdin.readline, None))\n"
+    )
+    with limited(scripted(TEXT)) as server:
+        stopped = subprocess.Popen([sys.executable, "-c", program, server.grpc_address, INFER], stdin=subprocess.PIPE)
+        try:
+            eventually(lambda: server.doors.num_inside == 1)
+            stopped.send_signal(signal.SIGSTOP)
+            eventually(lambda: server.doors.num_inside == 0)
+        finally:
+            stopped.kill()
+            stopped.wait()
+        states = []
+        with grpc.insecure_channel(server.grpc_address) as channel:
+            channel.subscribe(states.append)
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            for _ in range(2):
+                assert stub.ServerLive(service_pb2.ServerLiveRequest()).live
+                eventually(lambda: states[-1] is grpc.ChannelConnectivity.IDLE)
+
+
 def test_a_client_that_does_not_read_its_stream_is_given_up(scripted, eventually):
     pipeline = scripted(lambda request: [70] * 900)
     message, sent = message_of(text_input=[b"x"], max_tokens=[900], stream=[True]), itertools.count()
