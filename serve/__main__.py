@@ -485,7 +485,7 @@ def serve(args: argparse.Namespace) -> int:
                     )
                 server.use((create_app if is_text else create_score_app)(served, **how))
                 if grpc_port is not None:
-                    server.add_grpc(served, grpc_port, api_keys=keys)
+                    server.add_grpc(grpc_port)
                     print(f"grpc     {server.grpc_address}")
                 if args.web and is_text:
                     print(f"page     {server.url}/")

@@ -126,9 +126,9 @@ class GrpcServer:
 def _handlers(front: Front, leaving: asyncio.Event) -> grpc.GenericRpcHandler:
     found, served = messages(), front.served
     methods: dict[str, Callable] = {
-        "ServerLive": lambda request: {"live": True},
-        "ServerReady": lambda request: {"ready": _is_ready(front)},
-        "ModelReady": lambda request: {"ready": _is_served(request, served) and _is_ready(front)},
+        "ServerLive": lambda request: {"live": served.health().is_live},
+        "ServerReady": lambda request: {"ready": served.health().is_ready},
+        "ModelReady": lambda request: {"ready": _is_served(request, served) and served.health().is_ready},
         "ServerMetadata": lambda request: kserve.server_metadata(),
         "ModelMetadata": lambda request: kserve.model_metadata(_name(request, served)),
         "ModelConfig": lambda request: {"config": kserve.model_config(_name(request, served))},
@@ -258,10 +258,6 @@ async def _not_done(why: str, read: Read) -> None:
 def _name(request: Any, served: kserve.Served) -> str:
     kserve.check_model(request.name, request.version, served)
     return request.name
-
-
-def _is_ready(front: Front) -> bool:
-    return front.served.pipeline.fault() is None and front.doors.closed is None
 
 
 def _is_served(request: Any, served: kserve.Served) -> bool:

@@ -1,5 +1,7 @@
 """Whether a server is well: /health for people and load balancers, /live and /ready for what restarts and routes.
 
+What they say, the KServe v2 protocol says too, over HTTP and gRPC.
+
 /health  200 ok | degraded (some replicas have stopped);  503 loading | compiling n of m | draining | stuck | failed
 /ready   200 while requests are taken, else 503
 /live    503 only where a restart is the remedy: the engine has stopped, or hangs
@@ -9,14 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from internjax.decode.device import Compiled
 from serve.guards import Doors, respond
-from serve.pipeline import Pipeline
 from serve.protocol import Refusal
 
 
@@ -29,6 +30,11 @@ class Health(NamedTuple):
     """Of every replica."""
 
     @property
+    def why(self) -> str:
+        """Why it is not well, in words."""
+        return f"the server is {self.status}" + ("" if self.fault is None else f": {self.fault}")
+
+    @property
     def is_ready(self) -> bool:
         return self.status in ("ok", "degraded")
 
@@ -37,12 +43,22 @@ class Health(NamedTuple):
         return self.status not in ("stuck", "failed")
 
 
-def health_of(pipeline: Pipeline, doors: Doors, *, stuck_seconds: float) -> Health:
+class Working(Protocol):
+    """What answers: a `serve.pipeline.Pipeline` or a `serve.scores.Scorer`."""
+
+    def fault(self) -> str | None: ...
+
+    def faults(self) -> list[str | None]: ...
+
+    def silent_seconds(self) -> float: ...
+
+
+def health_of(working: Working, doors: Doors, *, stuck_seconds: float) -> Health:
     """How the engines are, by what they do: an engine that has work and shows no sign of life is stuck."""
-    fault, faults = pipeline.fault(), pipeline.faults()
+    fault, faults = working.fault(), working.faults()
     if fault is not None:
         return Health("failed", fault, faults)
-    silent = pipeline.engine.silent_seconds()
+    silent = working.silent_seconds()
     if silent > stuck_seconds:
         return Health("stuck", f"the engine has work and has not gone on with it for {silent:.0f} seconds", faults)
     if doors.closed is not None:

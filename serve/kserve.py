@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from serve.health import Health
 from serve.keys import is_opened
 from serve.pipeline import Answer, Pipeline
 from serve.protocol import Refusal, Refused, call_guide_of, guided_call, messages_of, params_of, refuse, tools_of
@@ -96,12 +97,13 @@ are REST's."""
 
 class Served(NamedTuple):
     """What the fronts serve. `api_keys`: one of them is needed; none: no key is. `max_bytes`: of a request, after it is
-    decompressed."""
+    decompressed. `health`: how the server is."""
 
     pipeline: Pipeline
     model_name: str
     api_keys: tuple[str, ...]
     max_bytes: int
+    health: Callable[[], Health]
 
 
 class Request(NamedTuple):
@@ -183,10 +185,11 @@ def model_config(name: str) -> dict[str, Any]:
 
 
 def repository_index(served: Served, *, only_ready: bool = False) -> list[dict[str, str]]:
-    fault = served.pipeline.fault()
-    if only_ready and fault is not None:
+    health = served.health()
+    if only_ready and not health.is_ready:
         return []
-    state = {"version": VERSION, "state": "READY" if fault is None else "UNAVAILABLE", "reason": fault or ""}
+    state = {"version": VERSION, "state": "READY" if health.is_ready else "UNAVAILABLE"}
+    state["reason"] = "" if health.is_ready else health.why
     return [{"name": name} | state for name in (served.model_name, *served.pipeline.adapters)]
 
 

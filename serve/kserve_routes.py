@@ -68,13 +68,14 @@ def _with(served: kserve.Served, endpoint: Endpoint, *, needs_key: bool = False)
 
 
 async def _live(request: Request, served: kserve.Served) -> Response:
+    if not (health := served.health()).is_live:
+        raise Refusal(health.why, status=503)
     return JSONResponse({"live": True})
 
 
 async def _ready(request: Request, served: kserve.Served) -> Response:
-    fault, closed = served.pipeline.fault(), request.app.state.doors.closed
-    if fault is not None or closed is not None:
-        raise Refusal(closed if fault is None else f"the engine has stopped: {fault}", status=503)
+    if not (health := served.health()).is_ready:
+        raise Refusal(health.why, status=503)
     return JSONResponse({"ready": True})
 
 

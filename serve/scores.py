@@ -11,11 +11,13 @@ program is compiled for each when it is first needed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 from fastapi import FastAPI
 from pydantic import Field
@@ -69,13 +71,27 @@ class Scorer:
         self._model, self._mesh = model, sharding.mesh_of(model.params)
         self._widths = row_widths(model.config, self.max_context)
         self._longest_token = longest_token(model.tokenizer)
-        self._lock = threading.Lock()
+        self._computing, self._counting = threading.Lock(), threading.Lock()
+        self._num_calls, self._beat, self._fault = 0, time.monotonic(), None
 
     def __enter__(self) -> Scorer:
         return self
 
     def __exit__(self, *exception) -> None:
         pass
+
+    def fault(self) -> str | None:
+        """Why no more requests are taken, or None if they are."""
+        return self._fault
+
+    def faults(self) -> list[str | None]:
+        """The same of every replica, of which there is one."""
+        return [self._fault]
+
+    def silent_seconds(self) -> float:
+        """For how long there has been work and no batch of it has begun or ended; 0 where there is none."""
+        with self._counting:
+            return time.monotonic() - self._beat if self._num_calls else 0.0
 
     def ids_of(self, messages: Sequence[Message], *, condition: str | None = None) -> list[int]:
         """What the model reads of a conversation, but for the reward token. condition: a system prompt."""
@@ -94,18 +110,51 @@ class Scorer:
             next(width for width in self._widths if len(ids) < width) for ids in sequences
         ]  # and the reward token
         for width in sorted({*widths}):
-            here = [index for index, each in enumerate(widths) if each == width]
-            with self._lock, sharding.use(self._mesh):
-                scores[here] = get_scores(
+            here, count = [index for index, each in enumerate(widths) if each == width], num_rows(width)
+            for start in range(0, len(here), count):
+                batch = here[start : start + count]
+                scores[batch] = self._scores([sequences[index] for index in batch], width)
+        return scores
+
+    def _scores(self, sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
+        """Those of a batch."""
+        with self._at_work(), self._computing, sharding.use(self._mesh):
+            self._beat = time.monotonic()
+            try:
+                return get_scores(
                     self._model.params,
-                    [sequences[index] for index in here],
+                    sequences,
                     config=in_chunks(self._model.config),
                     reward_token_id=self._model.tokenizer.special[REWARD],
                     lora=self._model.lora,
                     batch_size=num_rows(width),
                     width=width,
                 )
-        return scores
+            except Exception as error:
+                self._fault = self._found_fault(error)
+                raise
+            finally:
+                self._beat = time.monotonic()
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        with self._counting:
+            self._beat = self._beat if self._num_calls else time.monotonic()
+            self._num_calls += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._num_calls -= 1
+
+    def _found_fault(self, error: Exception) -> str | None:
+        """What is wrong where even a small computation fails; None where only this batch could not be scored."""
+        try:
+            for device in self._mesh.local_devices:
+                np.asarray(jax.device_put(np.zeros(1), device) + 1)
+        except Exception as again:
+            return f"the device computes no more: {again} (after {type(error).__name__}: {error})"
+        return None
 
 
 def add_score_routes(app: FastAPI, scorer: Scorer, *, model_name: str) -> None:

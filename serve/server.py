@@ -81,13 +81,12 @@ class Server:
         """Has another application answer what comes from now on."""
         self._app = app
 
-    def add_grpc(self, pipeline: Pipeline, port: socket.socket, *, api_keys: Sequence[str]) -> None:
+    def add_grpc(self, port: socket.socket) -> None:
         """Answers the KServe v2 protocol over gRPC too, through the doors of the application that answers now.
 
         Raises ValueError where the port cannot be taken.
         """
         from serve.grpc import Front, GrpcServer
-        from serve.kserve import Served
 
         host, number = port.getsockname()[:2]
         port.close()  # gRPC takes no socket of others: it was held so far to be there for it now
@@ -95,8 +94,7 @@ class Server:
         if self._loop is None:
             raise RuntimeError(f"the server at {self.url} did not start in {_READY_SECONDS:g} s")
         state = self._app.state
-        served = Served(pipeline, self.model_name, tuple(api_keys), state.doors.limits.body_bytes)
-        front = Front(served, state.doors, state.metrics.called, log_prompts=state.operation.log_prompts)
+        front = Front(state.served, state.doors, state.metrics.called, log_prompts=state.operation.log_prompts)
         self._grpc = GrpcServer(front, loop=self._loop, host=host, port=number)
         self.grpc_address = self._grpc.address
 
@@ -178,7 +176,6 @@ def start_server(
     """
     from serve.guards import Operation
     from serve.kept import KeepLimits
-    from serve.keys import keys_of
     from serve.openai import create_app, create_score_app
     from serve.scores import Scorer
 
@@ -195,7 +192,7 @@ def start_server(
     server = Server(app, taken, model_name=model_name, drain_seconds=drain_seconds)
     try:
         if grpc_port is not None:
-            server.add_grpc(pipeline, grpc_port, api_keys=keys_of(api_key))
+            server.add_grpc(grpc_port)
         wait_until_ready(server)
     except BaseException:
         server.close()

@@ -189,12 +189,24 @@ def test_what_is_served(engine, over_grpc, over_http):
     assert [m.state for m in over_grpc.get_model_repository_index().models] == ["READY"] * 2
 
 
-def test_a_failed_engine_is_not_ready(engine, client):
-    engine.fault = "out of memory"
-    assert client.is_server_live() and not client.is_server_ready() and not client.is_model_ready("tiny")
-    index = client.get_model_repository_index()
-    model = index[0] if isinstance(index, list) else index.models[0]
-    assert "out of memory" in str(model)
+def test_an_engine_that_failed_or_hangs_is_neither_ready_nor_live(engine, client, running):
+    """As /ready and /live have it."""
+
+    def told() -> list[bool]:
+        over_rest = [httpx.get(f"{running[0].url}/{path}").status_code == 200 for path in ("ready", "live")]
+        assert over_rest == [client.is_server_ready(), client.is_server_live()]
+        assert over_rest[0] == client.is_model_ready("tiny")
+        return over_rest
+
+    def state() -> str:
+        index = client.get_model_repository_index()
+        return str(index[0] if isinstance(index, list) else index.models[0])
+
+    assert told() == [True, True]
+    engine.silent = 1000.0
+    assert told() == [False, False] and "not gone on with it for 1000 seconds" in state()
+    engine.silent, engine.fault = 0.0, "out of memory"
+    assert told() == [False, False] and "out of memory" in state()
     with pytest.raises(InferenceServerException, match="out of memory") as caught:
         ask(client, {"text_input": ["x"]})
     assert status_of(caught.value) in ("UNAVAILABLE", "503")

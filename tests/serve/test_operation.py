@@ -316,6 +316,7 @@ def test_an_engine_that_hangs_is_told(served):
     assert [get(server, path) for path in ("/health", "/ready", "/live")] == [(200, "ok")] * 3
     server.engine.silent = 6.0
     assert [get(server, path) for path in ("/health", "/ready", "/live")] == [(503, "stuck")] * 3
+    assert [get(server, f"/v2/health/{path}")[0] for path in ("ready", "live")] == [503, 503]
     assert "not gone on with it for 6 seconds" in httpx.get(f"{server.url}/health").json()["fault"]
     server.engine.silent, server.engine.fault = 0.0, "out of memory"
     assert error_of(post(server), 503)["message"] == "out of memory"

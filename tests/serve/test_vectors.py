@@ -2,6 +2,9 @@
 
 import base64
 import dataclasses
+import threading
+import time
+from types import SimpleNamespace
 
 import httpx
 import jax
@@ -20,6 +23,7 @@ from internjax.text.message import Message
 from internjax.text.tokenizer import REWARD, Tokenizer
 from serve import __main__ as command
 from serve import pipeline as pipeline_module
+from serve import scores
 from serve.embeddings import Embedder
 from serve.pipeline import Pipeline
 from serve.scores import Scorer
@@ -214,6 +218,49 @@ def test_each_kind_of_model_refuses_what_the_other_does(client, rewarding, tiny_
             ask()
     with pytest.raises(ValueError, match="scalar"):
         Scorer(tiny_model)
+
+
+def test_a_reward_model_that_hangs_or_whose_device_is_lost_is_told(reward_model, monkeypatch, eventually):
+    """As an engine is: what is computed for long is stuck; a batch that fails is an error, a lost device the end."""
+    now, hanging, score = [100.0], threading.Event(), scores.get_scores
+    monkeypatch.setattr(scores, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+
+    def status(server, path="health") -> tuple[int, str]:
+        response = httpx.get(f"{server.url}/{path}")
+        return response.status_code, response.json()["status"]
+
+    def hang(*arguments, **how):
+        hanging.set()
+        go_on.wait(20)
+        return score(*arguments, **how)
+
+    with serving(Scorer(reward_model, max_context=128)) as server, client_of(server) as client:
+        asked = {"model": "tiny", "pairs": [{"prompt": "a", "answer": "b"}]}
+        now[0] = 1000.0
+        assert status(server) == (200, "ok"), "nothing is computed: it may be silent"
+        go_on = threading.Event()
+        monkeypatch.setattr(scores, "get_scores", hang)
+        asking = threading.Thread(target=lambda: scored(client, pairs=asked["pairs"]))
+        asking.start()
+        hanging.wait(20)
+        assert status(server) == (200, "ok")
+        now[0] += 121.0
+        assert [status(server, path) for path in ("health", "ready", "live")] == [(503, "stuck")] * 3
+        go_on.set()
+        asking.join(timeout=20)
+        assert status(server) == (200, "ok")
+
+        def fail(*arguments, **how):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(scores, "get_scores", fail)
+        assert httpx.post(f"{client.base_url}score", json=asked).status_code == 500
+        assert status(server) == (200, "ok"), "the device computes: another batch may fit"
+        monkeypatch.setattr(scores.jax, "device_put", fail)
+        assert httpx.post(f"{client.base_url}score", json=asked).status_code == 500
+        assert [status(server, path) for path in ("ready", "live")] == [(503, "failed")] * 2
+        refused = httpx.post(f"{client.base_url}score", json=asked)
+        assert refused.status_code == 503 and "the device computes no more" in refused.text
 
 
 def test_the_command_serves_a_reward_model(reward_model, tiny_model, tmp_path, capsys):
