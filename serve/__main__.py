@@ -474,6 +474,9 @@ def serve(args: argparse.Namespace) -> int:
         operation = Operation(limits, tuple(args.allow_origin), args.log_prompts, args.stuck_seconds)
         with Server(starting, port, model_name=name, drain_seconds=args.drain_seconds) as server:
             print(f"port     {server.url}/health tells how far it is", flush=True)
+            if grpc_port is not None:
+                server.add_grpc(grpc_port, api_keys=keys, operation=operation)
+                print(f"grpc     {server.grpc_address}", flush=True)
             with open_served(args, starting.compiled) as served:
                 for number in (signal.SIGTERM, signal.SIGINT):
                     signal.signal(number, lambda *_: stopping.set())
@@ -484,9 +487,6 @@ def serve(args: argparse.Namespace) -> int:
                         args.max_sessions, args.session_seconds, args.max_responses, args.response_seconds
                     )
                 server.use((create_app if is_text else create_score_app)(served, **how))
-                if grpc_port is not None:
-                    server.add_grpc(grpc_port)
-                    print(f"grpc     {server.grpc_address}")
                 if args.web and is_text:
                     print(f"page     {server.url}/")
                 # What is there now stays. To search it for garbage again stopped all answers for half a second.

@@ -23,7 +23,8 @@ from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
 from serve import kserve, tensors
-from serve.guards import MAY_PASS, RETRY_SECONDS, Doors, Limits
+from serve.guards import MAY_PASS, RETRY_SECONDS, Limits, Operation
+from serve.health import Health, Starting
 from serve.kserve_answer import Response, answer
 from serve.kserve_messages import Messages, Rpc, messages
 from serve.protocol import Refusal
@@ -63,15 +64,35 @@ _NOT_DONE = {
     for what in ("Status", "Register", "Unregister")
 }
 _PROBES = ("ServerLive", "ServerReady")  # they have no key
+_BEFORE_MODEL = (*_PROBES, "ModelReady")  # what is answered while it is not there
 
 
 class Front(NamedTuple):
-    """What all calls share. `on_end` is told of every request that is over; `log_prompts`: what it held is noted."""
+    """What all calls share."""
 
-    served: kserve.Served
-    doors: Doors
-    on_end: Callable[[Facts], None]
-    log_prompts: bool
+    app: Callable[[], Any]
+    """What answers over HTTP now: `Starting`, or an application of `serve.openai`, whose state the calls go by."""
+    api_keys: tuple[str, ...]
+    """One of them is needed; none: no key is."""
+    operation: Operation
+
+    def health(self) -> Health:
+        """How the server is."""
+        app = self.app()
+        return app.health() if isinstance(app, Starting) else app.state.health()
+
+    def state(self) -> Any:
+        """With `served`, `doors` and `metrics`. Raises Refusal while the model is not there."""
+        app = self.app()
+        if isinstance(app, Starting):
+            raise app.refusal()
+        return app.state
+
+    def on_end(self, facts: Facts) -> None:
+        """Counts a request that is over, once there is somewhere to."""
+        app = self.app()
+        if not isinstance(app, Starting):
+            app.state.metrics.called(facts)
 
 
 class GrpcServer:
@@ -82,7 +103,7 @@ class GrpcServer:
 
         Raises ValueError where the port cannot be taken.
         """
-        if not all(key.isascii() and key.isprintable() for key in front.served.api_keys):
+        if not all(key.isascii() and key.isprintable() for key in front.api_keys):
             raise ValueError("an API key has characters that gRPC cannot carry; choose one of printable ASCII")
         self._front, self._loop, self._leaving = front, loop, asyncio.Event()
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -104,8 +125,8 @@ class GrpcServer:
             stopped.result(_START_SECONDS)
 
     async def _started(self) -> grpc.aio.Server:
-        served, limits = self._front.served, self._front.doors.limits
-        sizes = ("grpc.max_receive_message_length", served.max_bytes), ("grpc.max_send_message_length", -1)
+        limits = self._front.operation.limits
+        sizes = ("grpc.max_receive_message_length", limits.body_bytes), ("grpc.max_send_message_length", -1)
         waits = {
             "grpc.keepalive_time_ms": _PING_SECONDS,
             "grpc.keepalive_timeout_ms": _PONG_SECONDS,
@@ -124,15 +145,15 @@ class GrpcServer:
 
 
 def _handlers(front: Front, leaving: asyncio.Event) -> grpc.GenericRpcHandler:
-    found, served = messages(), front.served
+    found = messages()
     methods: dict[str, Callable] = {
-        "ServerLive": lambda request: {"live": served.health().is_live},
-        "ServerReady": lambda request: {"ready": served.health().is_ready},
-        "ModelReady": lambda request: {"ready": _is_served(request, served) and served.health().is_ready},
+        "ServerLive": lambda request: {"live": front.health().is_live},
+        "ServerReady": lambda request: {"ready": front.health().is_ready},
+        "ModelReady": lambda request: {"ready": front.health().is_ready and _is_served(request, front.state().served)},
         "ServerMetadata": lambda request: kserve.server_metadata(),
-        "ModelMetadata": lambda request: kserve.model_metadata(_name(request, served)),
-        "ModelConfig": lambda request: {"config": kserve.model_config(_name(request, served))},
-        "RepositoryIndex": lambda request: {"models": _index(request, served)},
+        "ModelMetadata": lambda request: kserve.model_metadata(_name(request, front.state().served)),
+        "ModelConfig": lambda request: {"config": kserve.model_config(_name(request, front.state().served))},
+        "RepositoryIndex": lambda request: {"models": _index(request, front.state().served)},
     }
     handlers = {}
     for rpc in found.rpcs:
@@ -167,8 +188,10 @@ def _one(name: str, answered: Callable[[Read], Awaitable[Any]], front: Front) ->
 
         async def opened() -> Any:
             if name not in _PROBES:
-                _check_key(context, front.served)
-            return await answered(partial(_read, messages, limits=front.doors.limits))
+                _check_key(context, front)
+            if name not in _BEFORE_MODEL:
+                front.state()
+            return await answered(partial(_read, messages, limits=front.operation.limits))
 
         context.set_trailing_metadata((("x-request-id", facts.request),))
         with recorded(facts, front.on_end, is_polled=name in _PROBES):
@@ -233,9 +256,9 @@ async def _abort(context: grpc.aio.ServicerContext, facts: Facts, refusal: Refus
     await context.abort(_code(refusal), _details(refusal.message), (("x-request-id", facts.request), *more))
 
 
-def _check_key(context: grpc.aio.ServicerContext, served: kserve.Served) -> None:
+def _check_key(context: grpc.aio.ServicerContext, front: Front) -> None:
     given = _metadata(context).get("authorization", "")
-    kserve.check_key(given if isinstance(given, bytes) else given.encode(), served)
+    kserve.check_key(given if isinstance(given, bytes) else given.encode(), front.api_keys)
 
 
 def _details(message: str) -> str:
@@ -276,19 +299,20 @@ def _index(request: Any, served: kserve.Served) -> list[dict[str, str]]:
 
 
 def _note_prompt(request: Any, front: Front) -> None:
-    if front.log_prompts:
+    if front.operation.log_prompts:
         note(text=str(request)[:MAX_PROMPT_BYTES])
 
 
 async def _infer(rpc: Rpc, read: Read, *, front: Front, found: Messages) -> Any:
-    with front.doors.inside():
+    state = front.state()
+    with state.doors.inside():
         request = await read(rpc)
         _note_prompt(request, front)
 
         async def answered() -> Response:
-            return await answer(kserve.job_of(_request(request), front.served, may_stream=False))
+            return await answer(kserve.job_of(_request(request), state.served, may_stream=False))
 
-        message = _response(await front.doors.placed(answered), found)
+        message = _response(await state.doors.placed(answered), found)
     message.parameters.clear()  # there is one response: nobody asks whether it is the last
     return message
 
@@ -302,11 +326,12 @@ async def _stream(
     found: Messages,
     leaving: asyncio.Event,
 ) -> None:
-    """Answers ModelStreamInfer. What is counted and logged are its requests; the call itself, where it has no key."""
+    """Answers ModelStreamInfer. What is counted and logged are its requests; the call itself, where it is refused."""
     facts = _facts(name, context)
     context.set_trailing_metadata((("x-request-id", facts.request),))
     try:
-        _check_key(context, front.served)
+        _check_key(context, front)
+        front.state()
     except Refusal as refusal:
         with recorded(facts, front.on_end, is_polled=False):
             facts.status = _code(refusal).name
@@ -314,7 +339,7 @@ async def _stream(
     stream = _Stream(facts, context, front, found)
     await stream.answer(requests, leaving)
     if stream.is_stuck:
-        seconds = front.doors.limits.send_seconds
+        seconds = front.operation.limits.send_seconds
         what = f"the client has not read for {seconds:g} seconds; read what is asked for, or ask for less at once"
         await _abort(context, facts, Refusal(what, status=504))
 
@@ -324,6 +349,7 @@ class _Stream:
 
     def __init__(self, facts: Facts, context: grpc.aio.ServicerContext, front: Front, found: Messages):
         self._facts, self._context, self._front, self._found = facts, context, front, found
+        self._state = front.state()
         self._room, self._writing = asyncio.Semaphore(MAX_IN_STREAM), asyncio.Lock()
         self._left = asyncio.Event()
         """When nobody reads any more."""
@@ -341,12 +367,12 @@ class _Stream:
         facts = Facts(self._facts.request, self._facts.method, self._facts.route)
 
         async def answered() -> None:
-            job = kserve.job_of(_request(request), self._front.served, may_stream=True)
+            job = kserve.job_of(_request(request), self._state.served, may_stream=True)
             await self._send(await answer(job, send=self._send))
 
         async def inside() -> None:
-            with self._front.doors.inside():
-                await self._front.doors.placed(answered)
+            with self._state.doors.inside():
+                await self._state.doors.placed(answered)
 
         try:
             with recorded(facts, self._front.on_end, is_polled=False):
@@ -372,7 +398,7 @@ class _Stream:
             if self._left.is_set():
                 raise asyncio.CancelledError
             try:
-                async with asyncio.timeout(self._front.doors.limits.send_seconds):
+                async with asyncio.timeout(self._front.operation.limits.send_seconds):
                     await self._context.write(message)
             except (TimeoutError, grpc.aio.BaseError) as error:
                 # Else it has gone, and the call is about to be cancelled.

@@ -93,7 +93,7 @@ def add_health_routes(app: FastAPI, now: Callable[[], Health], *, model_name: st
 
 
 class Starting:
-    """What answers while the model is not there yet: how far it is, and 503 for all that needs it."""
+    """What answers while the model is not there yet: how far it is, and 503 for all that needs it. gRPC asks it too."""
 
     def __init__(self, model_name: str):
         self.status = "loading"
@@ -103,14 +103,22 @@ class Starting:
         """Notes that a program is there, and that the next one is made now."""
         self.status = f"compiling {min(program.number + 1, program.count)} of {program.count}"
 
+    def health(self) -> Health:
+        return Health(self.status, None, [])
+
+    def refusal(self) -> Refusal:
+        """What is said to who asks for the model."""
+        seconds = time.monotonic() - self._started
+        message = f"the model is not there yet ({self.status}, for {seconds:.0f} seconds); try again soon"
+        return Refusal(message, status=503, code="unavailable")
+
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             return
-        seconds = round(time.monotonic() - self._started, 1)
         if scope["path"] in ("/health", "/ready", "/live"):
+            seconds = round(time.monotonic() - self._started, 1)
             state = {"status": self.status, "model": self._model_name, "fault": None, "seconds": seconds}
             response: Callable = JSONResponse(state, status_code=200 if scope["path"] == "/live" else 503)
         else:
-            message = f"the model is not there yet ({self.status}, for {seconds:.0f} seconds); try again soon"
-            response = respond(Refusal(message, status=503, code="unavailable"))
+            response = respond(self.refusal())
         await response(scope, receive, send)

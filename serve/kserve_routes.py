@@ -61,7 +61,7 @@ Endpoint = Callable[[Request, kserve.Served], Awaitable[Response]]
 def _with(served: kserve.Served, endpoint: Endpoint, *, needs_key: bool = False) -> Callable:
     async def handle(request: Request) -> Response:
         if needs_key:
-            kserve.check_key(dict(request.scope["headers"]).get(b"authorization", b""), served)
+            kserve.check_key(dict(request.scope["headers"]).get(b"authorization", b""), served.api_keys)
         return await endpoint(request, served)
 
     return handle

@@ -27,19 +27,22 @@ from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException, deserialize_bytes_tensor, serialize_byte_tensor
 
+from internjax.decode.device import Compiled
 from internjax.text.chat import render
 from internjax.text.message import Message
 from serve import __main__ as command
 from serve import grpc as front
 from serve import server as serving
 from serve.guards import Limits, Operation
+from serve.health import Starting
 from serve.kserve import INPUTS, ONLY_IF_ASKED, OUTPUTS, SAMPLING
 from serve.kserve_messages import messages, read_proto
 from serve.kserve_routes import HEADER_LENGTH
+from serve.openai import create_app
 from serve.pipeline import Pipeline
 from serve.protocol import Refusal
 from serve.request_log import JSONLines
-from serve.server import start_server, take_grpc_port
+from serve.server import start_server, take_grpc_port, take_port
 from serve.tensors import Tensor, from_raw, from_values, raw_of
 from tests.serve.conftest import ScriptedEngine
 
@@ -968,23 +971,66 @@ def test_ports_and_packages(scripted, monkeypatch):
         take_grpc_port("127.0.0.1", 0)
 
 
+def test_grpc_answers_before_the_model_is_there(scripted, caplog):
+    """As HTTP does: it lives, is not ready, and says how far it is to who asks for more."""
+    starting, operation = Starting("tiny"), Operation()
+
+    def key() -> dict:
+        return {"headers": {"authorization": "Bearer sesame"}}  # Triton's client writes into it
+
+    port = take_grpc_port("127.0.0.1", 0)
+    with serving.Server(starting, take_port("127.0.0.1", 0), model_name="tiny", drain_seconds=1) as server:
+        server.add_grpc(port, api_keys=("sesame",), operation=operation)
+        with tritonclient.grpc.InferenceServerClient(server.grpc_address) as client:
+            prompt = inputs_of(client, {"text_input": ["x"]})
+            assert client.is_server_live() and not client.is_server_ready()
+            assert not client.is_model_ready("tiny", **key())
+            with pytest.raises(InferenceServerException, match="the API key is missing or wrong"):
+                client.infer("tiny", prompt)
+            for status in ("loading", "compiling 4 of 9"):
+                for call in (client.get_server_metadata, client.get_model_repository_index):
+                    with pytest.raises(InferenceServerException, match="the model is not there yet") as caught:
+                        call(**key())
+                    assert status_of(caught.value) == "UNAVAILABLE" and status in caught.value.message()
+                with pytest.raises(InferenceServerException, match=f"the model is not there yet .{status}, for "):
+                    client.infer("tiny", prompt, **key())
+                starting.compiled(Compiled("draw", 1.0, 3, 9))
+            with Stream(server, **key()) as stream:
+                assert status_of(stream.next()) == "UNAVAILABLE"
+            with silent(server, metadata=(("authorization", "Bearer sesame"),)) as call:
+                assert call.exception().code() is grpc.StatusCode.UNAVAILABLE
+                assert int(dict(call.trailing_metadata())["retry-after"]) > 0
+            server.use(create_app(scripted(TEXT), model_name="tiny", api_key="sesame", operation=operation))
+            assert client.is_server_ready()
+            assert client.infer("tiny", prompt, **key()).as_numpy("text_output").tolist()
+    with pytest.raises(ConnectionError):  # closed with the server, also of one whose model never came
+        socket.create_connection(server.grpc_address.split(":"))
+    with serving.Server(starting, take_port("127.0.0.1", 0), model_name="tiny", drain_seconds=1) as server:
+        server.add_grpc(take_grpc_port("127.0.0.1", 0), api_keys=(), operation=operation)
+    with pytest.raises(ConnectionError):
+        socket.create_connection(server.grpc_address.split(":"))
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_the_command_answers_over_grpc_until_it_is_told_to_end(scripted, monkeypatch, capsys):
-    pipeline, add, asked = scripted(TEXT), serving.Server.add_grpc, []
+    pipeline, use, asked = scripted(TEXT), serving.Server.use, []
 
-    def adding(server, *arguments, **how):
-        add(server, *arguments, **how)
+    def using(server, app):
+        with tritonclient.grpc.InferenceServerClient(server.grpc_address) as client:
+            assert client.is_server_live() and not client.is_server_ready(), "the model was awaited"
+        use(server, app)
 
-        def use():
+        def ask_it():
             try:
                 with tritonclient.grpc.InferenceServerClient(server.grpc_address) as client:
                     asked.append(ask(client, {"text_input": ["x"]}, "text_output", model="my tiny"))
             finally:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        threading.Thread(target=use).start()
+        threading.Thread(target=ask_it).start()
 
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    monkeypatch.setattr(serving.Server, "add_grpc", adding)
+    monkeypatch.setattr(serving.Server, "use", using)
     monkeypatch.setattr(command, "open_served", lambda args, on_program: pipeline)
     try:
         assert command.main(["runs/my tiny", "--port", "0", "--grpc-port", "0"]) == 0
