@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from internjax.text.chat import CallDelta, CallEnd, CallStart
 from serve.calls import CallPieces, Piece
-from serve.jobs import Job, events, finish_of, is_brief, lines_of, nth, stream, submit, whole
+from serve.jobs import Job, events, is_brief, lines_of, nth, stream, submit, whole
 from serve.kept import owner_of
 from serve.pipeline import Delta, Params, Pipeline, Result
 from serve.protocol import (
@@ -86,7 +86,7 @@ def _completion(job: Job, results: Sequence[Result]) -> dict[str, Any]:
                 "index": index,
                 "message": message | ({"tool_calls": calls} if calls else {}),
                 "logprobs": chat_logprobs(result.tokens) if job.body.logprobs else None,
-                "finish_reason": finish_of(result),
+                "finish_reason": result.finish,
             }
         )
     return job.object("chat.completion", choices) | {"usage": usage(results, n=job.n)}
@@ -116,7 +116,7 @@ async def _chunks(job: Job) -> AsyncIterator[dict[str, Any]]:
                 piece = open_calls[index].close(call)
                 yield chunk(index, {"tool_calls": [_call_delta(piece, job.call_id(index))]})
             case Result():
-                yield chunk(index, {}, finish=finish_of(event))
+                yield chunk(index, {}, finish=event.finish)
 
 
 def _call_delta(piece: Piece, call_id: str) -> dict[str, Any]:

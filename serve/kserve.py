@@ -65,7 +65,7 @@ SAMPLING = [*INPUTS][[*INPUTS].index("max_tokens") :]
 
 OUTPUTS = {
     "text_output": Kind("BYTES", (-1,), "the answers, in the shape of the prompts; in a stream what is new"),
-    "finish_reason": Kind("BYTES", (-1,), "stop, length, tool_calls or aborted"),
+    "finish_reason": Kind("BYTES", (-1,), "stop, length or tool_calls"),
     "tool_calls": Kind("BYTES", (-1,), "a JSON list of OpenAI's tool calls, with messages and tools; else []"),
     "num_prompt_tokens": Kind("INT32", (-1,), "tokens that stood before the answer"),
     "num_generated_tokens": Kind("INT32", (-1,), "tokens drawn, the one that ended the answer included"),

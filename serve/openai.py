@@ -21,7 +21,7 @@ from serve.description import describe
 from serve.embeddings import add_embedding_route
 from serve.guards import Doors, Operation, add_guards
 from serve.health import add_health_routes, health_of
-from serve.jobs import Job, events, finish_of, is_brief, lines_of, nth, stream, submit, whole
+from serve.jobs import Job, events, is_brief, lines_of, nth, stream, submit, whole
 from serve.kept import KeepLimits, Shelf
 from serve.keys import keys_of
 from serve.kserve import Served
@@ -170,7 +170,7 @@ def _completion(job: Job, results: Sequence[Result], echoes: Sequence[str]) -> d
     for index, (result, echo) in enumerate(zip(results, echoes, strict=True)):
         logprobs = _completion_logprobs(job.body, (*result.prompt, *_behind(echo, result.tokens)))
         choices.append(
-            {"index": index, "text": echo + result.text, "logprobs": logprobs, "finish_reason": finish_of(result)}
+            {"index": index, "text": echo + result.text, "logprobs": logprobs, "finish_reason": result.finish}
         )
     return job.object("text_completion", choices) | {"usage": usage(results, n=job.n)}
 
@@ -199,7 +199,7 @@ async def _completion_chunks(job: Job, echoes: Sequence[str]) -> AsyncIterator[d
             case Delta(text, tokens):
                 yield chunk(index, text, _completion_logprobs(job.body, _behind(echoes[index], tokens)))
             case Result():
-                yield chunk(index, "", finish=finish_of(event))
+                yield chunk(index, "", finish=event.finish)
 
 
 def _echo(prompt: str | list[int], pipeline: Pipeline) -> str:

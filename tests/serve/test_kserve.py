@@ -651,6 +651,29 @@ def test_an_engine_failure_is_an_error_and_the_server_lives_on(engine, client):
     assert ask(client, {"text_input": ["x"]}, "finish_reason") == {"finish_reason": [b"stop"]}
 
 
+def test_an_answer_that_the_engine_does_not_go_on_with_is_none(engine, running, client, eventually):
+    """As where it is closed under the server; in a stream the request fails alone."""
+    asked, said = endless(engine), "the engine was closed before the answer was complete"
+
+    def leave_it():
+        eventually(lambda: engine.active)
+        next(iter(engine.active)).abort()
+
+    leaving = threading.Thread(target=leave_it)
+    leaving.start()
+    with pytest.raises(InferenceServerException, match=said) as caught:
+        ask(client, asked)
+    leaving.join()
+    assert status_of(caught.value) in ("UNAVAILABLE", "503")
+    with Stream(running[0]) as stream:
+        stream.ask("a", asked)
+        leave_it()
+        assert said in stream.next().message()
+        engine.seconds_per_event = 0
+        stream.ask("b", asked)
+        assert stream.next().id == "b"
+
+
 def test_who_does_not_read_holds_up_nobody(engine, running, over_grpc, eventually):
     """One stream has answers for a megabyte and reads none of them; the other clients do not notice."""
     engine.script = lambda request: [70] * 900
@@ -707,7 +730,7 @@ def test_both_fronts_share_the_places(scripted, eventually):
         assert client.is_server_ready() and len(pipeline.engine.requests) == 1
         waiting.cancel()
         eventually(lambda: doors.num_waiting == 0)
-        next(iter(pipeline.engine.active)).abort()  # the stream goes on: what came in it last was refused
+        pipeline.engine.seconds_per_event = 0  # the stream goes on: what came in it last was refused
         eventually(lambda: doors.num_running == doors.num_inside == 0)
         pipeline.engine.script = lambda request: [70] * 16
         assert stub.ModelInfer(message).id == "" and ask(client, {"text_input": ["x"]})
