@@ -23,6 +23,7 @@ from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
 from serve import kserve, tensors
+from serve.bodies import aside
 from serve.guards import MAY_PASS, RETRY_SECONDS, Limits, Operation
 from serve.health import Health, Starting
 from serve.kserve_answer import Response, answer
@@ -310,7 +311,7 @@ async def _infer(rpc: Rpc, read: Read, *, front: Front, found: Messages) -> Any:
         _note_prompt(request, front)
 
         async def answered() -> Response:
-            return await answer(kserve.job_of(_request(request), state.served, may_stream=False))
+            return await answer(await _job(request, state.served, may_stream=False))
 
         message = _response(await state.doors.placed(answered), found)
     message.parameters.clear()  # there is one response: nobody asks whether it is the last
@@ -367,7 +368,7 @@ class _Stream:
         facts = Facts(self._facts.request, self._facts.method, self._facts.route)
 
         async def answered() -> None:
-            job = kserve.job_of(_request(request), self._state.served, may_stream=True)
+            job = await _job(request, self._state.served, may_stream=True)
             await self._send(await answer(job, send=self._send))
 
         async def inside() -> None:
@@ -422,6 +423,11 @@ async def _until(requests: AsyncIterator, *ends: asyncio.Event) -> AsyncIterator
         for task in (*ended, reading):
             task.cancel()
         await asyncio.gather(*ended, reading, return_exceptions=True)
+
+
+async def _job(message: Any, served: kserve.Served, *, may_stream: bool) -> kserve.Job:
+    """What a message asks for. Raises Refusal for what is not honoured."""
+    return await aside(message.ByteSize(), lambda: kserve.job_of(_request(message), served, may_stream=may_stream))
 
 
 def _request(message: Any) -> kserve.Request:

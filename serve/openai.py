@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from serve.adapter_routes import add_adapter_routes
+from serve.bodies import BodyRoute
 from serve.chat_completions import add_chat_route
 from serve.description import describe
 from serve.embeddings import add_embedding_route
@@ -65,6 +66,7 @@ def _new_app(
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    app.router.route_class = BodyRoute
     doors = Doors(operation.limits, working.fault)
     app.state.operation, app.state.doors = operation, doors
     app.state.health = lambda: health_of(working, doors, stuck_seconds=operation.stuck_seconds)

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import jax
 import numpy as np
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from pydantic import Field
 
 from internjax import sharding
@@ -29,6 +29,7 @@ from internjax.rlhf.reward import check_scalar, get_scores
 from internjax.text.chat import render
 from internjax.text.message import Message
 from internjax.text.tokenizer import REWARD, longest_token
+from serve.bodies import aside
 from serve.pipeline import ContextTooLong, refuse_long
 from serve.protocol import Refusal, messages_of, refuse_messages
 from serve.request_log import note
@@ -172,9 +173,9 @@ def add_score_routes(app: FastAPI, scorer: Scorer, *, model_name: str) -> None:
         return card
 
     @app.post("/v1/score")
-    async def score(body: ScoreRequest) -> dict[str, Any]:
+    async def score(body: ScoreRequest, request: Request) -> dict[str, Any]:
         _check_model(body.model, model_name)
-        conversations, place = _conversations(body)
+        conversations, place = await aside(len(await request.body()), lambda: _conversations(body))
         condition = _condition(body, scorer)
         try:
             for messages in conversations:  # all of them before the first is tokenised
