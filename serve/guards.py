@@ -113,6 +113,7 @@ class Doors:
         if self.num_running < self.limits.max_running:
             self.num_running += 1
             return True
+        self._refuse_if_closed(needs_engine=False)  # since it was let in: who waits is refused
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:

@@ -965,10 +965,10 @@ def test_a_server_that_stops_tells_who_waits_and_who_runs_too_long(scripted, eve
     with limited(pipeline, max_running=2, max_waiting=5, drain_seconds=0.05) as server, Stream(server) as stream:
         stream.ask("a", asked)
         eventually(lambda: len(pipeline.engine.active) == 1)
-        for number in (1, 2):  # one has a place, one waits for it
+        for number in (0, 1):  # one has a place, one waits for it
             prompt = inputs_of(stream.client, asked)
             stream.client.async_infer("tiny", prompt, lambda result, error: told.put(error))
-            eventually(lambda number=number: server.doors.num_inside == number + 1)
+            eventually(lambda number=number: (server.doors.num_running, server.doors.num_waiting) == (2, number))
         server.close()
         waiting, running = told.get(timeout=20), told.get(timeout=20)
         assert [status_of(each) for each in (waiting, running)] == ["UNAVAILABLE"] * 2

@@ -348,6 +348,24 @@ def test_answers_under_way_may_finish_while_others_are_refused(served, eventuall
     assert not closing.is_alive() and not server.alive
 
 
+def test_whose_body_came_in_while_the_server_closed_does_not_wait_for_a_place(served, eventually):
+    server = served(endless, seconds_per_event=0.02, drain_seconds=20, limits=Limits(max_running=1, max_waiting=5))
+    with asking(server) as running, connect(server) as sending:
+        eventually(lambda: server.engine.active)
+        body = json.dumps(ASK).encode()
+        sending.sendall(head(len(body)) + body[:-1])
+        eventually(lambda: server.doors.num_inside == 2)
+        closing = threading.Thread(target=server.close)
+        closing.start()
+        eventually(lambda: server.doors.closed is not None)
+        sending.sendall(body[-1:])
+        assert b"503 Service Unavailable" in (answer := sending.recv(2000)) and b"takes no more" in answer
+        server.engine.seconds_per_event = 0
+        assert b"200 OK" in read_all(running)
+    closing.join(timeout=20)
+    assert not closing.is_alive()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_is_not_complete_in_the_drain_time_says_so(served, eventually, stream):
     server = served(endless, seconds_per_event=0.02, drain_seconds=0.05)
