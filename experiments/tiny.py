@@ -117,7 +117,8 @@ def run(config: Tiny) -> Path:
     tiny_report.write(root, names, repetition=repetition(config), stale=stale_stages(root, names))
     # Of this process and of the largest that it started: what compiles the data chain beside it, sandboxes.
     peaks = [resource.getrusage(who).ru_maxrss / (1 << 20) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(f"\n{time.perf_counter() - started:.0f} s, peak memory at most {sum(peaks):.1f} GB. Report: {root / 'report.html'}")
+    spent = f"{time.perf_counter() - started:.0f} s, peak memory at most {sum(peaks):.1f} GB"
+    print(f"\n{spent}. Report: {root / 'report.html'}")
     _print_next(root)
     return root / "report.html"
 

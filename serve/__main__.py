@@ -226,10 +226,10 @@ def serve(args: argparse.Namespace) -> int:
         from serve.openai import create_app, create_score_app
         from serve.request_log import log_to
         from serve.scores import Scorer
-        from serve.web import with_page
+        from serve.web import page_routes
 
         log_to(sys.stderr, kind=args.log_format)
-        starting = Starting(name)
+        starting = Starting(name, page=page_routes() if args.web else None)
         limits = Limits(
             body_bytes=int(args.max_body * 2**20),
             body_seconds=args.body_seconds,
@@ -237,9 +237,11 @@ def serve(args: argparse.Namespace) -> int:
             max_waiting=args.max_waiting,
         )
         operation = Operation(limits, tuple(args.allow_origin), args.log_prompts, args.stuck_seconds)
-        first = with_page(starting) if args.web else starting
-        with Server(first, port, model_name=name, drain_seconds=args.drain_seconds) as server:
+        with Server(starting, port, model_name=name, drain_seconds=args.drain_seconds) as server:
             print(f"port     {server.url}/health tells how far it is", flush=True)
+            if grpc_port is not None:
+                server.add_grpc(grpc_port, api_keys=keys, operation=operation)
+                print(f"grpc     {server.grpc_address}", flush=True)
             with open_served(args, starting.compiled) as served:
                 for number in (signal.SIGTERM, signal.SIGINT):
                     signal.signal(number, lambda *_: stopping.set())
@@ -254,16 +256,13 @@ def serve(args: argparse.Namespace) -> int:
                         int(args.response_memory * 2**30),
                     )
                 server.use((create_app if is_text else create_score_app)(served, **how))
-                if grpc_port is not None:
-                    server.add_grpc(served, grpc_port, api_keys=keys)
-                    print(f"grpc     {server.grpc_address}")
                 if args.web and is_text:
                     print(f"page     {server.url}/")
                 # What is there now stays. To search it for garbage again stopped all answers for half a second.
                 gc.collect()
                 gc.freeze()
                 print(f"ready    {server.url}/v1  model {name}", flush=True)
-                fault = wait_until_end(server, served.fault if is_text else lambda: None, stopping)
+                fault = wait_until_end(server, served.fault, stopping)
                 if fault is not None:
                     log.error("the server ends, to be started anew: %s", fault)
                 print("stopping", flush=True)

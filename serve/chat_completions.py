@@ -9,8 +9,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from internjax.text.chat import CallDelta, CallEnd, CallStart
+from serve.bodies import aside
 from serve.calls import CallPieces, Piece
-from serve.jobs import Job, events, finish_of, is_brief, lines_of, nth, stream, submit, whole
+from serve.jobs import Job, events, is_brief, lines_of, nth, stream, submit, whole
 from serve.kept import owner_of
 from serve.pipeline import Delta, Params, Pipeline, Result
 from serve.protocol import (
@@ -36,21 +37,25 @@ def add_chat_route(
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        refuse(body)
+        num_bytes = len(await request.body())
+        await aside(num_bytes, lambda: refuse(body))
         params = params_for(body)
         turn = None if body.session_id is None else sessions.take(body, owner=owner_of(request))
-        job = await _job(pipeline, body, params, turn)
+        job = await _job(pipeline, body, params, turn, num_bytes)
         if body.stream:
             return stream(job, lines_of(job, "chat.completion.chunk", _chunks(job)))
         return await whole(request, job, lambda results: _completion(job, results))
 
 
-async def _job(pipeline: Pipeline, body: ChatRequest, params: Params, turn: Turn | None) -> Job:
-    """The answers to a chat request under way: to its conversation, or to the new turn of a session."""
+async def _job(pipeline: Pipeline, body: ChatRequest, params: Params, turn: Turn | None, num_bytes: int) -> Job:
+    """The answers to a chat request under way: to its conversation, or to the new turn of a session.
+
+    num_bytes: of the request.
+    """
     n = body.n or 1
     try:
         try:
-            messages = messages_of(body.messages, turn.held.called if turn else {})
+            messages = await aside(num_bytes, lambda: messages_of(body.messages, turn.held.called if turn else {}))
             declared = turn.held.tools if turn else () if body.tool_choice == "none" else body.tools or ()
             tools = tools_of(declared)
         except ValueError as error:
@@ -86,7 +91,7 @@ def _completion(job: Job, results: Sequence[Result]) -> dict[str, Any]:
                 "index": index,
                 "message": message | ({"tool_calls": calls} if calls else {}),
                 "logprobs": chat_logprobs(result.tokens) if job.body.logprobs else None,
-                "finish_reason": finish_of(result),
+                "finish_reason": result.finish,
             }
         )
     return job.object("chat.completion", choices) | {"usage": usage(results, n=job.n)}
@@ -116,7 +121,7 @@ async def _chunks(job: Job) -> AsyncIterator[dict[str, Any]]:
                 piece = open_calls[index].close(call)
                 yield chunk(index, {"tool_calls": [_call_delta(piece, job.call_id(index))]})
             case Result():
-                yield chunk(index, {}, finish=finish_of(event))
+                yield chunk(index, {}, finish=event.finish)
 
 
 def _call_delta(piece: Piece, call_id: str) -> dict[str, Any]:

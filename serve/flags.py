@@ -11,8 +11,8 @@ from serve.keys import check_origin
 DESCRIPTION = "An OpenAI-compatible server of one model, on this machine only unless --host says otherwise."
 OF_TEXT = (
     *("grpc_port", "max_embedding", "kv", "paged_attention", "replicas", "max_batch", "host_memory", "num_pages"),
-    *("page_size", "mode", "max_pause", "adapter", "adapter_root", "max_adapters", "adapter_rank", "speculate", "drafts"),
-    *("max_sessions", "session_seconds", "max_responses", "response_seconds", "response_memory", "stuck_seconds"),
+    *("page_size", "mode", "max_pause", "adapter", "adapter_root", "max_adapters", "adapter_rank", "speculate"),
+    *("drafts", "max_sessions", "session_seconds", "max_responses", "response_seconds", "response_memory"),
 )
 """Flags of what draws text, of which a reward model has nothing."""
 
@@ -170,7 +170,8 @@ def add_model_flags(parser: argparse.ArgumentParser, *, nargs: str | None = None
         help="Hugging Face folder, adapter folder, BASE+ADAPTER, run folder, RUN@STEP, hf:ORG/NAME",
     )
     _add_weights(parser.add_argument_group("the model"))
-    _add_room(parser.add_argument_group("its answers, and the cache"))
+    _add_answers(parser.add_argument_group("its answers"))
+    _add_cache(parser.add_argument_group("the cache"))
     _add_adapters(parser.add_argument_group("adapters"))
     _add_drafts(parser.add_argument_group("speculation"))
 
@@ -196,7 +197,7 @@ def _add_weights(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_room(group: argparse._ArgumentGroup) -> None:
+def _add_answers(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-context", type=count, metavar="TOKENS", help="prompt and answer together (default: as trained)"
     )
@@ -217,6 +218,9 @@ def _add_room(group: argparse._ArgumentGroup) -> None:
         help="tokens come one by one where several at once would take longer than this after those before "
         "(%(default)g)",
     )
+
+
+def _add_cache(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--kv",
         choices=("float32", "bfloat16", "float16", "int8", "int4"),

@@ -4,6 +4,9 @@ The calls are in `kserve.proto`, what a request may hold in `serve.kserve`. The 
 and so are the doors: a request takes a place, those in a stream one each, or is refused as over HTTP. A call that is
 cancelled, lost or past its deadline frees its slots and pages. Of a stream, requests are answered side by side; whoever
 does not read holds up nobody else, and is given up.
+
+All calls are served as streams of requests, those with one request too: gRPC would read its message before it asked us,
+of any size, for as long as it takes. So nothing is read of a call without a key, of one that is refused, of a probe.
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf import json_format
+from google.protobuf.message import DecodeError
 
 from serve import kserve, tensors
-from serve.guards import MAY_PASS, RETRY_SECONDS, Doors
+from serve.bodies import aside
+from serve.guards import MAY_PASS, RETRY_SECONDS, Limits, Operation
+from serve.health import Health, Starting
 from serve.kserve_answer import Response, answer
-from serve.kserve_messages import Messages, messages
+from serve.kserve_messages import Messages, Rpc, messages
 from serve.protocol import Refusal
 from serve.request_log import MAX_PROMPT_BYTES, Facts, new_id, note, recorded, sane_id
 
@@ -29,6 +35,10 @@ MAX_CALLS = 1000  # at once beside those that the doors let in, such as open str
 MAX_IN_STREAM = 64  # requests of one stream that are answered at once; the next one is read when one of them is over
 _MAX_DETAILS = 2000  # bytes: gRPC sends them in a header, up to three times as long, and clients take 8 KiB of it
 _START_SECONDS = 30.0
+_PING_SECONDS, _PONG_SECONDS = 60.0, 20.0
+"""A client with an open call is pinged when it has said nothing for so long, and given up without an answer."""
+_IDLE_SECONDS = 300.0
+"""After so long without a call a connection is ended; clients connect again when they need to."""
 _STOP_SECONDS = 1.0  # for responses that are complete to be sent
 
 log = logging.getLogger("serve")
@@ -37,6 +47,7 @@ _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     501: grpc.StatusCode.UNIMPLEMENTED,
     503: grpc.StatusCode.UNAVAILABLE,
@@ -54,15 +65,35 @@ _NOT_DONE = {
     for what in ("Status", "Register", "Unregister")
 }
 _PROBES = ("ServerLive", "ServerReady")  # they have no key
+_BEFORE_MODEL = (*_PROBES, "ModelReady")  # what is answered while it is not there
 
 
 class Front(NamedTuple):
-    """What all calls share. `on_end` is told of every request that is over; `log_prompts`: what it held is noted."""
+    """What all calls share."""
 
-    served: kserve.Served
-    doors: Doors
-    on_end: Callable[[Facts], None]
-    log_prompts: bool
+    app: Callable[[], Any]
+    """What answers over HTTP now: `Starting`, or an application of `serve.openai`, whose state the calls go by."""
+    api_keys: tuple[str, ...]
+    """One of them is needed; none: no key is."""
+    operation: Operation
+
+    def health(self) -> Health:
+        """How the server is."""
+        app = self.app()
+        return app.health() if isinstance(app, Starting) else app.state.health()
+
+    def state(self) -> Any:
+        """With `served`, `doors` and `metrics`. Raises Refusal while the model is not there."""
+        app = self.app()
+        if isinstance(app, Starting):
+            raise app.refusal()
+        return app.state
+
+    def on_end(self, facts: Facts) -> None:
+        """Counts a request that is over, once there is somewhere to."""
+        app = self.app()
+        if not isinstance(app, Starting):
+            app.state.metrics.called(facts)
 
 
 class GrpcServer:
@@ -73,7 +104,7 @@ class GrpcServer:
 
         Raises ValueError where the port cannot be taken.
         """
-        if not all(key.isascii() and key.isprintable() for key in front.served.api_keys):
+        if not all(key.isascii() and key.isprintable() for key in front.api_keys):
             raise ValueError("an API key has characters that gRPC cannot carry; choose one of printable ASCII")
         self._front, self._loop, self._leaving = front, loop, asyncio.Event()
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -95,10 +126,17 @@ class GrpcServer:
             stopped.result(_START_SECONDS)
 
     async def _started(self) -> grpc.aio.Server:
-        served, limits = self._front.served, self._front.doors.limits
-        sizes = ("grpc.max_receive_message_length", served.max_bytes), ("grpc.max_send_message_length", -1)
+        limits = self._front.operation.limits
+        sizes = ("grpc.max_receive_message_length", limits.body_bytes), ("grpc.max_send_message_length", -1)
+        waits = {
+            "grpc.keepalive_time_ms": _PING_SECONDS,
+            "grpc.keepalive_timeout_ms": _PONG_SECONDS,
+            "grpc.http2.ping_timeout_ms": _PONG_SECONDS,  # which is what gRPC goes by, in spite of the one above
+            "grpc.max_connection_idle_ms": _IDLE_SECONDS,
+        }
+        times = [(name, int(seconds * 1000)) for name, seconds in waits.items()]
         # Else a second server might share the port with this one, and each get some of the requests.
-        options = (*sizes, ("grpc.so_reuseport", 0))
+        options = (*sizes, *times, ("grpc.so_reuseport", 0))
         most = MAX_CALLS + limits.max_running + limits.max_waiting
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=most)
         server.add_generic_rpc_handlers((_handlers(self._front, self._leaving),))
@@ -108,47 +146,53 @@ class GrpcServer:
 
 
 def _handlers(front: Front, leaving: asyncio.Event) -> grpc.GenericRpcHandler:
-    found, served = messages(), front.served
+    found = messages()
     methods: dict[str, Callable] = {
-        "ServerLive": lambda request: {"live": True},
-        "ServerReady": lambda request: {"ready": _is_ready(front)},
-        "ModelReady": lambda request: {"ready": _is_served(request, served) and _is_ready(front)},
+        "ServerLive": lambda request: {"live": front.health().is_live},
+        "ServerReady": lambda request: {"ready": front.health().is_ready},
+        "ModelReady": lambda request: {"ready": front.health().is_ready and _is_served(request, front.state().served)},
         "ServerMetadata": lambda request: kserve.server_metadata(),
-        "ModelMetadata": lambda request: kserve.model_metadata(_name(request, served)),
-        "ModelConfig": lambda request: {"config": kserve.model_config(_name(request, served))},
-        "RepositoryIndex": lambda request: {"models": _index(request, served)},
+        "ModelMetadata": lambda request: kserve.model_metadata(_name(request, front.state().served)),
+        "ModelConfig": lambda request: {"config": kserve.model_config(_name(request, front.state().served))},
+        "RepositoryIndex": lambda request: {"models": _index(request, front.state().served)},
     }
     handlers = {}
     for rpc in found.rpcs:
-        serving = {
-            "request_deserializer": rpc.request.FromString,
-            "response_serializer": rpc.response.SerializeToString,
-        }
+        sent = {"response_serializer": rpc.response.SerializeToString}
         if rpc.streams:
             handler = partial(_stream, rpc.name, front=front, found=found, leaving=leaving)
-            handlers[rpc.name] = grpc.stream_stream_rpc_method_handler(handler, **serving)
+            read = {"request_deserializer": rpc.request.FromString}
+            handlers[rpc.name] = grpc.stream_stream_rpc_method_handler(handler, **read, **sent)
             continue
-        if rpc.name in methods:
-            answered = partial(_told, methods[rpc.name], rpc.response)
+        if rpc.name in _PROBES:
+            answered = partial(_told_of_server, methods[rpc.name], rpc.response)
+        elif rpc.name in methods:
+            answered = partial(_told, methods[rpc.name], rpc)
         else:
-            answered = partial(_infer, front=front, found=found)
-        handlers[rpc.name] = grpc.unary_unary_rpc_method_handler(_unary(rpc.name, answered, front), **serving)
+            answered = partial(_infer, rpc, front=front, found=found)
+        handlers[rpc.name] = grpc.stream_unary_rpc_method_handler(_one(rpc.name, answered, front), **sent)
     for name, why in _NOT_DONE.items():
         answered = partial(_not_done, f"{name} is not answered here: {why}")
-        handlers[name] = grpc.unary_unary_rpc_method_handler(_unary(name, answered, front))
+        handlers[name] = grpc.stream_unary_rpc_method_handler(_one(name, answered, front))
     return grpc.method_handlers_generic_handler(found.service, handlers)
 
 
-def _unary(name: str, answered: Callable[[Any], Awaitable[Any]], front: Front) -> Callable:
+Read = Callable[[Rpc], Awaitable[Any]]
+"""Reads the message of a call. Raises Refusal where none comes in time, or one that is none."""
+
+
+def _one(name: str, answered: Callable[[Read], Awaitable[Any]], front: Front) -> Callable:
     """The handler of a call with one request and one response."""
 
-    async def handle(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def handle(messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> Any:
         facts = _facts(name, context)
 
         async def opened() -> Any:
             if name not in _PROBES:
-                _check_key(context, front.served)
-            return await answered(request)
+                _check_key(context, front)
+            if name not in _BEFORE_MODEL:
+                front.state()
+            return await answered(partial(_read, messages, limits=front.operation.limits))
 
         context.set_trailing_metadata((("x-request-id", facts.request),))
         with recorded(facts, front.on_end, is_polled=name in _PROBES):
@@ -158,6 +202,22 @@ def _unary(name: str, answered: Callable[[Any], Awaitable[Any]], front: Front) -
         return response
 
     return handle
+
+
+async def _read(messages: AsyncIterator[bytes], rpc: Rpc, *, limits: Limits) -> Any:
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            data = await anext(messages, None)
+    except TimeoutError:
+        what = f"the message did not come in within {limits.body_seconds:g} seconds; send it faster, or less"
+        raise Refusal(what, status=408) from None
+    if data is None:  # or the client has gone; of a message that is too large gRPC has told it
+        note(outcome="no message")
+        raise Refusal(f"{rpc.name} has no message, or one of more than {limits.body_bytes} bytes; send one")
+    try:
+        return rpc.request.FromString(data)
+    except DecodeError as error:
+        raise Refusal(f"the message of {len(data)} bytes is no {rpc.request.DESCRIPTOR.name}: {error}") from error
 
 
 def _facts(name: str, context: grpc.aio.ServicerContext) -> Facts:
@@ -197,9 +257,9 @@ async def _abort(context: grpc.aio.ServicerContext, facts: Facts, refusal: Refus
     await context.abort(_code(refusal), _details(refusal.message), (("x-request-id", facts.request), *more))
 
 
-def _check_key(context: grpc.aio.ServicerContext, served: kserve.Served) -> None:
+def _check_key(context: grpc.aio.ServicerContext, front: Front) -> None:
     given = _metadata(context).get("authorization", "")
-    kserve.check_key(given if isinstance(given, bytes) else given.encode(), served)
+    kserve.check_key(given if isinstance(given, bytes) else given.encode(), front.api_keys)
 
 
 def _details(message: str) -> str:
@@ -207,21 +267,21 @@ def _details(message: str) -> str:
     return message.encode(errors="replace")[:_MAX_DETAILS].decode(errors="ignore")
 
 
-async def _told(tell: Callable[[Any], Mapping], response: Any, request: Any) -> Any:
-    return json_format.ParseDict(tell(request), response())
+async def _told_of_server(tell: Callable[[None], Mapping], response: Any, read: Read) -> Any:
+    return json_format.ParseDict(tell(None), response())
 
 
-async def _not_done(why: str, request: bytes) -> None:
+async def _told(tell: Callable[[Any], Mapping], rpc: Rpc, read: Read) -> Any:
+    return json_format.ParseDict(tell(await read(rpc)), rpc.response())
+
+
+async def _not_done(why: str, read: Read) -> None:
     raise Refusal(why, status=501)
 
 
 def _name(request: Any, served: kserve.Served) -> str:
     kserve.check_model(request.name, request.version, served)
     return request.name
-
-
-def _is_ready(front: Front) -> bool:
-    return front.served.pipeline.fault() is None and front.doors.closed is None
 
 
 def _is_served(request: Any, served: kserve.Served) -> bool:
@@ -240,16 +300,20 @@ def _index(request: Any, served: kserve.Served) -> list[dict[str, str]]:
 
 
 def _note_prompt(request: Any, front: Front) -> None:
-    if front.log_prompts:
+    if front.operation.log_prompts:
         note(text=str(request)[:MAX_PROMPT_BYTES])
 
 
-async def _infer(request: Any, *, front: Front, found: Messages) -> Any:
-    async def answered() -> Response:
-        return await answer(kserve.job_of(_request(request), front.served, may_stream=False))
+async def _infer(rpc: Rpc, read: Read, *, front: Front, found: Messages) -> Any:
+    state = front.state()
+    with state.doors.inside():
+        request = await read(rpc)
+        _note_prompt(request, front)
 
-    _note_prompt(request, front)
-    message = _response(await front.doors.through(answered), found)
+        async def answered() -> Response:
+            return await answer(await _job(request, state.served, may_stream=False))
+
+        message = _response(await state.doors.placed(answered), found)
     message.parameters.clear()  # there is one response: nobody asks whether it is the last
     return message
 
@@ -263,11 +327,12 @@ async def _stream(
     found: Messages,
     leaving: asyncio.Event,
 ) -> None:
-    """Answers ModelStreamInfer. What is counted and logged are its requests; the call itself, where it has no key."""
+    """Answers ModelStreamInfer. What is counted and logged are its requests; the call itself, where it is refused."""
     facts = _facts(name, context)
     context.set_trailing_metadata((("x-request-id", facts.request),))
     try:
-        _check_key(context, front.served)
+        _check_key(context, front)
+        front.state()
     except Refusal as refusal:
         with recorded(facts, front.on_end, is_polled=False):
             facts.status = _code(refusal).name
@@ -275,7 +340,7 @@ async def _stream(
     stream = _Stream(facts, context, front, found)
     await stream.answer(requests, leaving)
     if stream.is_stuck:
-        seconds = front.doors.limits.send_seconds
+        seconds = front.operation.limits.send_seconds
         what = f"the client has not read for {seconds:g} seconds; read what is asked for, or ask for less at once"
         await _abort(context, facts, Refusal(what, status=504))
 
@@ -285,6 +350,7 @@ class _Stream:
 
     def __init__(self, facts: Facts, context: grpc.aio.ServicerContext, front: Front, found: Messages):
         self._facts, self._context, self._front, self._found = facts, context, front, found
+        self._state = front.state()
         self._room, self._writing = asyncio.Semaphore(MAX_IN_STREAM), asyncio.Lock()
         self._left = asyncio.Event()
         """When nobody reads any more."""
@@ -302,13 +368,17 @@ class _Stream:
         facts = Facts(self._facts.request, self._facts.method, self._facts.route)
 
         async def answered() -> None:
-            job = kserve.job_of(_request(request), self._front.served, may_stream=True)
+            job = await _job(request, self._state.served, may_stream=True)
             await self._send(await answer(job, send=self._send))
+
+        async def inside() -> None:
+            with self._state.doors.inside():
+                await self._state.doors.placed(answered)
 
         try:
             with recorded(facts, self._front.on_end, is_polled=False):
                 _note_prompt(request, self._front)
-                _, refusal = await _outcome(self._front.doors.through(answered), facts)
+                _, refusal = await _outcome(inside(), facts)
                 if self._left.is_set():  # which is why it was refused, if it was
                     facts.status = grpc.StatusCode.CANCELLED.name
                     facts.outcome = "client does not read" if self.is_stuck else "client gone"
@@ -329,7 +399,7 @@ class _Stream:
             if self._left.is_set():
                 raise asyncio.CancelledError
             try:
-                async with asyncio.timeout(self._front.doors.limits.send_seconds):
+                async with asyncio.timeout(self._front.operation.limits.send_seconds):
                     await self._context.write(message)
             except (TimeoutError, grpc.aio.BaseError) as error:
                 # Else it has gone, and the call is about to be cancelled.
@@ -353,6 +423,11 @@ async def _until(requests: AsyncIterator, *ends: asyncio.Event) -> AsyncIterator
         for task in (*ended, reading):
             task.cancel()
         await asyncio.gather(*ended, reading, return_exceptions=True)
+
+
+async def _job(message: Any, served: kserve.Served, *, may_stream: bool) -> kserve.Job:
+    """What a message asks for. Raises Refusal for what is not honoured."""
+    return await aside(message.ByteSize(), lambda: kserve.job_of(_request(message), served, may_stream=may_stream))
 
 
 def _request(message: Any) -> kserve.Request:

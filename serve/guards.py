@@ -114,6 +114,7 @@ class Doors:
         if self.num_running < self.limits.max_running:
             self.num_running += 1
             return True
+        self._refuse_if_closed(needs_engine=False)  # since it was let in: who waits is refused
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
@@ -136,23 +137,23 @@ class Doors:
         else:
             self.num_running -= 1
 
-    async def through(self, start: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        """What comes of the work of a request that is read, once it has a place. Raises Refusal where it gets none.
+    async def placed(self, start: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """What comes of the work of a request that is inside and read, once it has a place. Raises Refusal where it
+        gets none.
 
         Cancelled, it ends the work.
         """
-        with self.inside():
-            await self.place()
+        await self.place()
+        try:
+            work = asyncio.create_task(start())
             try:
-                work = asyncio.create_task(start())
-                try:
-                    if await self.work(work):
-                        return work.result()
-                finally:
-                    work.cancel()
-                    await asyncio.gather(work, return_exceptions=True)
+                if await self.work(work):
+                    return work.result()
             finally:
-                self.give_back()
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+        finally:
+            self.give_back()
         note(outcome="cut off")
         raise cut_off()
 

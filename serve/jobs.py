@@ -19,7 +19,7 @@ from internjax.decode.request import RequestError
 from serve.guided import GuideError
 from serve.params import Params
 from serve.pipeline import Answer, ContextTooLong, Event, Result
-from serve.protocol import Refusal, envelope, param_of, usage
+from serve.protocol import Refusal, envelope, param_of, refuse_aborted, usage
 from serve.request_log import note
 from serve.requests import Asking
 from serve.streams import events_of, submitted
@@ -131,10 +131,14 @@ def line_of(chunk: Mapping[str, Any], *, event: str | None = None) -> str:
 
 
 async def events(job: Job) -> AsyncIterator[tuple[int, Event]]:
-    """Events of all answers as they come, with the answer's index. Leaving it in any way aborts what still runs."""
+    """Events of all answers as they come, with the answer's index. Leaving it in any way aborts what still runs.
+
+    Raises Refusal for an answer that the engine did not go on with.
+    """
     async with aclosing(events_of(job.answers)) as found:
         num_open = len(job.answers)
         async for index, event in found:
+            refuse_aborted(event)
             num_open -= isinstance(event, Result)
             if not num_open:
                 job.complete()
@@ -168,7 +172,9 @@ def stream(job: Job, sent: AsyncIterator[str], *, broken: Callable[[dict[str, An
             async for line in sent:
                 yield line
             job.end("streamed")
-        except Exception as error:  # the status line is gone; the client learns it from the stream
+        except Refusal as refusal:  # the status line is gone; the client learns it from the stream
+            yield broken(envelope(refusal.message, status=refusal.status, code=refusal.code))
+        except Exception as error:
             log.exception("%s failed", job.id)
             status = 400 if isinstance(error, GuideError) else 500
             yield broken(envelope(f"the answer broke off: {error}", status=status))
@@ -205,6 +211,8 @@ async def whole(request: Request, job: Job, body_of: Callable[[Sequence[Result]]
             results = collecting.result()
         except GuideError as error:
             raise Refusal(str(error), param=param_of("guide", job.body)) from error
+        except Refusal:
+            raise
         except Exception as error:
             log.exception("%s failed", job.id)
             raise Refusal(f"the answer broke off: {error}", status=500) from error
@@ -227,7 +235,3 @@ async def _results(job: Job) -> list[Result]:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def finish_of(result: Result) -> str:
-    return "stop" if result.finish == "aborted" else result.finish

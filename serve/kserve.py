@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from serve.health import Health
 from serve.keys import is_opened
 from serve.pipeline import Answer, Pipeline
 from serve.protocol import Refusal, Refused, call_guide_of, guided_call, messages_of, params_of, refuse, tools_of
 from serve.requests import ChatRequest, CompletionRequest
 from serve.tensors import Tensor
 
-MAX_PROMPTS = 512  # of one request: each has a thread that waits for its answer
+MAX_PROMPTS = 512  # of one request
 VERSION = "1"
 NO_STATISTICS = "there are none by the model; counts and times of requests are in /metrics and in the server's log"
 
@@ -64,7 +65,7 @@ SAMPLING = [*INPUTS][[*INPUTS].index("max_tokens") :]
 
 OUTPUTS = {
     "text_output": Kind("BYTES", (-1,), "the answers, in the shape of the prompts; in a stream what is new"),
-    "finish_reason": Kind("BYTES", (-1,), "stop, length, tool_calls or aborted"),
+    "finish_reason": Kind("BYTES", (-1,), "stop, length or tool_calls"),
     "tool_calls": Kind("BYTES", (-1,), "a JSON list of OpenAI's tool calls, with messages and tools; else []"),
     "num_prompt_tokens": Kind("INT32", (-1,), "tokens that stood before the answer"),
     "num_generated_tokens": Kind("INT32", (-1,), "tokens drawn, the one that ended the answer included"),
@@ -96,12 +97,13 @@ are REST's."""
 
 class Served(NamedTuple):
     """What the fronts serve. `api_keys`: one of them is needed; none: no key is. `max_bytes`: of a request, after it is
-    decompressed."""
+    decompressed. `health`: how the server is."""
 
     pipeline: Pipeline
     model_name: str
     api_keys: tuple[str, ...]
     max_bytes: int
+    health: Callable[[], Health]
 
 
 class Request(NamedTuple):
@@ -128,9 +130,9 @@ class Job(NamedTuple):
     seconds: float | None  # after which it is given up
 
 
-def check_key(given: bytes, served: Served) -> None:
-    """Raises Refusal unless `given` is the Authorization that the server wants."""
-    if not is_opened(given, served.api_keys):
+def check_key(given: bytes, api_keys: Sequence[str]) -> None:
+    """Raises Refusal unless `given` is an Authorization that has one of the keys."""
+    if not is_opened(given, api_keys):
         raise Refusal("the API key is missing or wrong; send Authorization: Bearer <key>", status=401)
 
 
@@ -183,10 +185,11 @@ def model_config(name: str) -> dict[str, Any]:
 
 
 def repository_index(served: Served, *, only_ready: bool = False) -> list[dict[str, str]]:
-    fault = served.pipeline.fault()
-    if only_ready and fault is not None:
+    health = served.health()
+    if only_ready and not health.is_ready:
         return []
-    state = {"version": VERSION, "state": "READY" if fault is None else "UNAVAILABLE", "reason": fault or ""}
+    state = {"version": VERSION, "state": "READY" if health.is_ready else "UNAVAILABLE"}
+    state["reason"] = "" if health.is_ready else health.why
     return [{"name": name} | state for name in (served.model_name, *served.pipeline.adapters)]
 
 

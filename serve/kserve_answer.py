@@ -14,7 +14,7 @@ from internjax.decode.request import RequestError
 from serve.guided import GuideError
 from serve.kserve import OUTPUTS, Job
 from serve.pipeline import Answer, ContextTooLong, Delta, Result, Token
-from serve.protocol import Refusal, chat_logprobs, completion_logprobs, param_of, tool_calls
+from serve.protocol import Refusal, chat_logprobs, completion_logprobs, param_of, refuse_aborted, tool_calls
 from serve.request_log import note, sane_id
 from serve.requests import ChatRequest, CompletionRequest
 from serve.streams import events_of, submitted
@@ -98,6 +98,7 @@ async def _results(job: Job, answers: list[Answer], send: Callable[[Response], A
             await tell(job.echoes[0], ())
         async with aclosing(events_of(answers)) as events:
             async for _, event in events:
+                refuse_aborted(event)
                 if job.streams and isinstance(event, Delta):
                     await tell(event.text, event.tokens)
     finally:

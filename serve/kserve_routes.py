@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from serve import kserve, tensors
+from serve.bodies import aside
 from serve.kserve_answer import answer
 from serve.protocol import Refusal
 
@@ -61,20 +62,21 @@ Endpoint = Callable[[Request, kserve.Served], Awaitable[Response]]
 def _with(served: kserve.Served, endpoint: Endpoint, *, needs_key: bool = False) -> Callable:
     async def handle(request: Request) -> Response:
         if needs_key:
-            kserve.check_key(dict(request.scope["headers"]).get(b"authorization", b""), served)
+            kserve.check_key(dict(request.scope["headers"]).get(b"authorization", b""), served.api_keys)
         return await endpoint(request, served)
 
     return handle
 
 
 async def _live(request: Request, served: kserve.Served) -> Response:
+    if not (health := served.health()).is_live:
+        raise Refusal(health.why, status=503)
     return JSONResponse({"live": True})
 
 
 async def _ready(request: Request, served: kserve.Served) -> Response:
-    fault, closed = served.pipeline.fault(), request.app.state.doors.closed
-    if fault is not None or closed is not None:
-        raise Refusal(closed if fault is None else f"the engine has stopped: {fault}", status=503)
+    if not (health := served.health()).is_ready:
+        raise Refusal(health.why, status=503)
     return JSONResponse({"ready": True})
 
 
@@ -116,9 +118,11 @@ def _name(request: Request, served: kserve.Served) -> str:
 
 async def _infer(request: Request, served: kserve.Served) -> Response:
     _name(request, served)  # before anything is read
-    body, raw = _split(_decompressed(await request.body(), request.headers, served.max_bytes), request.headers)
-    asked, is_binary = _request(body, raw, request)
-    answering = asyncio.ensure_future(answer(kserve.job_of(asked, served, may_stream=False)))
+    data = await request.body()
+    is_packed = request.headers.get("Content-Encoding", "identity") != "identity"  # then it may be large all the same
+    num_bytes = served.max_bytes if is_packed else len(data)
+    job, is_binary = await aside(num_bytes, lambda: _job(data, request, served))
+    answering = asyncio.ensure_future(answer(job))
     leaving = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -129,6 +133,13 @@ async def _infer(request: Request, served: kserve.Served) -> Response:
         for task in (answering, leaving):
             task.cancel()
         await asyncio.gather(answering, leaving, return_exceptions=True)
+
+
+def _job(data: bytes, request: Request, served: kserve.Served) -> tuple[kserve.Job, Callable[[str], bool]]:
+    """What a body asks for, and which of its outputs are to be raw bytes."""
+    body, raw = _split(_decompressed(data, request.headers, served.max_bytes), request.headers)
+    asked, is_binary = _request(body, raw, request)
+    return kserve.job_of(asked, served, may_stream=False), is_binary
 
 
 async def _disconnected(request: Request) -> None:

@@ -7,7 +7,7 @@ hold is in `serve.requests`. A client that goes away frees its slot and its page
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from serve.adapter_routes import add_adapter_routes
+from serve.bodies import BodyRoute
 from serve.chat_completions import add_chat_route
 from serve.description import describe
 from serve.embeddings import add_embedding_route
 from serve.guards import Doors, Operation, add_guards
-from serve.health import Health, add_health_routes, health_of
-from serve.jobs import Job, events, finish_of, is_brief, lines_of, nth, stream, submit, whole
+from serve.health import add_health_routes, health_of
+from serve.jobs import Job, events, is_brief, lines_of, nth, stream, submit, whole
 from serve.kept import KeepLimits, Shelf
 from serve.keys import keys_of
 from serve.kserve import Served
@@ -36,7 +37,7 @@ from serve.session_routes import Sessions, add_session_routes
 from serve.tokenize_routes import add_tokenize_routes
 from serve.web import add_page
 
-MAX_ANSWERS = 512  # of one request: each has a thread that waits for it
+MAX_ANSWERS = 512  # of one request
 
 
 def create_score_app(
@@ -47,10 +48,8 @@ def create_score_app(
     operation: Operation = Operation(),
 ) -> FastAPI:
     """The application of a reward model; see `create_app`."""
-    app = _new_app(lambda: None, api_key=api_key, operation=operation)
-    doors = app.state.doors
-    add_health_routes(app, lambda: Health("draining" if doors.closed else "ok", None, [None]), model_name=model_name)
-    app.state.metrics = Metrics(None, doors, model_name=model_name)
+    app = _new_app(scorer, model_name=model_name, api_key=api_key, operation=operation)
+    app.state.metrics = Metrics(None, app.state.doors, model_name=model_name)
     app.state.metrics.add_programs("scores", lambda: scorer.num_compiled)
     add_metrics_route(app, app.state.metrics)
     add_score_routes(app, scorer, model_name=model_name)
@@ -58,16 +57,22 @@ def create_score_app(
     return app
 
 
-def _new_app(fault: Callable[[], str | None], *, api_key: str | Sequence[str] | None, operation: Operation) -> FastAPI:
-    """An application with guards and without routes."""
+def _new_app(
+    working: Pipeline | Scorer, *, model_name: str, api_key: str | Sequence[str] | None, operation: Operation
+) -> FastAPI:
+    """An application with guards, that says how it is and nothing else."""
     app = FastAPI(
         title="InternJAX",
         docs_url=None,  # these two pages would load scripts from elsewhere
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    app.state.operation, app.state.doors = operation, Doors(operation.limits, fault)
-    add_guards(app, app.state.doors, api_keys=keys_of(api_key), operation=operation)
+    app.router.route_class = BodyRoute
+    doors = Doors(operation.limits, working.fault)
+    app.state.operation, app.state.doors = operation, doors
+    app.state.health = lambda: health_of(working, doors, stuck_seconds=operation.stuck_seconds)
+    add_guards(app, doors, api_keys=keys_of(api_key), operation=operation)
+    add_health_routes(app, app.state.health, model_name=model_name)
     return app
 
 
@@ -85,14 +90,11 @@ def create_app(
     of them.
 
     adapter_root: the folder below which clients may have adapters loaded from; None: they may not. keep: how much is
-    held for clients, and how long. web: whether the chat page is at `/`. Its `state` has `operation`, `doors` and
-    `metrics`.
+    held for clients, and how long. web: whether the chat page is at `/`. Its `state` has `operation`, `doors`,
+    `health`, `metrics`, and `served` for the KServe v2 protocol.
     """
-    app = _new_app(pipeline.fault, api_key=api_key, operation=operation)
-    doors = app.state.doors
-    stuck_seconds = operation.stuck_seconds
-    add_health_routes(app, lambda: health_of(pipeline, doors, stuck_seconds=stuck_seconds), model_name=model_name)
-    metrics = app.state.metrics = Metrics(pipeline, doors, model_name=model_name)
+    app = _new_app(pipeline, model_name=model_name, api_key=api_key, operation=operation)
+    metrics = app.state.metrics = Metrics(pipeline, app.state.doors, model_name=model_name)
     add_metrics_route(app, metrics)
     if web:
         add_page(app)
@@ -100,7 +102,9 @@ def create_app(
         raise ValueError(f"the model and an adapter are both named {model_name!r}; give one of them another name")
     if adapter_root is not None:
         add_adapter_routes(app, pipeline, root=adapter_root, model_name=model_name)
-    add_kserve_routes(app, Served(pipeline, model_name, keys_of(api_key), operation.limits.body_bytes))
+    keys, health = keys_of(api_key), app.state.health
+    app.state.served = Served(pipeline, model_name, keys, operation.limits.body_bytes, health)
+    add_kserve_routes(app, app.state.served)
     created = int(time.time())
     sessions = Sessions(most=keep.sessions, seconds=keep.session_seconds)
 
@@ -178,7 +182,7 @@ def _completion(job: Job, results: Sequence[Result], echoes: Sequence[str]) -> d
     for index, (result, echo) in enumerate(zip(results, echoes, strict=True)):
         logprobs = _completion_logprobs(job.body, (*result.prompt, *_behind(echo, result.tokens)))
         choices.append(
-            {"index": index, "text": echo + result.text, "logprobs": logprobs, "finish_reason": finish_of(result)}
+            {"index": index, "text": echo + result.text, "logprobs": logprobs, "finish_reason": result.finish}
         )
     return job.object("text_completion", choices) | {"usage": usage(results, n=job.n)}
 
@@ -207,7 +211,7 @@ async def _completion_chunks(job: Job, echoes: Sequence[str]) -> AsyncIterator[d
             case Delta(text, tokens):
                 yield chunk(index, text, _completion_logprobs(job.body, _behind(echoes[index], tokens)))
             case Result():
-                yield chunk(index, "", finish=finish_of(event))
+                yield chunk(index, "", finish=event.finish)
 
 
 def _echo(prompt: str | list[int], pipeline: Pipeline) -> str:

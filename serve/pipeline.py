@@ -243,6 +243,10 @@ class Pipeline:
         """Of every replica, why it takes no more requests, or None if it does."""
         return [engine.fault for engine in self.engines]
 
+    def silent_seconds(self) -> float:
+        """For how long an engine has had work without a sign of life; see `Engine.silent_seconds`."""
+        return self.engine.silent_seconds()
+
     def complete(self, prompt: str | Sequence[int], params: Params | None = None) -> Answer:
         """The continuation of a text, or of token ids (taken as they are). Markers in a text are plain text."""
         params = Params() if params is None else params

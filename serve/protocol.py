@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from internjax.text.message import Message, from_openai
 from serve.calls import function_of
 from serve.guided import AnyJSON, CalledFunction, CallOf, Choice, Grammar, GuideError, GuideSpec, JSONSchema, Regex
-from serve.pipeline import Params, Result, Session, Token
+from serve.pipeline import Event, Params, Result, Session, Token
 from serve.requests import (
     Asking,
     ChatMessage,
@@ -43,6 +43,14 @@ class Refusal(Exception):
         self.code = code
         """"invalid_value", "unknown_parameter" and "unsupported_value": the field `param` alone is at fault, and the
         description (/openapi.json) says so."""
+
+
+def refuse_aborted(event: Event) -> None:
+    """Raises Refusal for the end of an answer that was aborted: one that is waited for ends so where its engine closes,
+    and what there is of it is no answer."""
+    if isinstance(event, Result) and event.finish == "aborted":
+        message = "the engine was closed before the answer was complete; try again"
+        raise Refusal(message, status=503, code="unavailable")
 
 
 def envelope(message: str, *, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from fastapi.responses import Response
 
 from internjax.text.message import Message
 from serve.answer import Delta, Result, Token
+from serve.bodies import aside
 from serve.calls import function_of
 from serve.jobs import Job, events, is_brief, line_of, stream, submit, whole
 from serve.kept import Shelf, owner_of
@@ -61,12 +62,13 @@ def add_response_routes(
 
     @app.post("/v1/responses")
     async def create(body: ResponseRequest, request: Request) -> Response:
-        refuse_response(body)
+        num_bytes = len(await request.body())
+        await aside(num_bytes, lambda: refuse_response(body))
         adapter, owner = adapter_of(body.model), owner_of(request)
         before = _before(body, stored, owner)
         called = dict(before.called)
         try:
-            new = messages_of(messages_of_items(body.input, called), called)
+            new = await aside(num_bytes, lambda: messages_of(messages_of_items(body.input, called), called))
             declared = declared_of(body)
             tools = tools_of(declared)
         except ValueError as error:

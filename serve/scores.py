@@ -10,9 +10,10 @@ program is compiled for each when it is first needed.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ from internjax.text.chat import render
 from internjax.text.message import Message
 from internjax.text.tokenizer import REWARD, longest_token
 from serve.batches import Batch, Workers, batches_of, in_order, padded, read_each
+from serve.bodies import aside
 from serve.pipeline import ContextTooLong, refuse_long
 from serve.protocol import Refusal, messages_of, refuse_messages
 from serve.request_log import note
@@ -72,7 +74,8 @@ class Scorer:
         self._widths = row_widths(model.config, self.max_context)
         self._longest_token = longest_token(model.tokenizer)
         self._compute = jax.jit(partial(score, config=in_chunks(model.config)))
-        self._lock = threading.Lock()
+        self._computing, self._counting = threading.Lock(), threading.Lock()
+        self._num_calls, self._beat, self._fault = 0, time.monotonic(), None
 
     @property
     def num_compiled(self) -> int:
@@ -83,6 +86,19 @@ class Scorer:
 
     def __exit__(self, *exception) -> None:
         pass
+
+    def fault(self) -> str | None:
+        """Why no more requests are taken, or None if they are."""
+        return self._fault
+
+    def faults(self) -> list[str | None]:
+        """The same of every replica, of which there is one."""
+        return [self._fault]
+
+    def silent_seconds(self) -> float:
+        """For how long there has been work and no batch of it has begun or ended; 0 where there is none."""
+        with self._counting:
+            return time.monotonic() - self._beat if self._num_calls else 0.0
 
     def ids_of(self, messages: Sequence[Message], *, condition: str | None = None) -> list[int]:
         """What the model reads of a conversation, with the reward token. condition: a system prompt."""
@@ -107,9 +123,36 @@ class Scorer:
     def read(self, sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
         """Returns float32 `[len(sequences)]` of a batch."""
         tokens, lengths = padded(sequences, width)
-        with self._lock, sharding.use(self._mesh):
-            scores = self._compute(self._model.params, tokens, lengths, lora=self._model.lora)
-            return np.asarray(scores)[: len(sequences)]
+        with self._at_work(), self._computing, sharding.use(self._mesh):
+            self._beat = time.monotonic()
+            try:
+                scores = self._compute(self._model.params, tokens, lengths, lora=self._model.lora)
+                return np.asarray(scores)[: len(sequences)]
+            except Exception as error:
+                self._fault = self._found_fault(error)
+                raise
+            finally:
+                self._beat = time.monotonic()
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        with self._counting:
+            self._beat = self._beat if self._num_calls else time.monotonic()
+            self._num_calls += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._num_calls -= 1
+
+    def _found_fault(self, error: Exception) -> str | None:
+        """What is wrong where even a small computation fails; None where only this batch could not be scored."""
+        try:
+            for device in self._mesh.local_devices:
+                np.asarray(jax.device_put(np.zeros(1), device) + 1)
+        except Exception as again:
+            return f"the device computes no more: {again} (after {type(error).__name__}: {error})"
+        return None
 
 
 def add_score_routes(app: FastAPI, scorer: Scorer, *, model_name: str) -> None:
@@ -130,7 +173,7 @@ def add_score_routes(app: FastAPI, scorer: Scorer, *, model_name: str) -> None:
     @app.post("/v1/score")
     async def score(body: ScoreRequest, request: Request) -> dict[str, Any]:
         _check_model(body.model, model_name)
-        conversations, place = _conversations(body)
+        conversations, place = await aside(len(await request.body()), lambda: _conversations(body))
         condition = _condition(body, scorer)
         try:
             for messages in conversations:  # all of them before the first is tokenised

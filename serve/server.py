@@ -81,22 +81,19 @@ class Server:
         """Has another application answer what comes from now on."""
         self._app = app
 
-    def add_grpc(self, pipeline: Pipeline, port: socket.socket, *, api_keys: Sequence[str]) -> None:
-        """Answers the KServe v2 protocol over gRPC too, through the doors of the application that answers now.
+    def add_grpc(self, port: socket.socket, *, api_keys: Sequence[str], operation: Operation) -> None:
+        """Answers the KServe v2 protocol over gRPC too, through the doors of the application that answers at the time.
 
-        Raises ValueError where the port cannot be taken.
+        api_keys, operation: those of the applications. Raises ValueError where the port cannot be taken.
         """
         from serve.grpc import Front, GrpcServer
-        from serve.kserve import Served
 
         host, number = port.getsockname()[:2]
         port.close()  # gRPC takes no socket of others: it was held so far to be there for it now
         self._wait(lambda: self._loop is not None, _READY_SECONDS)
         if self._loop is None:
             raise RuntimeError(f"the server at {self.url} did not start in {_READY_SECONDS:g} s")
-        state = self._app.state
-        served = Served(pipeline, self.model_name, tuple(api_keys), state.doors.limits.body_bytes)
-        front = Front(served, state.doors, state.metrics.called, log_prompts=state.operation.log_prompts)
+        front = Front(lambda: self._app, tuple(api_keys), operation)
         self._grpc = GrpcServer(front, loop=self._loop, host=host, port=number)
         self.grpc_address = self._grpc.address
 
@@ -120,8 +117,8 @@ class Server:
             self._wait(lambda: doors.num_inside == 0, self._drain_seconds)
             self._loop.call_soon_threadsafe(doors.cut)
             self._wait(lambda: doors.num_inside == 0, 1.0)
-            if self._grpc is not None:
-                self._grpc.close()  # before the loop ends, which it has
+        if self._grpc is not None and self.alive:
+            self._grpc.close()  # before the loop ends, which it has
         self._server.should_exit = True
         self._thread.join()
 
@@ -195,7 +192,7 @@ def start_server(
     server = Server(app, taken, model_name=model_name, drain_seconds=drain_seconds)
     try:
         if grpc_port is not None:
-            server.add_grpc(pipeline, grpc_port, api_keys=keys_of(api_key))
+            server.add_grpc(grpc_port, api_keys=keys_of(api_key), operation=how["operation"])
         wait_until_ready(server)
     except BaseException:
         server.close()

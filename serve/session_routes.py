@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request
 
 from internjax.text.message import to_openai
 from serve.answer import Result
+from serve.bodies import aside
 from serve.calls import function_of
 from serve.jobs import BRIEF, Job
 from serve.kept import Kept, Shelf, owner_of
@@ -149,10 +150,14 @@ def add_session_routes(
 ) -> None:
     """Adds the routes. check_model: raises Refusal for a model that is not served."""
 
-    # Coroutines, so that what they do with a session is done in one thread: that of the event loop.
+    # Coroutines, so that what they do with a session that is kept is done in one thread: that of the event loop.
     @app.post("/v1/sessions")
     async def create(body: SessionRequest, request: Request) -> dict[str, Any]:
         check_model(body.model)
+        held = await aside(len(await request.body()), lambda: begun(body), most=BRIEF)  # it is tokenised
+        return _described(sessions.add(held, owner=owner_of(request)))
+
+    def begun(body: SessionRequest) -> Held:
         refuse_session(body)
         called: dict[str, str] = {}
         try:
@@ -176,7 +181,7 @@ def add_session_routes(
             except ValueError as error:
                 is_told = tools and message.name in MARKER_OF
                 raise Refusal(str(error), param="tools" if is_told else "messages") from error
-        return _described(sessions.add(Held(session, body.model, body.tools or (), called), owner=owner_of(request)))
+        return Held(session, body.model, body.tools or (), called)
 
     @app.get("/v1/sessions")
     async def listed(request: Request) -> dict[str, Any]:

@@ -7,8 +7,14 @@ import collections
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from functools import partial
 
 from serve.answer import Answer, Event, Result
+
+MORE_READERS = 512
+"""Threads of this process that read answers beside the first of each request: a request may have as many answers as
+that, and a server runs hundreds of requests."""
+_more = threading.BoundedSemaphore(MORE_READERS)
 
 
 def all_or_none(starts: Iterable[Callable[[], Answer]]) -> list[Answer]:
@@ -58,7 +64,8 @@ def _abort(answers: Iterable[Answer]) -> None:
 async def events_of(answers: Sequence[Answer], *, num_readers: int | None = None) -> AsyncIterator[tuple[int, Event]]:
     """Events of all answers as they come, with the answer's index. Leaving it in any way aborts what still runs.
 
-    num_readers: answers that are read at once, in a thread each (None: all).
+    num_readers: answers that are read at once, in a thread each (None: all), as far as MORE_READERS reach. Those that
+    wait for a reader are drawn all the same: their events come later, and a stop string is seen later.
     """
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
@@ -71,22 +78,42 @@ async def events_of(answers: Sequence[Answer], *, num_readers: int | None = None
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(queue.put_nowait, (index, error))
 
-    unread = collections.deque(enumerate(answers))
+    unread, more = collections.deque(enumerate(answers)), _more
+    most, num_started = num_readers or len(answers), 0
 
-    def read() -> None:
-        with contextlib.suppress(IndexError):  # nothing is left to read
-            while True:
-                pump(*unread.popleft())
+    def read(*, is_first: bool) -> None:
+        try:
+            with contextlib.suppress(IndexError):  # nothing is left to read
+                while True:
+                    pump(*unread.popleft())
+        finally:
+            if not is_first:
+                more.release()
+
+    def start_readers() -> None:
+        """The first, and as many more as are wanted and left; what they find to read they share."""
+        nonlocal num_started
+        while unread and num_started < most and (num_started == 0 or more.acquire(blocking=False)):
+            reader = partial(read, is_first=num_started == 0)
+            try:
+                threading.Thread(target=reader, name=f"reader-{num_started}", daemon=True).start()
+            except RuntimeError:  # the system gives no more threads
+                if num_started == 0:
+                    raise
+                more.release()
+                return
+            num_started += 1
 
     open_answers = len(answers)
     try:
-        for number in range(min(len(answers), num_readers or len(answers))):
-            threading.Thread(target=read, name=f"reader-{number}", daemon=True).start()
+        start_readers()
         while open_answers:
             index, event = await queue.get()
             if isinstance(event, Exception):
                 raise event
-            open_answers -= isinstance(event, Result)
+            if isinstance(event, Result):
+                open_answers -= 1
+                start_readers()  # others may have ended since
             yield index, event
     finally:
         unread.clear()

@@ -52,16 +52,18 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], data: bytes) -> Ten
 
 def from_values(name: str, datatype: str, shape: Sequence[int], values: Sequence) -> Tensor:
     """The tensor of values, flat or nested, as JSON has them. Raises Refusal where they are not of the datatype."""
-    flat = list(_flat(name, values))
+    flat = _flat(name, values)
     if datatype == "BYTES":
         return _checked(Tensor(name, datatype, tuple(shape), [_encoded(name, value) for value in flat]))
     number = _number(name, datatype)
-    wanted = {"b": bool, "f": (int, float)}.get(number.kind, int)
-    for value in flat:
-        if not isinstance(value, wanted) or (isinstance(value, bool) and number.kind != "b"):
-            raise Refusal(f"{name} is {datatype} and holds {value!r:.200}", param=name)
-        if number.kind in "iu" and not np.iinfo(number).min <= value <= np.iinfo(number).max:
-            raise Refusal(f"{name} is {datatype} and holds {value}, which that cannot hold", param=name)
+    wanted = {"b": {bool}, "f": {int, float}}.get(number.kind, {int})
+    if not {*map(type, flat)} <= wanted:
+        wrong = next(value for value in flat if type(value) not in wanted)
+        raise Refusal(f"{name} is {datatype} and holds {wrong!r:.200}", param=name)
+    if number.kind in "iu" and flat:
+        for value in (min(flat), max(flat)):
+            if not np.iinfo(number).min <= value <= np.iinfo(number).max:
+                raise Refusal(f"{name} is {datatype} and holds {value}, which that cannot hold", param=name)
     return _checked(Tensor(name, datatype, tuple(shape), flat))
 
 
@@ -95,14 +97,15 @@ def _strings(name: str, data: bytes) -> Iterator[bytes]:
         yield data[start:place]
 
 
-def _flat(name: str, values: Any) -> Iterator[Any]:
+def _flat(name: str, values: Any) -> list[Any]:
     """Values of lists in lists, as deep as tensors go."""
     if not isinstance(values, list | tuple):
         raise Refusal(f"{name} must have its elements in a list, given {values!r:.200}", param=name)
     for _ in range(8):
-        if not any(isinstance(value, list) for value in values):
-            return iter(values)
-        if not all(isinstance(value, list) for value in values):
+        kinds = {*map(type, values)}
+        if list not in kinds:
+            return [*values]
+        if kinds != {list}:
             raise Refusal(f"{name} has lists beside elements; give one list, or lists of equal depth", param=name)
         values = list(itertools.chain.from_iterable(values))
     raise Refusal(f"{name} has its elements in lists that are too deep; give one list", param=name)

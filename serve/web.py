@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from starlette.applications import Starlette
-from starlette.routing import Route
 
 FOLDER = Path(__file__).resolve().parent / "page"
 KINDS = {
@@ -46,6 +44,9 @@ HEADERS = {
 }
 
 
+Answer = Callable[[Request], Awaitable[Response]]
+
+
 class PageFile(NamedTuple):
     body: bytes
     kind: str
@@ -53,33 +54,18 @@ class PageFile(NamedTuple):
 
 
 def add_page(app: FastAPI) -> None:
-    """Adds `/` and the files it loads, `/page/NAME`, read once. Raises FileNotFoundError where they do not lie."""
-    for path, answer in _routes().items():
+    """Adds `/` and the files it loads, `/page/NAME`; see `page_routes`."""
+    for path, answer in page_routes().items():
         app.router.add_route(path, answer, methods=["GET"], include_in_schema=False)
 
 
-def with_page(starting: Callable) -> Callable:
-    """The ASGI application with the page before it: who comes while a model is loaded sees how far it is.
-
-    Raises FileNotFoundError as `add_page` does.
-    """
-    routes = _routes()
-    page = Starlette(routes=[Route(path, answer, methods=["GET"]) for path, answer in routes.items()])
-
-    async def answer(scope, receive, send) -> None:
-        of_page = scope["type"] == "http" and scope["path"] in routes and scope["method"] in ("GET", "HEAD")
-        await (page if of_page else starting)(scope, receive, send)
-
-    return answer
-
-
-def _routes() -> dict[str, Callable[[Request], Awaitable[Response]]]:
-    """What answers each path of the page."""
+def page_routes() -> dict[str, Answer]:
+    """What answers each path of the page, its files read once. Raises FileNotFoundError where they do not lie."""
     files = read_files(FOLDER)
     return {"/" if name == "index.html" else f"/page/{name}": _answer_with(file) for name, file in files.items()}
 
 
-def _answer_with(file: PageFile) -> Callable[[Request], Awaitable[Response]]:
+def _answer_with(file: PageFile) -> Answer:
     headers = HEADERS | {"ETag": file.tag}
 
     async def answer(request: Request) -> Response:

@@ -64,6 +64,20 @@ def test_traffic_is_a_function_of_the_seed_and_what_is_served():
     assert not {"session", "grpc", "kserve", "no session"} & {case(n, less, seed=3).kind for n in range(500)}
 
 
+def test_turns_of_a_session_are_to_be_answered_unless_one_before_was_left():
+    found = Counter()
+    for number in range(3000):
+        one = case(number, SERVED, seed=3)
+        if one.kind == "session":
+            left = [index for index, step in enumerate(one.steps) if step.asked.leaves is not None]
+            for index, step in enumerate(one.steps):
+                is_behind = bool(left) and index > left[0] and step.asked.method != "GET"
+                assert step.wants == ("either" if is_behind else "answer"), step
+                found[step.asked.path.partition("@")[0], step.wants] += 1
+    paths = ("/v1/chat/completions", "/v1/sessions/")
+    assert all(found[path, wants] > 10 for path in paths for wants in ("answer", "either")), found
+
+
 # --- an answer --------------------------------------------------------------------------------------------------------
 
 ASKED = post("/v1/completions", {})

@@ -263,7 +263,7 @@ def test_help_has_every_flag_in_a_group(run):
     result = run("serve", "--help")
     assert result.returncode == 0
     sections = {part.partition(":\n")[0]: part for part in result.stdout.split("\n\n")}
-    titles = ("where it answers, and what of", "the model", "its answers, and the cache", "adapters", "speculation")
+    titles = ("where it answers, and what of", "the model", "its answers", "the cache", "adapters", "speculation")
     titles += (
         "who may ask, and for what",
         "how much it takes on",

@@ -27,19 +27,22 @@ from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException, deserialize_bytes_tensor, serialize_byte_tensor
 
+from internjax.decode.device import Compiled
 from internjax.text.chat import render
 from internjax.text.message import Message
 from serve import __main__ as command
 from serve import grpc as front
 from serve import server as serving
 from serve.guards import Limits, Operation
+from serve.health import Starting
 from serve.kserve import INPUTS, ONLY_IF_ASKED, OUTPUTS, SAMPLING
 from serve.kserve_messages import messages, read_proto
 from serve.kserve_routes import HEADER_LENGTH
+from serve.openai import create_app
 from serve.pipeline import Pipeline
 from serve.protocol import Refusal
 from serve.request_log import JSONLines
-from serve.server import start_server, take_grpc_port
+from serve.server import start_server, take_grpc_port, take_port
 from serve.tensors import Tensor, from_raw, from_values, raw_of
 from tests.serve.conftest import ScriptedEngine
 
@@ -189,12 +192,24 @@ def test_what_is_served(engine, over_grpc, over_http):
     assert [m.state for m in over_grpc.get_model_repository_index().models] == ["READY"] * 2
 
 
-def test_a_failed_engine_is_not_ready(engine, client):
-    engine.fault = "out of memory"
-    assert client.is_server_live() and not client.is_server_ready() and not client.is_model_ready("tiny")
-    index = client.get_model_repository_index()
-    model = index[0] if isinstance(index, list) else index.models[0]
-    assert "out of memory" in str(model)
+def test_an_engine_that_failed_or_hangs_is_neither_ready_nor_live(engine, client, running):
+    """As /ready and /live have it."""
+
+    def told() -> list[bool]:
+        over_rest = [httpx.get(f"{running[0].url}/{path}").status_code == 200 for path in ("ready", "live")]
+        assert over_rest == [client.is_server_ready(), client.is_server_live()]
+        assert over_rest[0] == client.is_model_ready("tiny")
+        return over_rest
+
+    def state() -> str:
+        index = client.get_model_repository_index()
+        return str(index[0] if isinstance(index, list) else index.models[0])
+
+    assert told() == [True, True]
+    engine.silent = 1000.0
+    assert told() == [False, False] and "not gone on with it for 1000 seconds" in state()
+    engine.silent, engine.fault = 0.0, "out of memory"
+    assert told() == [False, False] and "out of memory" in state()
     with pytest.raises(InferenceServerException, match="out of memory") as caught:
         ask(client, {"text_input": ["x"]})
     assert status_of(caught.value) in ("UNAVAILABLE", "503")
@@ -636,6 +651,29 @@ def test_an_engine_failure_is_an_error_and_the_server_lives_on(engine, client):
     assert ask(client, {"text_input": ["x"]}, "finish_reason") == {"finish_reason": [b"stop"]}
 
 
+def test_an_answer_that_the_engine_does_not_go_on_with_is_none(engine, running, client, eventually):
+    """As where it is closed under the server; in a stream the request fails alone."""
+    asked, said = endless(engine), "the engine was closed before the answer was complete"
+
+    def leave_it():
+        eventually(lambda: engine.active)
+        next(iter(engine.active)).abort()
+
+    leaving = threading.Thread(target=leave_it)
+    leaving.start()
+    with pytest.raises(InferenceServerException, match=said) as caught:
+        ask(client, asked)
+    leaving.join()
+    assert status_of(caught.value) in ("UNAVAILABLE", "503")
+    with Stream(running[0]) as stream:
+        stream.ask("a", asked)
+        leave_it()
+        assert said in stream.next().message()
+        engine.seconds_per_event = 0
+        stream.ask("b", asked)
+        assert stream.next().id == "b"
+
+
 def test_who_does_not_read_holds_up_nobody(engine, running, over_grpc, eventually):
     """One stream has answers for a megabyte and reads none of them; the other clients do not notice."""
     engine.script = lambda request: [70] * 900
@@ -692,7 +730,7 @@ def test_both_fronts_share_the_places(scripted, eventually):
         assert client.is_server_ready() and len(pipeline.engine.requests) == 1
         waiting.cancel()
         eventually(lambda: doors.num_waiting == 0)
-        next(iter(pipeline.engine.active)).abort()  # the stream goes on: what came in it last was refused
+        pipeline.engine.seconds_per_event = 0  # the stream goes on: what came in it last was refused
         eventually(lambda: doors.num_running == doors.num_inside == 0)
         pipeline.engine.script = lambda request: [70] * 16
         assert stub.ModelInfer(message).id == "" and ask(client, {"text_input": ["x"]})
@@ -719,6 +757,87 @@ def test_a_message_over_the_limit_of_bodies_is_refused(scripted):
         )
         assert response.status_code == 413 and "more than 2000 bytes" in response.json()["error"]
         assert stub.ModelInfer(message_of(text_input=[b"x"])) and len(pipeline.engine.requests) == 1
+
+
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+
+
+@contextlib.contextmanager
+def silent(server, method=INFER, **how):
+    """A call of one request whose message does not come. It is ended with the block, if it was not before."""
+    over = threading.Event()
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        call = channel.stream_unary(method).future(iter(lambda: over.wait(20) and None, None), timeout=20, **how)
+        try:
+            yield call
+        finally:
+            over.set()
+
+
+def test_a_call_whose_message_does_not_come_in_time_is_ended(scripted, eventually):
+    pipeline = scripted(TEXT)
+    with limited(pipeline, body_seconds=0.3, max_running=1, max_waiting=0) as server, calling(server) as stub:
+        with silent(server) as call:
+            eventually(lambda: server.doors.num_inside == 1)
+            with pytest.raises(grpc.RpcError, match="the server is busy"):  # it holds a place, for its time
+                stub.ModelInfer(message_of(text_input=[b"x"]))
+            assert call.exception().code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert "the message did not come in within 0.3 seconds" in call.exception().details()
+        with silent(server, INFER.replace("ModelInfer", "ModelReady")) as call:
+            assert "the message did not come in" in call.exception().details()
+        assert stub.ModelInfer(message_of(text_input=[b"x"])) and server.doors.num_inside == 0
+        with grpc.insecure_channel(server.grpc_address) as channel:
+            for messages_, said in (([], "ModelInfer has no message"), ([b"\xff"], "is no ModelInferRequest")):
+                with pytest.raises(grpc.RpcError, match=said) as caught:
+                    channel.stream_unary(INFER)(iter(messages_), timeout=20)
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(pipeline.engine.requests) == 1
+
+
+def test_nothing_is_read_of_a_call_that_is_refused_or_asks_for_nothing(scripted):
+    with start_server(scripted(TEXT), model_name="tiny", api_key="sesame", grpc_port=0, drain_seconds=1) as server:
+        for method in ("ModelInfer", "ModelReady", "ModelStatistics"):
+            with silent(server, INFER.replace("ModelInfer", method)) as call:
+                assert call.exception().code() is grpc.StatusCode.UNAUTHENTICATED
+        with calling(server) as stub:
+            large = message_of(text_input=[b"x" * (8 << 20)])
+            with pytest.raises(grpc.RpcError, match="the API key is missing or wrong") as caught:
+                stub.ModelInfer(large)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        with silent(server, INFER.replace("ModelInfer", "ServerLive")) as call:
+            assert call.result() == b"\x08\x01", "live"
+        with silent(server, INFER.replace("ModelInfer", "Other")) as call:
+            assert call.exception().code() is grpc.StatusCode.UNIMPLEMENTED
+        server._loop.call_soon_threadsafe(server._app.state.doors.close, "no more")
+        with silent(server, metadata=(("authorization", "Bearer sesame"),)) as call:
+            assert (call.exception().code(), call.exception().details()) == (grpc.StatusCode.UNAVAILABLE, "no more")
+
+
+def test_clients_that_are_stopped_and_connections_without_calls_are_given_up(scripted, eventually, monkeypatch):
+    for name, seconds in (("_PING_SECONDS", 0.3), ("_PONG_SECONDS", 0.3), ("_IDLE_SECONDS", 0.3)):
+        monkeypatch.setattr(front, name, seconds)
+    program = (
+        "import sys, grpc\n"
+        "with grpc.insecure_channel(sys.argv[1]) as channel:\n"
+        "    call = channel.stream_unary(sys.argv[2])\n"
+        "    call(iter(sys.stdin.readline, None))\n"
+    )
+    with limited(scripted(TEXT)) as server:
+        stopped = subprocess.Popen([sys.executable, "-c", program, server.grpc_address, INFER], stdin=subprocess.PIPE)
+        try:
+            eventually(lambda: server.doors.num_inside == 1)
+            stopped.send_signal(signal.SIGSTOP)
+            eventually(lambda: server.doors.num_inside == 0)
+        finally:
+            stopped.kill()
+            stopped.wait()
+        states = []
+        with grpc.insecure_channel(server.grpc_address) as channel:
+            channel.subscribe(states.append)
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            for _ in range(2):
+                assert stub.ServerLive(service_pb2.ServerLiveRequest()).live
+                eventually(lambda: states[-1] is grpc.ChannelConnectivity.IDLE)
 
 
 def test_a_client_that_does_not_read_its_stream_is_given_up(scripted, eventually):
@@ -846,10 +965,10 @@ def test_a_server_that_stops_tells_who_waits_and_who_runs_too_long(scripted, eve
     with limited(pipeline, max_running=2, max_waiting=5, drain_seconds=0.05) as server, Stream(server) as stream:
         stream.ask("a", asked)
         eventually(lambda: len(pipeline.engine.active) == 1)
-        for number in (1, 2):  # one has a place, one waits for it
+        for number in (0, 1):  # one has a place, one waits for it
             prompt = inputs_of(stream.client, asked)
             stream.client.async_infer("tiny", prompt, lambda result, error: told.put(error))
-            eventually(lambda number=number: server.doors.num_inside == number + 1)
+            eventually(lambda number=number: (server.doors.num_running, server.doors.num_waiting) == (2, number))
         server.close()
         waiting, running = told.get(timeout=20), told.get(timeout=20)
         assert [status_of(each) for each in (waiting, running)] == ["UNAVAILABLE"] * 2
@@ -875,23 +994,66 @@ def test_ports_and_packages(scripted, monkeypatch):
         take_grpc_port("127.0.0.1", 0)
 
 
+def test_grpc_answers_before_the_model_is_there(scripted, caplog):
+    """As HTTP does: it lives, is not ready, and says how far it is to who asks for more."""
+    starting, operation = Starting("tiny"), Operation()
+
+    def key() -> dict:
+        return {"headers": {"authorization": "Bearer sesame"}}  # Triton's client writes into it
+
+    port = take_grpc_port("127.0.0.1", 0)
+    with serving.Server(starting, take_port("127.0.0.1", 0), model_name="tiny", drain_seconds=1) as server:
+        server.add_grpc(port, api_keys=("sesame",), operation=operation)
+        with tritonclient.grpc.InferenceServerClient(server.grpc_address) as client:
+            prompt = inputs_of(client, {"text_input": ["x"]})
+            assert client.is_server_live() and not client.is_server_ready()
+            assert not client.is_model_ready("tiny", **key())
+            with pytest.raises(InferenceServerException, match="the API key is missing or wrong"):
+                client.infer("tiny", prompt)
+            for status in ("loading", "compiling 4 of 9"):
+                for call in (client.get_server_metadata, client.get_model_repository_index):
+                    with pytest.raises(InferenceServerException, match="the model is not there yet") as caught:
+                        call(**key())
+                    assert status_of(caught.value) == "UNAVAILABLE" and status in caught.value.message()
+                with pytest.raises(InferenceServerException, match=f"the model is not there yet .{status}, for "):
+                    client.infer("tiny", prompt, **key())
+                starting.compiled(Compiled("draw", 1.0, 3, 9))
+            with Stream(server, **key()) as stream:
+                assert status_of(stream.next()) == "UNAVAILABLE"
+            with silent(server, metadata=(("authorization", "Bearer sesame"),)) as call:
+                assert call.exception().code() is grpc.StatusCode.UNAVAILABLE
+                assert int(dict(call.trailing_metadata())["retry-after"]) > 0
+            server.use(create_app(scripted(TEXT), model_name="tiny", api_key="sesame", operation=operation))
+            assert client.is_server_ready()
+            assert client.infer("tiny", prompt, **key()).as_numpy("text_output").tolist()
+    with pytest.raises(ConnectionError):  # closed with the server, also of one whose model never came
+        socket.create_connection(server.grpc_address.split(":"))
+    with serving.Server(starting, take_port("127.0.0.1", 0), model_name="tiny", drain_seconds=1) as server:
+        server.add_grpc(take_grpc_port("127.0.0.1", 0), api_keys=(), operation=operation)
+    with pytest.raises(ConnectionError):
+        socket.create_connection(server.grpc_address.split(":"))
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_the_command_answers_over_grpc_until_it_is_told_to_end(scripted, monkeypatch, capsys):
-    pipeline, add, asked = scripted(TEXT), serving.Server.add_grpc, []
+    pipeline, use, asked = scripted(TEXT), serving.Server.use, []
 
-    def adding(server, *arguments, **how):
-        add(server, *arguments, **how)
+    def using(server, app):
+        with tritonclient.grpc.InferenceServerClient(server.grpc_address) as client:
+            assert client.is_server_live() and not client.is_server_ready(), "the model was awaited"
+        use(server, app)
 
-        def use():
+        def ask_it():
             try:
                 with tritonclient.grpc.InferenceServerClient(server.grpc_address) as client:
                     asked.append(ask(client, {"text_input": ["x"]}, "text_output", model="my tiny"))
             finally:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        threading.Thread(target=use).start()
+        threading.Thread(target=ask_it).start()
 
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    monkeypatch.setattr(serving.Server, "add_grpc", adding)
+    monkeypatch.setattr(serving.Server, "use", using)
     monkeypatch.setattr(command, "open_served", lambda args, on_program: pipeline)
     try:
         assert command.main(["runs/my tiny", "--port", "0", "--grpc-port", "0"]) == 0

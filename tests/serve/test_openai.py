@@ -17,6 +17,7 @@ from internjax.decode.request import check_options
 from internjax.decode.sample import Limits
 from internjax.text.chat import render
 from internjax.text.message import Message, ToolCall
+from serve import streams
 from serve.client import remote_chat
 from serve.guided import Choice
 from serve.jobs import is_brief, lines_of
@@ -63,6 +64,33 @@ def test_completion(serve, tokenizer):
     assert answer.usage.total_tokens == num_prompt + num_said
     client.completions.create(model="tiny", prompt="say")
     assert pipeline.engine.requests[-1].max_new_tokens == 16  # the documented default
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_many_requests_with_many_answers_share_few_threads(serve, eventually, monkeypatch, stream):
+    go_on = threading.Event()
+    client, pipeline = serve(lambda request: go_on.wait(20) and [70] * 3)
+    monkeypatch.setattr(streams, "_more", more := threading.BoundedSemaphore(12))
+    body = {"model": "tiny", "prompt": [[5]], "n": 128, "max_tokens": 3, "stream": stream}
+    before, told = {*threading.enumerate()}, []
+    asking = [threading.Thread(target=lambda: told.append(raw(client, "completions", body))) for _ in range(8)]
+    for thread in asking:
+        thread.start()
+
+    def num_readers() -> int:
+        return sum(thread.name.startswith("reader-") for thread in {*threading.enumerate()} - before)
+
+    eventually(lambda: len(pipeline.engine.requests) == 8 * 128 and num_readers() == 8 + 12)
+    go_on.set()
+    for thread in asking:
+        thread.join(timeout=20)
+    assert [response.status_code for response in told] == [200] * 8
+    for response in told:
+        lines = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+        choices = [choice for part in lines or [response.json()] for choice in part["choices"]]
+        assert sorted(c["index"] for c in choices if c["finish_reason"]) == [*range(128)]
+    eventually(lambda: num_readers() == 0)
+    assert all(more.acquire(blocking=False) for _ in range(12)), "a thread that ended was not given back"
 
 
 @pytest.mark.parametrize("prompt", ["one", ["one", "two"], [5, 6, 7], [[5], [6, 7]]])

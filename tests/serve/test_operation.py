@@ -316,6 +316,7 @@ def test_an_engine_that_hangs_is_told(served):
     assert [get(server, path) for path in ("/health", "/ready", "/live")] == [(200, "ok")] * 3
     server.engine.silent = 6.0
     assert [get(server, path) for path in ("/health", "/ready", "/live")] == [(503, "stuck")] * 3
+    assert [get(server, f"/v2/health/{path}")[0] for path in ("ready", "live")] == [503, 503]
     assert "not gone on with it for 6 seconds" in httpx.get(f"{server.url}/health").json()["fault"]
     server.engine.silent, server.engine.fault = 0.0, "out of memory"
     assert error_of(post(server), 503)["message"] == "out of memory"
@@ -340,11 +341,29 @@ def test_answers_under_way_may_finish_while_others_are_refused(served, eventuall
         assert get(server, "/live")[0] == 200 and get(server, "/v2/health/ready")[0] == 503
         refused = post(server)
         assert error_of(refused, 503)["code"] == "unavailable" and refused.headers["Retry-After"]
-        next(iter(server.engine.active)).abort()  # its answer is complete
+        server.engine.seconds_per_event = 0  # its answer is soon complete
         whole = read_all(running)
         assert b"200 OK" in whole and (b"[DONE]" in whole) == stream
     closing.join(timeout=20)
     assert not closing.is_alive() and not server.alive
+
+
+def test_whose_body_came_in_while_the_server_closed_does_not_wait_for_a_place(served, eventually):
+    server = served(endless, seconds_per_event=0.02, drain_seconds=20, limits=Limits(max_running=1, max_waiting=5))
+    with asking(server) as running, connect(server) as sending:
+        eventually(lambda: server.engine.active)
+        body = json.dumps(ASK).encode()
+        sending.sendall(head(len(body)) + body[:-1])
+        eventually(lambda: server.doors.num_inside == 2)
+        closing = threading.Thread(target=server.close)
+        closing.start()
+        eventually(lambda: server.doors.closed is not None)
+        sending.sendall(body[-1:])
+        assert b"503 Service Unavailable" in (answer := sending.recv(2000)) and b"takes no more" in answer
+        server.engine.seconds_per_event = 0
+        assert b"200 OK" in read_all(running)
+    closing.join(timeout=20)
+    assert not closing.is_alive()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -359,6 +378,35 @@ def test_an_answer_that_is_not_complete_in_the_drain_time_says_so(served, eventu
     assert b"the server stops and the answer was not complete" in rest
     assert (b"503 Service Unavailable" in rest) == (not stream) and b"[DONE]" not in rest
     eventually(lambda: not server.engine.active)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"prompt": "x", "n": 2}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/v1/responses", {"input": "x"}),
+    ],
+)
+def test_an_answer_that_the_engine_does_not_go_on_with_is_none(served, eventually, caplog, path, asked, stream):
+    """As where it is closed under the server."""
+    server = served(endless, seconds_per_event=0.02)
+    with connect(server) as running:
+        body = json.dumps({"model": "tiny", "stream": stream} | asked).encode()
+        running.sendall(head(len(body), b"Connection: close").replace(b"/v1/completions", path.encode()) + body)
+        eventually(lambda: server.engine.active)
+        next(iter(server.engine.active)).abort()
+        told = read_all(running)
+    assert b"the engine was closed before the answer was complete" in told and b'"code": "unavailable"' in told
+    if stream:
+        last = told.decode().rstrip().rpartition("data: ")[2]
+        assert json.loads(last.partition("\n")[0])["error"]["type"] == "server_error" and b"[DONE]" not in told
+    else:
+        assert told.startswith(b"HTTP/1.1 503") and b"retry-after" in told
+    assert b'"finish_reason": "stop"' not in told and b"completed" not in told.replace(b'"completed_at"', b"")
+    eventually(lambda: not server.engine.active and server.doors.num_inside == 0)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 # Keys and origins.

@@ -297,6 +297,28 @@ def test_closing_ends_answers_under_way_and_is_seen_by_the_health_check(tiny_mod
     assert "closed" in pipeline.fault()
 
 
+def test_an_engine_that_is_closed_under_its_server_answers_nothing_more(tiny_model, eventually, monkeypatch):
+    read, held = Rounds._read_prompts, threading.Event()
+
+    def held_up(self):
+        held.wait(20)
+        read(self)
+
+    monkeypatch.setattr(Rounds, "_read_prompts", held_up)
+    asked = {"model": "tiny", "prompt": [5], "max_tokens": 100, "ignore_eos": True}
+    with Pipeline(tiny_model, **SIZES) as pipeline, start_server(pipeline, model_name="tiny") as server:
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(httpx.post, f"{server.url}/v1/completions", json=asked, timeout=20)
+            eventually(lambda: pipeline.engine.stats().num_active == 1)
+            closing = pool.submit(pipeline.close)
+            eventually(lambda: pipeline.fault() is not None)
+            held.set()
+            closing.result()
+            assert answer.result().status_code == 503
+        assert "before the answer was complete" in answer.result().json()["error"]["message"]
+        assert httpx.get(f"{server.url}/live").status_code == 503
+
+
 def test_a_model_that_cannot_talk_is_refused(tiny_model):
     with pytest.raises(ValueError, match="no tokenizer"):
         Pipeline(dataclasses.replace(tiny_model, tokenizer=None))

@@ -176,3 +176,58 @@ def test_many_prompts_are_awaited_with_few_readers(pipeline, monkeypatch):
     results = asyncio.run(pipeline.acall(["The"] * 40, Params(max_tokens=2, temperature=0.0)))
     assert len({result.ids for result in results}) == 1 and len(results) == 40
     assert sum(reader.name.startswith("reader-") for reader in readers) == 2 * pipeline.engine.num_slots
+
+
+class Held:
+    """An answer that is over when it is let go on."""
+
+    def __init__(self):
+        self.go_on, self.is_read = threading.Event(), threading.Event()
+
+    def __iter__(self):
+        self.is_read.set()
+        self.go_on.wait(10)
+        yield Result("", None, "stop", None, 0, (), ())
+
+    def abort(self):
+        self.go_on.set()
+
+
+def test_readers_that_others_give_back_are_taken_by_who_has_few(monkeypatch):
+    monkeypatch.setattr(streams, "_more", more := threading.BoundedSemaphore(1))
+    first, second, third, fourth = answers = [Held() for _ in range(4)]
+
+    async def read():
+        events = streams.events_of(answers)
+        first.go_on.set()
+        more.acquire()  # somebody else has it
+        assert (await anext(events))[0] == 0
+        assert await asyncio.to_thread(second.is_read.wait, 10) and not third.is_read.is_set()
+        more.release()
+        second.go_on.set()
+        assert (await anext(events))[0] == 1
+        for answer in (third, fourth):
+            assert await asyncio.to_thread(answer.is_read.wait, 10), "one reader had both"
+        await events.aclose()
+
+    asyncio.run(read())
+    assert more.acquire(timeout=10), "a reader that ended was not given back"
+
+
+def test_a_system_that_gives_no_more_threads_has_all_answers_read_by_the_first(monkeypatch):
+    class Reader(threading.Thread):
+        def start(self):
+            if self.name != "reader-0":
+                raise RuntimeError("can't start new thread")
+            super().start()
+
+    monkeypatch.setattr(streams.threading, "Thread", Reader)
+    monkeypatch.setattr(streams, "_more", more := threading.BoundedSemaphore(1))
+    answers = [Held() for _ in range(3)]
+
+    async def read() -> list[int]:
+        for answer in answers:
+            answer.go_on.set()
+        return [index async for index, _ in streams.events_of(answers)]
+
+    assert asyncio.run(read()) == [0, 1, 2] and more.acquire(blocking=False)

@@ -350,6 +350,27 @@ def test_a_turn_that_the_client_leaves_is_no_part_of_the_session_and_one_at_a_ti
     assert [message["role"] for message in told["messages"]] == ["user", "assistant"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_turn_that_the_engine_does_not_go_on_with_is_no_part_of_the_session(serve, eventually, stream):
+    client, pipeline = serve(lambda request: [70] * 500, seconds_per_event=0.02)
+    session = begin(client)
+
+    def leave_it():
+        eventually(lambda: pipeline.engine.active)
+        next(iter(pipeline.engine.active)).abort()
+
+    leaving = threading.Thread(target=leave_it)
+    leaving.start()
+    with pytest.raises(openai.APIError, match="the engine was closed before the answer was complete"):
+        said(client, session, FIRST, stream=stream)
+    leaving.join()
+    shown = raw(client, "GET", f"sessions/{session}", key="none").json()
+    assert shown["messages"] == [] and not shown["in_use"]
+    pipeline.engine.script = lambda request: [70, 2]
+    said(client, session, SECOND)
+    assert raw(client, "GET", f"sessions/{session}", key="none").json()["messages"][0] == SECOND
+
+
 def test_a_turn_that_fails_is_no_part_of_the_session(serve):
     client, pipeline = serve(lambda request: [70, 71])
     session = begin(client)

@@ -7,7 +7,9 @@ import json
 import logging
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import jax
@@ -26,6 +28,7 @@ from internjax.text.message import Message
 from internjax.text.tokenizer import REWARD, Tokenizer
 from serve import __main__ as command
 from serve import pipeline as pipeline_module
+from serve import scores
 from serve.batches import batches_of, in_order, portions
 from serve.embeddings import Embedder
 from serve.flags import OF_TEXT
@@ -335,6 +338,50 @@ def test_each_kind_of_model_refuses_what_the_other_does(client, rewarding, tiny_
         Scorer(tiny_model)
 
 
+def test_a_reward_model_that_hangs_or_whose_device_is_lost_is_told(reward_model, monkeypatch, eventually):
+    """As an engine is: what is computed for long is stuck; a batch that fails is an error, a lost device the end."""
+    now, hanging, scorer = [100.0], threading.Event(), Scorer(reward_model, max_context=128)
+    score = scorer._compute
+    monkeypatch.setattr(scores, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+
+    def status(server, path="health") -> tuple[int, str]:
+        response = httpx.get(f"{server.url}/{path}")
+        return response.status_code, response.json()["status"]
+
+    def hang(*arguments, **how):
+        hanging.set()
+        go_on.wait(20)
+        return score(*arguments, **how)
+
+    with serving(scorer) as server, client_of(server) as client:
+        asked = {"model": "tiny", "pairs": [{"prompt": "a", "answer": "b"}]}
+        now[0] = 1000.0
+        assert status(server) == (200, "ok"), "nothing is computed: it may be silent"
+        go_on = threading.Event()
+        monkeypatch.setattr(scorer, "_compute", hang)
+        asking = threading.Thread(target=lambda: scored(client, pairs=asked["pairs"]))
+        asking.start()
+        hanging.wait(20)
+        assert status(server) == (200, "ok")
+        now[0] += 121.0
+        assert [status(server, path) for path in ("health", "ready", "live")] == [(503, "stuck")] * 3
+        go_on.set()
+        asking.join(timeout=20)
+        assert status(server) == (200, "ok")
+
+        def fail(*arguments, **how):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(scorer, "_compute", fail)
+        assert httpx.post(f"{client.base_url}score", json=asked).status_code == 500
+        assert status(server) == (200, "ok"), "the device computes: another batch may fit"
+        monkeypatch.setattr(scores.jax, "device_put", fail)
+        assert httpx.post(f"{client.base_url}score", json=asked).status_code == 500
+        assert [status(server, path) for path in ("ready", "live")] == [(503, "failed")] * 2
+        refused = httpx.post(f"{client.base_url}score", json=asked)
+        assert refused.status_code == 503 and "the device computes no more" in refused.text
+
+
 def test_the_command_serves_a_reward_model(reward_model, tiny_model, tmp_path, capsys, monkeypatch):
     for name, model in (("reward", reward_model), ("text", tiny_model)):
         save_model(tmp_path / name, config=model.config, params=model.params, tokenizer=model.tokenizer)
@@ -350,7 +397,7 @@ def test_the_command_serves_a_reward_model(reward_model, tiny_model, tmp_path, c
         command.open_served(parse([str(tmp_path / "text"), *flags]))
     of_text = {"--kv": "int8", "--mode": "exact", "--drafts": 3, "--max-batch": 4, "--num-pages": 9, "--page-size": 8}
     of_text |= {"--host-memory": 1, "--max-adapters": 1, "--adapter-rank": 4, "--adapter": "a=b", "--adapter-root": "x"}
-    of_text |= {"--speculate": "lookup", "--replicas": 2, "--grpc-port": 0, "--max-embedding": 9, "--stuck-seconds": 9}
+    of_text |= {"--speculate": "lookup", "--replicas": 2, "--grpc-port": 0, "--max-embedding": 9, "--max-pause": 9}
     of_text |= {"--max-sessions": 9, "--session-seconds": 9, "--max-responses": 9, "--response-seconds": 9}
     of_text |= {"--response-memory": 1, "--paged-attention": "mosaic"}
     assert {flag.removeprefix("--").replace("-", "_") for flag in of_text} == {*OF_TEXT}

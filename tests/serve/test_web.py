@@ -16,7 +16,7 @@ from serve import __main__ as command
 from serve.health import Starting
 from serve.openai import create_app
 from serve.server import Server, start_server, take_port
-from serve.web import FOLDER, with_page
+from serve.web import FOLDER, page_routes
 from tests.serve.page_texts import ATTACKS, LAWFUL, MARKDOWN, SHOW, SLOW
 
 CALL = 'I add.<|action_start|><|plugin|>\n{"name": "add", "parameters": {"a": 1, "b": 2}}<|action_end|><|im_end|>'
@@ -515,8 +515,8 @@ def test_escape_closes_what_is_used_before_it_stops_an_answer(visit, eventually)
 
 
 def test_the_page_is_there_while_the_model_is_loaded(chromium, scripted):
-    starting = Starting("tiny")
-    with Server(with_page(starting), take_port("127.0.0.1", 0), model_name="tiny", drain_seconds=1) as server:
+    starting = Starting("tiny", page=page_routes())
+    with Server(starting, take_port("127.0.0.1", 0), model_name="tiny", drain_seconds=1) as server:
         assert httpx.get(f"{server.url}/v1/models").status_code == httpx.post(server.url).status_code == 503
         assert httpx.get(f"{server.url}/page/none.js").json()["error"]["code"] == "unavailable"
         assert httpx.get(f"{server.url}/health").json()["status"] == "loading"
