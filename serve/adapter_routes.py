@@ -14,7 +14,8 @@ from fastapi.responses import PlainTextResponse, Response
 
 from internjax.hf.open import Model
 from serve.pipeline import Pipeline
-from serve.protocol import Refusal, refuse_adapter
+from serve.protocol import refuse_adapter
+from serve.refusal import Refusal
 from serve.requests import LoadAdapterRequest, UnloadAdapterRequest
 
 log = logging.getLogger("serve")

@@ -15,7 +15,6 @@ from serve.jobs import Job, events, is_brief, lines_of, nth, stream, submit, who
 from serve.kept import owner_of
 from serve.pipeline import Delta, Params, Pipeline, Result
 from serve.protocol import (
-    Refusal,
     call_guide_of,
     chat_logprobs,
     guided_call,
@@ -26,6 +25,7 @@ from serve.protocol import (
     tools_of,
     usage,
 )
+from serve.refusal import Refusal
 from serve.requests import ChatRequest
 from serve.session_routes import Sessions, Turn
 

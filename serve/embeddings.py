@@ -23,7 +23,7 @@ from internjax.decode.embed import mean_embeddings, row_widths
 from internjax.hf.open import Model
 from serve.batches import Batch, Workers, batches_of, in_order, padded, read_each
 from serve.pipeline import ContextTooLong, Pipeline
-from serve.protocol import Refusal
+from serve.refusal import Refusal
 from serve.request_log import note
 from serve.requests import Fields, Prompts, ShortText
 

@@ -28,7 +28,7 @@ from serve.guards import MAY_PASS, RETRY_SECONDS, Limits, Operation
 from serve.health import Health, Starting
 from serve.kserve_answer import Response, answer
 from serve.kserve_messages import Messages, Rpc, messages
-from serve.protocol import Refusal
+from serve.refusal import Refusal
 from serve.request_log import MAX_PROMPT_BYTES, Facts, new_id, note, recorded, sane_id
 
 MAX_CALLS = 1000  # at once beside those that the doors let in, such as open streams; more get RESOURCE_EXHAUSTED

@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from serve.keys import check_origin, is_opened
-from serve.protocol import Refusal, envelope
+from serve.refusal import Refusal, envelope
 from serve.request_log import MAX_PROMPT_BYTES, note
 from serve.web import is_page
 

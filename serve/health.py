@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, Response
 
 from internjax.decode.device import Compiled
 from serve.guards import Doors, respond
-from serve.protocol import Refusal
+from serve.refusal import Refusal
 
 
 class Health(NamedTuple):

@@ -19,7 +19,8 @@ from internjax.decode.request import RequestError
 from serve.guided import GuideError
 from serve.params import Params
 from serve.pipeline import Answer, ContextTooLong, Event, Result
-from serve.protocol import Refusal, envelope, param_of, refuse_aborted, usage
+from serve.protocol import param_of, refuse_aborted, usage
+from serve.refusal import Refusal, envelope
 from serve.request_log import note
 from serve.requests import Asking
 from serve.streams import events_of, submitted

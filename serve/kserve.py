@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from serve.health import Health
 from serve.keys import is_opened
 from serve.pipeline import Answer, Pipeline
-from serve.protocol import Refusal, Refused, call_guide_of, guided_call, messages_of, params_of, refuse, tools_of
+from serve.protocol import Refused, call_guide_of, guided_call, messages_of, params_of, refuse, tools_of
+from serve.refusal import Refusal
 from serve.requests import ChatRequest, CompletionRequest
 from serve.tensors import Tensor
 

@@ -14,7 +14,8 @@ from internjax.decode.request import RequestError
 from serve.guided import GuideError
 from serve.kserve import OUTPUTS, Job
 from serve.pipeline import Answer, ContextTooLong, Delta, Result, Token
-from serve.protocol import Refusal, chat_logprobs, completion_logprobs, param_of, refuse_aborted, tool_calls
+from serve.protocol import chat_logprobs, completion_logprobs, param_of, refuse_aborted, tool_calls
+from serve.refusal import Refusal
 from serve.request_log import note, sane_id
 from serve.requests import ChatRequest, CompletionRequest
 from serve.streams import events_of, submitted

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from serve import kserve, tensors
 from serve.bodies import aside
 from serve.kserve_answer import answer
-from serve.protocol import Refusal
+from serve.refusal import Refusal
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # how much of a body is JSON: raw tensors follow
 _KEYS = {"id", "parameters", "inputs", "outputs"}

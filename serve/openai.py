@@ -29,7 +29,8 @@ from serve.kserve import Served
 from serve.kserve_routes import add_kserve_routes
 from serve.metrics import Metrics, add_metrics_route
 from serve.pipeline import Delta, Params, Pipeline, Prompt, Result, Token
-from serve.protocol import Refusal, completion_logprobs, params_of, refuse, usage
+from serve.protocol import completion_logprobs, params_of, refuse, usage
+from serve.refusal import Refusal
 from serve.requests import ChatRequest, CompletionRequest
 from serve.responses import Stored, add_response_routes, bytes_of
 from serve.scores import Scorer, add_score_routes, refuse_scores

@@ -17,6 +17,7 @@ from internjax.text.message import Message, from_openai
 from serve.calls import function_of
 from serve.guided import AnyJSON, CalledFunction, CallOf, Choice, Grammar, GuideError, GuideSpec, JSONSchema, Regex
 from serve.pipeline import Event, Params, Result, Session, Token
+from serve.refusal import Refusal
 from serve.requests import (
     Asking,
     ChatMessage,
@@ -32,34 +33,12 @@ from serve.requests import (
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat answer may fill the context
 
 
-class Refusal(Exception):
-    """A request that is answered with an error. `param` is the field at fault."""
-
-    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None):
-        super().__init__(message)
-        self.message = message
-        self.param = param
-        self.status = status
-        self.code = code
-        """"invalid_value", "unknown_parameter" and "unsupported_value": the field `param` alone is at fault, and the
-        description (/openapi.json) says so."""
-
-
 def refuse_aborted(event: Event) -> None:
     """Raises Refusal for the end of an answer that was aborted: one that is waited for ends so where its engine closes,
     and what there is of it is no answer."""
     if isinstance(event, Result) and event.finish == "aborted":
         message = "the engine was closed before the answer was complete; try again"
         raise Refusal(message, status=503, code="unavailable")
-
-
-def envelope(message: str, *, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """OpenAI's error body. A message that quotes much of the request is cut."""
-    message = message if len(message) <= 2_000 else f"{message[:2_000]} ..."
-    kind = {401: "authentication_error", 404: "not_found_error"}.get(
-        status, "invalid_request_error" if status < 500 else "server_error"
-    )
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 REFUSED_OF_COMPLETIONS = {"suffix": Refused("text is continued, not filled in", ("",))}

@@ -10,7 +10,8 @@ from pydantic import Field, ValidationError, WithJsonSchema
 
 from serve.guided import AnyJSON, GuideError, GuideSpec, JSONSchema
 from serve.params import Params
-from serve.protocol import Refusal, refuse_fields
+from serve.protocol import refuse_fields
+from serve.refusal import Refusal
 from serve.replies import TokenLogprob
 from serve.requests import (
     Asking,

@@ -24,7 +24,8 @@ from serve.calls import function_of
 from serve.jobs import Job, events, is_brief, line_of, stream, submit, whole
 from serve.kept import Shelf, owner_of
 from serve.pipeline import Pipeline
-from serve.protocol import Refusal, call_guide_of, chat_logprobs, guided_call, messages_of, tools_of
+from serve.protocol import call_guide_of, chat_logprobs, guided_call, messages_of, tools_of
+from serve.refusal import Refusal
 from serve.response_requests import (
     REFUSED_OF_QUERIES,
     ResponseRequest,

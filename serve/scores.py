@@ -32,7 +32,8 @@ from internjax.text.tokenizer import REWARD, longest_token
 from serve.batches import Batch, Workers, batches_of, in_order, padded, read_each
 from serve.bodies import aside
 from serve.pipeline import ContextTooLong, refuse_long
-from serve.protocol import Refusal, messages_of, refuse_messages
+from serve.protocol import messages_of, refuse_messages
+from serve.refusal import Refusal
 from serve.request_log import note
 from serve.requests import ChatMessage, Fields, ShortText
 

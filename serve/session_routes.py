@@ -25,8 +25,9 @@ from serve.calls import function_of
 from serve.jobs import BRIEF, Job
 from serve.kept import Kept, Shelf, owner_of
 from serve.pipeline import ContextTooLong, Pipeline, Session
-from serve.protocol import Refusal, messages_of, refuse_session, tools_of
+from serve.protocol import messages_of, refuse_session, tools_of
 from serve.readers import MARKER_OF
+from serve.refusal import Refusal
 from serve.requests import ChatRequest, DeclaredTool, SessionRequest
 
 _SENT_SECONDS = 0.001

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from serve.protocol import Refusal
+from serve.refusal import Refusal
 
 _NUMBERS = {
     "BOOL": np.dtype("?"),

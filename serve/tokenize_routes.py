@@ -14,7 +14,8 @@ from fastapi import FastAPI
 from pydantic import Field
 
 from serve.pipeline import ContextTooLong, Pipeline
-from serve.protocol import Refusal, Refused, messages_of, refuse, refuse_fields, tools_of
+from serve.protocol import Refused, messages_of, refuse, refuse_fields, tools_of
+from serve.refusal import Refusal
 from serve.requests import ChatMessage, ChatRequest, DeclaredTool, Fields
 
 

@@ -40,7 +40,7 @@ from serve.kserve_messages import messages, read_proto
 from serve.kserve_routes import HEADER_LENGTH
 from serve.openai import create_app
 from serve.pipeline import Pipeline
-from serve.protocol import Refusal
+from serve.refusal import Refusal
 from serve.request_log import JSONLines
 from serve.server import start_server, take_grpc_port, take_port
 from serve.tensors import Tensor, from_raw, from_values, raw_of
