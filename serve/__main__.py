@@ -74,7 +74,7 @@ def open_served(args: argparse.Namespace, on_program: Callable[[Compiled], None]
         if args.condition:
             raise ValueError("--condition is for a reward model, and MODEL gives text; leave it out")
         return start_pipeline(model, args, on_program)
-    from serve.scores import Scorer
+    from serve.rest.scores import Scorer
 
     if wrong := given(args, build_parser(), OF_TEXT):
         raise ValueError(f"MODEL is a reward model, for which there is no {', '.join(wrong)}; leave it out")
@@ -220,12 +220,12 @@ def serve(args: argparse.Namespace) -> int:
     stopping = threading.Event()
     with take_port(args.host, args.port) as port:  # before the model is read: nobody waits for a port that is taken
         grpc_port = None if args.grpc_port is None else take_grpc_port(args.host, args.grpc_port)
-        from serve.guards import Limits, Operation
-        from serve.health import Starting
-        from serve.kept import KeepLimits
         from serve.openai import create_app, create_score_app
-        from serve.request_log import log_to
-        from serve.scores import Scorer
+        from serve.operation.guards import Limits, Operation
+        from serve.operation.health import Starting
+        from serve.operation.request_log import log_to
+        from serve.rest.kept import KeepLimits
+        from serve.rest.scores import Scorer
         from serve.web import page_routes
 
         log_to(sys.stderr, kind=args.log_format)

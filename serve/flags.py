@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from serve.keys import check_origin
+from serve.operation.keys import check_origin
 
 DESCRIPTION = "An OpenAI-compatible server of one model, on this machine only unless --host says otherwise."
 OF_TEXT = (

@@ -18,9 +18,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from internjax.decode.engine import Stats
 from internjax.decode.timing import REQUEST_SECONDS, Spread
-from serve.guards import Doors
+from serve.operation.guards import Doors
+from serve.operation.request_log import Facts
 from serve.pipeline import Pipeline
-from serve.request_log import Facts
 
 PREFIX = "internjax_"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})

@@ -1,7 +1,7 @@
 """The OpenAI REST interface over a pipeline: `create_app(pipeline, model_name=...)` is an ASGI application.
 
 Here: /v1/models and /v1/completions (streaming or not); the other routes have rooms of their own. What a request may
-hold is in `serve.requests`. A client that goes away frees its slot and its pages.
+hold is in `serve.rest.requests`. A client that goes away frees its slot and its pages.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from serve.adapter_routes import add_adapter_routes
-from serve.bodies import BodyRoute
-from serve.chat_completions import add_chat_route
-from serve.description import describe
-from serve.embeddings import add_embedding_route
-from serve.guards import Doors, Operation, add_guards
-from serve.health import add_health_routes, health_of
-from serve.jobs import Job, events, is_brief, lines_of, nth, stream, submit, whole
-from serve.kept import KeepLimits, Shelf
-from serve.keys import keys_of
-from serve.kserve import Served
-from serve.kserve_routes import add_kserve_routes
+from serve.kserve.requests import Served
+from serve.kserve.routes import add_kserve_routes
 from serve.metrics import Metrics, add_metrics_route
+from serve.operation.bodies import BodyRoute
+from serve.operation.guards import Doors, Operation, add_guards
+from serve.operation.health import add_health_routes, health_of
+from serve.operation.keys import keys_of
+from serve.operation.refusal import Refusal
 from serve.pipeline import Delta, Params, Pipeline, Prompt, Result, Token
-from serve.protocol import completion_logprobs, params_of, refuse, usage
-from serve.refusal import Refusal
-from serve.requests import ChatRequest, CompletionRequest
-from serve.responses import Stored, add_response_routes, bytes_of
-from serve.scores import Scorer, add_score_routes, refuse_scores
-from serve.session_routes import Sessions, add_session_routes
-from serve.tokenize_routes import add_tokenize_routes
+from serve.rest.adapter_routes import add_adapter_routes
+from serve.rest.chat_completions import add_chat_route
+from serve.rest.description import describe
+from serve.rest.embeddings import add_embedding_route
+from serve.rest.jobs import Job, events, is_brief, lines_of, nth, stream, submit, whole
+from serve.rest.kept import KeepLimits, Shelf
+from serve.rest.protocol import completion_logprobs, params_of, refuse, usage
+from serve.rest.requests import ChatRequest, CompletionRequest
+from serve.rest.responses import Stored, add_response_routes, bytes_of
+from serve.rest.scores import Scorer, add_score_routes, refuse_scores
+from serve.rest.session_routes import Sessions, add_session_routes
+from serve.rest.tokenize_routes import add_tokenize_routes
 from serve.web import add_page
 
 MAX_ANSWERS = 512  # of one request

@@ -42,13 +42,13 @@ from internjax.text.tokenizer import (
     differing_id,
     longest_token,
 )
-from serve.adapters import read_adapter, room_for
-from serve.answer import Answer, Delta, Event, Prompt, Result, Token
+from serve.answering.adapters import read_adapter, room_for
+from serve.answering.answer import Answer, Delta, Event, Prompt, Result, Token
+from serve.answering.params import Params, sampling_of, with_sampling
+from serve.answering.readers import MARKER_OF, ChatReader, PlainReader, Reader
+from serve.answering.session import Answering, Session
+from serve.answering.streams import all_or_none, events_of, submitted
 from serve.guided import CallOf, Following, GuideError, Guides, GuideSpec
-from serve.params import Params, sampling_of, with_sampling
-from serve.readers import MARKER_OF, ChatReader, PlainReader, Reader
-from serve.session import Answering, Session
-from serve.streams import all_or_none, events_of, submitted
 
 __all__ = [
     "Answer",
@@ -114,7 +114,7 @@ class Pipeline:
         and of a larger rank. speculation, draft: drafts that are tried together, and the model of a DraftModel.
         mode: of the engine. replicas: engines, each with the model on as many devices as it is on now;
         num_slots and num_pages are of each, host_bytes of all. longest_embedding: tokens of a text that a
-        server makes a vector of (`serve.embeddings`), for which room is left beside the pages; None:
+        server makes a vector of (`serve.rest.embeddings`), for which room is left beside the pages; None:
         max_context, 0: it makes none. on_program: told of each program that was compiled.
         """
         if model.tokenizer is None:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from serve.grpc import GrpcServer
-    from serve.guards import Operation
-    from serve.kept import KeepLimits
+    from serve.kserve.grpc import GrpcServer
+    from serve.operation.guards import Operation
     from serve.pipeline import Pipeline
-    from serve.scores import Scorer
+    from serve.rest.kept import KeepLimits
+    from serve.rest.scores import Scorer
 
 HEAD_SECONDS = 30.0
 """For a client to send the head of a request."""
@@ -39,9 +39,9 @@ class Server:
         # Here, so that a port can be taken, or found in use, before anything heavy is loaded.
         import uvicorn
 
-        from serve.guards import MAX_HEAD_BYTES
         from serve.metrics import count_requests
-        from serve.request_log import RequestLog
+        from serve.operation.guards import MAX_HEAD_BYTES
+        from serve.operation.request_log import RequestLog
 
         port.listen(128)
         host, number = port.getsockname()[:2]
@@ -86,7 +86,7 @@ class Server:
 
         api_keys, operation: those of the applications. Raises ValueError where the port cannot be taken.
         """
-        from serve.grpc import Front, GrpcServer
+        from serve.kserve.grpc import Front, GrpcServer
 
         host, number = port.getsockname()[:2]
         port.close()  # gRPC takes no socket of others: it was held so far to be there for it now
@@ -173,11 +173,11 @@ def start_server(
     `serve.openai.create_app`; a reward model takes the first and the third. grpc_port: for the KServe v2 protocol over
     gRPC as well, 0 for a free one: see `Server.grpc_address`.
     """
-    from serve.guards import Operation
-    from serve.kept import KeepLimits
-    from serve.keys import keys_of
     from serve.openai import create_app, create_score_app
-    from serve.scores import Scorer
+    from serve.operation.guards import Operation
+    from serve.operation.keys import keys_of
+    from serve.rest.kept import KeepLimits
+    from serve.rest.scores import Scorer
 
     how = {"model_name": model_name, "api_key": api_key, "operation": operation or Operation()}
     if isinstance(pipeline, Scorer):

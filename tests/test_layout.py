@@ -279,7 +279,7 @@ CLEAN = {
 PLANTED = {
     "core imports a program": (folder_violations, "internjax/model/rope.py", "from eval import run"),
     "lazily too": (folder_violations, "internjax/model/rope.py", "def f():\n    import serve.openai"),
-    "an arrow in the middle": (folder_violations, "serve/bench.py", "from data_pipelines.tokens import read"),
+    "an arrow in the middle": (folder_violations, "serve/bench/__main__.py", "from data_pipelines.tokens import read"),
     "a program imports experiments": (folder_violations, "eval/run.py", "import experiments.tiny"),
     "a relative import": (folder_violations, "internjax/model/rope.py", "from . import decoder"),
     "a room imports one above it": (core_violations, "internjax/model/rope.py", "from internjax.train import step"),

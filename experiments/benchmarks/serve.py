@@ -62,7 +62,7 @@ from experiments.benchmarks.train_step import random_model
 from internjax.model.config import TINY, ModelConfig
 from internjax.report import write
 from internjax.text.tokenizer import Tokenizer, train_tokenizer
-from serve.bench_runs import Latency, first_token_latency, per_token_latency
+from serve.bench.runs import Latency, first_token_latency, per_token_latency
 
 
 class Setting(NamedTuple):

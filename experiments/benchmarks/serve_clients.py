@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from serve.bench_targets import Timing
+from serve.bench.targets import Timing
 
 Found = TypeVar("Found")
 Turns = Sequence[Mapping[str, str]]

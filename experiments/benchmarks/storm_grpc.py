@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from experiments.benchmarks.storm_client import Exchange
-from serve.kserve_messages import messages
+from serve.kserve.messages import messages
 
 _DECLARED = (grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
 _FIELDS = {"BYTES": "bytes_contents", "INT32": "int_contents", "FP32": "fp32_contents"}

@@ -12,7 +12,7 @@ from experiments.benchmarks.storm_checks import Fault, Figures, checks, fault_of
 from experiments.benchmarks.storm_client import PLACES, Exchange, Heard, exchange
 from experiments.benchmarks.storm_traffic import Case, Served, Step, case, post
 from internjax.hf.open import open_model
-from serve.guards import Limits, Operation
+from serve.operation.guards import Limits, Operation
 from serve.pipeline import Pipeline
 from serve.server import start_server
 

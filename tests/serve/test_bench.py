@@ -12,9 +12,11 @@ import pytest
 
 from internjax.model.cache import paged_cache
 from internjax.model.quantize import quantize_params
-from serve import bench, bench_page, bench_runs
-from serve.bench_runs import copy_bandwidth, mix_lengths, step_bytes, weight_bytes
-from serve.bench_targets import Target, Timing, engine_target
+from serve.bench import __main__ as bench
+from serve.bench import page as bench_page
+from serve.bench import runs as bench_runs
+from serve.bench.runs import copy_bandwidth, mix_lengths, step_bytes, weight_bytes
+from serve.bench.targets import Target, Timing, engine_target
 from serve.pipeline import Pipeline
 from serve.server import start_server
 
@@ -126,7 +128,7 @@ def test_the_command_writes_what_it_measured(pipeline, tiny_model, monkeypatch, 
     monkeypatch.setattr(bench, "_copied_bytes", lambda: 2**16)
     flags = ["some/model", "--output", str(tmp_path), "--batch", "1", "2", "--turns", "2", "--turn-tokens", "8"]
     flags += ["--replicas", "2"]
-    monkeypatch.setattr("sys.argv", ["serve/bench.py", *flags])
+    monkeypatch.setattr("sys.argv", ["serve/bench/__main__.py", *flags])
     assert bench.main([*flags, *FLAGS]) == 0
     said = json.loads((tmp_path / "bench.json").read_text())
     assert [cell["batch"] for cell in said["cells"]] == [1, 2] and said["copy_bytes_per_second"] > 0

@@ -9,10 +9,12 @@ import httpx
 import pytest
 import tritonclient.grpc
 
-from serve import bodies, chat_completions, kserve, responses, scores, session_routes
-from serve.bodies import LARGE_BYTES
+from serve.kserve import requests as kserve
+from serve.operation import bodies
+from serve.operation.bodies import LARGE_BYTES
 from serve.pipeline import Pipeline
-from serve.scores import Scorer
+from serve.rest import chat_completions, responses, scores, session_routes
+from serve.rest.scores import Scorer
 from serve.server import start_server
 from tests.serve.conftest import ScriptedEngine
 from tests.serve.test_hostile import BODIES

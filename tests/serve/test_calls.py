@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from internjax.text.chat import CODE_OPEN, CallBroken, CallDelta, CallEnd, CallStart, ToolParser
 from internjax.text.message import ToolCall
-from serve.calls import CallPieces, Function, function_of
-from serve.readers import ChatReader, text_of
+from serve.answering.calls import CallPieces, Function, function_of
+from serve.answering.readers import ChatReader, text_of
 
 PLUGIN = '\n{"name": "add", "parameters": {"a": [1, {"b": "}\\"]"}], "c": "héllo 你"}}'
 CODE = "\n```python\nif a:\n    print('```', \"é\\n\")\n\n```"

@@ -26,11 +26,13 @@ import pytest
 from internjax.hf.save import save_model
 from internjax.text.message import Message
 from serve import __main__ as server
-from serve import bench, chat, protocol, quantize, requests, response_requests, tokenize_routes
+from serve import chat, quantize
+from serve.bench import __main__ as bench
 from serve.chat import _show
-from serve.guards import Operation
 from serve.openai import create_app
+from serve.operation.guards import Operation
 from serve.pipeline import Params
+from serve.rest import protocol, requests, response_requests, tokenize_routes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMANDS = {"serve": server, "serve.chat": chat, "serve.quantize": quantize, "serve.bench": bench}

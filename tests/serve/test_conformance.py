@@ -6,12 +6,12 @@ import typing
 import pytest
 
 from internjax.rlhf.reward import from_lm
-from serve import conformance, replies, requests, response_requests
-from serve.conformance import PAGE, ROUTES, page, rows
 from serve.openai import create_app, create_score_app
 from serve.pipeline import Pipeline
-from serve.requests import Fields
-from serve.scores import Scorer
+from serve.rest import conformance, replies, requests, response_requests
+from serve.rest.conformance import PAGE, ROUTES, page, rows
+from serve.rest.requests import Fields
+from serve.rest.scores import Scorer
 from tests.serve.conftest import ScriptedEngine
 
 
@@ -35,7 +35,7 @@ def described(tokenizer, tiny_model, tmp_path_factory):
 
 
 def test_the_page_is_what_the_classes_and_tables_say():
-    assert PAGE.read_text(encoding="utf-8") == page(), "run python -m serve.conformance"
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python -m serve.rest.conformance"
 
 
 def test_every_route_and_field_that_the_server_describes_is_in_the_table(described):

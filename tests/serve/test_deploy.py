@@ -11,8 +11,8 @@ import yaml
 from fastapi.routing import APIRoute
 
 from serve.__main__ import build_parser
-from serve.guards import OPEN_PATHS
 from serve.openai import create_app
+from serve.operation.guards import OPEN_PATHS
 
 DEPLOY = Path(__file__).resolve().parent.parent.parent / "serve" / "deploy"
 UNIT = DEPLOY / "internjax.service"

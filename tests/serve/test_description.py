@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from internjax.decode.request import check_options
-from serve.description import EXAMPLES, REPLIES
 from serve.openai import create_app
 from serve.pipeline import Pipeline
+from serve.rest.description import EXAMPLES, REPLIES
 from serve.server import start_server
 from tests.serve.conftest import ScriptedEngine
 

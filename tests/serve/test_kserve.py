@@ -31,19 +31,19 @@ from internjax.decode.device import Compiled
 from internjax.text.chat import render
 from internjax.text.message import Message
 from serve import __main__ as command
-from serve import grpc as front
 from serve import server as serving
-from serve.guards import Limits, Operation
-from serve.health import Starting
-from serve.kserve import INPUTS, ONLY_IF_ASKED, OUTPUTS, SAMPLING
-from serve.kserve_messages import messages, read_proto
-from serve.kserve_routes import HEADER_LENGTH
+from serve.kserve import grpc as front
+from serve.kserve.messages import messages, read_proto
+from serve.kserve.requests import INPUTS, ONLY_IF_ASKED, OUTPUTS, SAMPLING
+from serve.kserve.routes import HEADER_LENGTH
+from serve.kserve.tensors import Tensor, from_raw, from_values, raw_of
 from serve.openai import create_app
+from serve.operation.guards import Limits, Operation
+from serve.operation.health import Starting
+from serve.operation.refusal import Refusal
+from serve.operation.request_log import JSONLines
 from serve.pipeline import Pipeline
-from serve.refusal import Refusal
-from serve.request_log import JSONLines
 from serve.server import start_server, take_grpc_port, take_port
-from serve.tensors import Tensor, from_raw, from_values, raw_of
 from tests.serve.conftest import ScriptedEngine
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -147,7 +147,7 @@ def test_the_messages_are_those_of_triton():
         )
         assert rpc.streams == theirs.client_streaming == theirs.server_streaming
     assert found.types["ModelInferRequest"].DESCRIPTOR is not service_pb2.ModelInferRequest.DESCRIPTOR
-    ours_first = "from serve.kserve_messages import messages; messages(); from tritonclient.grpc import service_pb2"
+    ours_first = "from serve.kserve.messages import messages; messages(); from tritonclient.grpc import service_pb2"
     subprocess.run([sys.executable, "-c", ours_first], cwd=ROOT, check=True, timeout=60)
 
 

@@ -17,13 +17,13 @@ from internjax.decode.request import check_options
 from internjax.decode.sample import Limits
 from internjax.text.chat import render
 from internjax.text.message import Message, ToolCall
-from serve import streams
+from serve.answering import streams
+from serve.answering.params import Params
 from serve.client import remote_chat
 from serve.guided import Choice
-from serve.jobs import is_brief, lines_of
-from serve.params import Params
 from serve.pipeline import chat_callable
-from serve.requests import ChatRequest, CompletionRequest
+from serve.rest.jobs import is_brief, lines_of
+from serve.rest.requests import ChatRequest, CompletionRequest
 from serve.server import start_server
 from tests.serve import test_guided, test_session_routes
 
@@ -718,7 +718,7 @@ def test_a_remote_call_that_is_no_json_stays_text(serve):
 
 def test_calls_round_trip_through_the_wire(serve):
     """What a client sends back of an answer is the message that the model gave."""
-    from serve.protocol import messages_of
+    from serve.rest.protocol import messages_of
 
     call = ToolCall("interpreter", "print('<|im_end|>')")
     turn = {

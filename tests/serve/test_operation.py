@@ -14,10 +14,10 @@ import pytest
 
 from internjax.decode.device import Compiled
 from serve.__main__ import build_parser, read_keys
-from serve.guards import Limits, Operation
-from serve.health import Starting
 from serve.openai import create_app
-from serve.request_log import JSONLines, TextLines
+from serve.operation.guards import Limits, Operation
+from serve.operation.health import Starting
+from serve.operation.request_log import JSONLines, TextLines
 from serve.server import QuietConnections, Server, start_server, take_port
 
 TEXT = "The answer is 6."

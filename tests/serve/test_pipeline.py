@@ -6,8 +6,8 @@ import pytest
 
 from internjax.text.chat import CallEnd, render
 from internjax.text.message import INTERPRETER_PROMPT, Message, ToolCall
+from serve.answering.session import Answering, Session
 from serve.pipeline import ContextTooLong, Delta, Params, Pipeline, Prompt, Result, chat_callable, with_sampling
-from serve.session import Answering, Session
 
 TEXT = "The answer is 6, héllo 你好."
 CALL = (

@@ -6,8 +6,8 @@ import pytest
 
 from internjax import sharding
 from internjax.text.message import Message
-from serve import bench_runs
-from serve.bench_targets import engine_target
+from serve.bench import runs as bench_runs
+from serve.bench.targets import engine_target
 from serve.pipeline import Params, Pipeline
 from serve.server import start_server
 

@@ -11,9 +11,9 @@ from openai.types.responses import response_create_params
 
 from internjax.text.chat import render
 from internjax.text.message import Message
-from serve.kept import KeepLimits
 from serve.pipeline import Pipeline
-from serve.response_requests import ResponseRequest
+from serve.rest.kept import KeepLimits
+from serve.rest.response_requests import ResponseRequest
 from serve.server import start_server
 
 TEXT = "The answer is 6, héllo 你好."

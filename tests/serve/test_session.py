@@ -7,9 +7,9 @@ import threading
 import pytest
 
 from internjax.text.message import Message
-from serve import streams
+from serve.answering import streams
+from serve.answering.session import Session
 from serve.pipeline import ContextTooLong, Delta, Params, Pipeline, Result
-from serve.session import Session
 
 FIRST, SECOND, THIRD = (Message("user", text) for text in ("hello", "and now?", "say it again"))
 GREEDY = Params(max_tokens=12, temperature=0.0)
@@ -103,7 +103,7 @@ def test_a_template_that_rewrites_history_is_read_anew_and_said(pipeline, monkey
         ]
         return render(thoughtless, tokenizer, **how).ids
 
-    monkeypatch.setattr("serve.session.protocol.render_on", rewriting)
+    monkeypatch.setattr("serve.answering.session.protocol.render_on", rewriting)
     result = session.chat(SECOND, GREEDY).result()
     assert "wrote earlier turns anew" in session.notice
     assert result.ids == pipeline([FIRST, Message("assistant", "-"), SECOND], GREEDY).ids

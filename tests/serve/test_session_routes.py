@@ -13,12 +13,12 @@ import pytest
 
 from internjax.text import chat as protocol
 from internjax.text.message import Message
-from serve.jobs import Job, stream
-from serve.kept import KeepLimits, Shelf
+from serve.answering.session import Session
 from serve.pipeline import Params, Pipeline
-from serve.requests import ChatRequest
+from serve.rest.jobs import Job, stream
+from serve.rest.kept import KeepLimits, Shelf
+from serve.rest.requests import ChatRequest
 from serve.server import start_server
-from serve.session import Session
 
 BRIEF, FIRST, SECOND, THIRD = (
     {"role": role, "content": text}
@@ -190,7 +190,7 @@ def test_the_notice_of_a_template_that_writes_earlier_turns_anew(client, monkeyp
         thoughtless = [m if m.role == "user" else Message("assistant", "-") for m in before]
         return render([*thoughtless, last], tokenizer, **how).ids
 
-    monkeypatch.setattr("serve.session.protocol.render_on", rewriting)
+    monkeypatch.setattr("serve.answering.session.protocol.render_on", rewriting)
     assert "wrote earlier turns anew" in said(client, session, SECOND)[2]["notice"]
 
 

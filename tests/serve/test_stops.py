@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.stops import StopStrings
+from serve.answering.stops import StopStrings
 
 
 def run(parts, stops):

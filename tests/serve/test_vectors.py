@@ -28,12 +28,12 @@ from internjax.text.message import Message
 from internjax.text.tokenizer import REWARD, Tokenizer
 from serve import __main__ as command
 from serve import pipeline as pipeline_module
-from serve import scores
-from serve.batches import batches_of, in_order, portions
-from serve.embeddings import Embedder
 from serve.flags import OF_TEXT
 from serve.pipeline import Pipeline
-from serve.scores import Scorer
+from serve.rest import scores
+from serve.rest.batches import batches_of, in_order, portions
+from serve.rest.embeddings import Embedder
+from serve.rest.scores import Scorer
 from serve.server import start_server
 from tests.serve.conftest import ScriptedEngine
 

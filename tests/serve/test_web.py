@@ -13,8 +13,8 @@ import pytest
 
 from internjax.decode.device import Compiled
 from serve import __main__ as command
-from serve.health import Starting
 from serve.openai import create_app
+from serve.operation.health import Starting
 from serve.server import Server, start_server, take_port
 from serve.web import FOLDER, page_routes
 from tests.serve.page_texts import ATTACKS, LAWFUL, MARKDOWN, SHOW, SLOW
