@@ -136,15 +136,20 @@ def core_violations(root: Path) -> list[str]:
 
 
 def cycle_violations(root: Path) -> list[str]:
-    """Cycles between modules anywhere, and between rooms of the core; imports inside functions count."""
+    """Cycles between modules anywhere, and between rooms of the core or of serve; imports inside functions count.
+
+    A file beside the rooms is one for itself.
+    """
     modules, rooms = {}, {}
     known = {module_name(path, root) for path in python_files(root)}
     for item in imports(root):
         if item.target in known and item.importer not in ("internjax", item.target):
             modules.setdefault(item.importer, set()).add(item.target)
         importer, target = item.importer.split("."), item.target.split(".")
-        if importer[0] == target[0] == "internjax" and len(importer) > 1 < len(target) and importer[1] != target[1]:
-            rooms.setdefault(importer[1], set()).add(target[1])
+        if importer[0] == target[0] in ("internjax", "serve") and len(importer) > 1 < len(target):
+            here, there = importer[:2], target[:2]
+            if here != there:
+                rooms.setdefault(".".join(here), set()).add(".".join(there))
     wrong = []
     for graph in (modules, rooms):
         try:
@@ -292,6 +297,7 @@ PLANTED = {
     "a room without a layer": (core_violations, "internjax/utils/a.py", "from internjax.model import decoder"),
     "a cycle of modules": (cycle_violations, "internjax/text/a.py", "from internjax.text import a_user"),
     "a cycle of rooms": (cycle_violations, "internjax/train/a.py", "from internjax.hf.open import load"),
+    "a cycle of rooms of serve": (cycle_violations, "serve/tools/a.py", "from serve.agents.trace import Trace"),
     "a heavy import": (heavy_import_violations, "internjax/text/tokenizer.py", "import tokenizers"),
     "a heavy import under try": (
         heavy_import_violations,
