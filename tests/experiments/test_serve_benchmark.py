@@ -154,13 +154,13 @@ def test_what_arrives_is_counted_by_its_words():
 
 
 def test_where_ours_is_behind_is_said():
-    def figures(speed, first, token):
-        latency = [dict.fromkeys(("p50", "p95", "p99"), value) for value in (first, token)]
-        return {"tokens_per_second": speed, "first_token": latency[0], "per_token": latency[1]}
+    def figures(speed, first, token, pause):
+        latency = [dict.fromkeys(("p50", "p95", "p99"), value) for value in (first, token, pause)]
+        return {"tokens_per_second": speed, "first_token": latency[0], "per_token": latency[1], "pause": latency[2]}
 
     found = {
-        serve.OURS: figures(100, 0.2, 0.01),
-        "transformers": figures(50, 0.4, 0.005),
+        serve.OURS: figures(100, 0.2, 0.01, 0.02),
+        "transformers": figures(50, 0.4, 0.005, 0.03),
         "other": {"failed": "ended"},
     }
     ahead = {8: serve.ratios(found)}
@@ -168,6 +168,7 @@ def test_where_ours_is_behind_is_said():
         "transformers": {"seconds per token": 2.0}
         | dict.fromkeys(("first token p50", "first token p99"), 2.0)
         | dict.fromkeys(("per token p50", "per token p95", "per token p99"), 0.5)
+        | dict.fromkeys(("pause p50", "pause p95", "pause p99"), 1.5)
     }
     assert serve.losses(ahead)[0] == "8 clients, per token p50: 0.5 of transformers" and len(serve.losses(ahead)) == 3
     (line,) = serve.goals({8: {"transformers": {"seconds per token": 2.0}}}, {})
