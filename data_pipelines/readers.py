@@ -248,6 +248,10 @@ def described(row: Row, *, path: str, source: str, on_bad_row: BadRow) -> Descri
         reason = f"{lacks}; the row has the fields {names}"
         set_aside(f"{row.place}: {reason}", on_bad_row)
         return None
+    # A character has four bytes at most.
+    if len(text) > MAX_ROW_BYTES // 4 and len(text.encode("utf-8", "surrogatepass")) > MAX_ROW_BYTES:
+        set_aside(f"{row.place}: a text of more than {MAX_ROW_BYTES} bytes; split it", on_bad_row)
+        return None
     given = {key: value for key in FIELDS if (value := fields.get(key)) is not None}
     for key, value in given.items():
         if not isinstance(value, str):

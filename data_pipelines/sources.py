@@ -332,35 +332,47 @@ Rows = Callable[..., Iterator[Document | pa.RecordBatch]]
 def _unit_documents(slices: Sequence[Slice], sizes: Sizes, on_bad_row: BadRow) -> Iterator[Document | pa.RecordBatch]:
     rows_of = functools.partial(row_batches, sizes=sizes)
     for file, start, stop, first, *_ in slices:
-        yield from _file(file, on_bad_row=on_bad_row, start=start, stop=stop, first=first, rows_of=rows_of)
+        span = Span(start, stop, first)
+        yield from _file(file, on_bad_row=on_bad_row, span=span, rows_of=rows_of, sizes=sizes)
+
+
+class Span(NamedTuple):
+    """What of a file is read, as in a `Slice`."""
+
+    start: int = 0
+    stop: int = -1
+    first: int = 1
+
+
+WHOLE = Span()
 
 
 def _file(
-    file: File, *, on_bad_row: BadRow, start: int = 0, stop: int = -1, first: int = 1, rows_of: Rows = row_documents
+    file: File, *, on_bad_row: BadRow, span: Span = WHOLE, rows_of: Rows = row_documents, sizes: Sizes = Sizes()
 ) -> Iterator[Document | pa.RecordBatch]:
     """The documents of a slice of a file; a file that cannot be read at all is set aside as a whole."""
     try:
         if is_name(str(file.path)):
-            yield from _named(str(file.path), start, stop, on_bad_row)
+            yield from _named(str(file.path), span, on_bad_row)
         elif file.stream is None and uncompressed_suffix(file.path) in ARCHIVE_SUFFIXES:
             for member in member_files(file, is_read=_may_be_read, on_bad_row=on_bad_row):
-                yield from _member(member, on_bad_row)
+                yield from _member(member, on_bad_row, sizes)
         else:
-            yield from _documents(file, on_bad_row, start, stop, first, rows_of)
+            yield from _documents(file, on_bad_row, span, rows_of, sizes)
     except (ValueError, OSError) as error:
         set_aside(_about(file, error), on_bad_row)
 
 
 def _documents(
-    file: File, on_bad_row: BadRow, start: int, stop: int, first: int, rows_of: Rows = row_documents
+    file: File, on_bad_row: BadRow, span: Span, rows_of: Rows, sizes: Sizes
 ) -> Iterator[Document | pa.RecordBatch]:
-    suffix = uncompressed_suffix(file.path)
+    suffix, (start, stop, first) = uncompressed_suffix(file.path), span
     if suffix in ROW_SUFFIXES:
         return rows_of(file, on_bad_row=on_bad_row, start=start, stop=stop, first_line=first)
     if suffix == ".parquet":
-        return parquet_documents(file, on_bad_row=on_bad_row, start=start, stop=stop, first_row=first)
+        return parquet_documents(file, on_bad_row=on_bad_row, start=start, stop=stop, first_row=first, sizes=sizes)
     if suffix == ".arrow":
-        return arrow_documents(file, on_bad_row=on_bad_row)
+        return arrow_documents(file, on_bad_row=on_bad_row, sizes=sizes)
     if suffix in WARC_SUFFIXES:
         return warc_documents(file, on_bad_row=on_bad_row)
     if suffix in HTML_SUFFIXES:
@@ -374,20 +386,20 @@ def _may_be_read(name: str) -> bool:
     return is_read(name) or _has_no_suffix(name)
 
 
-def _member(member: File, on_bad_row: BadRow) -> Iterator[Document]:
+def _member(member: File, on_bad_row: BadRow, sizes: Sizes) -> Iterator[Document]:
     try:
         if is_read(member.name) or language_of(member.name, _head(member)) != UNKNOWN:
-            yield from _documents(member, on_bad_row, 0, -1, 1)
+            yield from _documents(member, on_bad_row, WHOLE, row_documents, sizes)
     except (ValueError, *DAMAGE) as error:
         set_aside(_about(member, error), on_bad_row)
 
 
-def _named(name: str, start: int, stop: int, on_bad_row: BadRow) -> Iterator[Document]:
-    """The documents of a data set that is given by its name, or of rows start:stop of it."""
+def _named(name: str, span: Span, on_bad_row: BadRow) -> Iterator[Document]:
+    """The documents of a data set that is given by its name, or of a span of its rows."""
     if name == EMBEDDED:
         yield from embedded.stdlib_corpus()
         return
-    for row in rows.read_span(name, start, stop):
+    for row in rows.read_span(name, span.start, span.stop, on_bad_row=on_bad_row):
         yield from document_of_row(row, path=row.place, source=name, on_bad_row=on_bad_row)
 
 

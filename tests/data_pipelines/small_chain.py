@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_pipelines import dedup, executors, wanjuan
 from data_pipelines.chain import Sizes
 from data_pipelines.document import Check, Outcome, Stage
+from data_pipelines.ledger import regroup
 
 NOT_STARTED = 3
 SIZES = Sizes(unit_bytes=2000, batch_bytes=700, batch_rows=4)
@@ -85,7 +87,8 @@ def under_a_limit(folder: Path) -> None:
     # Arrow starts a thread when there is work for one more; its stack alone would break the limit.
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
-    rng = np.random.default_rng(2)
+    regroup.__kwdefaults__["size"] = 1 << 20  # row groups of the output are held, twice over
+    rng, rows = np.random.default_rng(2), []
     limit, num_documents = 8 << 20, 1740
     big, size = folder / "big", 0
     big.mkdir()
@@ -101,20 +104,27 @@ def under_a_limit(folder: Path) -> None:
             size += len(text)
             if number % 3 == 0:
                 lines.write(json.dumps({"text": text.decode()}) + "\n")
+            elif number % 6 == 2:
+                rows.append(text.decode())
             elif number % 3 == 1:
                 pages.write(gzip.compress(response(f"http://{number}.org/", b"<p>" + text), 1))
             else:
                 member = tarfile.TarInfo(f"{number}.txt")
                 member.size = len(text)
                 files.addfile(member, io.BytesIO(text))
+    # One row group of many pages: what its writer made a page of is decompressed together.
+    pq.write_table(pa.table({"text": rows}), big / "d.parquet", compression="zstd", write_batch_size=8)
     assert size > 10 * limit, size
+    del rows
     chain = [Stage("exact", "corpus", dedup.exact_duplicates), stages(folder)[-1]]
     small = Sizes(unit_bytes=4 << 20, batch_bytes=1 << 18)
     with executors.local(1) as run_tasks:
         # Compiled and imported beforehand.
         write_corpus(folder / "in.jsonl")
         (folder / "in.warc").write_bytes(response("http://a.org/", b"<p>one page"))
-        wanjuan.run_files([folder / "in.jsonl", folder / "in.warc"], chain, folder / "warm", run_tasks)
+        pq.write_table(pa.table({"text": ["one row"]}), folder / "in.parquet", compression="zstd")
+        warm = [folder / f"in.{kind}" for kind in ("jsonl", "warc", "parquet")]
+        wanjuan.run_files(warm, chain, folder / "warm", run_tasks)
         with at_most(limit):
             ledger = wanjuan.run_files([big], chain, folder / "out", run_tasks, sizes=small)
     print(size // limit, ledger.stages["near"].documents_kept)

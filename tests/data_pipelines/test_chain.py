@@ -162,7 +162,9 @@ def test_what_is_given_a_name_is_on_disk(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_corpus_of_ten_times_the_memory_passes(tmp_path):
-    done = program(tmp_path, "memory", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
+    done = program(
+        tmp_path, "memory", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1", ARROW_DEFAULT_MEMORY_POOL="system"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     times, kept = map(int, done.stdout.split())
     assert times >= 10 and kept == 1567
