@@ -14,6 +14,7 @@ import json
 import lzma
 import os
 import re
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
@@ -100,14 +101,32 @@ def set_aside(message: str, on_bad_row: BadRow) -> None:
 
 
 def existing(path: str | Path) -> Path:
-    """The path, or ValueError that says it is missing or unreadable and what lies beside it."""
+    """The path of a file or folder, or ValueError that says it is missing and what lies beside it, or unreadable."""
     path = Path(path)
-    if not path.exists():
-        near = sorted(item.name for item in path.parent.iterdir())[:12] if path.parent.is_dir() else []
-        raise ValueError(f"no such file or folder: {path}; {path.parent} holds {', '.join(near) or 'nothing'}")
+    if not os.path.exists(path):
+        try:
+            beside = f"{path.parent} holds {', '.join(sorted(os.listdir(path.parent))[:12]) or 'nothing'}"
+        except OSError as error:
+            beside = f"{path.parent} cannot be listed ({error.strerror})"
+        raise ValueError(f"no such file or folder: {path}; {beside}; give an existing path")
     if not os.access(path, os.R_OK):
         raise ValueError(f"cannot read {path}: permission denied; change its permissions or give another path")
+    if not path.is_dir() and (reason := refusal(path)):
+        raise ValueError(f"{path}: {reason}; give a file or a folder")
     return path
+
+
+def refusal(path: Path) -> str | None:
+    """Why a name in a folder is no file that can be read, and read again; None where it is one."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return "a link that leads nowhere" if path.is_symlink() else f"cannot be read ({error.strerror})"
+    if stat.S_ISREG(mode):
+        return None
+    if stat.S_ISDIR(mode):
+        return "a link to a folder; not followed"
+    return "a pipe, a socket or a device; not read"
 
 
 def given_file(path: str | Path) -> File:
@@ -116,9 +135,15 @@ def given_file(path: str | Path) -> File:
     return File(path, path.name)
 
 
-def files_below(base: Path, *, skip: set[str]) -> Iterator[Path]:
-    """Files, and links to folders, below a folder; sorted, hidden ones left out."""
-    for where, folders, names in os.walk(base):
+def files_below(base: Path, *, skip: set[str], on_bad_row: BadRow = None) -> Iterator[Path]:
+    """Files, and links to folders, below a folder; sorted, hidden ones left out. A folder that cannot be listed is set
+    aside.
+    """
+
+    def unlisted(error: OSError) -> None:
+        set_aside(f"{error.filename}: cannot be listed ({error.strerror}); change its permissions", on_bad_row)
+
+    for where, folders, names in os.walk(base, onerror=unlisted):
         names += [name for name in folders if os.path.islink(os.path.join(where, name))]
         folders[:] = sorted(name for name in folders if name not in skip and not name.startswith("."))
         yield from (Path(where, name) for name in sorted(names) if not name.startswith("."))

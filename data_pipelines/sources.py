@@ -40,6 +40,7 @@ from data_pipelines.readers import (
     document_of_row,
     existing,
     files_below,
+    refusal,
     row_documents,
     set_aside,
     text_document,
@@ -121,8 +122,9 @@ def read(paths: Iterable[str | Path], *, on_bad_row: BadRow = None) -> list[Docu
 def find_files(paths: Iterable[str | Path], *, on_bad_row: BadRow = None) -> list[File]:
     """The files to read, sorted, each once, their paths absolute: those given, and of folders every one that is read.
 
-    Hidden files and folders are left out; a link to a folder is not followed and is handed to `on_bad_row`. Of a folder
-    that `data_pipelines.wanjuan` wrote, the kept documents are read and nothing else.
+    Hidden files and folders are left out; a link to a folder, which is not followed, a folder that cannot be listed and
+    what is no file (a pipe, say) are handed to `on_bad_row`. Of a folder that
+    `data_pipelines.wanjuan` wrote, the kept documents are read and nothing else.
     """
     found: dict[str, File] = {}
     for given in sorted({str(path) for path in paths}):
@@ -146,10 +148,9 @@ def _below(base: Path, on_bad_row: BadRow) -> Iterator[File]:
         yield from (File(path, f"{base.name}/documents/{path.name}") for path in (base / "documents").glob("*.parquet"))
         return
     repositories, saved = {base: base.name}, {}
-    for path in files_below(base, skip=SKIPPED_FOLDERS):
+    for path in files_below(base, skip=SKIPPED_FOLDERS, on_bad_row=on_bad_row):
         name, folder = f"{base.name}/{path.relative_to(base).as_posix()}", path.parent
-        if path.is_symlink() and not path.is_file():
-            reason = "a link to a folder; not followed" if path.is_dir() else "a link that leads nowhere"
+        if reason := refusal(path):
             set_aside(f"{path}: {reason}", on_bad_row)
             continue
         if folder not in saved:

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -43,8 +45,10 @@ def test_bad_rows_are_named_and_may_be_set_aside(tmp_path, content, message):
 
 def test_missing_empty_and_wrong_files_say_what_to_do(tmp_path):
     (tmp_path / "here.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"no such file or folder: .*gone\.jsonl; .* holds here\.jsonl"):
+    with pytest.raises(ValueError, match=r"no such file or folder: .*gone\.jsonl; .* holds here\.jsonl; give an"):
         sources.read([tmp_path / "gone.jsonl"])
+    with pytest.raises(ValueError, match=r"/none/gone\.jsonl; .*/none cannot be listed \(No such file.*; give"):
+        sources.read([tmp_path / "none" / "gone.jsonl"])
     with pytest.raises(ValueError, match="the corpus is empty: no document in .*here"):
         sources.read([tmp_path / "here.jsonl"])
     (tmp_path / "x.parquet").write_bytes(b"not parquet")
@@ -162,6 +166,36 @@ def test_rows_of_wanjuan_are_recognised_by_their_fields(tmp_path):
     assert bad == [f"{path}:2: not text: content interleaved with 1 images (img_list)"]
     pq.write_table(pa.table({"content": ["in parquet"], "text": pa.array([None], pa.string())}), tmp_path / "c.parquet")
     assert [d.text for d in sources.read([tmp_path / "c.parquet"])] == ["in parquet"]
+
+
+def test_what_may_not_be_read_and_what_is_no_file_is_told(tmp_path, monkeypatch):
+    for name in ("a.txt", "private/b.txt", "z/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    os.mkfifo(tmp_path / "pipe.txt")
+    os.mkfifo(tmp_path / "pipe")
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("private"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # a user who is root may list all
+    bad = []
+    assert [d.text for d in sources.read([tmp_path], on_bad_row=bad.append)] == ["a.txt", "z/c.txt"]
+    assert sorted(bad) == [
+        f"{tmp_path}/pipe.txt: a pipe, a socket or a device; not read",
+        f"{tmp_path}/pipe: a pipe, a socket or a device; not read",
+        f"{tmp_path}/private: cannot be listed (Permission denied); change its permissions",
+    ]
+    with pytest.raises(ValueError, match=r"pipe\.txt: a pipe, .*; give a file or a folder"):
+        sources.read([tmp_path / "pipe.txt"])
+    with pytest.raises(ValueError, match="private: cannot be listed"):
+        sources.read([tmp_path / "private"])
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)
+    with pytest.raises(ValueError, match=r"cannot read .*a\.txt: permission denied; change its permissions or give"):
+        sources.read([tmp_path / "a.txt"])
 
 
 def strings(values, kind=pa.string()):
