@@ -65,18 +65,21 @@ class Sizes(NamedTuple):
 
 class Unit(NamedTuple):
     """A slice of the corpus. read: gives its documents, one by one or in record batches; what cannot be read goes to
-    the function it is given, or, where that is None, raises ValueError. digest: of all that `read` depends on.
+    the function it is given, or, where that is None, raises ValueError. digest: of all that `read` depends on. name: of
+    the slice, for people.
     """
 
     digest: str
     read: Callable[[Callable[[str], None] | None], Iterable[Document | pa.RecordBatch]]
+    name: str = ""
 
 
 class Shard(NamedTuple):
-    """A file of documents, and the decisions whose rows of it are no longer there."""
+    """A file of documents, and the decisions whose rows of it are no longer there. name: that of the unit it is of."""
 
     documents: Path
     decisions: tuple[Path, ...] = ()
+    name: str = ""
 
 
 class Settings(NamedTuple):
@@ -100,6 +103,9 @@ class Task(NamedTuple):
     corpora: tuple[Stage, ...]
     sketched: Path | None
     settings: Settings
+
+    def __str__(self) -> str:
+        return f"{_label(self.stages, self.decided, self.corpora)} of {self.given.name or self.key}"
 
 
 class Segment(NamedTuple):
@@ -165,8 +171,7 @@ def run(
             for key, each, part in zip(keys, given, sketched, strict=True)
         ]
         corpus = segment.corpora[0] if segment.corpora else None
-        label = ", ".join(stage.name for stage in segment.stages) or f"without {decided}"
-        label = f"{label} | {corpus.name}" if corpus else label
+        label = _label(segment.stages, decided, segment.corpora)
         progress(label, 0, len(tasks))
         for done, _ in enumerate(run_tasks(run_task, tasks), 1):
             progress(label, done, len(tasks))
@@ -187,6 +192,12 @@ def run(
             keys = [digest([key, place.name]) for key in keys]
     check(ledger)
     return Run(given, ledger, set_aside)
+
+
+def _label(stages: Sequence[Stage], decided: str | None, corpora: Sequence[Stage]) -> str:
+    """What a step of the chain does."""
+    label = ", ".join(stage.name for stage in stages) or f"without {decided}"
+    return f"{label} | {corpora[0].name}" if corpora else label
 
 
 # --- a task ----------------------------------------------------------------------------------------------------------
@@ -360,7 +371,7 @@ def _cut(batch: pa.RecordBatch, sizes: Sizes) -> Iterator[pa.RecordBatch]:
 
 def _shard(part: Path, given: Unit | Shard) -> Shard:
     written = part / "documents.arrow"
-    return Shard(written) if written.is_file() else given
+    return Shard(written, name=given.name) if written.is_file() else given
 
 
 def _part_ledger(part: Path) -> Ledger:

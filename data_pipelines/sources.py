@@ -323,7 +323,17 @@ def unit(slices: Sequence[Slice], *, sizes: Sizes = Sizes()) -> Unit:
         path, name, repository, _ = piece.file
         about = f"{path}\0{name}\0{repository}\0{piece.first_line}\0{piece.digest}\n"
         digest.update(about.encode("utf-8", "replace"))
-    return Unit(digest.hexdigest(), functools.partial(_unit_documents, tuple(slices), sizes))
+    read = functools.partial(_unit_documents, tuple(slices), sizes)
+    return Unit(digest.hexdigest(), read, _name_of(slices))
+
+
+def _name_of(slices: Sequence[Slice]) -> str:
+    """ "FILE", "FILE from 12 on" (line or row), "FILE to FILE"."""
+    ends = [
+        f"{piece.file.path} from {piece.first_line} on" if piece.first_line > 1 else str(piece.file.path)
+        for piece in (slices[0], slices[-1])
+    ]
+    return " to ".join(dict.fromkeys(ends))
 
 
 Rows = Callable[..., Iterator[Document | pa.RecordBatch]]

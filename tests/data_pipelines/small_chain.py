@@ -2,7 +2,8 @@
 
 `python -m tests.data_pipelines.small_chain FOLDER` runs the chain on FOLDER/in.jsonl into FOLDER/out and dies on the
 way; `... FOLDER memory` runs exact and near duplicates on FOLDER/big under a limit on memory; `... FOLDER ray` runs the
-chain on a Ray cluster of two nodes, and exits with NOT_STARTED where those do not start.
+chain `mixed` on real files on a Ray cluster of two nodes, prints what is said of a task that kills every worker, and
+exits with NOT_STARTED where the nodes do not start.
 """
 
 import functools
@@ -71,6 +72,37 @@ def run(folder: Path, output: Path, run_tasks: executors.Map, *, sizes: Sizes = 
     wanjuan.run_files([folder / "in.jsonl"], stages(folder), output, run_tasks, sizes=sizes, **how)
 
 
+def write_real(folder: Path) -> None:
+    """FOLDER/real: modules and documentation of the standard library, near and exact copies of some, a licence."""
+    import email
+    import json as json_package
+
+    real = folder / "real"
+    for package in (json_package, email):
+        for path in sorted(Path(package.__file__).parent.glob("[dehps]*.py")):
+            text = path.read_text("utf-8")
+            place = real / package.__name__ / path.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(text)
+            documentation = "\n\n".join(text.split('"""')[1::2])
+            place.with_suffix(".md").write_text(documentation)
+            if path.name in ("decoder.py", "header.py", "policy.py"):
+                (real / f"twin_of_{path.name}").write_text(text.replace("    ", "\t"))
+                (real / f"near_{path.name}").write_text(text.replace("raise", "return", 1))
+                place.with_name(f"near_{path.stem}.md").write_text(documentation.replace("the", "this", 1))
+                place.with_name(f"twin_{path.stem}.md").write_text(documentation.upper())
+    (real / "LICENSE").write_text("Apache License, Version 2.0")
+    (real / "broken.py").write_text("def f(:\n" + "    # a comment\n" * 9)
+    (real / "rows.jsonl").write_text('{"text": "a row that says little"}\n{broken\n')
+
+
+def run_real(folder: Path, output: Path, run_tasks: executors.Map) -> None:
+    """The chain `mixed` on FOLDER/real and FOLDER/in.jsonl, which is watched."""
+    sizes = Sizes(unit_bytes=60_000, batch_bytes=20_000, batch_rows=16)
+    chain_of = [stages(folder)[0], *wanjuan.mixed()]
+    wanjuan.run_files([folder / "in.jsonl", folder / "real"], chain_of, output, run_tasks, sizes=sizes)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -116,7 +148,7 @@ def under_a_limit(folder: Path) -> None:
     pq.write_table(pa.table({"text": rows}), big / "d.parquet", compression="zstd", write_batch_size=8)
     assert size > 10 * limit, size
     del rows
-    chain = [Stage("exact", "corpus", dedup.exact_duplicates), stages(folder)[-1]]
+    duplicates = [Stage("exact", "corpus", dedup.exact_duplicates), stages(folder)[-1]]
     small = Sizes(unit_bytes=4 << 20, batch_bytes=1 << 18)
     with executors.local(1) as run_tasks:
         # Compiled and imported beforehand.
@@ -124,9 +156,9 @@ def under_a_limit(folder: Path) -> None:
         (folder / "in.warc").write_bytes(response("http://a.org/", b"<p>one page"))
         pq.write_table(pa.table({"text": ["one row"]}), folder / "in.parquet", compression="zstd")
         warm = [folder / f"in.{kind}" for kind in ("jsonl", "warc", "parquet")]
-        wanjuan.run_files(warm, chain, folder / "warm", run_tasks)
+        wanjuan.run_files(warm, duplicates, folder / "warm", run_tasks)
         with at_most(limit):
-            ledger = wanjuan.run_files([big], chain, folder / "out", run_tasks, sizes=small)
+            ledger = wanjuan.run_files([big], duplicates, folder / "out", run_tasks, sizes=small)
     print(size // limit, ledger.stages["near"].documents_kept)
 
 
@@ -168,7 +200,7 @@ def add_node(cluster: Any, **options: Any) -> None:
 
 
 def on_two_ray_nodes(folder: Path) -> None:
-    """Runs the chain on a cluster of two nodes of this machine."""
+    """Runs the real chain on a cluster of two nodes of this machine, and then a task that kills every worker."""
     from ray.cluster_utils import Cluster
 
     os.fsync = lambda descriptor: None  # thousands of small parts need not outlive the machine
@@ -181,8 +213,13 @@ def on_two_ray_nodes(folder: Path) -> None:
         except Exception as error:  # what Ray raises has no kind of its own
             print(f"the nodes did not start: {error}", file=sys.stderr)
             raise SystemExit(NOT_STARTED) from error
+        executors.MOST_RETRIES = 1
         with executors.ray(cluster.address) as run_tasks:
-            run(folder, folder / "out", run_tasks)
+            run_real(folder, folder / "out", run_tasks)
+            try:
+                list(run_tasks(lambda item: os.kill(os.getpid(), signal.SIGKILL), ["a deadly text"]))
+            except ValueError as error:
+                print(error)
     finally:
         cluster.shutdown()
 
