@@ -2,6 +2,7 @@
 
     python -m data_pipelines.tokens --input PATH [PATH ...] --tokenizer MODEL --output FOLDER
                                     [--where FIELD=VALUE] [--times FIELD]
+                                    [--fill-in-the-middle PREFIX MIDDLE SUFFIX]
 
 FOLDER/manifest.json       tokenizer sha256, dtype, counts, and the sha256 of every file
 FOLDER/00000.bin           token ids, little-endian uint16 where the vocabulary fits, else uint32
@@ -13,16 +14,20 @@ FOLDER/documents.parquet   id, shard and number of tokens of every document, in 
 A folder appears by an atomic rename: a reader never sees half of one.
 """
 
+import argparse
 import hashlib
 import json
 import operator
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_pipelines.fill_in_the_middle import FillInTheMiddle, Part, fill_in_the_middle
 from internjax.hf.folder import new_folder
 from internjax.text.tokenizer import Tokenizer, save_tokenizer
 
@@ -85,21 +90,33 @@ class Text(NamedTuple):
     times: int = 1
 
 
-def text_documents(texts: Iterable[Text | tuple[str, str]], tokenizer: Tokenizer) -> Iterator[TokenDocument]:
+def _whole(document_id: str, text: str) -> list[Part]:
+    return [Part((), text)]
+
+
+def text_documents(
+    texts: Iterable[Text | tuple[str, str]],
+    tokenizer: Tokenizer,
+    *,
+    parts: Callable[[str, str], Sequence[Part]] = _whole,
+) -> Iterator[TokenDocument]:
     """Yields texts, or (id, text), as ids between the tokenizer's first and last token of texts (BOS where it has one,
     EOS).
 
-    Markers that a text spells out are plain text.
+    parts: (id, text) -> the pieces of which it is made (`fill_in_the_middle.py`). Markers that a text spells out are
+    plain text.
     """
     batch: list[Text] = []
     num_characters = 0
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
     def encoded():
-        rows = tokenizer.encode_batch([each.text for each in batch])
+        made = [parts(each.id, each.text) for each in batch]
+        rows = iter(tokenizer.encode_batch([part.text for of_text in made for part in of_text]))
+        ids = [[token for part in of_text for token in (*part.before, *next(rows))] for of_text in made]
         return [
-            TokenDocument(each.id, [*first, *ids, tokenizer.eos_id], times=each.times)
-            for each, ids in zip(batch, rows, strict=True)
+            TokenDocument(each.id, [*first, *own, tokenizer.eos_id], times=each.times)
+            for each, own in zip(batch, ids, strict=True)
         ]
 
     for each in texts:
@@ -309,13 +326,51 @@ def _chosen(documents: Iterable[Any], field: str, value: str) -> Iterator[Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line: `python -m data_pipelines.tokens --input FILE... --tokenizer MODEL --output DIR`."""
-    import argparse
-    import sys
-
     from data_pipelines import sources
     from data_pipelines.executors import shown_progress
     from internjax.hf.resolve import resolve
     from internjax.text.tokenizer import load_tokenizer
+
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    field, _, value = (args.where or "").partition("=")
+    if args.where and not (field and value):
+        parser.error(f"--where is {args.where!r}; wanted FIELD=VALUE, such as tier=high")
+    fill = {"rate": args.fill_rate, "spm_rate": args.spm_rate, "seed": args.fill_seed}
+    fill = {name: given for name, given in fill.items() if given is not None}
+    if fill and not args.fill_in_the_middle:
+        parser.error("--fill-rate, --spm-rate and --fill-seed are for --fill-in-the-middle, which is not given")
+    try:
+        own = Path(args.tokenizer)
+        tokenizer = load_tokenizer(own if (own / "tokenizer.json").is_file() else resolve(args.tokenizer).folder)
+        parts = _whole
+        about = ({"where": args.where} if field else {}) | ({"times": args.times} if args.times else {})
+        if args.fill_in_the_middle:
+            settings = FillInTheMiddle(*args.fill_in_the_middle, **fill)
+            parts = fill_in_the_middle(settings, tokenizer)
+            about["fill_in_the_middle"] = asdict(settings)
+        bad: list[str] = []
+        with shown_progress() as progress:
+            documents = sources.stream(args.input, on_bad_row=bad.append, progress=progress)
+            chosen = _chosen(documents, field, value) if field else documents
+            texts = (Text(each.id, each.text, _times(each, args.times)) for each in chosen)
+            documents = text_documents(texts, tokenizer, parts=parts)
+            manifest = write_tokens(args.output, documents, tokenizer=tokenizer, about=about, keep_tokenizer=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for message in bad[:10]:
+        print(f"left out: {message}", file=sys.stderr)
+    of_epoch = f" ({manifest['epoch_tokens']:,} in an epoch)" if "epoch_tokens" in manifest else ""
+    print(
+        f"{args.output}: {manifest['num_documents']:,} documents, {manifest['num_tokens']:,} tokens{of_epoch}, "
+        f"{len(bad)} rows left out"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from data_pipelines import sources
 
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.tokens",
@@ -339,33 +394,14 @@ def main(arguments: list[str] | None = None) -> int:
         help="how often an epoch of the folder reads a document: a whole number in this field of meta, such as weight, "
         "which wanjuan --tiers enters (default, and for documents without the field: once)",
     )  # fmt: skip
-    args = parser.parse_args(arguments)
-    field, _, value = (args.where or "").partition("=")
-    if args.where and not (field and value):
-        parser.error(f"--where is {args.where!r}; wanted FIELD=VALUE, such as tier=high")
-    try:
-        own = Path(args.tokenizer)
-        tokenizer = load_tokenizer(own if (own / "tokenizer.json").is_file() else resolve(args.tokenizer).folder)
-        bad: list[str] = []
-        with shown_progress() as progress:
-            documents = sources.stream(args.input, on_bad_row=bad.append, progress=progress)
-            chosen = _chosen(documents, field, value) if field else documents
-            texts = (Text(each.id, each.text, _times(each, args.times)) for each in chosen)
-            about = ({"where": args.where} if field else {}) | ({"times": args.times} if args.times else {})
-            manifest = write_tokens(
-                args.output, text_documents(texts, tokenizer), tokenizer=tokenizer, about=about, keep_tokenizer=True
-            )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for message in bad[:10]:
-        print(f"left out: {message}", file=sys.stderr)
-    of_epoch = f" ({manifest['epoch_tokens']:,} in an epoch)" if "epoch_tokens" in manifest else ""
-    print(
-        f"{args.output}: {manifest['num_documents']:,} documents, {manifest['num_tokens']:,} tokens{of_epoch}, "
-        f"{len(bad)} rows left out"
-    )
-    return 0
+    parser.add_argument(
+        "--fill-in-the-middle", nargs=3, metavar=("PREFIX", "MIDDLE", "SUFFIX"),
+        help="rearrange documents so that a model learns to fill gaps, between these special tokens of the tokenizer",
+    )  # fmt: skip
+    parser.add_argument("--fill-rate", type=float, metavar="R", help="share of documents rearranged (default: 0.5)")
+    parser.add_argument("--spm-rate", type=float, metavar="R", help="share of these with suffix first (default: 0.5)")
+    parser.add_argument("--fill-seed", type=int, metavar="N", help="by which they are drawn and cut (default: 0)")
+    return parser
 
 
 if __name__ == "__main__":
