@@ -14,6 +14,7 @@ the executor or on the number of its workers.
                  N.sketch.arrow    for the corpus stage that follows (0) and those directly after it (1, 2 ...)
                  dropped.arrow     `ledger.FATES`
                  measures.arrow    `measures.MEASURES`: what stages measured of a sample
+                 given_ids.arrow   `ids.GIVEN_IDS`: of the rows of a unit that bear an id
                  set_aside.txt     rows that could not be read, one message per line
                  part.json         counts, number of rows, what the documents are like
     decisions/DIGEST/report.json   figures of the corpus stage, beside its decision on every part (`decisions.py`)
@@ -37,6 +38,7 @@ from data_pipelines.decisions import file_batches, outcome_of, read_changes, rea
 from data_pipelines.digests import digest, stage_digest
 from data_pipelines.document import SCHEMA, Corpus, Decision, Document, Stage, text_buffer, to_batch
 from data_pipelines.executors import Map
+from data_pipelines.ids import GIVEN_IDS, given_ids, repeated_ids
 from data_pipelines.ledger import (
     FATES,
     Ledger,
@@ -176,6 +178,8 @@ def run(
         for done, _ in enumerate(run_tasks(run_task, tasks), 1):
             progress(label, done, len(tasks))
         parts = [settings.work / "parts" / key for key in keys]
+        if decided is None:  # the segment that reads the units
+            ledger.repeated_ids = repeated_ids([part / "given_ids.arrow" for part in parts])
         for part in parts:
             merge(ledger, _part_ledger(part))
         set_aside += [part / "set_aside.txt" for part in parts]
@@ -223,8 +227,11 @@ def run_task(task: Task) -> str:
             for number, stage in enumerate(task.corpora)
         ]
         set_aside = files.enter_context((new / "set_aside.txt").open("w", encoding="utf-8"))
+        ids = _Writer(files, new / "given_ids.arrow", GIVEN_IDS) if isinstance(task.given, Unit) else None
         looks = writes or bool(task.stages) or bool(task.corpora) and sketched is None
         for rows, batch in _input(task, ledger, set_aside, looks=looks):
+            if ids:
+                ids.write(given_ids(batch))
             for stage in task.stages:
                 batch = record(ledger, stage.name, batch, stage.apply(batch))
             for fates in ledger.dropped:

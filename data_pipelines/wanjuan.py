@@ -371,6 +371,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with (folder / "set_aside.txt").open(encoding="utf-8") as lines:
         for _, message in zip(range(5), lines):
             print(f"left out: {message.rstrip()}", file=sys.stderr)
+    if repeated := counts.get("repeated_ids"):
+        print(
+            f"{repeated['rows']} rows bear the id of another row of their source, and are read: {repeated['some'][0]}",
+            file=sys.stderr,
+        )
     print(f"{counts['documents_in']} documents in, {counts['documents_kept']} kept, {num_bad} rows could not be read")
     for reason, count in dropped_by_reason(ledger).items():
         print(f"  {count:8d} {reason}")

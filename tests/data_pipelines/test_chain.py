@@ -307,6 +307,48 @@ def test_what_cannot_be_read_is_set_aside_by_file_and_line(tmp_path, monkeypatch
     assert counts["dropped"]["exact"]["exact_duplicate"] >= 1
 
 
+def test_ids_that_rows_of_a_source_share_are_counted_and_said(tmp_path, capsys):
+    words = "This is a text of some words. That no other row of these files has it, but for some, is true of the number"
+    rows = [{"text": f"{words} {n}", "id": n % 40, "score": float("nan")} for n in range(48)]
+    rows += [{"text": f"{words} none {n}"} for n in range(5)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    others = [{"text": f"{words} other {n}", "id": n, "tags": {"original_id": 1}} for n in range(10)]
+    others += [{"text": f"{words} string", "id": "1"}, {"text": f"{words} list", "id": ["1"]}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, others)))
+    chain_of = [Stage("exact", "corpus", dedup.exact_duplicates)]
+    found = []
+    for number, sizes in enumerate((Sizes(), Sizes(unit_bytes=900, batch_rows=3))):
+        with executors.local(2) as run_tasks:
+            out = tmp_path / f"out{number}"
+            wanjuan.run_files([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], chain_of, out, run_tasks, sizes=sizes)
+        counts = json.loads((out / "ledger.json").read_text())
+        assert counts["documents_in"] == counts["documents_kept"] == 65, "they are read and kept"
+        found.append(counts["repeated_ids"])
+    assert found[0] == found[1] and found[0]["rows"] == 8 and len(found[0]["some"]) == 5
+    said = {f"a.jsonl:{n + 1}, a.jsonl:{n + 41} bear the id {n}" for n in range(8)}
+    assert set(found[0]["some"]) < said
+    command = ["mixed", "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "clean"), "--threads", "1"]
+    assert wanjuan.main(command) == 0
+    assert "8 rows bear the id of another row of their source, and are read: a.jsonl:" in capsys.readouterr().err
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]))
+    assert wanjuan.main(command) == 0
+    assert "repeated_ids" not in json.loads((tmp_path / "clean" / "ledger.json").read_text())
+
+
+def test_a_line_of_200_megabytes_is_passed_over(tmp_path):
+    path, good = tmp_path / "in.jsonl", json.dumps({"text": "a good row of text"}).encode()
+    with path.open("wb") as file:
+        file.write(good + b'\n{"text": "')
+        file.truncate(file.seek(200_000_000))  # nothing lies on disk
+        file.seek(200_000_000)
+        file.write(b'"}\n' + good.replace(b"good", b"fine"))
+    with executors.local(1) as run_tasks:
+        wanjuan.run_files([path], [Stage("exact", "corpus", dedup.exact_duplicates)], tmp_path / "out", run_tasks)
+    assert [d.path for d in sources.read([tmp_path / "out"])] == ["in.jsonl:1", "in.jsonl:3"]
+    said = (tmp_path / "out" / "set_aside.txt").read_text()
+    assert said == f"{path}:2: a line of more than {64 << 20} bytes; split it\n"
+
+
 def test_all_dropped_fails_and_the_text_of_dropped_documents_is_kept_on_request(tmp_path):
     write_corpus(tmp_path / "in.jsonl")
     nothing = Stage("all", "batch", lambda batch: Outcome(batch, ["bad"] * batch.num_rows, [None] * batch.num_rows))
