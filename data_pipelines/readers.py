@@ -76,18 +76,34 @@ class Described(NamedTuple):
     meta: dict[str, Any]
 
 
+class Reading:
+    """How far a file is read. Whoever reads it sets `position`, which gives how many of its bytes are read."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.position: Callable[[], int] = lambda: 0
+
+    def num_bytes(self) -> int:
+        try:
+            return min(self.position(), self.size)
+        except ValueError:  # of a file that is closed: it was read to its end
+            return self.size
+
+
 class File(NamedTuple):
     """A file and what its documents are to bear.
 
     path: absolute, or the name of a data set; of a member of an archive: archive/member, which is how messages name it.
     name: "folder/sub/file.py" below a folder or archive that was given. repository: the beginning of the name that is
-    the name of its repository. stream: the bytes of a member, where they do not lie at `path`.
+    the name of its repository. stream: the bytes of a member, where they do not lie at `path`. reading: is told how far
+    it is read.
     """
 
     path: Path
     name: str
     repository: str | None = None
     stream: BinaryIO | None = None
+    reading: Reading | None = None
 
 
 def set_aside(message: str, on_bad_row: BadRow) -> None:
@@ -165,12 +181,20 @@ def opened(file: File | Path) -> Iterator[BinaryIO]:
     path, stream = (file.path, file.stream) if isinstance(file, File) else (file, None)
     with contextlib.ExitStack() as files:
         raw = files.enter_context(path.open("rb", buffering=BUFFER_BYTES)) if stream is None else stream
+        if isinstance(file, File):
+            follow(file, raw)
         try:
             yield files.enter_context(_decompressed(raw, path.suffix.lower()))
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             if path.suffix.lower() not in COMPRESSED:
                 raise
             raise ValueError(f"{path}: cannot be decompressed ({error}); copy it again") from error
+
+
+def follow(file: File, raw: BinaryIO) -> None:
+    """From now on the file is read as far as `raw` is."""
+    if file.reading is not None:
+        file.reading.position = raw.tell
 
 
 def _decompressed(raw: BinaryIO, suffix: str) -> contextlib.AbstractContextManager[BinaryIO]:

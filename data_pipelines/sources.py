@@ -36,6 +36,7 @@ from data_pipelines.readers import (
     TEXT_SUFFIXES,
     BadRow,
     File,
+    Reading,
     bare_name,
     document_of_row,
     existing,
@@ -99,11 +100,27 @@ def stream(
     """Documents of files, folders and named data sets, by what each is, files in sorted order, one at a time.
 
     A piece that cannot be read raises ValueError "file:line: reason", or is handed to `on_bad_row` and left out.
+    progress is told bytes of the files, compressed or not, with every document.
     """
     files = find_files(paths, on_bad_row=on_bad_row)
-    for done, file in enumerate(files, 1):
-        yield from _file(file, on_bad_row=on_bad_row)
-        progress("read files", done, len(files))
+    readings = [Reading(_size(file)) for file in files]
+    before, total = 0, sum(reading.size for reading in readings)
+    for file, reading in zip(files, readings, strict=True):
+        for document in _file(file._replace(reading=reading), on_bad_row=on_bad_row):
+            if total:
+                progress("bytes read", min(before + reading.num_bytes(), total - 1), total)
+            yield document
+        before += reading.size
+    if total:
+        progress("bytes read", total, total)
+
+
+def _size(file: File) -> int:
+    """Bytes of a file; 0 for a data set that is given by its name, and where it is gone."""
+    try:
+        return 0 if is_name(str(file.path)) else file.path.stat().st_size
+    except OSError:
+        return 0
 
 
 def read(paths: Iterable[str | Path], *, on_bad_row: BadRow = None) -> list[Document]:
@@ -320,8 +337,8 @@ def unit(slices: Sequence[Slice], *, sizes: Sizes = Sizes()) -> Unit:
     """
     digest = hashlib.sha256()
     for piece in slices:
-        path, name, repository, _ = piece.file
-        about = f"{path}\0{name}\0{repository}\0{piece.first_line}\0{piece.digest}\n"
+        file = piece.file
+        about = f"{file.path}\0{file.name}\0{file.repository}\0{piece.first_line}\0{piece.digest}\n"
         digest.update(about.encode("utf-8", "replace"))
     read = functools.partial(_unit_documents, tuple(slices), sizes)
     return Unit(digest.hexdigest(), read, _name_of(slices))

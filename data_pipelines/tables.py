@@ -33,7 +33,7 @@ def parquet_documents(
     """A document per row of a parquet file (row groups start:stop; stop -1: to the last)."""
     table = open_parquet(file)
     groups = range(start, table.num_row_groups if stop < 0 else stop)
-    batches = _parquet_batches(table, groups, sizes)
+    batches = _parquet_batches(file, table, groups, sizes)
     yield from _documents(file, batches, table.schema_arrow, on_bad_row, first_row, sizes)
 
 
@@ -54,7 +54,7 @@ def arrow_documents(file: File, *, on_bad_row: BadRow = None, sizes: Sizes = Siz
 def parquet_rows(file: File, *, on_bad_row: BadRow = None, sizes: Sizes = Sizes()) -> Iterator[Row]:
     """The rows of a parquet file with "file:row"."""
     table = open_parquet(file)
-    batches = _parquet_batches(table, range(table.num_row_groups), sizes)
+    batches = _parquet_batches(file, table, range(table.num_row_groups), sizes)
     for number, fields in _rows(file, batches, pa.RecordBatch.to_pylist, on_bad_row, 1, sizes):
         yield Row(f"{file.path}:{number}", fields)
 
@@ -84,12 +84,17 @@ def _whole(file: File) -> bytes:
     return raw
 
 
-def _parquet_batches(table: Any, groups: Sequence[int], sizes: Sizes) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(file: File, table: Any, groups: Sequence[int], sizes: Sizes) -> Iterator[pa.RecordBatch]:
     """Batches of as many rows as `sizes.batch_bytes` holds in the row group where they are longest."""
     about = [table.metadata.row_group(group) for group in groups]
     longest = max((group.total_byte_size / max(group.num_rows, 1) for group in about), default=0)
     num_rows = int(min(sizes.batch_bytes / max(longest, 1), BATCH_ROWS))
-    yield from table.iter_batches(max(num_rows, 1), row_groups=list(groups))
+    read, total = 0, max(table.metadata.num_rows, 1)
+    if file.reading is not None:
+        file.reading.position = lambda: file.reading.size * read // total
+    for batch in table.iter_batches(max(num_rows, 1), row_groups=list(groups)):
+        read += batch.num_rows
+        yield batch
 
 
 def _documents(

@@ -1,6 +1,8 @@
 import errno
+import gzip
 import json
 import os
+import random
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +13,8 @@ from data_pipelines import embedded, executors, readers, rows, sources, tables, 
 from data_pipelines.chain import Sizes
 from data_pipelines.dedup import exact_duplicates
 from data_pipelines.document import SCHEMA, Stage, make_document, to_batch, to_documents
+from tests.data_pipelines.test_archives import tar_bytes
+from tests.data_pipelines.test_web_pages import page, response
 
 
 def test_jsonl_rows_and_their_fields(tmp_path):
@@ -302,6 +306,28 @@ def test_rows_of_tables_are_python_objects_some_bytes_at_a_time(tmp_path, monkey
         assert max(num_rows for num_rows, _ in made) <= tables.BATCH_ROWS
         assert all(num_rows == 1 or num_bytes <= batch_bytes for num_rows, num_bytes in made)
         assert batch_bytes < 1 << 20 or len(made) < 10
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz", "in.parquet", "in.tar", "in.warc.gz"])
+def test_progress_moves_within_one_file(tmp_path, name):
+    draw, path = random.Random(3), tmp_path / name
+    texts = [" ".join(f"{draw.getrandbits(40):x}" for _ in range(150)) for _ in range(1500)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if name == "in.parquet":
+        pq.write_table(pa.table({"text": texts}), path)
+    elif name == "in.tar":
+        path.write_bytes(tar_bytes({"a.txt": texts[0].encode(), "rows.jsonl": lines, "b.txt": b"last"}))
+    elif name == "in.warc.gz":
+        path.write_bytes(b"".join(gzip.compress(response("http://a.org/", page(text))) for text in texts))
+    else:
+        path.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    told = []
+    documents = sources.stream([path], progress=lambda label, done, total: told.append((done, total)))
+    assert len(list(documents)) >= len(texts)
+    size, done = path.stat().st_size, [done for done, _ in told]
+    assert {total for _, total in told} == {size} and done == sorted(done)
+    assert done[-1] == size > done[-2] and done[0] < size / 3
+    assert len({number * 4 // size for number in done}) == 5, "it is seen in every quarter"
 
 
 def test_utf16_is_read_and_what_has_nul_is_no_text(tmp_path):
