@@ -1,9 +1,10 @@
 """A corpus and a chain that need no compiled code to be seen at work, and a stage that kills its process once.
 
-`python -m tests.data_pipelines.small_chain FOLDER` runs the chain on FOLDER/in.jsonl into FOLDER/out and dies on the
-way; `... FOLDER memory` runs exact and near duplicates on FOLDER/big under a limit on memory; `... FOLDER ray` runs the
-chain `mixed` on real files on a Ray cluster of two nodes, prints what is said of a task that kills every worker, and
-exits with NOT_STARTED where the nodes do not start.
+`python -m tests.data_pipelines.small_chain FOLDER` runs the chain on FOLDER/in.jsonl into FOLDER/out and dies where the
+file FOLDER/kill says: in a batch stage, while a corpus stage decides, while the output is written; `... FOLDER memory`
+runs exact and near duplicates on FOLDER/big under a limit on memory; `... FOLDER ray` runs the chain `mixed` on real
+files on a Ray cluster of two nodes, prints what is said of a task that kills every worker, and exits with NOT_STARTED
+where the nodes do not start.
 """
 
 import functools
@@ -23,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines import dedup, executors, wanjuan
+from data_pipelines import dedup, executors, output, wanjuan
 from data_pipelines.chain import Sizes
 from data_pipelines.document import Check, Outcome, Stage
 from data_pipelines.ledger import regroup
@@ -48,23 +49,39 @@ def write_corpus(path: Path, num_documents: int = 60) -> None:
 
 
 def watched(batch: pa.RecordBatch, *, log: str, kill: str) -> Outcome:
-    """Drops short texts; writes the documents it sees to the log; dies at row 31 while the file `kill` is there."""
+    """Drops short texts; writes the documents it sees to the log; dies at row 31 where `kill` says so."""
     texts, paths = batch.column("text").to_pylist(), batch.column("path").to_pylist()
-    if any(path.endswith(":31") for path in paths) and os.path.exists(kill):
-        os.unlink(kill)
-        os.kill(os.getpid(), signal.SIGKILL)
+    if any(path.endswith(":31") for path in paths):
+        die_where(kill, "batch")
     with open(log, "a") as lines:
         lines.write("".join(path + "\n" for path in paths))
     lengths = Check("short", np.array([len(text) for text in texts], float), "below", 20)
     return Outcome(batch, ["short" if len(text) < 20 else None for text in texts], texts, [lengths])
 
 
+def die_where(kill: str, place: str) -> None:
+    """Kills this process, once, where the file `kill` names the place."""
+    if os.path.exists(kill) and Path(kill).read_text() == place:
+        os.unlink(kill)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def decided(*given: Any, resolve: Any, log: str, kill: str) -> Any:
+    """What `resolve` decides, which is written to the log."""
+    with open(log, "a") as lines:
+        lines.write("decided\n")
+    decision = resolve(*given)
+    die_where(kill, "resolve")
+    return decision
+
+
 def stages(folder: Path) -> list[Stage]:
-    seen = functools.partial(watched, log=str(folder / "log"), kill=str(folder / "kill"))
+    places = {"log": str(folder / "log"), "kill": str(folder / "kill")}
+    near = dedup.near_duplicates(dedup.NearDuplicates())
     return [
-        Stage("short", "batch", seen),
+        Stage("short", "batch", functools.partial(watched, **places)),
         Stage("exact", "corpus", dedup.exact_duplicates),
-        Stage("near", "corpus", dedup.near_duplicates(dedup.NearDuplicates())),
+        Stage("near", "corpus", near._replace(resolve=functools.partial(decided, resolve=near.resolve, **places))),
     ]
 
 
@@ -233,5 +250,7 @@ if __name__ == "__main__":
 
         small_chain.on_two_ray_nodes(place)
     else:
+        saved = output.save
+        output.save = lambda *given: (die_where(str(place / "kill"), "write"), saved(*given))
         with executors.local(1) as one_thread:
             run(place, place / "out", one_thread)

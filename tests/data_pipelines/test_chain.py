@@ -126,17 +126,22 @@ def test_order_and_copies_of_the_input(tmp_path):
     assert texts(tmp_path / "twice") == texts(tmp_path / "out0")
 
 
-def test_a_killed_run_goes_on_where_it_was(expected, tmp_path):
+@pytest.mark.parametrize("place", ["batch", "resolve", "write"])
+def test_a_killed_run_goes_on_where_it_was(expected, tmp_path, place):
     write_corpus(tmp_path / "in.jsonl")
-    (tmp_path / "kill").touch()
+    (tmp_path / "kill").write_text(place)
     killed = program(tmp_path)
     assert killed.returncode == -9 and not (tmp_path / "out").exists()
+    assert len(list(tmp_path.glob(".out.new-*"))) == (place == "write"), "what was being written is left"
     before = (tmp_path / "log").read_text().splitlines()
     with executors.local(1) as run_tasks:
         run(tmp_path, tmp_path / "out", run_tasks)
     after = (tmp_path / "log").read_text().splitlines()[len(before) :]
-    again = set(before) & set(after)
-    assert len(before) > 20 and len(again) < 8, "the unit that was under way alone is read again"
+    if place == "batch":
+        assert len(before) > 20 and len(set(before) & set(after)) < 8, "the unit that was under way alone is read again"
+    else:
+        assert after == ["decided"] * (place == "resolve"), "nothing that was finished is done again"
+    assert not list(tmp_path.glob(".out*")), "nothing is left"
     found = contents(tmp_path / "out")
     for name in SAME:
         assert found[name] == expected[name]
@@ -214,7 +219,7 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes_though_a_worker_is_kill
     write_real(tmp_path)
     with executors.local(1) as run_tasks:
         run_real(tmp_path, tmp_path / "alone", run_tasks)
-    (tmp_path / "kill").touch()
+    (tmp_path / "kill").write_text("batch")
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",
