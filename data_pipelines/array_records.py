@@ -2,8 +2,8 @@
 
     python -m data_pipelines.array_records --tokens TOKENS --output DIR
 
-DIR/NNNNN.array_record   one record per document, in the order of the shard of the same number; groups of one record, so
-                         that any document is read by itself
+DIR/NNNNN.array_record   one record per document, in the order of the shard of the same number (a document that an epoch
+                         reads N times has N records); groups of one record, so that any document is read by itself
 DIR/array_records.json   tokenizer sha256, counts, features, and the sha256 of every file
 
 A record is a serialised `tf.train.Example` with the features
@@ -136,7 +136,8 @@ def export(tokens: str | os.PathLike, output: str | os.PathLike) -> dict[str, An
             writer = ArrayRecordWriter(str(new / f"{shard['name']}.array_record"), WRITER_OPTIONS)
             for index in range(int(opened.first_D[number]), int(opened.first_D[number + 1])):
                 record = serialise(opened.document(index), names[index].as_py(), opened.mask(index))
-                writer.write(record)
+                for _ in range(1 if opened.times_D is None else int(opened.times_D[index])):
+                    writer.write(record)
             writer.close()
         manifest = {
             "format": FORMAT,
@@ -144,7 +145,8 @@ def export(tokens: str | os.PathLike, output: str | os.PathLike) -> dict[str, An
             "features": ["id", "loss_mask", "tokens"] if opened.manifest["has_mask"] else ["id", "tokens"],
             **{
                 name: opened.manifest[name]
-                for name in ("tokenizer_sha256", "vocab_size", "num_documents", "num_tokens", "about")
+                for name in ("tokenizer_sha256", "vocab_size", "num_documents", "num_tokens", "epoch_tokens", "about")
+                if name in opened.manifest
             },
             "files": {path.name: file_entry(path) for path in sorted(new.glob("*.array_record"))},
         }

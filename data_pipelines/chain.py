@@ -14,6 +14,7 @@ the executor or on the number of its workers.
                  N.sketch.arrow    for the corpus stage that follows (0) and those directly after it (1, 2 ...)
                  dropped.arrow     `ledger.FATES`
                  measures.arrow    `measures.MEASURES`: what stages measured of a sample
+                 given_ids.arrow   `ids.GIVEN_IDS`: of the rows of a unit that bear an id
                  set_aside.txt     rows that could not be read, one message per line
                  part.json         counts, number of rows, what the documents are like
     decisions/DIGEST/report.json   figures of the corpus stage, beside its decision on every part (`decisions.py`)
@@ -37,6 +38,7 @@ from data_pipelines.decisions import file_batches, outcome_of, read_changes, rea
 from data_pipelines.digests import digest, stage_digest
 from data_pipelines.document import SCHEMA, Corpus, Decision, Document, Stage, text_buffer, to_batch
 from data_pipelines.executors import Map
+from data_pipelines.ids import GIVEN_IDS, given_ids, repeated_ids
 from data_pipelines.ledger import (
     FATES,
     Ledger,
@@ -65,18 +67,21 @@ class Sizes(NamedTuple):
 
 class Unit(NamedTuple):
     """A slice of the corpus. read: gives its documents, one by one or in record batches; what cannot be read goes to
-    the function it is given, or, where that is None, raises ValueError. digest: of all that `read` depends on.
+    the function it is given, or, where that is None, raises ValueError. digest: of all that `read` depends on. name: of
+    the slice, for people.
     """
 
     digest: str
     read: Callable[[Callable[[str], None] | None], Iterable[Document | pa.RecordBatch]]
+    name: str = ""
 
 
 class Shard(NamedTuple):
-    """A file of documents, and the decisions whose rows of it are no longer there."""
+    """A file of documents, and the decisions whose rows of it are no longer there. name: that of the unit it is of."""
 
     documents: Path
     decisions: tuple[Path, ...] = ()
+    name: str = ""
 
 
 class Settings(NamedTuple):
@@ -100,6 +105,9 @@ class Task(NamedTuple):
     corpora: tuple[Stage, ...]
     sketched: Path | None
     settings: Settings
+
+    def __str__(self) -> str:
+        return f"{_label(self.stages, self.decided, self.corpora)} of {self.given.name or self.key}"
 
 
 class Segment(NamedTuple):
@@ -165,12 +173,13 @@ def run(
             for key, each, part in zip(keys, given, sketched, strict=True)
         ]
         corpus = segment.corpora[0] if segment.corpora else None
-        label = ", ".join(stage.name for stage in segment.stages) or f"without {decided}"
-        label = f"{label} | {corpus.name}" if corpus else label
+        label = _label(segment.stages, decided, segment.corpora)
         progress(label, 0, len(tasks))
         for done, _ in enumerate(run_tasks(run_task, tasks), 1):
             progress(label, done, len(tasks))
         parts = [settings.work / "parts" / key for key in keys]
+        if decided is None:  # the segment that reads the units
+            ledger.repeated_ids = repeated_ids([part / "given_ids.arrow" for part in parts])
         for part in parts:
             merge(ledger, _part_ledger(part))
         set_aside += [part / "set_aside.txt" for part in parts]
@@ -187,6 +196,12 @@ def run(
             keys = [digest([key, place.name]) for key in keys]
     check(ledger)
     return Run(given, ledger, set_aside)
+
+
+def _label(stages: Sequence[Stage], decided: str | None, corpora: Sequence[Stage]) -> str:
+    """What a step of the chain does."""
+    label = ", ".join(stage.name for stage in stages) or f"without {decided}"
+    return f"{label} | {corpora[0].name}" if corpora else label
 
 
 # --- a task ----------------------------------------------------------------------------------------------------------
@@ -212,8 +227,11 @@ def run_task(task: Task) -> str:
             for number, stage in enumerate(task.corpora)
         ]
         set_aside = files.enter_context((new / "set_aside.txt").open("w", encoding="utf-8"))
+        ids = _Writer(files, new / "given_ids.arrow", GIVEN_IDS) if isinstance(task.given, Unit) else None
         looks = writes or bool(task.stages) or bool(task.corpora) and sketched is None
         for rows, batch in _input(task, ledger, set_aside, looks=looks):
+            if ids:
+                ids.write(given_ids(batch))
             for stage in task.stages:
                 batch = record(ledger, stage.name, batch, stage.apply(batch))
             for fates in ledger.dropped:
@@ -360,7 +378,7 @@ def _cut(batch: pa.RecordBatch, sizes: Sizes) -> Iterator[pa.RecordBatch]:
 
 def _shard(part: Path, given: Unit | Shard) -> Shard:
     written = part / "documents.arrow"
-    return Shard(written) if written.is_file() else given
+    return Shard(written, name=given.name) if written.is_file() else given
 
 
 def _part_ledger(part: Path) -> Ledger:

@@ -31,8 +31,10 @@ PAIRS_AT_ONCE = 1 << 20
 """Candidate pairs that are held before they are verified."""
 SHOWN_GROUPS, SHOWN_MEMBERS, SHOWN_PAIRS = 24, 12, 24
 """Groups, members of each and pairs that the report describes."""
-SHINGLES_AT_ONCE = 4 << 20
-"""Shingles of candidates that are in memory while they are verified (8 bytes each, and about as many bytes of text)."""
+SHINGLES_AT_ONCE = 1 << 20
+"""Shingles of candidates that are in memory while they are verified: some 50 bytes each, with their texts and words."""
+SHOWN_SHINGLES = 4 << 20
+"""Shingles of the members of a group that is described."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ def describe_groups(
     shown = []
     for root, start in zip([*largest.tolist(), *others.tolist()], starts.tolist()):
         places = by_root[start : start + min(int(num_members[root]), SHOWN_MEMBERS)]
-        fit = np.searchsorted(np.cumsum(num_shingles_D[places]), SHINGLES_AT_ONCE, side="right")
+        fit = np.searchsorted(np.cumsum(num_shingles_D[places]), SHOWN_SHINGLES, side="right")
         places = places[: max(int(fit), 2)]
         members = [_name(high_D[place], low_D[place]) for place in places.tolist()]
         distances = _distances(groups.rows_D[places], fetch, settings)

@@ -7,12 +7,15 @@ is no more than a map. With Ray every node must see the input and the output fol
 import contextlib
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
-"""(function, items) -> its results, in the order of the items."""
+"""(function, items) -> its results, in the order of the items. The text of an item says what it is, in errors."""
+MOST_RETRIES = 3
+"""Of a task whose worker dies; a document that kills it does so each time."""
 
 
 @contextlib.contextmanager
@@ -43,7 +46,8 @@ def local(num_threads: int | None = None) -> Iterator[Map]:
 def ray(address: str | None = None) -> Iterator[Map]:
     """Gives a map over the Ray cluster at `address` (None: one is started here, or the one already joined is used).
 
-    A task whose worker or node dies is begun again, elsewhere; nothing is reported to anybody.
+    A task whose worker or node dies is begun again, elsewhere, MOST_RETRIES times; then ValueError names it. Nothing is
+    reported to anybody.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -60,7 +64,7 @@ def ray(address: str | None = None) -> Iterator[Map]:
             wanted = f"joined at {address}; look at `ray status` there" if address else "started; is the machine busy?"
             raise ValueError(f"Ray could not be {wanted} ({error})") from error
 
-    @ray.remote(max_retries=-1, num_cpus=1)
+    @ray.remote(max_retries=MOST_RETRIES, num_cpus=1)
     def call(function: Any, item: Any) -> Any:
         return function(item)
 
@@ -73,16 +77,26 @@ def ray(address: str | None = None) -> Iterator[Map]:
                 waiting.append(call.remote(shared, items[in_flight + number]))
             try:
                 yield ray.get(waiting[number])
-            except ray.exceptions.RayTaskError as error:
+            except ray.exceptions.RayError as error:
                 for other in waiting[number + 1 :]:
                     ray.cancel(other)
-                raise (error.cause if error.cause is not None else error) from None
+                if isinstance(error, ray.exceptions.RayTaskError):
+                    raise (error.cause if error.cause is not None else error) from None
+                what = textwrap.shorten(str(items[number]), 400)
+                raise ValueError(
+                    f"the worker of {what} died {1 + MOST_RETRIES} times ({_first_line(error)}); leave out "
+                    "what it dies of, or give the cluster more memory; the same command goes on where it was"
+                ) from error
 
     try:
         yield run
     finally:
         if started:
             ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager

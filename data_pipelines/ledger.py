@@ -61,7 +61,8 @@ class Ledger:
 
     stages: in the order of the chain. dropped: record batches of `FATES`, each of one stage (mapped files, in a large
     run). unreadable: file -> rows that were set aside. reports: stage -> figures that a decision over the corpus gave.
-    came, stayed: what the documents in and those kept are like. samples: stage -> what it measured.
+    came, stayed: what the documents in and those kept are like. samples: stage -> what it measured. repeated_ids: of
+    rows that bear the id of another one, where there are such (`ids.py`).
     """
 
     stages: dict[str, StageCount] = field(default_factory=dict)
@@ -72,6 +73,7 @@ class Ledger:
     came: Profile = field(default_factory=dict)
     stayed: Profile = field(default_factory=dict)
     samples: dict[str, Sample] = field(default_factory=dict)
+    repeated_ids: dict[str, Any] = field(default_factory=dict)
     keeps_text: bool = False
 
 
@@ -177,6 +179,7 @@ def merge(ledger: Ledger, part: Ledger) -> None:
     ledger.dropped.extend(part.dropped)
     ledger.unreadable.update(part.unreadable)
     ledger.reports.update(part.reports)
+    ledger.repeated_ids.update(part.repeated_ids)
     add_profile(ledger.came, part.came)
     add_profile(ledger.stayed, part.stayed)
     for name, sample in part.samples.items():
@@ -242,6 +245,7 @@ def summary(ledger: Ledger) -> dict[str, Any]:
             count.stage: dict(sorted(count.dropped.items(), key=lambda item: (-item[1], item[0]))) for count in counts
         },
         "rows_set_aside": dict(sorted(ledger.unreadable.items())),
+        **({"repeated_ids": ledger.repeated_ids} if ledger.repeated_ids else {}),
         "stages": [count._asdict() for count in counts],
         "reports": {name: dict(report) for name, report in ledger.reports.items()},
         "profiles": {"in": bounded(ledger.came), "kept": bounded(ledger.stayed)},

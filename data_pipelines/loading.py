@@ -3,7 +3,7 @@
 The sequence of batches is a function of (folders, limits, weights, sizes, seed) and of the absolute step: neither
 processes, threads nor mesh change it, and `batches(...)(step)` gives the same batches whether a run began there or
 came there. A document of n tokens gives n - 1 positions, each an input with the next token as its target; a position
-never predicts across two documents.
+never predicts across two documents. An epoch of a folder reads every document once, or as often as the folder says.
 
 D documents, R rows, B rows of a batch, T tokens of a row.
 """
@@ -22,7 +22,7 @@ import numpy as np
 from data_pipelines import packing
 from data_pipelines.packing import Packing, Plan
 from data_pipelines.shards import Shards, document_ids
-from data_pipelines.tokens import TokenFolder, open_tokens
+from data_pipelines.tokens import DOCUMENTS, TokenFolder, open_tokens
 from internjax.train.batch import Batch
 
 ENDLESS = 1 << 40
@@ -83,7 +83,9 @@ class Rows:
         self.seed = seed
         self.limits = (min_tokens, max_tokens)
         self.max_epochs = max_epochs
-        self._kept_D = _within(folder, min_tokens, max_tokens)
+        self._own_D = _within(folder, min_tokens, max_tokens)
+        # As often as an epoch reads them.
+        self._kept_D = self._own_D if folder.times_D is None else _repeated(folder.times_D, self._own_D)
         self._lengths_D = folder.lengths_D if self._kept_D is None else folder.lengths_D[self._kept_D]
         self._shards = Shards(folder)
         self._positions_T = np.arange(seq_len, dtype=np.int32)
@@ -93,13 +95,19 @@ class Rows:
 
     @functools.cached_property
     def num_positions(self) -> int:
-        """Positions that one epoch can use."""
+        """Positions that one epoch can use; those of a document as often as an epoch reads it."""
         return packing.num_positions(self._lengths_D, seq_len=self.seq_len, packing=self.packing)
 
     def read_D(self) -> np.ndarray:
-        """Returns the numbers of the documents that are read: within the limits, and fit for a row."""
-        used_D = np.flatnonzero(packing.used(self._lengths_D, seq_len=self.seq_len, packing=self.packing))
-        return used_D if self._kept_D is None else self._kept_D[used_D]
+        """Returns the numbers of the documents that are read: within the limits, and fit for a row; each once."""
+        lengths_D = self.folder.lengths_D if self._own_D is None else self.folder.lengths_D[self._own_D]
+        used_D = np.flatnonzero(packing.used(lengths_D, seq_len=self.seq_len, packing=self.packing))
+        return used_D if self._own_D is None else self._own_D[used_D]
+
+    def times_D(self) -> np.ndarray:
+        """Returns how often an epoch reads each of `read_D`."""
+        read_D = self.read_D()
+        return np.ones(len(read_D), np.int64) if self.folder.times_D is None else self.folder.times_D[read_D]
 
     @functools.cached_property
     def num_rows(self) -> int:
@@ -114,12 +122,14 @@ class Rows:
     @functools.cached_property
     def num_left_out(self) -> int:
         """Documents within the limits that fit no row, or have no position."""
-        return self.plan(0).num_left_out
+        if self.folder.times_D is None:
+            return self.plan(0).num_left_out
+        return len(self.folder.lengths_D) - self.num_filtered - len(self.read_D())
 
     @property
     def num_filtered(self) -> int:
         """Documents outside min_tokens .. max_tokens."""
-        return len(self.folder.lengths_D) - len(self._lengths_D)
+        return 0 if self._own_D is None else len(self.folder.lengths_D) - len(self._own_D)
 
     def plan(self, epoch: int) -> Plan:
         """Returns the packing plan of an epoch; its documents are counted in the folder."""
@@ -139,9 +149,10 @@ class Rows:
             return make()
         files = self.folder.manifest["files"]
         offsets = [files[f"{shard['name']}.idx"]["sha256"] for shard in self.folder.manifest["shards"]]
-        return packing.kept_plan(
-            self.folder.path / "plans", {"version": 1, "limits": self.limits, "offsets": offsets} | how, make
-        )
+        about = {"version": 1, "limits": self.limits, "offsets": offsets} | how
+        if self.folder.times_D is not None:
+            about["times"] = files[DOCUMENTS]["sha256"]
+        return packing.kept_plan(self.folder.path / "plans", about, make)
 
     def __len__(self) -> int:
         return ENDLESS
@@ -273,6 +284,12 @@ def _within(folder: TokenFolder, min_tokens: int, max_tokens: int) -> np.ndarray
             f"at least {int(np.median(lengths_D))}; change min_tokens or max_tokens"
         )
     return packing.narrow(kept_D)
+
+
+def _repeated(times_D: np.ndarray, own_D: np.ndarray | None) -> np.ndarray:
+    """Returns the numbers of the documents, each as often as an epoch reads it."""
+    own_D = np.arange(len(times_D)) if own_D is None else own_D
+    return packing.narrow(np.repeat(own_D, times_D[own_D]))
 
 
 class _Batches:

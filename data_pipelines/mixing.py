@@ -78,7 +78,9 @@ class Share(NamedTuple):
     num_left_out: int
     """Of the others: those that fit no row, or have no position."""
     num_positions: int
-    """Positions that one epoch can use."""
+    """Positions that one epoch can use; those of a document as often as an epoch reads it."""
+    num_repeated: int
+    """Documents that an epoch reads more than once."""
     num_rows: int
     """Rows of it that the run reads."""
     share: float
@@ -91,6 +93,7 @@ class Share(NamedTuple):
             f"{self.folder}: {self.share:.2%} of the rows, {self.num_epochs:.2f} epochs of {self.num_positions:,} "
             f"positions; {used:,} of {self.num_documents:,} documents ({self.num_filtered:,} outside the limits, "
             f"{self.num_left_out:,} fit no row)"
+            + (f"; {self.num_repeated:,} are read more than once in an epoch" if self.num_repeated else "")
         )
 
 
@@ -177,6 +180,7 @@ class Mixture:
                 rows.num_filtered,
                 rows.num_left_out,
                 rows.num_positions,
+                int((rows.times_D() > 1).sum()),
                 count,
                 count / max(num_rows, 1),
                 count / rows.num_rows,
@@ -334,7 +338,7 @@ class Kind(NamedTuple):
     """Of their text, in UTF-8."""
     num_tokens: int
     num_epochs: float
-    """How often a run reads them."""
+    """How often a run reads them, their tokens on the average: more often than the folder where that repeats some."""
     share: float
     """Of the tokens that the run reads."""
 
@@ -363,14 +367,16 @@ def kinds(mixture: Mixture, runs: Sequence[str | Path], *, by: Sequence[str], nu
     found = []
     for rows, share in zip(mixture.sources, mixture.shares(num_rows), strict=True):
         table = pq.read_table(share.folder / DOCUMENTS, columns=["id", "num_tokens"]).take(pa.array(rows.read_D()))
-        table = table.join(known, "id", join_type="left outer")
+        read = pc.multiply(table.column("num_tokens"), pa.array(rows.times_D(), pa.int64()))
+        table = table.append_column("num_read", read).join(known, "id", join_type="left outer")
         groups = table.group_by(list(by)).aggregate(
-            [("num_tokens", "count"), ("num_bytes", "sum"), ("num_tokens", "sum")]
+            [("num_tokens", "count"), ("num_bytes", "sum"), ("num_tokens", "sum"), ("num_read", "sum")]
         )
         for row in groups.to_pylist():
             kind = tuple(UNKNOWN if row[name] is None else row[name] for name in by)
             counts = row["num_tokens_count"], row["num_bytes_sum"] or 0, row["num_tokens_sum"]
-            found.append(Kind(share.folder, kind, *counts, share.num_epochs, row["num_tokens_sum"] * share.num_epochs))
+            num_epochs = share.num_epochs * (row["num_read_sum"] / row["num_tokens_sum"])
+            found.append(Kind(share.folder, kind, *counts, num_epochs, row["num_tokens_sum"] * num_epochs))
     total = sum(each.share for each in found) or 1.0
     order = {share.folder: place for place, share in enumerate(mixture.shares(num_rows))}
     found.sort(key=lambda each: (order[each.folder], -each.num_tokens, each.kind))

@@ -4,6 +4,8 @@ import ast
 import functools
 import gc
 import hashlib
+import re
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -48,7 +50,10 @@ BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
 
 @functools.lru_cache(maxsize=4096)
 def outline(text: str) -> Outline:
-    """The outline of a Python source text; `error` says why, where it does not parse."""
+    """The outline of a Python source text; `error` says why, where it does not parse.
+
+    A text of a newer Python than this one has no error and an empty outline.
+    """
     collecting = gc.isenabled()
     gc.disable()  # a syntax tree is many small objects and no garbage: collecting meanwhile costs a third of the time
     try:
@@ -62,11 +67,24 @@ def outline(text: str) -> Outline:
         _remember(text, tuple(imports))
         return Outline(docstring, tuple(imports), tuple(definitions), num_statements, _data_share(tree, text), None)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = None if _is_newer(error, text) else f"{type(error).__name__}: {error}"
         return Outline("", (), (), 0, 0.0, reason)
     finally:
         if collecting:
             gc.enable()
+
+
+NEWER_STATEMENT = re.compile(r"\s*(?:(?:async\s+)?def\s+\w+\s*\[|class\s+\w+\s*\[|type\s+\w+\s*(?:\[.*\]\s*)?=)")
+"""Of 3.12 (PEP 695): parameters of types in brackets, and names for types."""
+
+
+def _is_newer(error: Exception, text: str) -> bool:
+    """Whether a parser older than 3.12 stumbles over what that version allows: these, and f-strings in f-strings."""
+    if sys.version_info >= (3, 12) or not isinstance(error, SyntaxError):
+        return False
+    lines = text.splitlines()
+    line = lines[error.lineno - 1] if error.lineno and error.lineno <= len(lines) else ""
+    return error.msg.startswith("f-string") or NEWER_STATEMENT.match(line) is not None
 
 
 def imports_of(text: str) -> tuple[Import, ...]:

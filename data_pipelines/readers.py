@@ -14,6 +14,7 @@ import json
 import lzma
 import os
 import re
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
@@ -75,18 +76,34 @@ class Described(NamedTuple):
     meta: dict[str, Any]
 
 
+class Reading:
+    """How far a file is read. Whoever reads it sets `position`, which gives how many of its bytes are read."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.position: Callable[[], int] = lambda: 0
+
+    def num_bytes(self) -> int:
+        try:
+            return min(self.position(), self.size)
+        except ValueError:  # of a file that is closed: it was read to its end
+            return self.size
+
+
 class File(NamedTuple):
     """A file and what its documents are to bear.
 
     path: absolute, or the name of a data set; of a member of an archive: archive/member, which is how messages name it.
     name: "folder/sub/file.py" below a folder or archive that was given. repository: the beginning of the name that is
-    the name of its repository. stream: the bytes of a member, where they do not lie at `path`.
+    the name of its repository. stream: the bytes of a member, where they do not lie at `path`. reading: is told how far
+    it is read.
     """
 
     path: Path
     name: str
     repository: str | None = None
     stream: BinaryIO | None = None
+    reading: Reading | None = None
 
 
 def set_aside(message: str, on_bad_row: BadRow) -> None:
@@ -100,14 +117,32 @@ def set_aside(message: str, on_bad_row: BadRow) -> None:
 
 
 def existing(path: str | Path) -> Path:
-    """The path, or ValueError that says it is missing or unreadable and what lies beside it."""
+    """The path of a file or folder, or ValueError that says it is missing and what lies beside it, or unreadable."""
     path = Path(path)
-    if not path.exists():
-        near = sorted(item.name for item in path.parent.iterdir())[:12] if path.parent.is_dir() else []
-        raise ValueError(f"no such file or folder: {path}; {path.parent} holds {', '.join(near) or 'nothing'}")
+    if not os.path.exists(path):
+        try:
+            beside = f"{path.parent} holds {', '.join(sorted(os.listdir(path.parent))[:12]) or 'nothing'}"
+        except OSError as error:
+            beside = f"{path.parent} cannot be listed ({error.strerror})"
+        raise ValueError(f"no such file or folder: {path}; {beside}; give an existing path")
     if not os.access(path, os.R_OK):
         raise ValueError(f"cannot read {path}: permission denied; change its permissions or give another path")
+    if not path.is_dir() and (reason := refusal(path)):
+        raise ValueError(f"{path}: {reason}; give a file or a folder")
     return path
+
+
+def refusal(path: Path) -> str | None:
+    """Why a name in a folder is no file that can be read, and read again; None where it is one."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return "a link that leads nowhere" if path.is_symlink() else f"cannot be read ({error.strerror})"
+    if stat.S_ISREG(mode):
+        return None
+    if stat.S_ISDIR(mode):
+        return "a link to a folder; not followed"
+    return "a pipe, a socket or a device; not read"
 
 
 def given_file(path: str | Path) -> File:
@@ -116,9 +151,15 @@ def given_file(path: str | Path) -> File:
     return File(path, path.name)
 
 
-def files_below(base: Path, *, skip: set[str]) -> Iterator[Path]:
-    """Files, and links to folders, below a folder; sorted, hidden ones left out."""
-    for where, folders, names in os.walk(base):
+def files_below(base: Path, *, skip: set[str], on_bad_row: BadRow = None) -> Iterator[Path]:
+    """Files, and links to folders, below a folder; sorted, hidden ones left out. A folder that cannot be listed is set
+    aside.
+    """
+
+    def unlisted(error: OSError) -> None:
+        set_aside(f"{error.filename}: cannot be listed ({error.strerror}); change its permissions", on_bad_row)
+
+    for where, folders, names in os.walk(base, onerror=unlisted):
         names += [name for name in folders if os.path.islink(os.path.join(where, name))]
         folders[:] = sorted(name for name in folders if name not in skip and not name.startswith("."))
         yield from (Path(where, name) for name in sorted(names) if not name.startswith("."))
@@ -140,12 +181,20 @@ def opened(file: File | Path) -> Iterator[BinaryIO]:
     path, stream = (file.path, file.stream) if isinstance(file, File) else (file, None)
     with contextlib.ExitStack() as files:
         raw = files.enter_context(path.open("rb", buffering=BUFFER_BYTES)) if stream is None else stream
+        if isinstance(file, File):
+            follow(file, raw)
         try:
             yield files.enter_context(_decompressed(raw, path.suffix.lower()))
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             if path.suffix.lower() not in COMPRESSED:
                 raise
             raise ValueError(f"{path}: cannot be decompressed ({error}); copy it again") from error
+
+
+def follow(file: File, raw: BinaryIO) -> None:
+    """From now on the file is read as far as `raw` is."""
+    if file.reading is not None:
+        file.reading.position = raw.tell
 
 
 def _decompressed(raw: BinaryIO, suffix: str) -> contextlib.AbstractContextManager[BinaryIO]:
@@ -247,6 +296,10 @@ def described(row: Row, *, path: str, source: str, on_bad_row: BadRow) -> Descri
         lacks = f"field {field!r} is {kind}, wanted a string" if field in fields else "no field 'text' or 'content'"
         reason = f"{lacks}; the row has the fields {names}"
         set_aside(f"{row.place}: {reason}", on_bad_row)
+        return None
+    # A character has four bytes at most.
+    if len(text) > MAX_ROW_BYTES // 4 and len(text.encode("utf-8", "surrogatepass")) > MAX_ROW_BYTES:
+        set_aside(f"{row.place}: a text of more than {MAX_ROW_BYTES} bytes; split it", on_bad_row)
         return None
     given = {key: value for key in FIELDS if (value := fields.get(key)) is not None}
     for key, value in given.items():

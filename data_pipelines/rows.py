@@ -24,9 +24,10 @@ from data_pipelines.readers import (
     given_file,
     json_rows,
     opened,
+    set_aside,
     uncompressed_suffix,
 )
-from data_pipelines.tables import open_parquet
+from data_pipelines.tables import parquet_rows
 from internjax.hf.hub import resolve_data
 
 _NAMED = re.compile(r"(?P<where>datasets|hf|modelscope):(?P<name>[^@:]+)(?::(?P<config>[^@:]+))?(?:@(?P<split>.+))?")
@@ -99,7 +100,8 @@ def _renamed(value: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, 
 
 def _rows(name: str | Path, on_bad_row: BadRow) -> Iterator[Row]:
     if found := _NAMED.fullmatch(str(name)):
-        yield from _named_rows(str(name), found)
+        data = _open_named(str(name), found)
+        yield from _rows_of(data, str(name), range(len(data)), on_bad_row)
         return
     path = existing(name)
     if path.is_dir():
@@ -112,7 +114,7 @@ def _rows(name: str | Path, on_bad_row: BadRow) -> Iterator[Row]:
     if suffix in {".json", ".jsonl"}:
         yield from json_rows(path, on_bad_row=on_bad_row)
     elif suffix == ".parquet":
-        yield from _parquet_rows(path)
+        yield from parquet_rows(given_file(path), on_bad_row=on_bad_row)
     elif suffix in TEXT_SUFFIXES:
         with opened(path) as file:
             text = file.read().decode("utf-8-sig", "replace")
@@ -125,17 +127,17 @@ def _rows(name: str | Path, on_bad_row: BadRow) -> Iterator[Row]:
         )
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    number = 0
-    for batch in open_parquet(given_file(path)).iter_batches():
-        for value in batch.to_pylist():
-            number += 1
-            yield Row(f"{path}:{number}", value)
-
-
-def _named_rows(name: str, found: re.Match) -> Iterator[Row]:
-    for number, value in enumerate(_open_named(name, found), 1):
-        yield Row(f"{name}:{number}", value)
+def _rows_of(data: Any, name: str, rows: range, on_bad_row: BadRow) -> Iterator[Row]:
+    """Some rows of a data set, the first of all being name:1. One that is no text in UTF-8 ends a reading, not all."""
+    row = rows.start
+    while row < rows.stop:
+        try:
+            for value in data.select(range(row, rows.stop)):
+                row += 1
+                yield Row(f"{name}:{row}", value)
+        except (UnicodeError, ArithmeticError) as error:
+            row += 1
+            set_aside(f"{name}:{row}: cannot be read ({error}); mend the row, or leave it out", on_bad_row)
 
 
 def _open_named(name: str, found: re.Match) -> Any:
@@ -197,12 +199,10 @@ def extent(name: str) -> Extent:
     return Extent(len(data), sum(path.stat().st_size for path in paths), found.hexdigest())
 
 
-def read_span(name: str, start: int, stop: int) -> Iterator[Row]:
+def read_span(name: str, start: int, stop: int, *, on_bad_row: BadRow = None) -> Iterator[Row]:
     """Yields rows start:stop (-1: to the last) of a named data set, with "name:number of the row, from 1"."""
     data = _open_named(name, _NAMED.fullmatch(name))
-    rows = range(start, len(data) if stop < 0 else stop)
-    for number, value in zip(rows, data.select(rows), strict=True):
-        yield Row(f"{name}:{number + 1}", value)
+    yield from _rows_of(data, name, range(start, len(data) if stop < 0 else stop), on_bad_row)
 
 
 def digest(name: str | Path) -> str:

@@ -31,6 +31,7 @@ class TextRules:
     max_words: int = 100_000
     min_mean_word_length: float = 2.5
     max_mean_word_length: float = 10.0
+    """In characters, of scripts that put spaces between words."""
     min_alphabetic_words: float = 0.7
     min_stop_words: int = 2
     """How many different ones of `STOP_WORDS`."""
@@ -69,11 +70,13 @@ REFERENCE = TextRules(
     min_words=12, max_words=10_000_000, max_line_characters=1_000_000, min_mean_word_length=2.0, min_stop_words=0,
     min_sentences=1, min_terminal_lines=0.0,
     max_short_lines=1.0, max_newlines_per_word=1.5, max_bullet_lines=1.0, max_ellipsis_lines=0.5,
-    max_duplicate_lines=0.4, max_duplicate_line_bytes=0.3, max_duplicate_paragraphs=0.4, min_alphabetic_words=0.5,
+    max_duplicate_lines=0.6, max_duplicate_line_bytes=0.3, max_duplicate_paragraphs=0.4, min_alphabetic_words=0.5,
     max_top_ngram_bytes=(0.4, 0.35, 0.35), max_duplicate_ngram_bytes=(0.5, 0.45, 0.45, 0.4, 0.4, 0.4),
     min_letters=0.3, max_punctuation=0.5, max_hashes_per_word=0.3, allow_braces=True,
 )  # fmt: skip
-"""Documentation: short entries, signatures, tables and code between the sentences are what it is made of."""
+"""Documentation: short entries, signatures, tables and code between the sentences are what it is made of. The closing
+brackets of an example are lines that repeat themselves; what they weigh in bytes is little.
+"""
 
 
 def judge(batch: pa.RecordBatch, checks: Iterable[Check]) -> Outcome:
@@ -113,7 +116,8 @@ def text_checks(batch: pa.RecordBatch, rules: TextRules) -> list[Check]:
     blank_D = count[k.BLANK_LINES] / np.maximum(count[k.LINES] + count[k.BLANK_LINES], 1)
     visible_D = np.maximum(count[k.LETTERS] + count[k.DIGITS] + count[k.PUNCTUATION], 1)
     spaced_D = count[k.HAN] < 0.3 * np.maximum(count[k.LETTERS], 1)  # scripts that put spaces between words
-    mean_D, alphabetic_D = totals_D3[:, 0] / some_D, totals_D3[:, 1] / some_D
+    mean_D = (totals_D3[:, 0] - count[k.WORD_TAIL_BYTES]) / np.maximum(num_D - count[k.WORD_JOINS], 1)
+    alphabetic_D = totals_D3[:, 1] / some_D
     found = repetition(words)
     ngrams = zip(TOP_NGRAMS, found.top_D3.T, rules.max_top_ngram_bytes, strict=True)
     suspects = np.flatnonzero(found.cover_D > min(rules.max_duplicate_ngram_bytes))  # no other row can break a bound

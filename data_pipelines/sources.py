@@ -36,10 +36,12 @@ from data_pipelines.readers import (
     TEXT_SUFFIXES,
     BadRow,
     File,
+    Reading,
     bare_name,
     document_of_row,
     existing,
     files_below,
+    refusal,
     row_documents,
     set_aside,
     text_document,
@@ -98,11 +100,27 @@ def stream(
     """Documents of files, folders and named data sets, by what each is, files in sorted order, one at a time.
 
     A piece that cannot be read raises ValueError "file:line: reason", or is handed to `on_bad_row` and left out.
+    progress is told bytes of the files, compressed or not, with every document.
     """
     files = find_files(paths, on_bad_row=on_bad_row)
-    for done, file in enumerate(files, 1):
-        yield from _file(file, on_bad_row=on_bad_row)
-        progress("read files", done, len(files))
+    readings = [Reading(_size(file)) for file in files]
+    before, total = 0, sum(reading.size for reading in readings)
+    for file, reading in zip(files, readings, strict=True):
+        for document in _file(file._replace(reading=reading), on_bad_row=on_bad_row):
+            if total:
+                progress("bytes read", min(before + reading.num_bytes(), total - 1), total)
+            yield document
+        before += reading.size
+    if total:
+        progress("bytes read", total, total)
+
+
+def _size(file: File) -> int:
+    """Bytes of a file; 0 for a data set that is given by its name, and where it is gone."""
+    try:
+        return 0 if is_name(str(file.path)) else file.path.stat().st_size
+    except OSError:
+        return 0
 
 
 def read(paths: Iterable[str | Path], *, on_bad_row: BadRow = None) -> list[Document]:
@@ -121,8 +139,9 @@ def read(paths: Iterable[str | Path], *, on_bad_row: BadRow = None) -> list[Docu
 def find_files(paths: Iterable[str | Path], *, on_bad_row: BadRow = None) -> list[File]:
     """The files to read, sorted, each once, their paths absolute: those given, and of folders every one that is read.
 
-    Hidden files and folders are left out; a link to a folder is not followed and is handed to `on_bad_row`. Of a folder
-    that `data_pipelines.wanjuan` wrote, the kept documents are read and nothing else.
+    Hidden files and folders are left out; a link to a folder, which is not followed, a folder that cannot be listed and
+    what is no file (a pipe, say) are handed to `on_bad_row`. Of a folder that
+    `data_pipelines.wanjuan` wrote, the kept documents are read and nothing else.
     """
     found: dict[str, File] = {}
     for given in sorted({str(path) for path in paths}):
@@ -146,10 +165,9 @@ def _below(base: Path, on_bad_row: BadRow) -> Iterator[File]:
         yield from (File(path, f"{base.name}/documents/{path.name}") for path in (base / "documents").glob("*.parquet"))
         return
     repositories, saved = {base: base.name}, {}
-    for path in files_below(base, skip=SKIPPED_FOLDERS):
+    for path in files_below(base, skip=SKIPPED_FOLDERS, on_bad_row=on_bad_row):
         name, folder = f"{base.name}/{path.relative_to(base).as_posix()}", path.parent
-        if path.is_symlink() and not path.is_file():
-            reason = "a link to a folder; not followed" if path.is_dir() else "a link that leads nowhere"
+        if reason := refusal(path):
             set_aside(f"{path}: {reason}", on_bad_row)
             continue
         if folder not in saved:
@@ -319,10 +337,20 @@ def unit(slices: Sequence[Slice], *, sizes: Sizes = Sizes()) -> Unit:
     """
     digest = hashlib.sha256()
     for piece in slices:
-        path, name, repository, _ = piece.file
-        about = f"{path}\0{name}\0{repository}\0{piece.first_line}\0{piece.digest}\n"
+        file = piece.file
+        about = f"{file.path}\0{file.name}\0{file.repository}\0{piece.first_line}\0{piece.digest}\n"
         digest.update(about.encode("utf-8", "replace"))
-    return Unit(digest.hexdigest(), functools.partial(_unit_documents, tuple(slices), sizes))
+    read = functools.partial(_unit_documents, tuple(slices), sizes)
+    return Unit(digest.hexdigest(), read, _name_of(slices))
+
+
+def _name_of(slices: Sequence[Slice]) -> str:
+    """ "FILE", "FILE from 12 on" (line or row), "FILE to FILE"."""
+    ends = [
+        f"{piece.file.path} from {piece.first_line} on" if piece.first_line > 1 else str(piece.file.path)
+        for piece in (slices[0], slices[-1])
+    ]
+    return " to ".join(dict.fromkeys(ends))
 
 
 Rows = Callable[..., Iterator[Document | pa.RecordBatch]]
@@ -332,35 +360,47 @@ Rows = Callable[..., Iterator[Document | pa.RecordBatch]]
 def _unit_documents(slices: Sequence[Slice], sizes: Sizes, on_bad_row: BadRow) -> Iterator[Document | pa.RecordBatch]:
     rows_of = functools.partial(row_batches, sizes=sizes)
     for file, start, stop, first, *_ in slices:
-        yield from _file(file, on_bad_row=on_bad_row, start=start, stop=stop, first=first, rows_of=rows_of)
+        span = Span(start, stop, first)
+        yield from _file(file, on_bad_row=on_bad_row, span=span, rows_of=rows_of, sizes=sizes)
+
+
+class Span(NamedTuple):
+    """What of a file is read, as in a `Slice`."""
+
+    start: int = 0
+    stop: int = -1
+    first: int = 1
+
+
+WHOLE = Span()
 
 
 def _file(
-    file: File, *, on_bad_row: BadRow, start: int = 0, stop: int = -1, first: int = 1, rows_of: Rows = row_documents
+    file: File, *, on_bad_row: BadRow, span: Span = WHOLE, rows_of: Rows = row_documents, sizes: Sizes = Sizes()
 ) -> Iterator[Document | pa.RecordBatch]:
     """The documents of a slice of a file; a file that cannot be read at all is set aside as a whole."""
     try:
         if is_name(str(file.path)):
-            yield from _named(str(file.path), start, stop, on_bad_row)
+            yield from _named(str(file.path), span, on_bad_row)
         elif file.stream is None and uncompressed_suffix(file.path) in ARCHIVE_SUFFIXES:
             for member in member_files(file, is_read=_may_be_read, on_bad_row=on_bad_row):
-                yield from _member(member, on_bad_row)
+                yield from _member(member, on_bad_row, sizes)
         else:
-            yield from _documents(file, on_bad_row, start, stop, first, rows_of)
+            yield from _documents(file, on_bad_row, span, rows_of, sizes)
     except (ValueError, OSError) as error:
         set_aside(_about(file, error), on_bad_row)
 
 
 def _documents(
-    file: File, on_bad_row: BadRow, start: int, stop: int, first: int, rows_of: Rows = row_documents
+    file: File, on_bad_row: BadRow, span: Span, rows_of: Rows, sizes: Sizes
 ) -> Iterator[Document | pa.RecordBatch]:
-    suffix = uncompressed_suffix(file.path)
+    suffix, (start, stop, first) = uncompressed_suffix(file.path), span
     if suffix in ROW_SUFFIXES:
         return rows_of(file, on_bad_row=on_bad_row, start=start, stop=stop, first_line=first)
     if suffix == ".parquet":
-        return parquet_documents(file, on_bad_row=on_bad_row, start=start, stop=stop, first_row=first)
+        return parquet_documents(file, on_bad_row=on_bad_row, start=start, stop=stop, first_row=first, sizes=sizes)
     if suffix == ".arrow":
-        return arrow_documents(file, on_bad_row=on_bad_row)
+        return arrow_documents(file, on_bad_row=on_bad_row, sizes=sizes)
     if suffix in WARC_SUFFIXES:
         return warc_documents(file, on_bad_row=on_bad_row)
     if suffix in HTML_SUFFIXES:
@@ -374,20 +414,20 @@ def _may_be_read(name: str) -> bool:
     return is_read(name) or _has_no_suffix(name)
 
 
-def _member(member: File, on_bad_row: BadRow) -> Iterator[Document]:
+def _member(member: File, on_bad_row: BadRow, sizes: Sizes) -> Iterator[Document]:
     try:
         if is_read(member.name) or language_of(member.name, _head(member)) != UNKNOWN:
-            yield from _documents(member, on_bad_row, 0, -1, 1)
+            yield from _documents(member, on_bad_row, WHOLE, row_documents, sizes)
     except (ValueError, *DAMAGE) as error:
         set_aside(_about(member, error), on_bad_row)
 
 
-def _named(name: str, start: int, stop: int, on_bad_row: BadRow) -> Iterator[Document]:
-    """The documents of a data set that is given by its name, or of rows start:stop of it."""
+def _named(name: str, span: Span, on_bad_row: BadRow) -> Iterator[Document]:
+    """The documents of a data set that is given by its name, or of a span of its rows."""
     if name == EMBEDDED:
         yield from embedded.stdlib_corpus()
         return
-    for row in rows.read_span(name, start, stop):
+    for row in rows.read_span(name, span.start, span.stop, on_bad_row=on_bad_row):
         yield from document_of_row(row, path=row.place, source=name, on_bad_row=on_bad_row)
 
 

@@ -19,13 +19,17 @@ from data_pipelines.blocks import (
 from data_pipelines.kernels import MIX, MIX_AGAIN, mixed, table_size
 
 _combine, _enter, _kind, _width = kernels._combine, kernels._enter, kernels._kind, kernels._width
+_is_word_byte = kernels._is_word_byte
 
-NUM_COUNTS = 22
+NUM_COUNTS = 24
 (
     CHARACTERS, HAN, HASHES, ELLIPSES, LETTERS, DIGITS, PUNCTUATION, CONTROLS, REPLACEMENTS, BRACES, SENTENCES,
     NEWLINES, LINES, BLANK_LINES, BULLET_LINES, ELLIPSIS_LINES, TERMINAL_LINES, SHORT_LINES, LONGEST_LINE,
-    DUPLICATE_LINES, DUPLICATE_LINE_BYTES, DUPLICATE_PARAGRAPHS,
+    DUPLICATE_LINES, DUPLICATE_LINE_BYTES, DUPLICATE_PARAGRAPHS, WORD_TAIL_BYTES, WORD_JOINS,
 ) = range(NUM_COUNTS)  # fmt: skip
+
+# WORD_TAIL_BYTES: of non-ASCII characters in words, the bytes behind their first. WORD_JOINS: how often letters beyond
+# ASCII and ASCII ones stand side by side, which are two words for `kernels.words` and one for a person ("größer": 2).
 
 NOWHERE = -1
 
@@ -90,11 +94,14 @@ def counts(data, offsets, out):
 
 
 @inlined
-def _count_others(data, at, end, row):
-    """End of the non-ASCII characters from `at` on, which are counted."""
+def _count_others(data, begin, at, end, row):
+    """End of the non-ASCII characters from `at` on, which are counted; the document begins at `begin`."""
+    kind = _kind(data, at, end)
+    row[WORD_JOINS] += kind == 3 and at > begin and _is_word_byte(data[at - 1])
     while at < end and data[at] >= 0x80:
         byte, kind = data[at], _kind(data, at, end)
         row[CHARACTERS] += 1
+        row[WORD_TAIL_BYTES] += (kind >= 2) * (min(_width(byte), end - at) - 1)
         row[HAN] += kind == 2
         row[LETTERS] += kind >= 2
         if kind == 0:
@@ -109,6 +116,7 @@ def _count_others(data, at, end, row):
                 row[ELLIPSES] += byte == 0xE2 and second == 0x80 and third == 0xA6
                 row[SENTENCES] += byte != 0xE2 and _is_terminal(data, at, end)
         at += _width(byte)
+    row[WORD_JOINS] += kind == 3 and at < end and _is_word_byte(data[at])
     return at
 
 
@@ -120,7 +128,7 @@ def _count_characters(data, begin, end, tail, row):
         block = block_at(data, at, tail)
         size = min(trailing_zeros(between(block, 128, 255)), end - at)
         if size == 0:
-            at = _count_others(data, at, end, row)
+            at = _count_others(data, begin, at, end, row)
             continue
         here = lowest(size)
         spaces = between(block, 9, 9) | between(block, 13, 13) | between(block, 32, 32)

@@ -45,16 +45,18 @@ class Tiers:
 
     high: float = 0.8
     low: float = 0.2
-    high_weight: float = 3.0
-    """How often a file of the high tier is seen while a moderate one is seen once."""
+    high_weight: int = 3
+    """How often an epoch reads a file of the high tier, a moderate one being read once (`tokens --times weight`)."""
     languages: tuple[str, ...] | None = None
     """Where the score counts (None: everywhere); files of other languages are moderate."""
 
     def __post_init__(self):
         if not 0 <= self.low <= self.high <= 1:
             raise ValueError(f"low is {self.low} and high {self.high}; wanted 0 <= low <= high <= 1")
-        if self.high_weight < 1:
-            raise ValueError(f"high_weight is {self.high_weight}; wanted 1 or more, a moderate file's weight being 1")
+        if self.high_weight != int(self.high_weight) or self.high_weight < 1:
+            raise ValueError(
+                f"high_weight is {self.high_weight}; wanted a whole number from 1 on, a moderate file's weight being 1"
+            )
 
 
 def score_of_meta(batch: pa.RecordBatch) -> np.ndarray:
@@ -94,7 +96,7 @@ def tiers(settings: Tiers, *, score: Score = score_of_meta) -> Callable[[pa.Reco
             if counts and value < settings.low:
                 tier, reasons[row] = "low", "low_quality"
                 details[row] = f"quality {value:.3f} is below {settings.low:g}"
-            weight = settings.high_weight if tier == "high" else 1.0 if tier == "moderate" else 0.0
+            weight = settings.high_weight if tier == "high" else 1 if tier == "moderate" else 0
             fields = json.loads(meta) | {"quality": round(value, 6), "tier": tier, "weight": weight}
             metas.append(json.dumps(fields, sort_keys=True, ensure_ascii=False))
         place = SCHEMA.get_field_index("meta")

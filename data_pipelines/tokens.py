@@ -1,25 +1,33 @@
 """Token folders: the form in which text reaches training.
 
-    python -m data_pipelines.tokens --input PATH [PATH ...] --tokenizer MODEL --output FOLDER [--where FIELD=VALUE]
+    python -m data_pipelines.tokens --input PATH [PATH ...] --tokenizer MODEL --output FOLDER
+                                    [--where FIELD=VALUE] [--times FIELD]
+                                    [--fill-in-the-middle PREFIX MIDDLE SUFFIX]
 
 FOLDER/manifest.json       tokenizer sha256, dtype, counts, and the sha256 of every file
 FOLDER/00000.bin           token ids, little-endian uint16 where the vocabulary fits, else uint32
 FOLDER/00000.idx           int64 offsets of its documents in tokens, one more than there are documents
 FOLDER/00000.mask          optional: uint8 per token, 1 where the token is to be learned
-FOLDER/documents.parquet   id, shard and number of tokens of every document, in order
+FOLDER/documents.parquet   id, shard and number of tokens of every document, in order; and, where some are to be read
+                           more than once in an epoch, how often (times)
 
 A folder appears by an atomic rename: a reader never sees half of one.
 """
 
+import argparse
 import hashlib
 import json
+import operator
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_pipelines.fill_in_the_middle import FillInTheMiddle, Part, fill_in_the_middle
 from internjax.hf.folder import new_folder
 from internjax.text.tokenizer import Tokenizer, save_tokenizer
 
@@ -36,6 +44,8 @@ class TokenDocument(NamedTuple):
     id: str
     ids: list[int]
     mask: list[int] | None = None
+    times: int = 1
+    """How often an epoch reads it."""
 
 
 class TokenFolder(NamedTuple):
@@ -51,6 +61,8 @@ class TokenFolder(NamedTuple):
     """Tokens of every document, over all shards."""
     first_D: np.ndarray
     """Index of the first document of every shard, and the total."""
+    times_D: np.ndarray | None = None
+    """How often an epoch reads every document; None where it reads all once."""
 
     def document(self, index: int) -> np.ndarray:
         """Returns the ids of a document."""
@@ -70,24 +82,46 @@ class TokenFolder(NamedTuple):
         return shard, int(self.offsets[shard][local]), int(self.offsets[shard][local + 1])
 
 
-def text_documents(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[TokenDocument]:
-    """Yields (id, text) pairs as ids between the tokenizer's first and last token of texts (BOS where it has one, EOS).
+class Text(NamedTuple):
+    """A text that is to become tokens, and how often an epoch reads it."""
 
-    Markers that a text spells out are plain text.
+    id: str
+    text: str
+    times: int = 1
+
+
+def _whole(document_id: str, text: str) -> list[Part]:
+    return [Part((), text)]
+
+
+def text_documents(
+    texts: Iterable[Text | tuple[str, str]],
+    tokenizer: Tokenizer,
+    *,
+    parts: Callable[[str, str], Sequence[Part]] = _whole,
+) -> Iterator[TokenDocument]:
+    """Yields texts, or (id, text), as ids between the tokenizer's first and last token of texts (BOS where it has one,
+    EOS).
+
+    parts: (id, text) -> the pieces of which it is made (`fill_in_the_middle.py`). Markers that a text spells out are
+    plain text.
     """
-    batch: list[tuple[str, str]] = []
+    batch: list[Text] = []
     num_characters = 0
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
     def encoded():
-        rows = tokenizer.encode_batch([text for _, text in batch])
+        made = [parts(each.id, each.text) for each in batch]
+        rows = iter(tokenizer.encode_batch([part.text for of_text in made for part in of_text]))
+        ids = [[token for part in of_text for token in (*part.before, *next(rows))] for of_text in made]
         return [
-            TokenDocument(name, [*first, *ids, tokenizer.eos_id]) for (name, _), ids in zip(batch, rows, strict=True)
+            TokenDocument(each.id, [*first, *own, tokenizer.eos_id], times=each.times)
+            for each, own in zip(batch, ids, strict=True)
         ]
 
-    for pair in texts:
-        batch.append(pair)
-        num_characters += len(pair[1])
+    for each in texts:
+        batch.append(Text(*each))
+        num_characters += len(batch[-1].text)
         if len(batch) == _ENCODE_DOCUMENTS or num_characters >= _ENCODE_CHARACTERS:
             yield from encoded()
             batch, num_characters = [], 0
@@ -118,7 +152,7 @@ def write_tokens(
 
 def _write(new: Path, documents, tokenizer: Tokenizer, shard_tokens: int, about: dict[str, Any]) -> dict[str, Any]:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    shards, names, sizes, places = [], [], [], []
+    shards, names, sizes, places, times = [], [], [], [], []
     ids: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     pending, has_mask = 0, None
@@ -146,6 +180,7 @@ def _write(new: Path, documents, tokenizer: Tokenizer, shard_tokens: int, about:
         names.append(document.id)
         sizes.append(len(document.ids))
         places.append(len(shards))
+        times.append(document.times)
         pending += len(document.ids)
         if pending >= shard_tokens:
             flush()
@@ -153,7 +188,8 @@ def _write(new: Path, documents, tokenizer: Tokenizer, shard_tokens: int, about:
         raise ValueError("there is no document to write tokens of; the corpus or the data file is empty")
     if ids:
         flush()
-    _write_documents(new / DOCUMENTS, names, sizes, places)
+    has_times = any(each != 1 for each in times)
+    _write_documents(new / DOCUMENTS, names, sizes, places, times if has_times else None)
     files = {path.name: file_entry(path) for path in sorted(new.iterdir())}
     manifest = {
         "format": FORMAT,
@@ -161,6 +197,8 @@ def _write(new: Path, documents, tokenizer: Tokenizer, shard_tokens: int, about:
         "vocab_size": tokenizer.vocab_size,
         "dtype": dtype.name,
         "has_mask": bool(has_mask),
+        # There where some documents are read more than once in an epoch.
+        **({"epoch_tokens": sum(map(operator.mul, sizes, times))} if has_times else {}),
         "num_documents": len(names),
         "num_tokens": sum(sizes),
         "shards": shards,
@@ -171,11 +209,15 @@ def _write(new: Path, documents, tokenizer: Tokenizer, shard_tokens: int, about:
     return manifest
 
 
-def _write_documents(path: Path, names: list[str], sizes: list[int], shards: list[int]) -> None:
+def _write_documents(
+    path: Path, names: list[str], sizes: list[int], shards: list[int], times: list[int] | None
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = {"id": pa.array(names), "shard": pa.array(shards, pa.int32()), "num_tokens": pa.array(sizes, pa.int64())}
+    if times is not None:
+        columns["times"] = pa.array(times, pa.int32())
     pq.write_table(pa.table(columns), path)
 
 
@@ -228,7 +270,21 @@ def open_tokens(folder: str | os.PathLike, *, tokenizer_sha256: str | None = Non
     offsets = tuple(np.fromfile(folder / f"{name}.idx", "<i8") for name in names)
     lengths = np.concatenate([np.diff(row) for row in offsets])
     first = np.cumsum([0, *(len(row) - 1 for row in offsets)])
-    return TokenFolder(folder, manifest, tokens, masks, offsets, lengths, first)
+    times = _read_times(folder, manifest, lengths) if "epoch_tokens" in manifest else None
+    return TokenFolder(folder, manifest, tokens, masks, offsets, lengths, first, times)
+
+
+def _read_times(folder: Path, manifest: dict[str, Any], lengths_D: np.ndarray) -> np.ndarray:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        times = pq.read_table(folder / DOCUMENTS, columns=["times"]).column("times").to_numpy()
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"{folder / DOCUMENTS} cannot be read ({error}); write the folder anew") from error
+    if len(times) != len(lengths_D) or times.min() < 1 or int(times @ lengths_D) != manifest["epoch_tokens"]:
+        raise ValueError(f"{folder / DOCUMENTS} was altered after it was written; write the folder anew")
+    return times
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -242,13 +298,25 @@ def _field(document: Any, name: str) -> str:
     return "" if value is None else str(value)
 
 
-def _chosen(documents: Iterable[Any], field: str, value: str) -> Iterator[tuple[str, str]]:
-    """Id and text of the documents whose field has this value. Raises ValueError where none has, naming some it has."""
+def _times(document: Any, field: str) -> int:
+    """How often a document is to be read, by a field of its meta: once where it has none, or none is named."""
+    value = document.meta.get(field, 1) if field else 1
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 1 <= value < 1 << 31 or value != int(value):
+        raise ValueError(
+            f"{document.path} has {field} {value!r} in meta, and --times {field} takes from it how often an epoch "
+            "reads the document: a whole number from 1 on; give another field, or leave such documents out"
+        )
+    return int(value)
+
+
+def _chosen(documents: Iterable[Any], field: str, value: str) -> Iterator[Any]:
+    """The documents whose field has this value. Raises ValueError where none has, naming some it has."""
     found, others = False, set()
     for document in documents:
         if (held := _field(document, field)) == value:
             found = True
-            yield document.id, document.text
+            yield document
         elif len(others) < 5:
             others.add(held[:60])
     if not found:
@@ -258,13 +326,51 @@ def _chosen(documents: Iterable[Any], field: str, value: str) -> Iterator[tuple[
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line: `python -m data_pipelines.tokens --input FILE... --tokenizer MODEL --output DIR`."""
-    import argparse
-    import sys
-
     from data_pipelines import sources
     from data_pipelines.executors import shown_progress
     from internjax.hf.resolve import resolve
     from internjax.text.tokenizer import load_tokenizer
+
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    field, _, value = (args.where or "").partition("=")
+    if args.where and not (field and value):
+        parser.error(f"--where is {args.where!r}; wanted FIELD=VALUE, such as tier=high")
+    fill = {"rate": args.fill_rate, "spm_rate": args.spm_rate, "seed": args.fill_seed}
+    fill = {name: given for name, given in fill.items() if given is not None}
+    if fill and not args.fill_in_the_middle:
+        parser.error("--fill-rate, --spm-rate and --fill-seed are for --fill-in-the-middle, which is not given")
+    try:
+        own = Path(args.tokenizer)
+        tokenizer = load_tokenizer(own if (own / "tokenizer.json").is_file() else resolve(args.tokenizer).folder)
+        parts = _whole
+        about = ({"where": args.where} if field else {}) | ({"times": args.times} if args.times else {})
+        if args.fill_in_the_middle:
+            settings = FillInTheMiddle(*args.fill_in_the_middle, **fill)
+            parts = fill_in_the_middle(settings, tokenizer)
+            about["fill_in_the_middle"] = asdict(settings)
+        bad: list[str] = []
+        with shown_progress() as progress:
+            documents = sources.stream(args.input, on_bad_row=bad.append, progress=progress)
+            chosen = _chosen(documents, field, value) if field else documents
+            texts = (Text(each.id, each.text, _times(each, args.times)) for each in chosen)
+            documents = text_documents(texts, tokenizer, parts=parts)
+            manifest = write_tokens(args.output, documents, tokenizer=tokenizer, about=about, keep_tokenizer=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for message in bad[:10]:
+        print(f"left out: {message}", file=sys.stderr)
+    of_epoch = f" ({manifest['epoch_tokens']:,} in an epoch)" if "epoch_tokens" in manifest else ""
+    print(
+        f"{args.output}: {manifest['num_documents']:,} documents, {manifest['num_tokens']:,} tokens{of_epoch}, "
+        f"{len(bad)} rows left out"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from data_pipelines import sources
 
     parser = argparse.ArgumentParser(
         prog="python -m data_pipelines.tokens",
@@ -283,31 +389,19 @@ def main(arguments: list[str] | None = None) -> int:
         "--where", metavar="FIELD=VALUE",
         help="only documents whose field (domain, language, source, licence, or one of meta, such as tier) is this",
     )  # fmt: skip
-    args = parser.parse_args(arguments)
-    field, _, value = (args.where or "").partition("=")
-    if args.where and not (field and value):
-        parser.error(f"--where is {args.where!r}; wanted FIELD=VALUE, such as tier=high")
-    try:
-        own = Path(args.tokenizer)
-        tokenizer = load_tokenizer(own if (own / "tokenizer.json").is_file() else resolve(args.tokenizer).folder)
-        bad: list[str] = []
-        with shown_progress() as progress:
-            documents = sources.stream(args.input, on_bad_row=bad.append, progress=progress)
-            texts = _chosen(documents, field, value) if field else ((d.id, d.text) for d in documents)
-            about = {"where": args.where} if field else None
-            manifest = write_tokens(
-                args.output, text_documents(texts, tokenizer), tokenizer=tokenizer, about=about, keep_tokenizer=True
-            )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for message in bad[:10]:
-        print(f"left out: {message}", file=sys.stderr)
-    print(
-        f"{args.output}: {manifest['num_documents']:,} documents, {manifest['num_tokens']:,} tokens, "
-        f"{len(bad)} rows left out"
-    )
-    return 0
+    parser.add_argument(
+        "--times", default="", metavar="FIELD",
+        help="how often an epoch of the folder reads a document: a whole number in this field of meta, such as weight, "
+        "which wanjuan --tiers enters (default, and for documents without the field: once)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fill-in-the-middle", nargs=3, metavar=("PREFIX", "MIDDLE", "SUFFIX"),
+        help="rearrange documents so that a model learns to fill gaps, between these special tokens of the tokenizer",
+    )  # fmt: skip
+    parser.add_argument("--fill-rate", type=float, metavar="R", help="share of documents rearranged (default: 0.5)")
+    parser.add_argument("--spm-rate", type=float, metavar="R", help="share of these with suffix first (default: 0.5)")
+    parser.add_argument("--fill-seed", type=int, metavar="N", help="by which they are drawn and cut (default: 0)")
+    return parser
 
 
 if __name__ == "__main__":

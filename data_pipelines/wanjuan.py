@@ -371,6 +371,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with (folder / "set_aside.txt").open(encoding="utf-8") as lines:
         for _, message in zip(range(5), lines):
             print(f"left out: {message.rstrip()}", file=sys.stderr)
+    if repeated := counts.get("repeated_ids"):
+        print(
+            f"{repeated['rows']} rows bear the id of another row of their source, and are read: {repeated['some'][0]}",
+            file=sys.stderr,
+        )
     print(f"{counts['documents_in']} documents in, {counts['documents_kept']} kept, {num_bad} rows could not be read")
     for reason, count in dropped_by_reason(ledger).items():
         print(f"  {count:8d} {reason}")
@@ -397,6 +402,13 @@ def _add_given(parser: argparse.ArgumentParser) -> None:
         "--tiers", nargs="*", metavar="LANGUAGE",
         help=f"drop the low tier, by models/{CODE_QUALITY} or (no --models) meta's quality, in these languages or all",
     )  # fmt: skip
+    settings = Tiers()
+    for name, kind, default, what in (
+        ("--tier-high", float, settings.high, "least score, from 0 to 1, of the high tier"),
+        ("--tier-low", float, settings.low, "files with a lower score are the low tier, which goes"),
+        ("--high-weight", int, settings.high_weight, "weight of the high tier in meta, for tokens --times weight"),
+    ):
+        code.add_argument(name, type=kind, metavar="N", help=f"of --tiers: {what} (default: {default})")
     long = parser.add_argument_group("long")
     long.add_argument(
         "--scorer", metavar="SCORER",
@@ -426,6 +438,9 @@ def _given_by(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Giv
         ("--licences", given.licences, of_code),
         ("--drop-unknown-licences", given.drop_unknown_licences, of_code),
         ("--tiers", given.tiers is not None, of_code),
+        ("--tier-high", given.tier_high is not None, of_code),
+        ("--tier-low", given.tier_low is not None, of_code),
+        ("--high-weight", given.high_weight is not None, of_code),
         ("--scorer", given.scorer, given.chain == "long"),
         ("--thresholds", given.thresholds, given.chain == "long"),
     ):
@@ -435,6 +450,10 @@ def _given_by(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Giv
         parser.error("--thresholds is for a --scorer, which is not given")
     if of_code and given.models and given.tiers is None:
         parser.error(f"--models holds {CODE_QUALITY} for --tiers, which is not given")
+    of_tiers = {"high": given.tier_high, "low": given.tier_low, "high_weight": given.high_weight}
+    of_tiers = {name: value for name, value in of_tiers.items() if value is not None}
+    if of_tiers and given.tiers is None:
+        parser.error("--tier-high, --tier-low and --high-weight are for --tiers, which is not given")
     allowed = None
     if given.licences:
         named = [name for name in given.licences if name.lower() != "permissive"]
@@ -445,7 +464,7 @@ def _given_by(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Giv
         models=given.models,
         scorer=given.scorer,
         thresholds=given.thresholds,
-        tiers=None if given.tiers is None else Tiers(languages=tuple(given.tiers) or None),
+        tiers=None if given.tiers is None else Tiers(languages=tuple(given.tiers) or None, **of_tiers),
         benchmarks=tuple(parse_benchmark(text) for text in given.benchmark),
         decontamination=Decontamination(action=given.contaminated),
         licences=allowed,

@@ -119,6 +119,7 @@ def warc_documents(file: File, *, on_bad_row: BadRow = None) -> Iterator[Documen
     number = 0
     if file.stream is None and file.path.suffix.lower() == ".gz":
         with file.path.open("rb", buffering=readers.BUFFER_BYTES) as raw:
+            readers.follow(file, raw)
             for content, damage in _unpacked_pieces(raw):
                 if damage is not None:
                     number += 1

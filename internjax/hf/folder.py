@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -13,14 +14,15 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool, marker: str) -> Iter
     """Gives a temporary sibling folder to write into; it takes the name `path` when the block ends without an error.
 
     An existing `path` is replaced only with `overwrite`, and only when it is empty or holds `marker`, the file that
-    tells a folder of the same kind. On an error nothing is left and `path` is as it was.
+    tells a folder of the same kind. On an error nothing is left and `path` is as it was. What a process that was killed
+    left there, `.NAME.new-*` and `.NAME.old-*`, is removed.
     """
     path = Path(path).absolute()
     check_target(path, overwrite=overwrite, marker=marker)
-    suffix = uuid.uuid4().hex[:8]
-    new, old = path.with_name(f".{path.name}.new-{suffix}"), path.with_name(f".{path.name}.old-{suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    new.mkdir()
+    _remove_left(path)
+    new, held = _held_folder(path)
+    old = new.with_name(new.name.replace(".new-", ".old-"))
     try:
         yield new
         sync_tree(new)
@@ -40,8 +42,50 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool, marker: str) -> Iter
         ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        os.close(held)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
+        _remove_left(path)
+
+
+def _held_folder(path: Path) -> tuple[Path, int]:
+    """A new folder `.NAME.new-*` beside the path, and a descriptor that holds its lock while this process lives."""
+    while True:
+        new = path.with_name(f".{path.name}.new-{uuid.uuid4().hex[:8]}")
+        new.mkdir()
+        descriptor = os.open(new, os.O_RDONLY)
+        if _locked(descriptor) is not False and new.exists():
+            return new, descriptor
+        os.close(descriptor)  # another process found it before it was locked, and removes it
+
+
+def _locked(descriptor: int) -> bool | None:
+    """Whether a folder is locked now; None where the file system has no locks on folders."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove_left(path: Path) -> None:
+    """Removes what processes that are dead left beside the path: new folders, and old ones that were replaced."""
+    left = re.compile(rf"\.{re.escape(path.name)}\.(new|old)-[0-9a-f]{{8}}")
+    with contextlib.suppress(OSError):
+        for entry in [entry for entry in path.parent.iterdir() if left.fullmatch(entry.name)]:
+            if ".old-" in entry.name:
+                # Without a folder at the path it is the only one there is, or about to come back.
+                if path.exists():
+                    shutil.rmtree(entry, ignore_errors=True)
+                continue
+            descriptor = os.open(entry, os.O_RDONLY)
+            if _locked(descriptor):
+                shutil.rmtree(entry, ignore_errors=True)
+            os.close(descriptor)
 
 
 def check_target(path: Path, *, overwrite: bool, marker: str) -> None:

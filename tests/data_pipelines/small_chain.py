@@ -1,8 +1,10 @@
 """A corpus and a chain that need no compiled code to be seen at work, and a stage that kills its process once.
 
-`python -m tests.data_pipelines.small_chain FOLDER` runs the chain on FOLDER/in.jsonl into FOLDER/out and dies on the
-way; `... FOLDER memory` runs exact and near duplicates on FOLDER/big under a limit on memory; `... FOLDER ray` runs the
-chain on a Ray cluster of two nodes, and exits with NOT_STARTED where those do not start.
+`python -m tests.data_pipelines.small_chain FOLDER` runs the chain on FOLDER/in.jsonl into FOLDER/out and dies where the
+file FOLDER/kill says: in a batch stage, while a corpus stage decides, while the output is written; `... FOLDER memory`
+runs exact and near duplicates on FOLDER/big under a limit on memory; `... FOLDER ray` runs the chain `mixed` on real
+files on a Ray cluster of two nodes, prints what is said of a task that kills every worker, and exits with NOT_STARTED
+where the nodes do not start.
 """
 
 import functools
@@ -20,10 +22,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from data_pipelines import dedup, executors, wanjuan
+from data_pipelines import dedup, executors, output, wanjuan
 from data_pipelines.chain import Sizes
 from data_pipelines.document import Check, Outcome, Stage
+from data_pipelines.ledger import regroup
 
 NOT_STARTED = 3
 SIZES = Sizes(unit_bytes=2000, batch_bytes=700, batch_rows=4)
@@ -45,28 +49,75 @@ def write_corpus(path: Path, num_documents: int = 60) -> None:
 
 
 def watched(batch: pa.RecordBatch, *, log: str, kill: str) -> Outcome:
-    """Drops short texts; writes the documents it sees to the log; dies at row 31 while the file `kill` is there."""
+    """Drops short texts; writes the documents it sees to the log; dies at row 31 where `kill` says so."""
     texts, paths = batch.column("text").to_pylist(), batch.column("path").to_pylist()
-    if any(path.endswith(":31") for path in paths) and os.path.exists(kill):
-        os.unlink(kill)
-        os.kill(os.getpid(), signal.SIGKILL)
+    if any(path.endswith(":31") for path in paths):
+        die_where(kill, "batch")
     with open(log, "a") as lines:
         lines.write("".join(path + "\n" for path in paths))
     lengths = Check("short", np.array([len(text) for text in texts], float), "below", 20)
     return Outcome(batch, ["short" if len(text) < 20 else None for text in texts], texts, [lengths])
 
 
+def die_where(kill: str, place: str) -> None:
+    """Kills this process, once, where the file `kill` names the place."""
+    if os.path.exists(kill) and Path(kill).read_text() == place:
+        os.unlink(kill)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def decided(*given: Any, resolve: Any, log: str, kill: str) -> Any:
+    """What `resolve` decides, which is written to the log."""
+    with open(log, "a") as lines:
+        lines.write("decided\n")
+    decision = resolve(*given)
+    die_where(kill, "resolve")
+    return decision
+
+
 def stages(folder: Path) -> list[Stage]:
-    seen = functools.partial(watched, log=str(folder / "log"), kill=str(folder / "kill"))
+    places = {"log": str(folder / "log"), "kill": str(folder / "kill")}
+    near = dedup.near_duplicates(dedup.NearDuplicates())
     return [
-        Stage("short", "batch", seen),
+        Stage("short", "batch", functools.partial(watched, **places)),
         Stage("exact", "corpus", dedup.exact_duplicates),
-        Stage("near", "corpus", dedup.near_duplicates(dedup.NearDuplicates())),
+        Stage("near", "corpus", near._replace(resolve=functools.partial(decided, resolve=near.resolve, **places))),
     ]
 
 
 def run(folder: Path, output: Path, run_tasks: executors.Map, *, sizes: Sizes = SIZES, **how) -> None:
     wanjuan.run_files([folder / "in.jsonl"], stages(folder), output, run_tasks, sizes=sizes, **how)
+
+
+def write_real(folder: Path) -> None:
+    """FOLDER/real: modules and documentation of the standard library, near and exact copies of some, a licence."""
+    import email
+    import json as json_package
+
+    real = folder / "real"
+    for package in (json_package, email):
+        for path in sorted(Path(package.__file__).parent.glob("[dehps]*.py")):
+            text = path.read_text("utf-8")
+            place = real / package.__name__ / path.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(text)
+            documentation = "\n\n".join(text.split('"""')[1::2])
+            place.with_suffix(".md").write_text(documentation)
+            if path.name in ("decoder.py", "header.py", "policy.py"):
+                (real / f"twin_of_{path.name}").write_text(text.replace("    ", "\t"))
+                (real / f"near_{path.name}").write_text(text.replace("raise", "return", 1))
+                place.with_name(f"near_{path.stem}.md").write_text(documentation.replace("the", "this", 1))
+                place.with_name(f"twin_{path.stem}.md").write_text(documentation.upper())
+    (real / "LICENSE").write_text("Apache License, Version 2.0")
+    (real / "broken.py").write_text("def f(:\n" + "    # a comment\n" * 9)
+    (real / "rows.jsonl").write_text('{"text": "a row that says little"}\n{broken\n')
+
+
+def run_real(folder: Path, output: Path, run_tasks: executors.Map) -> None:
+    """The chain `mixed` on FOLDER/real and FOLDER/in.jsonl, which is watched."""
+    sizes = Sizes(unit_bytes=60_000, batch_bytes=20_000, batch_rows=16)
+    chain_of = [stages(folder)[0], *wanjuan.mixed()]
+    wanjuan.run_files([folder / "in.jsonl", folder / "real"], chain_of, output, run_tasks, sizes=sizes)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -85,7 +136,8 @@ def under_a_limit(folder: Path) -> None:
     # Arrow starts a thread when there is work for one more; its stack alone would break the limit.
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
-    rng = np.random.default_rng(2)
+    regroup.__kwdefaults__["size"] = 1 << 20  # row groups of the output are held, twice over
+    rng, rows = np.random.default_rng(2), []
     limit, num_documents = 8 << 20, 1740
     big, size = folder / "big", 0
     big.mkdir()
@@ -101,22 +153,29 @@ def under_a_limit(folder: Path) -> None:
             size += len(text)
             if number % 3 == 0:
                 lines.write(json.dumps({"text": text.decode()}) + "\n")
+            elif number % 6 == 2:
+                rows.append(text.decode())
             elif number % 3 == 1:
                 pages.write(gzip.compress(response(f"http://{number}.org/", b"<p>" + text), 1))
             else:
                 member = tarfile.TarInfo(f"{number}.txt")
                 member.size = len(text)
                 files.addfile(member, io.BytesIO(text))
+    # One row group of many pages: what its writer made a page of is decompressed together.
+    pq.write_table(pa.table({"text": rows}), big / "d.parquet", compression="zstd", write_batch_size=8)
     assert size > 10 * limit, size
-    chain = [Stage("exact", "corpus", dedup.exact_duplicates), stages(folder)[-1]]
+    del rows
+    duplicates = [Stage("exact", "corpus", dedup.exact_duplicates), stages(folder)[-1]]
     small = Sizes(unit_bytes=4 << 20, batch_bytes=1 << 18)
     with executors.local(1) as run_tasks:
         # Compiled and imported beforehand.
         write_corpus(folder / "in.jsonl")
         (folder / "in.warc").write_bytes(response("http://a.org/", b"<p>one page"))
-        wanjuan.run_files([folder / "in.jsonl", folder / "in.warc"], chain, folder / "warm", run_tasks)
+        pq.write_table(pa.table({"text": ["one row"]}), folder / "in.parquet", compression="zstd")
+        warm = [folder / f"in.{kind}" for kind in ("jsonl", "warc", "parquet")]
+        wanjuan.run_files(warm, duplicates, folder / "warm", run_tasks)
         with at_most(limit):
-            ledger = wanjuan.run_files([big], chain, folder / "out", run_tasks, sizes=small)
+            ledger = wanjuan.run_files([big], duplicates, folder / "out", run_tasks, sizes=small)
     print(size // limit, ledger.stages["near"].documents_kept)
 
 
@@ -158,7 +217,7 @@ def add_node(cluster: Any, **options: Any) -> None:
 
 
 def on_two_ray_nodes(folder: Path) -> None:
-    """Runs the chain on a cluster of two nodes of this machine."""
+    """Runs the real chain on a cluster of two nodes of this machine, and then a task that kills every worker."""
     from ray.cluster_utils import Cluster
 
     os.fsync = lambda descriptor: None  # thousands of small parts need not outlive the machine
@@ -171,8 +230,13 @@ def on_two_ray_nodes(folder: Path) -> None:
         except Exception as error:  # what Ray raises has no kind of its own
             print(f"the nodes did not start: {error}", file=sys.stderr)
             raise SystemExit(NOT_STARTED) from error
+        executors.MOST_RETRIES = 1
         with executors.ray(cluster.address) as run_tasks:
-            run(folder, folder / "out", run_tasks)
+            run_real(folder, folder / "out", run_tasks)
+            try:
+                list(run_tasks(lambda item: os.kill(os.getpid(), signal.SIGKILL), ["a deadly text"]))
+            except ValueError as error:
+                print(error)
     finally:
         cluster.shutdown()
 
@@ -186,5 +250,7 @@ if __name__ == "__main__":
 
         small_chain.on_two_ray_nodes(place)
     else:
+        saved = output.save
+        output.save = lambda *given: (die_where(str(place / "kill"), "write"), saved(*given))
         with executors.local(1) as one_thread:
             run(place, place / "out", one_thread)

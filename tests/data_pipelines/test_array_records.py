@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,16 @@ def test_a_record_is_the_protocol_buffer_that_it_says():
     assert serialise(np.array([5, 300]), "a") == b"\x0a" + bytes([len(features)]) + features
     with pytest.raises(ValueError, match=r"no tf\.train\.Example as this module writes it"):
         parse(features)
+
+
+def test_a_document_has_as_many_records_as_an_epoch_reads_it(tmp_path):
+    tokenizer = types.SimpleNamespace(vocab_size=300, fingerprint="f" * 64)
+    documents = [TokenDocument(name, [number, 7], times=number) for number, name in enumerate("abc", 1)]
+    write_tokens(tmp_path / "tokens", documents, tokenizer=tokenizer)
+    manifest = export(tmp_path / "tokens", tmp_path / "out")
+    source = open_records(tmp_path / "out")
+    assert [parse(source[n])["id"] for n in range(len(source))] == list("abbccc")
+    assert (manifest["num_documents"], manifest["num_tokens"], manifest["epoch_tokens"]) == (3, 6, 12)
 
 
 def test_damage_is_refused_by_name(folder, tmp_path):

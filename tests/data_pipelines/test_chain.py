@@ -18,7 +18,18 @@ from data_pipelines.chain import Sizes
 from data_pipelines.digests import stage_digest
 from data_pipelines.document import Corpus, Decision, Outcome, Stage, make_document
 from data_pipelines.ledger import Ledger, explain_run
-from tests.data_pipelines.small_chain import NOT_STARTED, SIZES, contents, run, stages, write_corpus
+from data_pipelines.tokens import text_documents, write_tokens
+from internjax.text.tokenizer import train_tokenizer
+from tests.data_pipelines.small_chain import (
+    NOT_STARTED,
+    SIZES,
+    contents,
+    run,
+    run_real,
+    stages,
+    write_corpus,
+    write_real,
+)
 from tests.data_pipelines.test_archives import tar_bytes, zip_bytes
 from tests.data_pipelines.test_web_pages import page, response
 
@@ -115,21 +126,43 @@ def test_order_and_copies_of_the_input(tmp_path):
     assert texts(tmp_path / "twice") == texts(tmp_path / "out0")
 
 
-def test_a_killed_run_goes_on_where_it_was(expected, tmp_path):
+@pytest.mark.parametrize("place", ["batch", "resolve", "write"])
+def test_a_killed_run_goes_on_where_it_was(expected, tmp_path, place):
     write_corpus(tmp_path / "in.jsonl")
-    (tmp_path / "kill").touch()
+    (tmp_path / "kill").write_text(place)
     killed = program(tmp_path)
     assert killed.returncode == -9 and not (tmp_path / "out").exists()
+    assert len(list(tmp_path.glob(".out.new-*"))) == (place == "write"), "what was being written is left"
     before = (tmp_path / "log").read_text().splitlines()
     with executors.local(1) as run_tasks:
         run(tmp_path, tmp_path / "out", run_tasks)
     after = (tmp_path / "log").read_text().splitlines()[len(before) :]
-    again = set(before) & set(after)
-    assert len(before) > 20 and len(again) < 8, "the unit that was under way alone is read again"
+    if place == "batch":
+        assert len(before) > 20 and len(set(before) & set(after)) < 8, "the unit that was under way alone is read again"
+    else:
+        assert after == ["decided"] * (place == "resolve"), "nothing that was finished is done again"
+    assert not list(tmp_path.glob(".out*")), "nothing is left"
     found = contents(tmp_path / "out")
     for name in SAME:
         assert found[name] == expected[name]
     assert json.loads(found["ledger.json"])["stages"] == json.loads(expected["ledger.json"])["stages"]
+
+
+def test_a_task_is_named_by_what_it_reads_and_does(tmp_path):
+    write_corpus(tmp_path / "in.jsonl")
+    (tmp_path / "z.jsonl").write_text('{"text": "one"}\n')
+    slices = sources.cut(sources.find_files([tmp_path / "in.jsonl", tmp_path / "z.jsonl"]), size=9000).slices
+    said = []
+
+    def run_tasks(function, tasks):
+        said.extend(str(task) for task in tasks)
+        return map(function, tasks)
+
+    units = [sources.unit(slices[:1]), sources.unit(slices[1:])]
+    chain.run(units, stages(tmp_path), chain.Settings(tmp_path / "work"), run_tasks)
+    names = [f"{tmp_path}/in.jsonl", f"{tmp_path}/in.jsonl from {slices[1].first_line} on to {tmp_path}/z.jsonl"]
+    steps = ["short | exact", "without exact | near", "without near"]
+    assert said == [f"{step} of {name}" for step in steps for name in names]
 
 
 def test_what_is_given_a_name_is_on_disk(tmp_path, monkeypatch):
@@ -162,7 +195,9 @@ def test_what_is_given_a_name_is_on_disk(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_corpus_of_ten_times_the_memory_passes(tmp_path):
-    done = program(tmp_path, "memory", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
+    done = program(
+        tmp_path, "memory", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1", ARROW_DEFAULT_MEMORY_POOL="system"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     times, kept = map(int, done.stdout.split())
     assert times >= 10 and kept == 1567
@@ -178,9 +213,13 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes_though_a_worker_is_killed(expected, tmp_path):
+def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes_though_a_worker_is_killed(tmp_path):
+    """The chain `mixed` on real files: every file of the output, the ledger whole, and the tokens made of it."""
     write_corpus(tmp_path / "in.jsonl")
-    (tmp_path / "kill").touch()
+    write_real(tmp_path)
+    with executors.local(1) as run_tasks:
+        run_real(tmp_path, tmp_path / "alone", run_tasks)
+    (tmp_path / "kill").write_text("batch")
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",
@@ -195,10 +234,23 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes_though_a_worker_is_kill
             break
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (tmp_path / "kill").exists(), "a worker was killed"
-    found = contents(tmp_path / "out")
-    for name in SAME:
-        assert found[name] == expected[name]
-    assert json.loads(found["ledger.json"])["stages"] == json.loads(expected["ledger.json"])["stages"]
+    assert "the worker of a deadly text died 2 times (" in done.stdout and "leave out what it dies of" in done.stdout
+    found, alone = contents(tmp_path / "out"), contents(tmp_path / "alone")
+    assert found == alone
+    dropped = json.loads(alone["ledger.json"])["dropped"]
+    for stage in (
+        "licences",
+        "code_rules",
+        "text_rules",
+        *(f"{a}_{b}_duplicates" for a in ("code", "text") for b in ("exact", "near")),
+    ):
+        assert dropped[stage], stage
+    kept = sources.read([tmp_path / "alone"])
+    tokenizer = train_tokenizer([document.text for document in kept[:20]], vocab_size=300)
+    for name in ("out", "alone"):
+        texts = ((document.id, document.text) for document in sources.stream([tmp_path / name]))
+        write_tokens(tmp_path / f"tokens of {name}", text_documents(texts, tokenizer), tokenizer=tokenizer)
+    assert contents(tmp_path / "tokens of out") == contents(tmp_path / "tokens of alone")
 
 
 def test_what_cannot_be_read_is_set_aside_by_file_and_line(tmp_path, monkeypatch):
@@ -258,6 +310,48 @@ def test_what_cannot_be_read_is_set_aside_by_file_and_line(tmp_path, monkeypatch
     counts = json.loads((tmp_path / "out" / "ledger.json").read_text())
     assert sum(counts["rows_set_aside"].values()) == len(said.splitlines()) == 17
     assert counts["dropped"]["exact"]["exact_duplicate"] >= 1
+
+
+def test_ids_that_rows_of_a_source_share_are_counted_and_said(tmp_path, capsys):
+    words = "This is a text of some words. That no other row of these files has it, but for some, is true of the number"
+    rows = [{"text": f"{words} {n}", "id": n % 40, "score": float("nan")} for n in range(48)]
+    rows += [{"text": f"{words} none {n}"} for n in range(5)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    others = [{"text": f"{words} other {n}", "id": n, "tags": {"original_id": 1}} for n in range(10)]
+    others += [{"text": f"{words} string", "id": "1"}, {"text": f"{words} list", "id": ["1"]}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, others)))
+    chain_of = [Stage("exact", "corpus", dedup.exact_duplicates)]
+    found = []
+    for number, sizes in enumerate((Sizes(), Sizes(unit_bytes=900, batch_rows=3))):
+        with executors.local(2) as run_tasks:
+            out = tmp_path / f"out{number}"
+            wanjuan.run_files([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], chain_of, out, run_tasks, sizes=sizes)
+        counts = json.loads((out / "ledger.json").read_text())
+        assert counts["documents_in"] == counts["documents_kept"] == 65, "they are read and kept"
+        found.append(counts["repeated_ids"])
+    assert found[0] == found[1] and found[0]["rows"] == 8 and len(found[0]["some"]) == 5
+    said = {f"a.jsonl:{n + 1}, a.jsonl:{n + 41} bear the id {n}" for n in range(8)}
+    assert set(found[0]["some"]) < said
+    command = ["mixed", "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "clean"), "--threads", "1"]
+    assert wanjuan.main(command) == 0
+    assert "8 rows bear the id of another row of their source, and are read: a.jsonl:" in capsys.readouterr().err
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]))
+    assert wanjuan.main(command) == 0
+    assert "repeated_ids" not in json.loads((tmp_path / "clean" / "ledger.json").read_text())
+
+
+def test_a_line_of_200_megabytes_is_passed_over(tmp_path):
+    path, good = tmp_path / "in.jsonl", json.dumps({"text": "a good row of text"}).encode()
+    with path.open("wb") as file:
+        file.write(good + b'\n{"text": "')
+        file.truncate(file.seek(200_000_000))  # nothing lies on disk
+        file.seek(200_000_000)
+        file.write(b'"}\n' + good.replace(b"good", b"fine"))
+    with executors.local(1) as run_tasks:
+        wanjuan.run_files([path], [Stage("exact", "corpus", dedup.exact_duplicates)], tmp_path / "out", run_tasks)
+    assert [d.path for d in sources.read([tmp_path / "out"])] == ["in.jsonl:1", "in.jsonl:3"]
+    said = (tmp_path / "out" / "set_aside.txt").read_text()
+    assert said == f"{path}:2: a line of more than {64 << 20} bytes; split it\n"
 
 
 def test_all_dropped_fails_and_the_text_of_dropped_documents_is_kept_on_request(tmp_path):

@@ -426,7 +426,7 @@ def test_a_named_data_set_is_asked_of_its_library(monkeypatch):
         asked.append((name, config, split))
         if name == "org/none":
             raise ConnectionError("no network")
-        return [{"prompt": "q", "completion": "a"}]
+        return datasets.Dataset.from_list([{"prompt": "q", "completion": "a"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     for name in ("datasets:org/name", "datasets:org/name:main@test[:10]"):

@@ -7,6 +7,7 @@ import itertools
 import re
 import shutil
 import types
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -265,6 +266,81 @@ def test_exactly_the_epochs_allowed_are_read_and_no_row_more(packing, folders):
     assert len(next(stream).tokens) == len(next(stream).tokens) == num_rows
     with pytest.raises(ValueError, match=f"may be read for 2 epochs, {2 * num_rows} rows, and row {2 * num_rows} is"):
         next(stream)
+
+
+# --- documents that a folder reads more than once --------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_times(tmp_path):
+    """Documents of which an epoch reads some more than once, and how often."""
+    draw = np.random.default_rng(5)
+    lengths, times = draw.integers(1, 40, 300), draw.integers(1, 4, 300)
+    documents = [
+        TokenDocument(f"code-{d}", list(range(1000 * d, 1000 * d + n)), times=int(times[d]))
+        for d, n in enumerate(lengths.tolist())
+    ]
+    tokenizer = types.SimpleNamespace(vocab_size=1 << 20, fingerprint="f" * 64)
+    write_tokens(tmp_path / "code", documents, tokenizer=tokenizer, shard_tokens=700)
+    return str(tmp_path / "code"), lengths, times
+
+
+@pytest.mark.parametrize(("packing", "limits"), [("concat", {}), ("whole", {}), ("whole", {"min_tokens": (20,)})])
+def test_an_epoch_reads_every_document_as_often_as_it_says(with_times, packing, limits):
+    folder, lengths, times = with_times
+    rows = mixture([folder], packing=packing, seq_len=30, **limits)
+    fit = (lengths > 1) & (lengths >= limits.get("min_tokens", (0,))[0]) & ((lengths <= 31) | (packing == "concat"))
+    wanted = Counter({(d, at): times[d] for d in np.flatnonzero(fit).tolist() for at in range(lengths[d] - 1)})
+    orders = []
+    for epoch in (0, 1):
+        read, order = Counter(), []
+        for number in range(epoch * rows.num_rows, (epoch + 1) * rows.num_rows):
+            for _, document, start, length in rows.pieces(number):
+                read.update((document, at) for at in range(start, start + length))
+                order.append(document)
+        assert read <= wanted and wanted.total() - read.total() < (30 if packing == "concat" else 1)  # a last row
+        orders.append(order)
+    assert orders[0] != orders[1]
+    (share,) = rows.shares(rows.num_rows)
+    assert share.num_positions == wanted.total() and share.num_epochs == 1
+    assert share.num_repeated == (times[fit] > 1).sum()
+    assert share.num_documents - share.num_filtered - share.num_left_out == fit.sum()
+    assert f"; {share.num_repeated} are read more than once in an epoch" in str(share)
+
+
+def test_a_kept_plan_knows_how_often_documents_are_read(with_times, monkeypatch):
+    monkeypatch.setattr("data_pipelines.loading._KEEP_PLANS_FROM", 10)
+    folder, lengths, times = with_times
+    first = mixture([folder], seq_len=30).num_rows
+    documents = pq.read_table(f"{folder}/documents.parquet")
+    tokenizer = types.SimpleNamespace(vocab_size=1 << 20, fingerprint="f" * 64)
+    again = [TokenDocument(f"code-{d}", list(range(1000 * d, 1000 * d + n))) for d, n in enumerate(lengths.tolist())]
+    shutil.copytree(f"{folder}/plans", f"{folder}.plans")
+    write_tokens(folder, again, tokenizer=tokenizer, shard_tokens=700)
+    shutil.copytree(f"{folder}.plans", f"{folder}/plans")
+    assert "times" in documents.column_names and mixture([folder], seq_len=30).num_rows < first
+
+
+def test_statistics_of_kinds_count_what_is_read_again(with_times, folders, tmp_path):
+    folder, lengths, times = with_times
+    documents = [
+        make_document("text", source="s", path=str(d), language="high" if times[d] == 3 else "other")._replace(
+            id=f"code-{d}"
+        )
+        for d in range(len(lengths))
+    ]
+    (tmp_path / "run" / "documents").mkdir(parents=True)
+    pq.write_table(pa.Table.from_batches([to_batch(documents)]), tmp_path / "run" / "documents" / "0.parquet")
+    rows = mixture([folder, folders[0]], seq_len=16, weights=(1, 1))
+    share = rows.shares(4096)[0]
+    found = {each.kind[0]: each for each in kinds(rows, [tmp_path / "run"], by=["language"], num_rows=4096)}
+    mine = (times == 3) & (lengths > 1)
+    assert found["high"].num_documents == mine.sum() and found["high"].num_tokens == lengths[mine].sum()
+    assert found["high"].num_epochs == pytest.approx(3 * share.num_epochs)
+    rest = (times < 3) & (lengths > 1)
+    average = (lengths * times)[rest].sum() / lengths[rest].sum()
+    assert found["other"].num_epochs == pytest.approx(average * share.num_epochs)
+    assert sum(each.share for each in found.values()) == pytest.approx(1)
 
 
 # --- what does not belong together -----------------------------------------------------------------------------------

@@ -86,10 +86,12 @@ def test_verdicts_do_not_depend_on_the_batch():
 TEXTS = st.text(alphabet=st.sampled_from(list("aA9_ .,\n\t-\"'") + list("的いé。！\u2026\ufffd\u3000😀ß")), max_size=60)
 
 
+HAN = "[\u3040-\u9fff]"
+OTHER = "[^\x00-\xbf\u2000-\u207f\u3000-\u9fff\uff00-\uffff]"
+
+
 def plain_words(text):
-    han = "[\u3040-\u9fff]"
-    other = "[^\x00-\xbf\u2000-\u207f\u3000-\u9fff\uff00-\uffff]"
-    return re.findall(f"[A-Za-z0-9_]+|{han}|{other}+", text)
+    return re.findall(f"[A-Za-z0-9_]+|{HAN}|{OTHER}+", text)
 
 
 def plain_hash(word):
@@ -191,6 +193,51 @@ def test_counts_of_characters_equal_plain_python(texts):
         assert {name: row[getattr(text_counts, name)] for name in wanted} == wanted
 
 
+SCRIPTS = st.text(st.sampled_from(list("aZ9_ \n.-éßяжעבกข的\u201c\u00ab\U0001f600")), max_size=40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(SCRIPTS, min_size=1, max_size=4))
+@example(
+    ["größer und Příliš žluťoučký kůň", "слово", "é", "aé", "éa", "的é的a", "\u201cé\u201d", "x" * 64 + "é" + "y" * 64]
+)
+def test_the_mean_length_of_words_is_in_characters_whatever_the_script(texts):
+    found = np.zeros((len(texts), text_counts.NUM_COUNTS))
+    batch = batch_of(*texts)
+    text_counts.counts(*text_buffer(batch), found)
+    checks = {check.reason: check.values_D for check in rules.text_checks(batch, rules.REFERENCE)}
+    for row, text in enumerate(texts):
+        words = re.findall(f"(?:[A-Za-z0-9_]|{OTHER})+|{HAN}", text)
+        mean = sum(map(len, words)) / max(len(words), 1)
+        spaced = found[row, text_counts.HAN] < 0.3 * max(found[row, text_counts.LETTERS], 1)
+        assert checks["long_words"][row] == (pytest.approx(mean) if spaced else 0)
+        assert checks["short_words"][row] == (pytest.approx(mean) if spaced else np.inf)
+
+
+RUSSIAN = "Документация описывает устройство программы и способы её применения. Каждая функция получает значения."
+CZECH = "Příliš žluťoučký kůň úpěl ďábelské ódy. Dokumentace popisuje, jak se program používá a co vrací funkce."
+
+
+@pytest.mark.parametrize("text", [RUSSIAN, CZECH])
+def test_documentation_in_other_languages_passes(text):
+    outcome = rules.text_rules(rules.REFERENCE)(batch_of(text))
+    assert list(outcome.reasons) == [None], outcome.details
+
+
+def test_an_example_with_many_closing_brackets_is_documentation():
+    kinds = "bucket queue topic table function cluster".split()
+    rows = (
+        f'    {{\n        "{kind}": {{\n            "made": 20{n}\n        }}\n    }},\n'
+        for n, kind in enumerate(kinds)
+    )
+    text = "**To list resources**\n\nThis example lists all resources of an account. ::\n\n" + "".join(rows)
+    (check,) = (c for c in rules.text_checks(batch_of(text), rules.REFERENCE) if c.reason == "duplicate_lines")
+    assert 0.4 < check.values_D[0] < 0.6
+    assert list(rules.text_rules(rules.REFERENCE)(batch_of(text)).reasons) == [None]
+    (reason,) = rules.text_rules(rules.REFERENCE)(batch_of(text * 2)).reasons
+    assert reason == "duplicate_lines", "the whole example again"
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=4))
 def test_line_measures_equal_plain_python(texts):
@@ -263,6 +310,12 @@ FUNCTION = "def area(width, height):\n    return width * height\n"
         ("minified", "x = 1; " * 200 + "\n"),
         ("few_letters_and_digits", "(((((((((((((((1)))))))))))))))\n"),
         ("does_not_parse", "print 'two'\n"),
+        # A newer Python than that which reads it.
+        (None, "def first[T](values: list[T]) -> T:\n    return values[0]\n"),
+        (None, "class Box[T]:\n    async def open[S](self, key: S) -> T:\n        return self.of(key)\n"),
+        (None, "type Pairs[T] = list[tuple[T, T]]\ntype Names = list[str]\n"),
+        (None, 'def greet(names):\n    return f"{names["first"]} and {f\'{names}\'}"\n'),
+        ("does_not_parse", "def first(values:\n    return values[0]\n"),
         ("data_only", "TABLE = [\n" + "    1000001,\n" * 300 + "]\n" + FUNCTION),
         (None, "TABLE = [\n" + "    1,\n" * 30 + "]\n" + FUNCTION),
         (None, "__all__ = [\n" + "    'some_long_name',\n" * 300 + "]\n" + FUNCTION),

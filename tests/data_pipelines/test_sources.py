@@ -1,13 +1,20 @@
+import errno
+import gzip
 import json
+import os
+import random
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines import embedded, executors, readers, rows, sources, wanjuan
+from data_pipelines import embedded, executors, readers, rows, sources, tables, wanjuan
 from data_pipelines.chain import Sizes
 from data_pipelines.dedup import exact_duplicates
-from data_pipelines.document import Stage, make_document, to_batch
+from data_pipelines.document import SCHEMA, Stage, make_document, to_batch, to_documents
+from tests.data_pipelines.test_archives import tar_bytes
+from tests.data_pipelines.test_web_pages import page, response
 
 
 def test_jsonl_rows_and_their_fields(tmp_path):
@@ -42,8 +49,10 @@ def test_bad_rows_are_named_and_may_be_set_aside(tmp_path, content, message):
 
 def test_missing_empty_and_wrong_files_say_what_to_do(tmp_path):
     (tmp_path / "here.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"no such file or folder: .*gone\.jsonl; .* holds here\.jsonl"):
+    with pytest.raises(ValueError, match=r"no such file or folder: .*gone\.jsonl; .* holds here\.jsonl; give an"):
         sources.read([tmp_path / "gone.jsonl"])
+    with pytest.raises(ValueError, match=r"/none/gone\.jsonl; .*/none cannot be listed \(No such file.*; give"):
+        sources.read([tmp_path / "none" / "gone.jsonl"])
     with pytest.raises(ValueError, match="the corpus is empty: no document in .*here"):
         sources.read([tmp_path / "here.jsonl"])
     (tmp_path / "x.parquet").write_bytes(b"not parquet")
@@ -161,6 +170,164 @@ def test_rows_of_wanjuan_are_recognised_by_their_fields(tmp_path):
     assert bad == [f"{path}:2: not text: content interleaved with 1 images (img_list)"]
     pq.write_table(pa.table({"content": ["in parquet"], "text": pa.array([None], pa.string())}), tmp_path / "c.parquet")
     assert [d.text for d in sources.read([tmp_path / "c.parquet"])] == ["in parquet"]
+
+
+def test_what_may_not_be_read_and_what_is_no_file_is_told(tmp_path, monkeypatch):
+    for name in ("a.txt", "private/b.txt", "z/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    os.mkfifo(tmp_path / "pipe.txt")
+    os.mkfifo(tmp_path / "pipe")
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("private"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # a user who is root may list all
+    bad = []
+    assert [d.text for d in sources.read([tmp_path], on_bad_row=bad.append)] == ["a.txt", "z/c.txt"]
+    assert sorted(bad) == [
+        f"{tmp_path}/pipe.txt: a pipe, a socket or a device; not read",
+        f"{tmp_path}/pipe: a pipe, a socket or a device; not read",
+        f"{tmp_path}/private: cannot be listed (Permission denied); change its permissions",
+    ]
+    with pytest.raises(ValueError, match=r"pipe\.txt: a pipe, .*; give a file or a folder"):
+        sources.read([tmp_path / "pipe.txt"])
+    with pytest.raises(ValueError, match="private: cannot be listed"):
+        sources.read([tmp_path / "private"])
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)
+    with pytest.raises(ValueError, match=r"cannot read .*a\.txt: permission denied; change its permissions or give"):
+        sources.read([tmp_path / "a.txt"])
+
+
+def strings(values, kind=pa.string()):
+    """A column of bytes that nobody looked at."""
+    joined, offsets = b"".join(values), np.cumsum([0, *map(len, values)])
+    width = np.int64 if kind == pa.large_string() else np.int32
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(offsets.astype(width)), pa.py_buffer(joined)])
+
+
+def write_tables(folder, table):
+    """The table as parquet, as an Arrow file and as an Arrow stream."""
+    pq.write_table(table, folder / "t.parquet")
+    for name, new in (("file.arrow", pa.ipc.new_file), ("stream.arrow", pa.ipc.new_stream)):
+        with pa.OSFile(str(folder / name), "wb") as sink, new(sink, table.schema) as writer:
+            writer.write_table(table)
+    return [folder / name for name in ("t.parquet", "file.arrow", "stream.arrow")]
+
+
+def test_a_row_of_a_table_that_cannot_be_read_is_set_aside_alone(tmp_path):
+    texts = [f"text {number}".encode() for number in range(700)]
+    texts[3] = texts[300] = b"\xff\xfe"
+    when = pa.array([None] * 699 + [1 << 50], pa.timestamp("s"))  # a year that Python has no date for
+    for path in write_tables(tmp_path, pa.table({"text": strings(texts), "when": when})):
+        bad = []
+        found = sources.read([path], on_bad_row=bad.append)
+        good = [number for number in range(700) if number not in (3, 300, 699)]
+        assert [(d.text, d.path) for d in found] == [(f"text {n}", f"{path.name}:{n + 1}") for n in good]
+        assert [message.partition(": ")[0] for message in bad] == [f"{path}:{number}" for number in (4, 301, 700)]
+        assert "cannot be read (column 'text': " in bad[0] and "UTF8" in bad[0] and "; mend the row" in bad[0]
+        assert "cannot be read" in bad[2]
+        with pytest.raises(ValueError, match=rf"{path.name}:4: cannot be read"):
+            sources.read([path])
+    bad.clear()
+    read = [row.place for row in rows.read_rows(tmp_path / "t.parquet", on_bad_row=bad.append)]
+    assert read == [f"{tmp_path}/t.parquet:{number + 1}" for number in good] and len(bad) == 3
+    with pytest.raises(ValueError, match=r"t\.parquet:4: cannot be read"):
+        list(rows.read_rows(tmp_path / "t.parquet"))
+
+
+def test_a_kept_document_that_cannot_be_read_is_set_aside_alone(tmp_path):
+    documents = [make_document(f"text {number}", source="s", path=str(number)) for number in range(5)]
+    batch = to_batch(documents)
+    texts = strings([b"text 0", b"text 1", b"\xff", b"text 3", b"text 4"], pa.large_string())
+    batch = batch.set_column(SCHEMA.get_field_index("text"), SCHEMA.field("text"), texts)
+    metas = batch.column("meta").to_pylist()
+    batch = batch.set_column(SCHEMA.get_field_index("meta"), SCHEMA.field("meta"), pa.array([*metas[:4], "{"]))
+    for path in write_tables(tmp_path, pa.Table.from_batches([batch])):
+        bad = []
+        assert sources.read([path], on_bad_row=bad.append) == [documents[n] for n in (0, 1, 3)]
+        assert [message.partition(": ")[0] for message in bad] == [f"{path}:3", f"{path}:5"]
+
+
+def test_rows_of_data_sets_that_cannot_be_read_are_set_aside_alone(monkeypatch):
+    import datasets
+
+    data = datasets.Dataset(pa.table({"text": strings([b"one", b"\xff", b"two", b"\xff", b"\xff", b"three"])}))
+    monkeypatch.setattr(rows, "_open_named", lambda name, found: data)
+    bad = []
+    found = sources.read(["datasets:mine"], on_bad_row=bad.append)
+    assert [(d.text, d.path) for d in found] == [
+        ("one", "datasets:mine:1"), ("two", "datasets:mine:3"), ("three", "datasets:mine:6")
+    ]  # fmt: skip
+    assert [message.partition(": cannot be read")[0] for message in bad] == [f"datasets:mine:{n}" for n in (2, 4, 5)]
+    with pytest.raises(ValueError, match="datasets:mine:2: cannot be read"):
+        list(rows.read_rows("datasets:mine"))
+
+
+def test_rows_that_are_too_long_are_set_aside_whatever_they_stand_in(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 3000)
+    texts = ["short", "x" * 2900, "\u4e2d" * 1001, "x" * 3100, "last"]
+    written = write_tables(tmp_path, pa.table({"text": texts}))
+    written.append(tmp_path / "a.json")
+    written[-1].write_text(json.dumps([{"text": text} for text in texts], indent=1))
+    data = datasets.Dataset.from_dict({"text": texts})
+    monkeypatch.setattr(rows, "_open_named", lambda name, found: data)
+    for given in (*written, "datasets:mine"):
+        bad = []
+        assert [d.text for d in sources.read([given], on_bad_row=bad.append)] == [texts[n] for n in (0, 1, 4)], given
+        assert len(bad) == 2 and all("more than 3000" in message and "split it" in message for message in bad)
+    (tmp_path / "wide").mkdir()
+    for path in write_tables(tmp_path / "wide", pa.table({"text": ["a", "b"], "image": [b"x" * 4000, b"x"]})):
+        bad = []
+        assert [d.text for d in sources.read([path], on_bad_row=bad.append)] == ["b"]
+        assert bad == [f"{path}:1: a row of 4009 bytes, more than 3000; split it"]
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 4000, 1 << 20])
+def test_rows_of_tables_are_python_objects_some_bytes_at_a_time(tmp_path, monkeypatch, batch_bytes):
+    lengths = [10] * 500 + [3000] * 5 + [100] * 300 + [9000, 10]
+    documents = [make_document("x" * length, source="s", path=str(n)) for n, length in enumerate(lengths)]
+    sizes, made = Sizes(batch_bytes=batch_bytes), []
+
+    def watched(batch):
+        made.append((batch.num_rows, batch.nbytes))
+        return to_documents(batch)
+
+    monkeypatch.setattr(tables, "to_documents", watched)
+    for path in write_tables(tmp_path, pa.Table.from_batches([to_batch(documents)])):
+        unit = sources.unit(sources.cut(sources.find_files([path]), size=1 << 30).slices, sizes=sizes)
+        made.clear()
+        assert list(unit.read(None)) == documents
+        assert max(num_rows for num_rows, _ in made) <= tables.BATCH_ROWS
+        assert all(num_rows == 1 or num_bytes <= batch_bytes for num_rows, num_bytes in made)
+        assert batch_bytes < 1 << 20 or len(made) < 10
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz", "in.parquet", "in.tar", "in.warc.gz"])
+def test_progress_moves_within_one_file(tmp_path, name):
+    draw, path = random.Random(3), tmp_path / name
+    texts = [" ".join(f"{draw.getrandbits(40):x}" for _ in range(150)) for _ in range(1500)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if name == "in.parquet":
+        pq.write_table(pa.table({"text": texts}), path)
+    elif name == "in.tar":
+        path.write_bytes(tar_bytes({"a.txt": texts[0].encode(), "rows.jsonl": lines, "b.txt": b"last"}))
+    elif name == "in.warc.gz":
+        path.write_bytes(b"".join(gzip.compress(response("http://a.org/", page(text))) for text in texts))
+    else:
+        path.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    told = []
+    documents = sources.stream([path], progress=lambda label, done, total: told.append((done, total)))
+    assert len(list(documents)) >= len(texts)
+    size, done = path.stat().st_size, [done for done, _ in told]
+    assert {total for _, total in told} == {size} and done == sorted(done)
+    assert done[-1] == size > done[-2] and done[0] < size / 3
+    assert len({number * 4 // size for number in done}) == 5, "it is seen in every quarter"
 
 
 def test_utf16_is_read_and_what_has_nul_is_no_text(tmp_path):

@@ -41,6 +41,9 @@ def test_scores_that_are_missing_or_wrong_are_refused():
             t.tiers(t.Tiers(), score=lambda batch, scores=scores: np.array(scores))(batch_of("c", "c"))
     with pytest.raises(ValueError, match="low is 0.9"):
         t.Tiers(low=0.9)
+    for weight in (0, 2.5):
+        with pytest.raises(ValueError, match=rf"high_weight is {weight}; wanted a whole number from 1 on"):
+            t.Tiers(high_weight=weight)
 
 
 def test_agreement_by_hand():

@@ -200,3 +200,28 @@ def test_the_command_reads_documents_one_by_one_and_may_choose_some(tokenizer, t
     assert said in capsys.readouterr().err and not (tmp_path / "none").exists()
     with pytest.raises(SystemExit):
         main([*given, "--output", str(tmp_path / "none"), "--where", "tier"])
+
+
+def test_the_command_takes_from_meta_how_often_an_epoch_reads_a_document(tokenizer, tmp_path, capsys):
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    rows = [{"text": f"a text {n}"} | ({"weight": n} if n else {}) for n in range(4)]
+    path, out = tmp_path / "in.jsonl", tmp_path / "out"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    given = ["--input", str(path), "--tokenizer", str(tmp_path / "tokenizer"), "--output", str(out)]
+    assert main([*given, "--times", "weight"]) == 0
+    opened = open_tokens(out)
+    assert opened.times_D.tolist() == [1, 1, 2, 3]
+    num_tokens = int(opened.lengths_D @ [1, 1, 2, 3])
+    assert opened.manifest["epoch_tokens"] == num_tokens > opened.manifest["num_tokens"]
+    assert f"tokens ({num_tokens} in an epoch)" in capsys.readouterr().out
+    damaged(out, "manifest.json", lambda raw: raw.replace(b'"epoch_tokens": ', b'"epoch_tokens": 1'))
+    with pytest.raises(ValueError, match=r"documents\.parquet was altered after it was written"):
+        open_tokens(out)
+    for options in ([], ["--times", "nothing"]):  # as if there were no such field
+        assert main([*given, *options]) == 0
+        assert open_tokens(out).times_D is None and "epoch_tokens" not in open_tokens(out).manifest
+    for wrong in (0, 1.5, -1, "2", True, None, float("nan"), float("inf")):
+        path.write_text(json.dumps({"text": "a", "weight": wrong}))
+        assert main([*given, "--times", "weight"]) == 1
+        said = capsys.readouterr().err
+        assert f"in.jsonl:1 has weight {wrong!r} in meta" in said and "a whole number from 1 on" in said

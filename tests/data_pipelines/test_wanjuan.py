@@ -3,18 +3,21 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines import classifier, code, embedded, sources, wanjuan
+from data_pipelines import classifier, code, embedded, sources, tokens, wanjuan
 from data_pipelines.chain import Sizes
 from data_pipelines.document import Check, Outcome, Stage, make_document, only, to_batch
 from data_pipelines.ledger import Ledger, explain, fates, summary
+from data_pipelines.mixing import make_sources, open_mixture
 from data_pipelines.rules import edit
 from data_pipelines.tiers import Tiers
+from internjax.text.tokenizer import save_tokenizer, train_tokenizer
 from tests.data_pipelines.test_rules import CHINESE, FUNCTION, GOOD
 
 
@@ -170,6 +173,10 @@ def test_the_web_chain_uses_what_it_is_given(tmp_path, capsys):
         ("web", "--licences MIT"),
         ("reference", "--models x"),
         ("code", "--models x"),
+        ("web", "--tier-low 0.1"),
+        ("code", "--tier-high 0.9"),
+        ("mixed", "--high-weight 2"),
+        ("code", "--tiers --high-weight 2.5"),
     ]:
         with pytest.raises(SystemExit):
             wanjuan.main([chain, "--input", "x", "--output", "y", *wrong.split()])
@@ -212,6 +219,34 @@ def test_the_code_chain_reads_licences_languages_and_tiers(tmp_path):
     (tmp_path / "code_quality").rename(tmp_path / "fluency")
     with pytest.raises(ValueError, match="holds no code_quality, which tiers go by"):
         wanjuan.code_files(given)
+
+
+def test_high_tier_code_is_repeated_as_the_command_says(tmp_path, capsys):
+    """From scores in meta to the rows of a mixture."""
+
+    def of_code(name):
+        return "".join(f"def {name}_{i}(given):\n    return {name} + given * {i}\n\n\n" for i in range(9))
+
+    tokenizer = train_tokenizer([of_code("a")], vocab_size=300)
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    rows = [
+        {"text": of_code(name), "path": name, "domain": "code", "language": "python", "quality": q}
+        for name, q in (("a", 0.95), ("b", 0.9), ("c", 0.89), ("d", 0.3), ("e", 0.29))
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = "--tiers python --tier-high 0.9 --tier-low 0.3 --high-weight 4 --threads 1".split()
+    chain = ["code", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "clean")]
+    assert wanjuan.main([*chain, *options]) == 0
+    kept = {document.path: document.meta for document in sources.read([tmp_path / "clean"])}
+    wanted = {"a": ("high", 4), "b": ("high", 4), "c": ("moderate", 1), "d": ("moderate", 1)}
+    assert {path: (meta["tier"], meta["weight"]) for path, meta in kept.items()} == wanted
+    where = ["--tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / "tokens"), "--times", "weight"]
+    assert tokens.main(["--input", str(tmp_path / "clean"), *where]) == 0
+    rows = open_mixture(make_sources([str(tmp_path / "tokens")]), seq_len=4096, packing="whole", seed=0)
+    pieces = [piece for row in range(rows.num_rows) for piece in rows.pieces(row)]
+    assert sorted(Counter(piece.document for piece in pieces).values()) == [1, 1, 4, 4]
+    assert wanjuan.main([*chain, "--tiers", "--tier-high", "2"]) == 1
+    assert "wanted 0 <= low <= high <= 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -298,7 +333,7 @@ def test_the_readme_holds(tmp_path, monkeypatch, capsys):
     (of_code,) = (program for program in programs if "code_files(" in program)
     exec(compile(of_code, "README.md", "exec"), {})
     said = capsys.readouterr().out
-    assert said.startswith("r/area.py python MIT high 3.0\n") and "contaminated" in said and "sums" in said
+    assert said.startswith("r/area.py python MIT high 3\n") and "contaminated" in said and "sums" in said
 
 
 def test_all_dropped_before_a_decision_over_the_corpus_is_said():

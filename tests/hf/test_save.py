@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -21,6 +24,7 @@ from internjax.model.config import NoScaling
 from internjax.model.quantize import quantize_params
 from internjax.text.tokenizer import load_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 FILES = {
     "README.md",
     "config.json",
@@ -262,6 +266,54 @@ def test_an_interruption_between_the_two_renames_brings_the_old_folder_back(tmp_
             (new / "config.json").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "config.json").read_text() == "old"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from internjax.hf.folder import new_folder
+
+if sys.argv[2] == "between":
+    rename = Path.rename
+    Path.rename = lambda path, to: os.kill(os.getpid(), 9) if ".new-" in path.name else rename(path, to)
+with new_folder(sys.argv[1], overwrite=True, marker="config.json") as new:
+    (new / "config.json").write_text("half")
+    if sys.argv[2] == "within":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_killed_processes_left_is_removed_and_what_living_ones_write_is_not(tmp_path):
+    def write(text):
+        with new_folder(tmp_path / "model", overwrite=True, marker="config.json") as new:
+            (new / "config.json").write_text(text)
+
+    def killed(where):
+        done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "model"), where], cwd=ROOT)
+        assert done.returncode == -signal.SIGKILL
+        return sorted(path.name.rpartition("-")[0] for path in tmp_path.iterdir() if path.name.startswith("."))
+
+    write("first")
+    (tmp_path / ".model.new-of-mine").mkdir()
+    (tmp_path / ".model2.new-12345678").mkdir()
+    mine = {".model.new-of-mine", ".model2.new-12345678"}
+    with new_folder(tmp_path / "model", overwrite=True, marker="config.json") as other:
+        (other / "config.json").write_text("of another writer")
+        assert killed("within").count(".model.new") == 2
+        write("second")
+        assert {path.name for path in tmp_path.iterdir()} == {"model", other.name, *mine}
+        assert (tmp_path / "model" / "config.json").read_text() == "second"
+    assert {path.name for path in tmp_path.iterdir()} == {"model", *mine}
+    assert killed("between").count(".model.old") == 1
+    (old,) = tmp_path.glob(".model.old-*")
+    assert (old / "config.json").read_text() == "of another writer", "the only one there is stays until there is one"
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "model", overwrite=True, marker="config.json"):
+        assert old.is_dir()
+        raise RuntimeError("the next one fails as well")
+    assert old.is_dir()
+    write("third")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", *mine}
+    assert (tmp_path / "model" / "config.json").read_text() == "third"
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,7 @@ def folder(tokenizer, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_folder(tmp_path_factory):
+def write_llama_like(path):
     """A folder of Llama's kind: "▁" for spaces, byte fallback, a dummy space in front, markers only in the config."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -50,7 +49,6 @@ def sentencepiece_folder(tmp_path_factory):
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    path = tmp_path_factory.mktemp("llama")
     backend.save(str(path / "tokenizer.json"))
     last = len(pieces) - 1
     config = {
@@ -62,6 +60,11 @@ def sentencepiece_folder(tmp_path_factory):
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     (path / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
     return path
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_folder(tmp_path_factory):
+    return write_llama_like(tmp_path_factory.mktemp("llama"))
 
 
 def test_special_ids_stand_where_internlm2_has_them(tokenizer):
