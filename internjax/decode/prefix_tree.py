@@ -14,7 +14,11 @@ from internjax.decode.pages import PageAllocator
 
 
 class Moves(NamedTuple):
-    """What the tree asks of whoever holds the arrays; all of it happens in the order of the calls."""
+    """What the tree asks of whoever holds the arrays; all of it happens in the order of the calls.
+
+    Any of them may raise, where memory is short or a device fails. The tree then forgets what may not be where it says,
+    nobody owns a page more than before, and the error goes on to who asked.
+    """
 
     renew: Callable[[list[int]], None]
     """These pages get a new owner: whatever must not be seen of the last one goes."""
@@ -98,7 +102,11 @@ class PrefixTree:
             return None
         self._evict(count - self._allocator.num_free)
         pages = self._allocator.allocate(count)
-        self._moves.renew(pages)
+        try:
+            self._moves.renew(pages)
+        except BaseException:
+            self._allocator.free(pages)
+            raise
         return pages
 
     def free(self, pages: Sequence[int]) -> None:
@@ -157,22 +165,30 @@ class PrefixTree:
                 del self._saved[node]
             else:
                 self._use(node)
-        fresh = self.allocate(num_pages - len(own) - sum(node.page is not None for node in path))
-        pages = []
-        for node in path:
-            if node.page is None:
-                self._give(node, fresh.pop(0))
-            pages.append(node.page)
-        if tail is not None and tail.page is None:
-            self._saved[tail] = None
-            self._fit_saved(0)
-        if saved:
-            targets = [fresh[0] if node.page is None else node.page for node in saved]
-            self._moves.load(list(saved.values()), targets)
-        if tail is not None:
-            self._moves.copy(fresh[0] if tail.page is None else tail.page, fresh[0], num_tail)
-            if tail.page is not None:
-                self.free([tail.page])
+        owned = [node.page for node in nodes if node.page is not None] + own
+        try:
+            fresh = self.allocate(num_pages - len(own) - sum(node.page is not None for node in path))
+            owned += fresh
+            pages = []
+            for node in path:
+                if node.page is None:
+                    self._give(node, fresh.pop(0))
+                pages.append(node.page)
+            if tail is not None and tail.page is None:
+                self._saved[tail] = None
+                self._fit_saved(0)
+            if saved:
+                targets = [fresh[0] if node.page is None else node.page for node in saved]
+                self._moves.load(list(saved.values()), targets)
+            if tail is not None:
+                self._moves.copy(fresh[0] if tail.page is None else tail.page, fresh[0], num_tail)
+        except BaseException:
+            if saved:  # the others follow the first; their pages may hold nothing yet
+                self._remove(next(iter(saved)))
+            self.free(owned)
+            raise
+        if tail is not None and tail.page is not None:
+            self.free([tail.page])
         return Taken(pages + own + fresh, len(path) * self._page_size + num_tail)
 
     def _match(self, key: Hashable, tokens: Sequence[int]) -> tuple[list[_Node], _Node | None, int]:
@@ -281,7 +297,14 @@ class PrefixTree:
             self._remove(node)
         self._fit_saved(len(keep))
         if keep:
-            for node, saved in zip(keep, self._moves.save([node.page for node in keep]), strict=True):
+            try:
+                contents = self._moves.save([node.page for node in keep])
+            except BaseException:
+                # Forgotten, and not idle as before: whoever needs pages next would fail as well.
+                for node in keep:
+                    self._remove(node)
+                raise
+            for node, saved in zip(keep, contents, strict=True):
                 self._let_go(node)
                 node.saved = saved
                 self._saved[node] = None

@@ -18,6 +18,7 @@ from internjax.decode import device
 from internjax.decode.device import AdapterRoom, Newcomer, Part
 from internjax.decode.engine import Engine
 from internjax.decode.generate import generate
+from internjax.decode.prefix_tree import Moves
 from internjax.decode.programs import Weights, decode_block, empty_state
 from internjax.decode.replay import replay
 from internjax.decode.request import Event, Handle, Request, RequestError, Result
@@ -503,13 +504,18 @@ def test_an_aborted_turn_counts_as_far_as_it_came_and_a_failed_one_does_not(engi
     assert failed.result().finish == "error" and session.tokens == prompt(5) + ids and not session.busy
 
 
-def test_pages_wait_in_the_hosts_memory():
-    """8 pages, 6 more on the host: a conversation comes back after another filled the cache, with the same answers."""
-    engine = build(num_pages=8, num_host_pages=6, num_slots=2, max_context=32)
-    session = engine.open_session(32)
+@pytest.fixture(scope="module")
+def hosting():
+    """An engine with 12 pages, and 6 more on the host."""
+    return build(num_pages=12, num_host_pages=6, num_slots=2, max_context=48)
+
+
+def test_pages_wait_in_the_hosts_memory(hosting):
+    """A conversation comes back after another filled the cache, with the same answers."""
+    engine, session = hosting, hosting.open_session(32)
     first = engine.submit(Request(prompt(9), 6, GREEDY), session=session)
     drive(engine)
-    answer(engine, Request(prompt(20, seed=1), 10, GREEDY))
+    answer(engine, Request(prompt(20, seed=1), 27, GREEDY))
     assert engine.stats().num_saved_pages == 4
     second = engine.submit(Request(prompt(3), 8, GREEDY, logprobs=0), session=session)
     drive(engine)
@@ -519,6 +525,55 @@ def test_pages_wait_in_the_hosts_memory():
     result = second.result()
     assert result.ids == ids
     np.testing.assert_allclose(result.logprobs, values, atol=2e-5)
+
+
+@pytest.mark.parametrize("move", Moves._fields)
+def test_pages_that_cannot_be_moved_end_one_request_and_come_back(hosting, monkeypatch, move):
+    """Where a turn begins (pages come from the host, the last one is copied or taken over), or where a row grows."""
+    engine, tree = hosting, hosting._rounds.seats.tree
+    beside, turn = Request(prompt(13, seed=6), 12, DRAWN, logprobs=0), Request(prompt(3, seed=7), 6, GREEDY, logprobs=0)
+
+    def run(fails):
+        tree.clear()
+        session = engine.open_session()
+        engine.submit(Request(prompt(9, seed=5), 6, GREEDY), session=session)
+        drive(engine)
+        if move == "load":
+            tree.free(tree.allocate(12))
+        elif move == "copy":
+            session.fork()
+        elif move == "save":  # a page that is nobody's until the last one is needed
+            answer(engine, Request(prompt(3), 2, GREEDY))
+        first = engine.submit(beside)
+        engine.tick()
+        second, calls = engine.submit(turn, session=session), []
+
+        def failing(*what):
+            if what[0] and not calls:
+                calls.append(what)
+                raise MemoryError("planted")
+            return getattr(engine._device.moves, move)(*what)
+
+        with monkeypatch.context() as patch:
+            if fails:
+                patch.setattr(tree, "_moves", tree._moves._replace(**{move: failing}))
+            engine.tick()
+            assert move == "save" or (len(calls) == fails and not first.finished)
+            drive(engine)
+        stats = engine.stats()
+        assert len(calls) == fails and stats.num_free_pages == 12 and not stats.num_preempted
+        return [first.result(), second.result()], session
+
+    wanted, session = run(fails=False)
+    found, other = run(fails=True)
+    failed = [result.finish == "error" for result in found]
+    assert failed.count(True) == 1 and found[failed.index(True)].error == "MemoryError: planted"
+    assert found[failed.index(False)] == wanted[failed.index(False)]
+    if failed[1]:  # it can be asked again, and whatever it still shares holds what it says
+        again = engine.submit(turn, session=other)
+        drive(engine)
+        assert again.result().ids == wanted[1].ids and other.tokens == session.tokens
+    assert answer(engine, beside)[0].ids == wanted[0].ids
 
 
 def test_what_can_never_fit_is_refused_at_once(small_engine):
