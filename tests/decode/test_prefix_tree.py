@@ -77,12 +77,13 @@ class Sharing(RuleBasedStateMachine):
     """Rows begin with some text, grow, and end with or without leaving their pages in the tree."""
 
     num_saved = 0
+    grid = None
 
     def __init__(self):
         super().__init__()
         self.arrays = Arrays()
         self.allocator = PageAllocator(NUM_PAGES)
-        self.tree = PrefixTree(self.allocator, S, self.arrays.moves, num_saved=self.num_saved)
+        self.tree = PrefixTree(self.allocator, S, self.arrays.moves, num_saved=self.num_saved, grid=self.grid)
         self.rows: list[Row] = []
 
     def write(self, row, start):
@@ -117,6 +118,7 @@ class Sharing(RuleBasedStateMachine):
             return
         assert before >= needed
         assert len(taken.pages) == len(set(taken.pages)) == num_pages
+        assert taken.num_tokens % (self.grid or 1) == 0, "rows are cut where nobody else would cut them"
         # A page is not copied where the copy would need the page itself.
         assert taken.num_tokens == shared or (before == needed and taken.num_tokens == shared // S * S)
         row = Row(key, tokens, taken.pages)
@@ -159,7 +161,7 @@ class Sharing(RuleBasedStateMachine):
             self.tree.forget([page for page in row.pages if self.allocator.num_owners(page) == 2])
         self.tree.free(row.pages)
         if how == "kept":
-            assert self.tree.num_shared(row.key, row.tokens) == len(row.tokens)
+            assert self.tree.num_shared(row.key, row.tokens) == len(row.tokens) - len(row.tokens) % (self.grid or 1)
 
     @rule()
     def clear(self):
@@ -206,9 +208,16 @@ class SharingWithHost(Sharing):
     num_saved = 4
 
 
-for machine in (Sharing, SharingWithHost):
+class SharingOnAGrid(SharingWithHost):
+    """As in exact mode: rows share two pages at a time."""
+
+    grid = 2 * S
+
+
+for machine in (Sharing, SharingWithHost, SharingOnAGrid):
     machine.TestCase.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
 TestSharing, TestSharingWithHost = Sharing.TestCase, SharingWithHost.TestCase
+TestSharingOnAGrid = SharingOnAGrid.TestCase
 
 
 @pytest.fixture
@@ -236,15 +245,16 @@ def test_what_was_used_longest_ago_goes_first_and_the_beginning_last(arrays):
     assert (tree.num_shared("a", old), tree.num_shared("a", new)) == (3, 0)
 
 
-def test_the_hosts_memory_gives_back_what_was_evicted(arrays):
-    tree = PrefixTree(PageAllocator(NUM_PAGES), S, arrays.moves, num_saved=3)
+@pytest.mark.parametrize(("grid", "num_tokens", "num_loads", "num_copies"), [(None, 7, 3, 1), (2 * S, 6, 2, 0)])
+def test_the_hosts_memory_gives_back_what_was_evicted(arrays, grid, num_tokens, num_loads, num_copies):
+    tree = PrefixTree(PageAllocator(NUM_PAGES), S, arrays.moves, num_saved=3, grid=grid)
     tokens = [1, 2, 3, 4, 5, 6, 7]
     leave(tree, arrays, tokens)
     tree.free(tree.allocate(NUM_PAGES))
     assert (tree.num_idle, tree.num_saved) == (0, 3)
     taken = tree.take("a", [*tokens, 8], 3)
-    assert taken.num_tokens == 7 and arrays.num_loads == 3 and arrays.num_copies == 1
-    assert [slot[1][-1] for page in taken.pages for slot in arrays.slots[page] if slot] == tokens
+    assert (taken.num_tokens, arrays.num_loads, arrays.num_copies) == (num_tokens, num_loads, num_copies)
+    assert [slot[1][-1] for page in taken.pages for slot in arrays.slots[page] if slot] == tokens[:num_tokens]
     tree.free(taken.pages)
 
 
