@@ -158,6 +158,7 @@ class Engine:
             # What few answers cost does not grow with the slots. Another shape may give other bits.
             row_buckets=() if mode == "exact" else [4**i for i in range(10) if 4 ** (i + 1) <= num_slots],
             reads_together=mode == "fast",
+            exact=mode == "exact",
             limits=limits,
             saves_pages=num_host_pages > 0,
             speculation=speculation,

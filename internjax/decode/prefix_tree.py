@@ -69,10 +69,11 @@ class PrefixTree:
     def __init__(
         self, allocator: PageAllocator, page_size: int, moves: Moves, *, num_saved: int = 0, grid: int | None = None
     ):
-        """num_saved: pages whose contents the host may keep. grid: rows share a multiple of so many tokens, which must
-        be a multiple of the page size; None: as many as they have in common."""
+        """num_saved: pages whose contents the host may keep. grid: rows leave and share a multiple of so many tokens,
+        which must be a multiple of the page size: of such a step every page was computed alike. None: as many tokens as
+        they have in common."""
         self._allocator, self._page_size, self._moves, self._num_saved = allocator, page_size, moves, num_saved
-        self._pages_per_step = None if grid is None else grid // page_size
+        self._grid = grid
         self._roots: dict[Hashable, _Node] = {}
         self._of_page: dict[int, _Node] = {}
         # Used longest ago first. Whoever uses a node uses those above it, so a child always stands before its parent.
@@ -201,8 +202,8 @@ class PrefixTree:
                 break
             path.append(child)
             node = child
-        if self._pages_per_step is not None:
-            return path[: len(path) // self._pages_per_step * self._pages_per_step], None, 0
+        if self._grid is not None:
+            return path[: self._on_grid(len(path) * S) // S], None, 0
         rest = tuple(tokens[len(path) * S : (len(path) + 1) * S])
         at = bisect.bisect_left(node.ordered, rest)
         beside = [(num_common(rest, other), other) for other in node.ordered[max(at - 1, 0) : at + 1]]
@@ -215,9 +216,10 @@ class PrefixTree:
         """Adds a row's pages, which hold the keys and values of `tokens`; returns the pages that the row owns now.
 
         Where the tree has pages of these tokens, the row owns those from now on and its own are freed: so who owns a
-        node's page owns all those above it. To its last page, if that is not full, the row may add nothing more.
+        node's page owns all those above it. To its last page, if that is not full, the row may add nothing more. On a
+        grid, what stands behind its last whole step is left out.
         """
-        pages = list(pages)
+        pages, tokens = list(pages), tokens[: self._on_grid(len(tokens))]
         if not tokens:
             return pages
         node, S = self._roots.setdefault(key, _Node(None, ())), self._page_size
@@ -243,6 +245,9 @@ class PrefixTree:
                 pages[index] = child.page
             node = child
         return pages
+
+    def _on_grid(self, num_tokens: int) -> int:
+        return num_tokens if self._grid is None else num_tokens - num_tokens % self._grid
 
     def _give(self, node: _Node, page: int) -> None:
         """A node without a page gets one that somebody else owns too."""

@@ -3,10 +3,15 @@
 import dataclasses
 import functools
 import logging
+import os
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +35,7 @@ from internjax.model import decoder, rope
 from internjax.model.config import DynamicNTK
 from internjax.model.lora import LoraConfig, apply_config, init_lora
 from tests.decode import numpy_sampling
-from tests.decode.small import CONFIG, PARAMS
+from tests.decode.small import CONFIG, PARAMS, OnlySteps
 
 # The longest context is 16 tokens: what is longer has frequencies of its own.
 SCALED = dataclasses.replace(CONFIG, max_position_embeddings=16, rope_scaling=DynamicNTK(2.0))
@@ -221,7 +226,7 @@ def test_exact_mode_gives_the_same_bits_after_any_history():
     rng = random.Random(4)
     first: dict[Request, Result] = {}
     for pages, host in ((48, 0), (20, 10)):
-        engine = build(mode="exact", num_pages=pages, num_host_pages=host)
+        engine = build(mode="exact", num_pages=pages, num_host_pages=host, prefill_chunk=32)
         first.update(zip(requests, answer(engine, requests[0])) if not first else ())
         for _ in range(6):
             order = rng.sample(requests, k=6) + rng.choices(requests, k=3)
@@ -235,7 +240,7 @@ def test_exact_mode_gives_the_same_bits_after_any_history():
                     noise.abort()
             drive(engine)
             for request, handle in handles:
-                assert handle.num_shared % 16 == 0, "chunks are cut as nobody else would cut them"
+                assert handle.num_shared % 32 == 0, "chunks are cut as nobody else would cut them"
                 result = handle.result()
                 assert result == first.setdefault(request, result)
         stats = engine.stats()
@@ -272,6 +277,52 @@ def test_exact_mode_shares_what_was_read_and_nothing_that_the_step_was_fed(lengt
     handle = engine.submit(Request((*stem, 1), 2, GREEDY))
     drive(engine)
     assert handle.num_shared == num_shared
+
+
+def test_exact_mode_leaves_no_page_of_a_chunk_that_is_not_full():
+    """19 tokens are read as 32 and 13 as 16, which may round otherwise than where 32 of the same beginning are read."""
+    engine, stem = build(mode="exact", prefill_chunk=32), prompt(40, seed=3)
+    answer(engine, *(Request(stem[:length], 6, GREEDY) for length in (14, 20, 40)))
+    assert engine.stats().num_cached_pages == 8
+    answer(engine, Request((*stem, 1), 2, GREEDY))
+    assert engine.stats().num_cached_pages == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("speculation", "cache_dtype"), [("lookup", "int8"), ("draft", "int4")])
+def test_exact_mode_gives_the_same_bits_as_a_person_has_it(speculation, cache_dtype):
+    """With XLA's own flags, in bfloat16, with adapters, guides, drafts and a cache of few bits."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.decode.exact_company", speculation, cache_dtype],
+        cwd=Path(__file__).resolve().parent.parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[0] == "66"
+
+
+def test_only_programs_of_exact_mode_that_compute_are_compiled_with_options_of_their_own(monkeypatch):
+    jit, given = jax.jit, []
+
+    def noted(function, **settings):
+        given.append((function.func.__name__, settings.get("compiler_options")))
+        return jit(function, **settings)
+
+    for mode, options in (("fast", None), ("exact", {"xla_allow_excess_precision": False})):
+        device._programs.cache_clear()
+        given.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "jit", noted)
+            build(mode=mode)
+        computing = [name for name, each in given if each is not None]
+        assert computing == ([] if mode == "fast" else ["read_chunk", "score_chunk", "decode_block"])
+        assert all(each == options for name, each in given if name in computing)
+    gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
+    assert dict(device.exact_options(gpu)) == {"xla_allow_excess_precision": False, "xla_gpu_deterministic_ops": True}
 
 
 def recorded(monkeypatch, device, name):
@@ -955,23 +1006,6 @@ def test_a_model_cut_over_devices_answers_the_same():
         ids, values = generated(request)
         assert result.ids == ids
         np.testing.assert_allclose(result.logprobs, values, atol=2e-5)
-
-
-class OnlySteps:
-    """A guide that allows the last token + 1 or + 7, and the stop token 63 from the fifth on."""
-
-    def __init__(self):
-        self.taken = [0]
-
-    def mask(self):
-        allowed = {(self.taken[-1] + step) % 64 for step in (1, 7)} | ({63} if len(self.taken) > 4 else set())
-        words = np.zeros(2, np.uint32)
-        for token in allowed:
-            words[token // 32] |= np.uint32(1) << np.uint32(token % 32)
-        return words
-
-    def take(self, token):
-        self.taken.append(token)
 
 
 class FailsToFollow(OnlySteps):
