@@ -1073,11 +1073,21 @@ def test_a_guide_and_what_may_forbid_all_that_it_allows_are_refused_together(eng
         engine.submit(Request(prompt(3), 9, dataclasses.replace(GREEDY, **both), guide=OnlySteps))
 
 
-@pytest.mark.parametrize("speculation", [None, PromptLookup(3)], ids=["plain", "lookup"])
-def test_a_guide_has_the_say_over_its_row_alone(engine, speculation):
+def speculating(kind) -> Engine:
+    """Drafts are looked up in the row, or drawn by the model with its last layer taken out, which is often right."""
+    if kind == "lookup":
+        settings = {"speculation": PromptLookup(3)}
+    else:
+        first = PARAMS | {"layers": jax.tree.map(lambda leaf: leaf[:1], PARAMS["layers"])}
+        settings = {"speculation": DraftModel(dataclasses.replace(CONFIG, num_layers=1), 3), "draft_params": first}
+    return build(num_slots=4, num_pages=28, num_host_pages=4, **settings)
+
+
+@pytest.mark.parametrize("kind", ["plain", "lookup", "draft"])
+def test_a_guide_has_the_say_over_its_row_alone(engine, kind):
     """Guided and free rows in one batch: by a NumPy reference of the masks; the free ones as if alone."""
-    if speculation is not None:
-        engine = build(speculation=speculation)
+    if kind != "plain":
+        engine = speculating(kind)
     free = [Request(prompt(9), 20, DRAWN, logprobs=0), Request(REPEATING, 20, GREEDY)]
     guided = [Request(prompt(5), 15, GREEDY, (63,), guide=OnlySteps), Request(prompt(3), 9, DRAWN, guide=OnlySteps)]
     first, a, b, second = answer(engine, free[0], *guided, free[1])
@@ -1101,14 +1111,11 @@ REPEATING = tuple([5, 9, 41, 17, 30, 2] * 5)
 
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
 def test_speculation_changes_no_answer(kind, shared_engine, monkeypatch):
-    """Looked up in the row, or drawn by a model: greedy and drawn answers, penalties, stops, reports and prefixes."""
-    if kind == "lookup":
-        settings = {"speculation": PromptLookup(3)}
-    else:  # the model itself with its last layer's output taken out: often right
-        small = dataclasses.replace(CONFIG, num_layers=1)
-        settings = {"speculation": DraftModel(small, 3)}
-        settings["draft_params"] = PARAMS | {"layers": jax.tree.map(lambda leaf: leaf[:1], PARAMS["layers"])}
-    engine, plain = build(num_slots=4, num_pages=28, num_host_pages=4, **settings), shared_engine
+    """Looked up in the row, or drawn by a model: greedy and drawn answers, penalties, stops, reports and prefixes.
+
+    Of many seeds every answer is the same, token by token: more than any test of how answers are distributed could say.
+    """
+    engine, plain = speculating(kind), shared_engine
     engine.warmup()
     warm, reads = engine.stats().num_compiled, recorded(monkeypatch, engine._device, "_read")
     sampling = dataclasses.replace(DRAWN, presence_penalty=0.5, min_new_tokens=2, seed=3)
@@ -1135,6 +1142,15 @@ def test_speculation_changes_no_answer(kind, shared_engine, monkeypatch):
     assert stats.num_compiled == warm and stats.num_free_pages == 28
     assert max(len(parts) for _, _, parts in reads) >= 3, "no prompts were read at once"
     assert stats.num_turns < 0.9 * stats.num_drawn_tokens, "no draft came true"
+    seeds = [
+        Request(prompt(7, seed=seed % 5) if seed % 2 else REPEATING, 9, SamplingParams(0.3 + seed % 7 / 7, seed=seed))
+        for seed in range(120)
+    ]
+    results = answer(engine, *seeds)
+    assert [result.ids for result in results] == [result.ids for result in answer(plain, *seeds)]
+    after = engine.stats()
+    num_turns, num_drawn = after.num_turns - stats.num_turns, after.num_drawn_tokens - stats.num_drawn_tokens
+    assert num_drawn == 9 * 120 > num_turns and len({result.ids for result in results}) > 110
     assert plain.stats().num_turns == plain.stats().num_drawn_tokens
     drive(plain)
 
