@@ -668,6 +668,8 @@ def test_what_can_never_fit_is_refused_at_once(small_engine):
         {"page_size": 0},
         {"context_buckets": (65,)},
         {"prefill_chunk": 0},
+        {"num_pages": 0},
+        {"num_pages": -3},
         {"limits": Limits(bad_words=-1)},
     ],
 )
