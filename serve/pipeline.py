@@ -10,6 +10,7 @@ The engine knows token ids only; everything that is text is here.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -26,10 +27,11 @@ from internjax.decode.engine import Engine, Mode
 from internjax.decode.request import Request, RequestError
 from internjax.decode.request import Session as EngineSession
 from internjax.decode.router import Router
-from internjax.decode.sizing import buckets_of, fitting_pages, page_bytes, weight_bytes
+from internjax.decode.sizing import buckets_of, fitting_pages, host_pages, page_bytes, weight_bytes
 from internjax.decode.speculate import Speculation
 from internjax.hf.open import Model
 from internjax.model.cache import CacheDType
+from internjax.model.config import NoScaling
 from internjax.model.lora import Lora, apply_config
 from internjax.text import chat as protocol
 from internjax.text.message import INTERPRETER_PROMPT, Chat, Message, tools_message
@@ -68,6 +70,9 @@ __all__ = [
 Given = str | Sequence[int] | Sequence[Message]
 """What is answered: a text or token ids, which go on, or a conversation, which gets a turn."""
 
+_FRACTION, _USUAL_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9"
+"""What XLA takes of a GPU's memory, and what `python -m serve` sets it to where nobody asks for another share."""
+
 _CALL_MARKERS = (ACTION_START, ACTION_END, PLUGIN, INTERPRETER)
 
 
@@ -102,7 +107,7 @@ class Pipeline:
         longest_embedding: int | None = None,
         on_program: Callable[[Compiled], None] | None = None,
     ):
-        """Compiles everything and starts the engine.
+        """Compiles everything and starts the engine. Warns of a context beyond the trained one without rope scaling.
 
         max_context: prompt and answer together, None: what the model was trained for. cache_dtype None: the
         type of the computation. num_pages None: what the device has room for, or, where it does not say what it
@@ -136,6 +141,8 @@ class Pipeline:
         page = page_bytes(model.config, page_size, cache_dtype)
         page += 0 if draft is None else page_bytes(draft.config, page_size, cache_dtype)
         memory_bytes = _memory_bytes()
+        _warn(model, max_context=max_context, knows_memory=memory_bytes is not None)
+        num_host_pages = host_pages(host_bytes, page_bytes=page, num_engines=replicas)
         longest_embedding = max_context if longest_embedding is None else min(longest_embedding, max_context)
         if num_pages is None and memory_bytes is not None:
             num_pages = fitting_pages(
@@ -161,7 +168,7 @@ class Pipeline:
                 num_slots=num_slots,
                 page_size=page_size,
                 num_pages=num_pages,
-                num_host_pages=host_bytes // replicas // page,
+                num_host_pages=num_host_pages,
                 cache_dtype=cache_dtype,
                 lora=lora,
                 tokens_per_dispatch=tokens_per_dispatch,
@@ -499,6 +506,23 @@ def _is_one(prompts: Given | Sequence[Given]) -> bool:
 def _memory_bytes() -> int | None:
     """What a device may hold in all, where it says so."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def _warn(model: Model, *, max_context: int, knows_memory: bool) -> None:
+    """Warns of what is asked for and does nothing, or nothing good."""
+    trained = model.config.max_position_embeddings
+    if max_context > trained and isinstance(model.config.rope_scaling, NoScaling):
+        warnings.warn(
+            f"a context of {max_context:,} tokens, and the model was trained for {trained:,} and has no rope scaling: "
+            "what it says beyond them is likely to be wrong",
+            stacklevel=3,
+        )
+    if not knows_memory and os.environ.get(_FRACTION, _USUAL_FRACTION) != _USUAL_FRACTION:
+        warnings.warn(
+            f"{_FRACTION} (--memory-fraction) is {os.environ[_FRACTION]} and has no effect: a CPU does not say what "
+            "memory it has for a cache. num_pages (--num-pages) sets its size",
+            stacklevel=3,
+        )
 
 
 def _standing_bytes(model: Model, draft: Model | None, room: AdapterRoom | None) -> int:

@@ -29,6 +29,9 @@ traffic-fast, traffic-exact   three times as many requests as slots, alike in th
                               lengths, through the engine. exact: no bit depends on other requests (L1)
 replay, score                 log-probabilities of given answers, by the step that draws and by the forward pass of
                               training
+
+How far the log-probabilities that the engine reports are from those of that forward pass is measured for the same
+traffic, drawn at temperature 1: in both modes, computed in float32 and in bfloat16 (`mismatch`).
 """
 
 import argparse
@@ -134,24 +137,31 @@ def _draw_with_one_key() -> None:
     sample.uniforms = uniforms
 
 
-def _traffic(setting: Setting, folder: Path, batch: int, *, mode: str) -> Callable[[np.ndarray], Tokens]:
-    from internjax.decode.engine import Engine
+def _requests(setting: Setting, prompts_BT: np.ndarray, *, temperature: float, logprobs: int | None = None) -> list:
+    """Returns three requests for every prompt, alike in their first STEM tokens and of mixed lengths."""
     from internjax.decode.request import Request
     from internjax.decode.sample import SamplingParams
+
+    rng = np.random.default_rng(prompts_BT[0])
+    stem = rng.integers(3, setting.model.vocab_size, STEM).tolist()
+    requests = []
+    for seed, prompt in enumerate(np.tile(prompts_BT, (3, 1))):
+        own, sampling = prompt[: rng.integers(1, setting.prompt + 1)].tolist(), SamplingParams(temperature, seed=seed)
+        length = int(rng.integers(1, setting.new_tokens + 1))
+        requests.append(Request((*stem, *own), length, sampling, logprobs=logprobs))
+    return requests
+
+
+def _traffic(setting: Setting, folder: Path, batch: int, *, mode: str) -> Callable[[np.ndarray], Tokens]:
+    from internjax.decode.engine import Engine
     from internjax.hf.open import open_model
 
     model = open_model(folder)
     length = STEM + setting.prompt + setting.new_tokens
     engine = Engine(model.params, model.config, max_context=length, num_slots=batch, mode=mode).start()
-    greedy = SamplingParams(temperature=0.0)
 
     def run(prompts_BT: np.ndarray) -> Tokens:
-        rng = np.random.default_rng(prompts_BT[0])
-        stem = rng.integers(3, setting.model.vocab_size, STEM).tolist()
-        requests = []
-        for prompt in np.tile(prompts_BT, (3, 1)):
-            own = prompt[: rng.integers(1, setting.prompt + 1)].tolist()
-            requests.append(Request((*stem, *own), int(rng.integers(1, setting.new_tokens + 1)), greedy))
+        requests = _requests(setting, prompts_BT, temperature=0.0)
         return [list(handle.result().ids) for handle in [engine.submit(request) for request in requests]]
 
     return run
@@ -301,6 +311,59 @@ def costs(found: Mapping[str, dict]) -> dict[str, float]:
     return {name: ratio for name, each in ratios.items() for ratio in each.values()}
 
 
+def mismatch(setting: Setting, batch: int, *, dtypes: Sequence[str] = ("float32", "bfloat16")) -> dict[str, dict]:
+    """Returns, by dtype and mode, how far the engine's log-probabilities of its own tokens are from the trainer's.
+
+    Per token |log p of the engine - log p of `decode.score.logprobs`|, both of the same weights, computed in `dtype`.
+    """
+    import jax
+
+    from experiments.benchmarks.train_step import random_model
+    from internjax.decode.engine import Engine
+    from internjax.decode.score import logprobs
+
+    plain, params = random_model(setting.model)
+    score = jax.jit(logprobs, static_argnames="config")
+    requests = _requests(setting, prompts_at(setting, batch, 0), temperature=1.0, logprobs=0)
+    length, found = STEM + setting.prompt + setting.new_tokens, {}
+    for dtype in dtypes:
+        config, found[dtype] = dataclasses.replace(plain, dtype=dtype), {}
+        for mode in ("fast", "exact"):
+            engine = Engine(params, config, max_context=length, num_slots=batch, mode=mode)
+            handles = [engine.submit(request) for request in requests]
+            while engine.tick():
+                pass
+            results = [handle.result() for handle in handles]
+            rows = [[*request.tokens, *result.ids] for request, result in zip(requests, results)]
+            tokens_BT = np.array([[*row, *[0] * (length - len(row))] for row in rows], np.int32)  # causal: no influence
+            scores_BT = np.asarray(score(params, tokens_BT, config=config))
+            differences = np.abs(
+                np.concatenate(
+                    [
+                        scores_T[len(request.tokens) : len(request.tokens) + len(result.ids)] - result.logprobs
+                        for scores_T, request, result in zip(scores_BT, requests, results)
+                    ]
+                )
+            )
+            found[dtype][mode] = {
+                "tokens": differences.size,
+                "mean": float(differences.mean()),
+                "max": float(differences.max()),
+            }
+    return found
+
+
+def show_mismatch(found: Mapping[str, Mapping[str, dict]]) -> None:
+    """Prints a line for every dtype and mode."""
+    for dtype, by_mode in found.items():
+        for mode, each in by_mode.items():
+            print(
+                f"|log p, engine - trainer|  {dtype:8} {mode:5}  mean {each['mean']:.1e}, max {each['max']:.1e} "
+                f"of {each['tokens']:,} tokens",
+                flush=True,
+            )
+
+
 def show(found: Mapping[str, dict], batch: int) -> None:
     """Prints a line for every contender."""
     for who, each in found.items():
@@ -340,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     about, peer_packages = record.environment(), contest.packages_of(args.peer_python)
     how = {"num_blocks": args.blocks, "block": args.steps, "peer_python": args.peer_python}
-    found, ratios, guarantees = {}, {}, {}
+    found, ratios, guarantees, apart = {}, {}, {}, {}
     for batch in args.batch:
         found[batch] = measure(args.contenders, args.setting, batch, **how)
         show(found[batch], batch)
@@ -352,6 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         guarantees = measure(GUARANTEES, args.setting, args.guarantees, **how)
         # Requests of mixed lengths: seconds alone can be compared.
         guarantees |= {who: each | {"tokens_per_second": None} for who, each in guarantees.items() if "traffic" in who}
+        apart = mismatch(setting, args.guarantees)
     result = {
         "what": "seconds of one greedy generate call (prompts read, new tokens drawn), medians of interleaved blocks",
         "setting": {"name": args.setting, **setting._asdict(), "model": dataclasses.asdict(setting.model)},
@@ -360,8 +424,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "peer_packages": peer_packages,
         "contenders": found,
         "ratio": ratios,
-        "guarantees": {"batch": args.guarantees, "contenders": guarantees, "cost": costs(guarantees)},
+        "guarantees": {
+            "batch": args.guarantees,
+            "contenders": guarantees,
+            "cost": costs(guarantees),
+            "mismatch": {"formula": "per token drawn, |log p reported by the engine - log p by score|", **apart},
+        },
     }
+    show_mismatch(apart)
     print(f"transformers over ours: {ratios}\nwhat guarantees cost: {costs(guarantees)}")
     record.write(args.output or record.RESULTS / f"decode_{args.setting}.json", result)
     everyone = [*found.values(), guarantees]

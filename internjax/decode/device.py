@@ -111,6 +111,7 @@ class Device:
         context_buckets: Sequence[int],
         row_buckets: Sequence[int],
         reads_together: bool,
+        exact: bool,
         limits: Limits,
         saves_pages: bool,
         speculation: Speculation | None,
@@ -121,6 +122,7 @@ class Device:
         lora: one adapter for all rows. adapter_room: places for several, each row having its own (`adapters`).
         row_buckets: how many slots a block may be for, besides all: the first ones, as many as hold a row.
         reads_together: short parts of several prompts are read at once (`read_shapes`).
+        exact: programs that compute are compiled with `exact_options`.
         saves_pages: contents of pages can be fetched to the host's memory and back. draft_params: of a DraftModel.
         """
         self.config, self._max_context, self._num_slots, self._page_size = config, max_context, num_slots, page_size
@@ -153,6 +155,7 @@ class Device:
             limits=limits,
             num_turns=tokens_per_dispatch,
             speculation=speculation,
+            options=exact_options(self._mesh) if exact else (),
         )
         self._num_compiled = 0
         # On the device: most blocks have no guide in them.
@@ -415,6 +418,21 @@ class _Programs(NamedTuple):
     decode_block: Callable
 
 
+def exact_options(mesh: Mesh) -> tuple[tuple[str, bool], ...]:
+    """Returns the options, name and value, that XLA compiles the programs of exact mode with, for the mesh's devices.
+
+    That every block and chunk has one shape is what makes an answer the same in any company; these fix what a shape
+    leaves open. `xla_allow_excess_precision` off, on all devices: what the model computes in bfloat16 is rounded after
+    every operation, and not only where XLA's fusions happen to end. `xla_gpu_deterministic_ops` on, on a GPU: no
+    operation whose result depends on which thread comes first, and no kernel that is chosen by how long a trial took
+    (XLA turns its autotuning off with it), so another process computes with the same ones. What the second costs has
+    not been measured.
+    """
+    options = (("xla_allow_excess_precision", False),)
+    is_gpu = mesh.devices.flat[0].platform == "gpu"
+    return (*options, ("xla_gpu_deterministic_ops", True)) if is_gpu else options
+
+
 @functools.lru_cache(maxsize=16)
 def _programs(
     config: ModelConfig,
@@ -428,8 +446,12 @@ def _programs(
     limits: Limits,
     num_turns: int,
     speculation: Speculation | None,
+    options: tuple[tuple[str, bool], ...],
 ) -> _Programs:
-    """Returns the programs of a kind of engine. They stay when it ends: the next one of its kind starts at once."""
+    """Returns the programs of a kind of engine. They stay when it ends: the next one of its kind starts at once.
+
+    options: XLA's, of the programs that compute; the others move what is there.
+    """
     draft = _draft(speculation)
     begin = functools.partial(
         empty_state,
@@ -445,10 +467,11 @@ def _programs(
     placed = _placed(jax.eval_shape(begin), config, mesh)
     # Partials of nothing: jit shares the cache of one function, and these programs are counted.
     program = functools.partial(jax.jit, out_shardings=placed)
-    with_result = functools.partial(jax.jit, out_shardings=(placed, sharding.replicated(mesh)), donate_argnums=1)
+    compute = functools.partial(jax.jit, donate_argnums=1, compiler_options=dict(options) or None)
+    with_result = functools.partial(compute, out_shardings=(placed, sharding.replicated(mesh)))
     return _Programs(
         empty_state=program(begin),
-        read_chunk=program(functools.partial(read_chunk, config=config, draft=draft), donate_argnums=1),
+        read_chunk=compute(functools.partial(read_chunk, config=config, draft=draft), out_shardings=placed),
         admit=program(functools.partial(admit), donate_argnums=0),
         clear_pages=program(functools.partial(clear_pages), donate_argnums=0),
         copy_page=program(functools.partial(copy_page), donate_argnums=0),

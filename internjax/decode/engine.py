@@ -118,6 +118,7 @@ class Engine:
         """
         sizes = {"max_context": max_context, "num_slots": num_slots, "page_size": page_size}
         sizes |= {"tokens_per_dispatch": tokens_per_dispatch, "prefill_chunk": prefill_chunk}
+        sizes |= {} if num_pages is None else {"num_pages": num_pages}
         wrong = [f"{name}={value}" for name, value in sizes.items() if value < 1]
         wrong += [f"{name}={value}" for name, value in {"num_host_pages": num_host_pages}.items() if value < 0]
         if wrong or min(limits) < 0 or any(not 1 <= bucket <= max_context for bucket in context_buckets):
@@ -163,6 +164,7 @@ class Engine:
             # What few answers cost does not grow with the slots. Another shape may give other bits.
             row_buckets=() if mode == "exact" else [4**i for i in range(10) if 4 ** (i + 1) <= num_slots],
             reads_together=mode == "fast",
+            exact=mode == "exact",
             limits=limits,
             saves_pages=num_host_pages > 0,
             speculation=speculation,

@@ -14,7 +14,11 @@ from internjax.decode.pages import PageAllocator
 
 
 class Moves(NamedTuple):
-    """What the tree asks of whoever holds the arrays; all of it happens in the order of the calls."""
+    """What the tree asks of whoever holds the arrays; all of it happens in the order of the calls.
+
+    Any of them may raise, where memory is short or a device fails. The tree then forgets what may not be where it says,
+    nobody owns a page more than before, and the error goes on to who asked.
+    """
 
     renew: Callable[[list[int]], None]
     """These pages get a new owner: whatever must not be seen of the last one goes."""
@@ -65,10 +69,11 @@ class PrefixTree:
     def __init__(
         self, allocator: PageAllocator, page_size: int, moves: Moves, *, num_saved: int = 0, grid: int | None = None
     ):
-        """num_saved: pages whose contents the host may keep. grid: rows share a multiple of so many tokens, which must
-        be a multiple of the page size; None: as many as they have in common."""
+        """num_saved: pages whose contents the host may keep. grid: rows leave and share a multiple of so many tokens,
+        which must be a multiple of the page size: of such a step every page was computed alike. None: as many tokens as
+        they have in common."""
         self._allocator, self._page_size, self._moves, self._num_saved = allocator, page_size, moves, num_saved
-        self._pages_per_step = None if grid is None else grid // page_size
+        self._grid = grid
         self._roots: dict[Hashable, _Node] = {}
         self._of_page: dict[int, _Node] = {}
         # Used longest ago first. Whoever uses a node uses those above it, so a child always stands before its parent.
@@ -98,7 +103,11 @@ class PrefixTree:
             return None
         self._evict(count - self._allocator.num_free)
         pages = self._allocator.allocate(count)
-        self._moves.renew(pages)
+        try:
+            self._moves.renew(pages)
+        except BaseException:
+            self._allocator.free(pages)
+            raise
         return pages
 
     def free(self, pages: Sequence[int]) -> None:
@@ -157,22 +166,30 @@ class PrefixTree:
                 del self._saved[node]
             else:
                 self._use(node)
-        fresh = self.allocate(num_pages - len(own) - sum(node.page is not None for node in path))
-        pages = []
-        for node in path:
-            if node.page is None:
-                self._give(node, fresh.pop(0))
-            pages.append(node.page)
-        if tail is not None and tail.page is None:
-            self._saved[tail] = None
-            self._fit_saved(0)
-        if saved:
-            targets = [fresh[0] if node.page is None else node.page for node in saved]
-            self._moves.load(list(saved.values()), targets)
-        if tail is not None:
-            self._moves.copy(fresh[0] if tail.page is None else tail.page, fresh[0], num_tail)
-            if tail.page is not None:
-                self.free([tail.page])
+        owned = [node.page for node in nodes if node.page is not None] + own
+        try:
+            fresh = self.allocate(num_pages - len(own) - sum(node.page is not None for node in path))
+            owned += fresh
+            pages = []
+            for node in path:
+                if node.page is None:
+                    self._give(node, fresh.pop(0))
+                pages.append(node.page)
+            if tail is not None and tail.page is None:
+                self._saved[tail] = None
+                self._fit_saved(0)
+            if saved:
+                targets = [fresh[0] if node.page is None else node.page for node in saved]
+                self._moves.load(list(saved.values()), targets)
+            if tail is not None:
+                self._moves.copy(fresh[0] if tail.page is None else tail.page, fresh[0], num_tail)
+        except BaseException:
+            if saved:  # the others follow the first; their pages may hold nothing yet
+                self._remove(next(iter(saved)))
+            self.free(owned)
+            raise
+        if tail is not None and tail.page is not None:
+            self.free([tail.page])
         return Taken(pages + own + fresh, len(path) * self._page_size + num_tail)
 
     def _match(self, key: Hashable, tokens: Sequence[int]) -> tuple[list[_Node], _Node | None, int]:
@@ -185,8 +202,8 @@ class PrefixTree:
                 break
             path.append(child)
             node = child
-        if self._pages_per_step is not None:
-            return path[: len(path) // self._pages_per_step * self._pages_per_step], None, 0
+        if self._grid is not None:
+            return path[: self._on_grid(len(path) * S) // S], None, 0
         rest = tuple(tokens[len(path) * S : (len(path) + 1) * S])
         at = bisect.bisect_left(node.ordered, rest)
         beside = [(num_common(rest, other), other) for other in node.ordered[max(at - 1, 0) : at + 1]]
@@ -199,9 +216,10 @@ class PrefixTree:
         """Adds a row's pages, which hold the keys and values of `tokens`; returns the pages that the row owns now.
 
         Where the tree has pages of these tokens, the row owns those from now on and its own are freed: so who owns a
-        node's page owns all those above it. To its last page, if that is not full, the row may add nothing more.
+        node's page owns all those above it. To its last page, if that is not full, the row may add nothing more. On a
+        grid, what stands behind its last whole step is left out.
         """
-        pages = list(pages)
+        pages, tokens = list(pages), tokens[: self._on_grid(len(tokens))]
         if not tokens:
             return pages
         node, S = self._roots.setdefault(key, _Node(None, ())), self._page_size
@@ -227,6 +245,9 @@ class PrefixTree:
                 pages[index] = child.page
             node = child
         return pages
+
+    def _on_grid(self, num_tokens: int) -> int:
+        return num_tokens if self._grid is None else num_tokens - num_tokens % self._grid
 
     def _give(self, node: _Node, page: int) -> None:
         """A node without a page gets one that somebody else owns too."""
@@ -281,7 +302,14 @@ class PrefixTree:
             self._remove(node)
         self._fit_saved(len(keep))
         if keep:
-            for node, saved in zip(keep, self._moves.save([node.page for node in keep]), strict=True):
+            try:
+                contents = self._moves.save([node.page for node in keep])
+            except BaseException:
+                # Forgotten, and not idle as before: whoever needs pages next would fail as well.
+                for node in keep:
+                    self._remove(node)
+                raise
+            for node, saved in zip(keep, contents, strict=True):
                 self._let_go(node)
                 node.saved = saved
                 self._saved[node] = None

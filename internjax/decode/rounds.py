@@ -280,8 +280,12 @@ class Rounds:
     def _grow(self) -> None:
         """Gives every row that draws the pages of its next block, the oldest first; the youngest may have to leave."""
         for index in self.seats.oldest_first():
-            while (row := self.seats.rows[index]) is not None and row.drawing and not self.seats.grow(index):
-                self._preempt(self.seats.oldest_first()[-1])
+            if (row := self.seats.rows[index]) is not None and row.drawing:
+                self._guarded(index, row, self._make_room)
+
+    def _make_room(self, index: int, row: Row) -> None:
+        while self.seats.rows[index] is row and not self.seats.grow(index):
+            self._preempt(self.seats.oldest_first()[-1])
 
     def _preempt(self, index: int) -> None:
         row = self.seats.rows[index]

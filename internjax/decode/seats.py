@@ -20,7 +20,7 @@ Mode = Literal["fast", "exact"]
 """fast: a request draws the same tokens in any company, up to rounding of what was computed in other pieces or for
 another number of rows. exact: bit by bit. Then only prompts are shared, in whole chunks as every request reads them;
 all pages of a request are reserved before it begins, so none is ever read again; attention has one width, every
-prompt is read by itself, and every block is for all slots."""
+prompt is read by itself, every block is for all slots, and XLA compiles with `device.exact_options`."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -180,9 +180,11 @@ class Seats:
         """Leaves what a row has read and drawn to later rows that begin with it."""
         row = self.rows[index]
         num_tokens = row.num_cached
-        if self._mode == "exact":  # what the step was fed, or read to be scored, was computed in other pieces
+        # What the step was fed, or read to be scored, or stands behind the last whole chunk, was computed in other
+        # pieces; of the last the tree takes nothing.
+        if self._mode == "exact":
             num_tokens = min(num_tokens, row.num_prompt - 1) if row.shares_prompt else 0
-        if whole_pages or self._mode == "exact":  # a block under way may still write into the last one
+        if whole_pages:  # a block under way may still write into the last one
             num_tokens -= num_tokens % self._page_size
         row.pages = self.tree.insert(row.key, row.tokens[:num_tokens], row.pages)
         self.page_table_BM[index, : len(row.pages)] = row.pages

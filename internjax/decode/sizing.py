@@ -5,6 +5,7 @@ N query heads, V vocabulary, D embed, F ffn, R rows of whole texts.
 """
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,36 @@ def weight_bytes(params: dict, config: ModelConfig) -> int:
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: CacheDType) -> int:
-    """Returns the bytes of one page in all layers, scales included, of a cache that is not cut."""
+    """Returns the bytes of one page in all layers, scales included, of a cache that is not cut.
+
+    Raises ValueError for a page without tokens.
+    """
+    if page_size < 1:
+        raise ValueError(f"a page must hold at least one token, given a page_size of {page_size}")
     one = functools.partial(paged_cache, config, 1, page_size, batch=1, pages_per_row=1, dtype=dtype)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(one)) if leaf.ndim > 2)
+
+
+def host_pages(host_bytes: int, *, page_bytes: int, num_engines: int) -> int:
+    """Returns how many pages each of `num_engines` may keep in `host_bytes` of the host's memory, which they share.
+
+    Raises ValueError for bytes that hold no page, and for more than the machine has.
+    """
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if host_bytes > machine:
+        asked, has = host_bytes / 2**30, machine / 2**30
+        raise ValueError(
+            f"{asked:,.2f} GiB of the host's memory are to hold pages, and it has {has:,.2f} GiB in all; ask for less, "
+            "so that what else runs there has room"
+        )
+    num_pages = host_bytes // num_engines // page_bytes
+    if host_bytes and not num_pages:
+        each = f" for each of {num_engines} replicas" if num_engines > 1 else ""
+        raise ValueError(
+            f"{host_bytes:,} bytes of the host's memory hold no page: one is {page_bytes:,} bytes{each}. Ask for more, "
+            "or for none"
+        )
+    return num_pages
 
 
 def work_bytes(

@@ -11,6 +11,14 @@ from internjax.decode.pages import PageAllocator
 from internjax.decode.prefix_tree import Moves, PrefixTree
 
 NUM_PAGES, S = 9, 3
+NUM_GOOD = st.sampled_from([None, None, None, 0, 1, 2])
+# Beginnings of the same few texts, so that pages come back from the host and are taken over, and any other.
+KNOWN = st.builds(lambda text, length: text[:length], st.sampled_from([[0] * 14, [0, 1] * 7]), st.integers(1, 14))
+TEXTS = KNOWN | st.lists(st.integers(0, 1), min_size=1, max_size=14)
+
+
+class Planted(Exception):
+    pass
 
 
 class Arrays:
@@ -19,25 +27,40 @@ class Arrays:
     def __init__(self):
         self.slots = {page: [None] * S for page in range(NUM_PAGES)}
         self.num_copies = self.num_loads = 0
+        self.num_good: int | None = None
+        """How many more moves succeed before one raises, in the midst of its work; None: all do."""
+
+    def fail(self):
+        if self.num_good is not None:
+            self.num_good -= 1
+            if self.num_good < 0:
+                raise Planted
 
     def renew(self, pages):
         for page in pages:
             self.slots[page] = [None] * S
+        if pages:
+            self.fail()
 
     def copy(self, source, target, count):
         self.slots[target] = self.slots[source][:count] + [None] * (S - count)
+        self.fail()
         self.num_copies += 1
 
     def save(self, pages):
+        self.fail()
         return [list(self.slots[page]) for page in pages]
 
     def load(self, saved, pages):
         assert len(saved) == len(pages)
-        for contents, page in zip(saved, pages):
+        for contents, page in list(zip(saved, pages))[::-1]:
             self.slots[page] = list(contents)
+            if page == pages[len(pages) // 2]:
+                self.fail()
         self.num_loads += len(pages)
 
     def hand_over(self, page):
+        self.fail()
         return page % 4 > 0
 
     @property
@@ -48,55 +71,89 @@ class Arrays:
 class Row:
     def __init__(self, key, tokens, pages):
         self.key, self.tokens, self.pages = key, list(tokens), pages
+        self.num_read = len(tokens)
+        """Tokens that it began with."""
 
 
 class Sharing(RuleBasedStateMachine):
-    """Rows begin with some text, grow, and end with or without leaving their pages in the tree."""
+    """Rows begin with some text, grow, and end with or without leaving their pages in the tree.
+
+    On a grid, as in exact mode, what a slot holds depends on how many tokens were read together, too: of a whole step
+    of the grid, or of what was left of the text that a row began with.
+    """
 
     num_saved = 0
+    grid = None
 
     def __init__(self):
         super().__init__()
         self.arrays = Arrays()
         self.allocator = PageAllocator(NUM_PAGES)
-        self.tree = PrefixTree(self.allocator, S, self.arrays.moves, num_saved=self.num_saved)
+        self.tree = PrefixTree(self.allocator, S, self.arrays.moves, num_saved=self.num_saved, grid=self.grid)
         self.rows: list[Row] = []
+
+    def slot(self, row, index):
+        """What the row's own reading and writing leaves in a slot."""
+        together = 0
+        if self.grid is not None and index < row.num_read:
+            together = min(self.grid, row.num_read - index // self.grid * self.grid)
+        return (row.key, tuple(row.tokens[: index + 1]), together)
 
     def write(self, row, start):
         for index in range(start, len(row.tokens)):
             page = row.pages[index // S]
             assert self.allocator.num_owners(page) == 1, "a shared page is written"
-            self.arrays.slots[page][index % S] = (row.key, tuple(row.tokens[: index + 1]))
+            self.arrays.slots[page][index % S] = self.slot(row, index)
 
-    @rule(key=st.sampled_from("ab"), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14), goes_on=st.booleans())
-    def begin(self, key, tokens, goes_on):
+    def kept(self, row):
+        """The tokens that a row leaves: on a grid, only what it began with."""
+        return row.tokens if self.grid is None else row.tokens[: row.num_read]
+
+    def attempt(self, num_good, work, *arguments, **options):
+        """Returns what the work returns, or Planted where it came to a move that fails: no page is lost by it."""
+        before, self.arrays.num_good = self.tree.num_available, num_good
+        try:
+            return work(*arguments, **options)
+        except Planted:
+            assert self.tree.num_available == before, "a page is lost"
+            return Planted
+        finally:
+            self.arrays.num_good = None
+
+    @rule(key=st.sampled_from("ab"), tokens=TEXTS, goes_on=st.booleans(), num_good=NUM_GOOD)
+    def begin(self, key, tokens, goes_on, num_good):
         before = self.tree.num_available
         shared = self.tree.num_shared(key, tokens)
         num_pages = -(-len(tokens) // S)
         needed = self.tree.num_needed(key, tokens, num_pages)
         assert num_pages - shared // S <= needed <= num_pages + 1
-        taken = self.tree.take(key, tokens, num_pages, goes_on=goes_on)
+        taken = self.attempt(num_good, self.tree.take, key, tokens, num_pages, goes_on=goes_on)
+        if taken is Planted:
+            return
         if taken is None:
             assert self.tree.num_available == before < needed
             return
         assert before >= needed
         assert len(taken.pages) == len(set(taken.pages)) == num_pages
+        assert taken.num_tokens % (self.grid or 1) == 0, "rows are cut where nobody else would cut them"
         # A page is not copied where the copy would need the page itself.
         assert taken.num_tokens == shared or (before == needed and taken.num_tokens == shared // S * S)
         row = Row(key, tokens, taken.pages)
         for index in range(taken.num_tokens):
             found = self.arrays.slots[row.pages[index // S]][index % S]
-            assert found == (key, tuple(tokens[: index + 1])), "a page holds other tokens than the tree says"
+            assert found == self.slot(row, index), "a page holds other tokens than the tree says"
         self.write(row, taken.num_tokens)
         self.rows.append(row)
 
     @precondition(lambda self: self.rows)
-    @rule(data=st.data(), more=st.lists(st.integers(0, 1), min_size=1, max_size=5))
-    def grow(self, data, more):
+    @rule(data=st.data(), more=st.lists(st.integers(0, 1), min_size=1, max_size=5), num_good=NUM_GOOD)
+    def grow(self, data, more, num_good):
         row = data.draw(st.sampled_from(self.rows))
         needed = -(-(len(row.tokens) + len(more)) // S) - len(row.pages)
         available = self.tree.num_available
-        pages = self.tree.allocate(needed)
+        pages = self.attempt(num_good, self.tree.allocate, needed)
+        if pages is Planted:
+            return
         assert (pages is None) == (needed > available)
         # A row never writes into a page that it left in the tree unless the tree holds whole pages of it only.
         if pages is not None:
@@ -109,19 +166,21 @@ class Sharing(RuleBasedStateMachine):
     @rule(data=st.data())
     def insert_whole_pages(self, data):
         row = data.draw(st.sampled_from(self.rows))
-        row.pages = self.tree.insert(row.key, row.tokens[: len(row.tokens) // S * S], row.pages)
+        tokens = self.kept(row)
+        row.pages = self.tree.insert(row.key, tokens[: len(tokens) // S * S], row.pages)
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data(), how=st.sampled_from(["kept", "dropped", "forgotten"]))
     def end(self, data, how):
         row = self.rows.pop(data.draw(st.integers(0, len(self.rows) - 1)))
         if how == "kept":
-            row.pages = self.tree.insert(row.key, row.tokens, row.pages)
+            row.pages = self.tree.insert(row.key, self.kept(row), row.pages)
         elif how == "forgotten":
             self.tree.forget([page for page in row.pages if self.allocator.num_owners(page) == 2])
         self.tree.free(row.pages)
         if how == "kept":
-            assert self.tree.num_shared(row.key, row.tokens) == len(row.tokens)
+            tokens = self.kept(row)
+            assert self.tree.num_shared(row.key, tokens) == len(tokens) - len(tokens) % (self.grid or 1)
 
     @rule()
     def clear(self):
@@ -138,7 +197,18 @@ class Sharing(RuleBasedStateMachine):
             assert self.allocator.num_owners(page) == sum(page in row.pages for row in self.rows) + in_tree
         for row in self.rows:
             for index in range(len(row.tokens)):
-                assert self.arrays.slots[row.pages[index // S]][index % S] == (row.key, tuple(row.tokens[: index + 1]))
+                assert self.arrays.slots[row.pages[index // S]][index % S] == self.slot(row, index)
+
+    @invariant()
+    def every_page_in_the_tree_holds_what_it_says(self):
+        below = [(key, (), root) for key, root in self.tree._roots.items()]
+        for key, before, node in below:
+            for tokens, child in node.children.items():
+                text = before + tokens
+                held = child.saved if child.page is None else self.arrays.slots[child.page]
+                together = self.grid or 0
+                assert held[: len(tokens)] == [(key, text[: len(before) + i + 1], together) for i in range(len(tokens))]
+                below.append((key, text, child))
 
     @invariant()
     def a_page_goes_before_those_above_it(self):
@@ -158,9 +228,16 @@ class SharingWithHost(Sharing):
     num_saved = 4
 
 
-for machine in (Sharing, SharingWithHost):
-    machine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+class SharingOnAGrid(SharingWithHost):
+    """As in exact mode: rows share two pages at a time."""
+
+    grid = 2 * S
+
+
+for machine in (Sharing, SharingWithHost, SharingOnAGrid):
+    machine.TestCase.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
 TestSharing, TestSharingWithHost = Sharing.TestCase, SharingWithHost.TestCase
+TestSharingOnAGrid = SharingOnAGrid.TestCase
 
 
 @pytest.fixture
@@ -188,16 +265,56 @@ def test_what_was_used_longest_ago_goes_first_and_the_beginning_last(arrays):
     assert (tree.num_shared("a", old), tree.num_shared("a", new)) == (3, 0)
 
 
-def test_the_hosts_memory_gives_back_what_was_evicted(arrays):
-    tree = PrefixTree(PageAllocator(NUM_PAGES), S, arrays.moves, num_saved=3)
+@pytest.mark.parametrize(("grid", "num_tokens", "num_loads", "num_copies"), [(None, 7, 3, 1), (2 * S, 6, 2, 0)])
+def test_the_hosts_memory_gives_back_what_was_evicted(arrays, grid, num_tokens, num_loads, num_copies):
+    tree = PrefixTree(PageAllocator(NUM_PAGES), S, arrays.moves, num_saved=3, grid=grid)
     tokens = [1, 2, 3, 4, 5, 6, 7]
     leave(tree, arrays, tokens)
     tree.free(tree.allocate(NUM_PAGES))
-    assert (tree.num_idle, tree.num_saved) == (0, 3)
+    assert (tree.num_idle, tree.num_saved) == (0, num_loads)
     taken = tree.take("a", [*tokens, 8], 3)
-    assert taken.num_tokens == 7 and arrays.num_loads == 3 and arrays.num_copies == 1
-    assert [slot[1][-1] for page in taken.pages for slot in arrays.slots[page] if slot] == tokens
+    assert (taken.num_tokens, arrays.num_loads, arrays.num_copies) == (num_tokens, num_loads, num_copies)
+    assert [slot[1][-1] for page in taken.pages for slot in arrays.slots[page] if slot] == tokens[:num_tokens]
     tree.free(taken.pages)
+
+
+@pytest.mark.parametrize(
+    ("move", "on_host", "goes_on"),
+    [
+        ("renew", False, True),  # after a page was handed over
+        ("hand_over", False, True),
+        ("copy", False, False),
+        ("renew", True, False),
+        ("load", True, False),
+        ("copy", True, False),
+        ("save", False, False),
+    ],
+)
+def test_a_move_that_fails_leaves_every_page_where_it_can_be_had(arrays, move, on_host, goes_on):
+    """Nothing that was not loaded is shared: who asks next gets what the tree still has, and reads the rest."""
+    allocator = PageAllocator(NUM_PAGES)
+    tree, text = PrefixTree(allocator, S, arrays.moves, num_saved=3), [1, 2, 3, 4, 5, 6, 7]
+    leave(tree, arrays, text)
+    if on_host:
+        tree.free(tree.allocate(NUM_PAGES))
+    calls = []
+
+    def failing(*what):
+        calls.append(what)
+        raise Planted
+
+    tree._moves = arrays.moves._replace(**{move: failing})
+    with pytest.raises(Planted):
+        tree.allocate(NUM_PAGES) if move == "save" else tree.take("a", [*text, 8], 4, goes_on=goes_on)
+    tree._moves = arrays.moves
+    assert len(calls) == 1 and tree.num_available == NUM_PAGES
+    assert [allocator.num_owners(page) for page in range(NUM_PAGES)].count(1) == tree.num_idle
+    pages, num_tokens = tree.take("a", [*text, 8], 4)
+    held = [slot for page in pages for slot in arrays.slots[page]]
+    assert held[:num_tokens] == [("a", tuple(text[: i + 1])) for i in range(num_tokens)]
+    tree.free(pages)
+    tree.clear()
+    assert allocator.num_free == NUM_PAGES
 
 
 def test_a_longer_row_takes_the_place_of_the_page_that_was_not_full(arrays):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,15 @@ from internjax.decode.programs import (
     score_chunk,
 )
 from internjax.decode.sample import Allowed, Limits
-from internjax.decode.sizing import buckets_of, embedding_bytes, fitting_pages, page_bytes, weight_bytes, work_bytes
+from internjax.decode.sizing import (
+    buckets_of,
+    embedding_bytes,
+    fitting_pages,
+    host_pages,
+    page_bytes,
+    weight_bytes,
+    work_bytes,
+)
 from internjax.decode.speculate import PromptLookup
 from internjax.kernels.attention import QUERY_CHUNK
 from internjax.model import decoder
@@ -130,3 +139,16 @@ def test_pages_fill_what_weights_and_work_leave():
         ValueError, match=r"4096 tokens does not fit.*memory 15\.00 GiB, weights 15\.00 GiB.*shorter context"
     ):
         find(memory_bytes=15 << 30, cache_dtype="bfloat16")
+
+
+def test_pages_on_the_host_share_its_memory():
+    find = functools.partial(host_pages, page_bytes=1000)
+    assert [find(size, num_engines=2) for size in (0, 2000, 7999)] == [0, 1, 3]
+    with pytest.raises(ValueError, match="1,999 bytes of .* hold no page: one is 1,000 bytes for each of 2 replicas"):
+        find(1999, num_engines=2)
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert find(machine, num_engines=1) == machine // 1000
+    with pytest.raises(ValueError, match=r"GiB of the host's memory are to hold pages, and it has [\d.,]+ GiB in all"):
+        find(machine + 1, num_engines=1)
+    with pytest.raises(ValueError, match="a page must hold at least one token, given a page_size of 0"):
+        page_bytes(CONFIG, 0, "bfloat16")

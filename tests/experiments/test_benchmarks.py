@@ -98,6 +98,16 @@ def test_what_guarantees_cost_is_measured_on_equal_work(tmp_path, monkeypatch):
     assert decode.costs({}) == {}
 
 
+def test_the_engines_log_probabilities_are_held_against_the_trainers(monkeypatch, capsys):
+    monkeypatch.setattr(decode, "STEM", 7)
+    found = decode.mismatch(decode.Setting(SMALL, prompt=4, new_tokens=5), 3, dtypes=("bfloat16",))
+    for mode in ("fast", "exact"):
+        each = found["bfloat16"][mode]
+        assert 9 <= each["tokens"] <= 45 and 0 < each["mean"] < each["max"] < 0.1
+    decode.show_mismatch(found)
+    assert capsys.readouterr().out.count(" tokens\n") == 2
+
+
 CHILD = """
 import sys
 from experiments.benchmarks import contest

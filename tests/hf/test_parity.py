@@ -94,25 +94,6 @@ def test_exports_load_in_stock_transformers_and_generate_the_same(
         row = np.concatenate([row, [[int(ours.argmax())]]], axis=1)
 
 
-def test_greedy_generation_of_stock_transformers_is_ours(torch, tmp_path, config, make_params, tokenizer):
-    """The stock generate loop, with its cache, on the exported folder; no scaling, whose base moves with the length."""
-    from transformers import AutoModelForCausalLM
-
-    config = dataclasses.replace(config, rope_scaling=NoScaling(), max_position_embeddings=64)
-    save_model(tmp_path / "ours", config=config, params=make_params(config), tokenizer=tokenizer)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
-    model, row = open_model(tmp_path / "ours"), random_tokens(config.vocab_size, 5)[:1]
-    with torch.no_grad():
-        theirs = stock.generate(torch.from_numpy(row), max_new_tokens=20, do_sample=False).numpy()
-    ours = np.zeros((1, 25), np.int64)
-    ours[0, :5] = row
-    for length in range(5, 25):  # what stands behind a position has no effect on it
-        ours[0, length] = int(logits(model, ours)[0, length - 1].argmax())
-        if ours[0, length] in model.generation.eos_ids:
-            break
-    np.testing.assert_array_equal(theirs, ours[:, : length + 1])
-
-
 def test_a_scalar_head_is_a_stock_sequence_classifier(torch, tmp_path, config, make_params, tokenizer):
     from transformers import AutoModelForSequenceClassification
 

@@ -7,6 +7,7 @@ import json
 import queue
 import socket
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -325,3 +326,19 @@ def test_a_model_that_cannot_talk_is_refused(tiny_model):
     scalar = dataclasses.replace(tiny_model.config, head="scalar")
     with pytest.raises(ValueError, match="gives scores"):
         Pipeline(dataclasses.replace(tiny_model, config=scalar))
+
+
+def test_sizes_that_cannot_be_are_refused_and_those_that_do_no_good_are_told(tiny_model, monkeypatch):
+    for wrong, message in (
+        ({"page_size": 0}, "a page must hold at least one token"),
+        ({"host_bytes": 100}, "100 bytes of the host's memory hold no page"),
+        ({"host_bytes": 1 << 60}, "GiB of the host's memory are to hold pages"),
+        ({"num_pages": 0}, "engine sizes must be positive.*num_pages=0"),
+    ):
+        with pytest.raises(ValueError, match=message), warnings.catch_warnings(action="error"):
+            Pipeline(tiny_model, **SIZES | wrong)
+    with pytest.raises(ValueError), pytest.warns(UserWarning, match="trained for 256 and has no rope scaling"):
+        Pipeline(tiny_model, max_context=257, num_pages=0)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    with pytest.raises(ValueError), pytest.warns(UserWarning, match=r"\(--memory-fraction\) is 0\.5 and has no effect"):
+        Pipeline(tiny_model, **SIZES, num_pages=0)
