@@ -9,7 +9,7 @@ from internjax.hf.open import open_model
 from internjax.hf.save import save_model
 from internjax.model.config import ModelConfig
 from internjax.text.tokenizer import train_tokenizer
-from serve.params import Params
+from serve.answering.params import Params
 from serve.pipeline import Pipeline
 from tests.weights import random_params
 
