@@ -52,7 +52,6 @@ from experiments.benchmarks.storm_checks import (
 from experiments.benchmarks.storm_client import Exchange, Heard, exchange
 from experiments.benchmarks.storm_traffic import KEPT, Case, Served, Step, case, post, probes
 
-RESULT = record.RESULTS / "storm.json"
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "storm"
 MARK = 1000
@@ -419,7 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-body", type=int, default=16, metavar="MIB", help="with --url: its own (%(default)s)")
     parser.add_argument("--kill", action="store_true", help="kill -9 in the midst of answers, and a new start")
     parser.add_argument("--log", type=Path, help="where the server's log goes (default: not kept)")
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, help="default: results/storm.json, storm_kill.json with --kill")
     args = parser.parse_args(arguments)
     if args.url is not None and args.kill:
         parser.error("--kill is for a server of its own; leave out --url")
@@ -440,8 +439,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     return 0 if asyncio.run(only(target, args.only, **common)) else 1
                 result = asyncio.run(storm(target, requests=args.requests, at_once=args.at_once, **common))
     print(table(result))
-    if not args.kill:
-        record.write(args.output, result | {"environment": record.environment()})
+    output = args.output or record.RESULTS / ("storm_kill.json" if args.kill else "storm.json")
+    record.write(output, result | {"environment": record.environment()})
     return 0 if result["passed"] else 1
 
 
