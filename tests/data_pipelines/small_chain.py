@@ -125,6 +125,21 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def once(folder: Path, run_tasks: executors.Map) -> None:
+    """Runs duplicates over a file of each kind: what they need is compiled, kept for other processes, and imported."""
+    from tests.data_pipelines.test_web_pages import response
+
+    write_corpus(folder / "in.jsonl")
+    (folder / "in.warc").write_bytes(response("http://a.org/", b"<p>one page"))
+    pq.write_table(pa.table({"text": ["one row"]}), folder / "in.parquet", compression="zstd")
+    files = [folder / f"in.{kind}" for kind in ("jsonl", "warc", "parquet")]
+    wanjuan.run_files(files, duplicates(folder), folder / "once", run_tasks)
+
+
+def duplicates(folder: Path) -> list[Stage]:
+    return [Stage("exact", "corpus", dedup.exact_duplicates), stages(folder)[-1]]
+
+
 def under_a_limit(folder: Path) -> None:
     """Runs duplicates over a corpus of ten times the memory that may be taken beyond what the process has.
 
@@ -165,17 +180,11 @@ def under_a_limit(folder: Path) -> None:
     pq.write_table(pa.table({"text": rows}), big / "d.parquet", compression="zstd", write_batch_size=8)
     assert size > 10 * limit, size
     del rows
-    duplicates = [Stage("exact", "corpus", dedup.exact_duplicates), stages(folder)[-1]]
     small = Sizes(unit_bytes=4 << 20, batch_bytes=1 << 18)
     with executors.local(1) as run_tasks:
-        # Compiled and imported beforehand.
-        write_corpus(folder / "in.jsonl")
-        (folder / "in.warc").write_bytes(response("http://a.org/", b"<p>one page"))
-        pq.write_table(pa.table({"text": ["one row"]}), folder / "in.parquet", compression="zstd")
-        warm = [folder / f"in.{kind}" for kind in ("jsonl", "warc", "parquet")]
-        wanjuan.run_files(warm, duplicates, folder / "warm", run_tasks)
+        once(folder, run_tasks)
         with at_most(limit):
-            ledger = wanjuan.run_files([big], duplicates, folder / "out", run_tasks, sizes=small)
+            ledger = wanjuan.run_files([big], duplicates(folder), folder / "out", run_tasks, sizes=small)
     print(size // limit, ledger.stages["near"].documents_kept)
 
 
@@ -245,6 +254,9 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     if sys.argv[2:] == ["memory"]:
         under_a_limit(place)
+    elif sys.argv[2:] == ["once"]:
+        with executors.local(1) as one_thread:
+            once(place, one_thread)
     elif sys.argv[2:] == ["ray"]:
         from tests.data_pipelines import small_chain  # Ray's workers import its functions by this name
 
