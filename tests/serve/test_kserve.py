@@ -1,5 +1,6 @@
 """The KServe v2 protocol, asked by Triton's own clients over real sockets; the engine answers from a script."""
 
+import asyncio
 import contextlib
 import gzip
 import itertools
@@ -831,13 +832,16 @@ def test_clients_that_are_stopped_and_connections_without_calls_are_given_up(scr
         finally:
             stopped.kill()
             stopped.wait()
-        states = []
-        with grpc.insecure_channel(server.grpc_address) as channel:
-            channel.subscribe(states.append)
-            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            for _ in range(2):
-                assert stub.ServerLive(service_pb2.ServerLiveRequest()).live
-                eventually(lambda: states[-1] is grpc.ChannelConnectivity.IDLE)
+
+        async def idle_twice():
+            async with grpc.aio.insecure_channel(server.grpc_address) as channel:
+                stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+                for _ in range(2):
+                    assert (await stub.ServerLive(service_pb2.ServerLiveRequest())).live
+                    while channel.get_state() is not grpc.ChannelConnectivity.IDLE:
+                        await asyncio.sleep(0.01)
+
+        asyncio.run(asyncio.wait_for(idle_twice(), 10))
 
 
 def test_a_client_that_does_not_read_its_stream_is_given_up(scripted, eventually):
