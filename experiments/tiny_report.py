@@ -141,8 +141,8 @@ def _data(results: dict[str, dict]) -> list[Section]:
     ]
     text = (
         f"{found['num_documents']:,} documents read, {found['num_kept']:,} kept, {found['num_held_out']:,} of them "
-        f"held out by file ({found['held_out_bytes'] / 1e6:.2f} MB beside "
-        f"{found['train_bytes'] / 1e6:.1f} MB for training)."
+        f"held out by file ({found['held_out_bytes'] / 1e3:,.0f} kB beside "
+        f"{found['train_bytes'] / 1e3:,.0f} kB for training)."
     )
     tokenizer = results.get("tokenizer", {})
     if "vocab_size" in tokenizer:
@@ -151,7 +151,11 @@ def _data(results: dict[str, dict]) -> list[Section]:
             f"{tokenizer['bytes_per_token']:.2f} bytes each."
         )
     sources = Table(["source", "documents kept"], sorted(found["by_source"].items()))
-    dropped = Table(["stage", "reason", "documents"], rows, caption="Ledger: every removed document has a reason.")
+    dropped = (
+        Table(["stage", "reason", "documents"], rows, caption="Ledger: every removed document has a reason.")
+        if rows
+        else Text("Ledger: no document was removed.")
+    )
     return [Section("Data", [Text(text), sources, dropped])]
 
 

@@ -414,6 +414,11 @@ def test_conversations_feed_fine_tuning(tmp_path):
             assert "left out" in printed and f"chats.jsonl:{len(tasks) + 1}: not valid JSON" in printed
     found = results(tmp_path / "tiny")
     assert found["data"]["num_bad_rows"] == 1 and found["sft"]["num_steps"] == CONFIG.sft_steps
+    removed, report = (
+        found["data"]["num_documents"] - found["data"]["num_kept"],
+        (tmp_path / "tiny" / "report.md").read_text(),
+    )
+    assert ("no document was removed" in report) == (removed == 0) and " kB for training)" in report
     assert "preferences are made for functions of the standard library" in found["reward"]["skipped"]
 
 
