@@ -27,6 +27,7 @@ from internjax.decode.request import Handle, Request, Session, check_options
 from internjax.decode.rounds import Rounds
 from internjax.decode.sample import Limits
 from internjax.decode.seats import Mode, Row, Seats
+from internjax.decode.sizing import row_buckets_of
 from internjax.decode.speculate import DraftModel, Speculation
 from internjax.decode.timing import Timings
 from internjax.model import rope
@@ -161,8 +162,7 @@ class Engine:
             tokens_per_dispatch=tokens_per_dispatch,
             prefill_chunk=prefill_chunk,
             context_buckets=context_buckets,
-            # What few answers cost does not grow with the slots. Another shape may give other bits.
-            row_buckets=() if mode == "exact" else [4**i for i in range(10) if 4 ** (i + 1) <= num_slots],
+            row_buckets=() if mode == "exact" else row_buckets_of(num_slots),  # another shape may give other bits
             reads_together=mode == "fast",
             exact=mode == "exact",
             limits=limits,

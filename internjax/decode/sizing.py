@@ -118,6 +118,15 @@ def buckets_of(max_context: int) -> tuple[int, ...]:
     return tuple(128 * 4**i for i in range(32) if 128 * 4**i < max_context)
 
 
+def row_buckets_of(num_slots: int) -> tuple[int, ...]:
+    """Returns the numbers of slots, fewer than all, that are worth programs of their own: 1, 4, 16 and so on, and half.
+
+    What few answers cost does not grow with the slots, and where half of them answer, half is paid for.
+    """
+    few = {4**i for i in range(16) if 4 ** (i + 1) <= num_slots}
+    return tuple(sorted(few | {num_slots // 2} - {0, 1, 2}))
+
+
 def fitting_pages(
     config: ModelConfig,
     *,

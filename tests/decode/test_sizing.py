@@ -28,6 +28,7 @@ from internjax.decode.sizing import (
     fitting_pages,
     host_pages,
     page_bytes,
+    row_buckets_of,
     weight_bytes,
     work_bytes,
 )
@@ -82,6 +83,9 @@ def test_the_work_is_not_more_than_foretold(dtype, speculation):
 def test_shorter_contexts_have_programs_of_their_own():
     assert buckets_of(128) == () and buckets_of(129) == (128,) and buckets_of(1024) == (128, 512)
     assert buckets_of(200_000) == (128, 512, 2048, 8192, 32_768, 131_072)
+    assert [row_buckets_of(num_slots) for num_slots in (1, 2, 3, 4, 6)] == [(), (), (), (1,), (1, 3)]
+    assert [row_buckets_of(num_slots) for num_slots in (8, 12, 16)] == [(1, 4), (1, 6), (1, 4, 8)]
+    assert [row_buckets_of(num_slots) for num_slots in (32, 64)] == [(1, 4, 16), (1, 4, 16, 32)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
