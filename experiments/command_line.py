@@ -22,12 +22,10 @@ import json
 import os
 import re
 import shlex
-import shutil
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from internjax.compile_cache import keep_programs
@@ -152,15 +150,6 @@ def parse(config: Config, args: Sequence[str] | None = None) -> Config:
         run = config.run or name.rpartition(".")[2]
         config = dataclasses.replace(config, run=f"{run}-{os.environ['WANDB_RUN_ID']}")
     return config
-
-
-def python() -> str:
-    """Returns this interpreter as one types it in a shell in the working directory, for commands that are printed."""
-    here = Path(sys.executable)
-    found = shutil.which("python")
-    if found is not None and os.path.abspath(found) == os.path.abspath(here):
-        return "python"
-    return shlex.quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
 
 
 def typed(config: Any, default: Any) -> list[str]:

@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 
 from data_pipelines.readers import existing
 from experiments import tiny_models, tiny_report, tiny_rlhf, tiny_use
-from experiments.command_line import guarded, parse, python, typed
+from experiments.command_line import guarded, parse, typed
 from experiments.tiny_config import Skip, Tiny, folder
-from internjax.train.tracking import differing_fields, to_json
+from internjax.train.tracking import differing_fields, python, to_json
 
 
 class Stage(NamedTuple):

@@ -374,11 +374,20 @@ def _packages() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def python() -> str:
+    """Returns this interpreter as one types it in a shell in the working directory, for commands that are told."""
+    here = Path(sys.executable)
+    found = shutil.which("python")
+    if found is not None and os.path.abspath(found) == os.path.abspath(here):
+        return "python"
+    return shlex.quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
+
+
 def _command() -> str:
     """Returns what was typed, as far as it can be known: `python -m MODULE` is told from the path of a file."""
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     named = [sys.argv[0]] if module is None else ["-m", module.name.removesuffix(".__main__")]
-    return shlex.join([sys.executable, *named, *sys.argv[1:]])
+    return f"{python()} {shlex.join([*named, *sys.argv[1:]])}"
 
 
 def _git(*arguments: str) -> str | None:

@@ -22,7 +22,7 @@ from data_pipelines.loading import batches, open_rows
 from eval import ngram
 from experiments import tiny, tiny_config, tiny_models, tiny_rlhf, tiny_use
 from experiments.benchmarks import quickstart
-from experiments.command_line import parse, python
+from experiments.command_line import parse
 from experiments.tiny_config import Tiny
 from experiments.training import run_path
 from internjax.hf.open import open_model
@@ -30,6 +30,7 @@ from internjax.model.lora import LoraConfig
 from internjax.text import chat
 from internjax.text.tokenizer import load_tokenizer
 from internjax.train.optimizer import Cosine
+from internjax.train.tracking import python
 from tests.experiments.conftest import SMALL, TEXTS, write_chats
 
 MODULES = ("textwrap", "queue", "string", "shlex", "bisect", "heapq", "copy")
