@@ -213,7 +213,7 @@ def _add_answers(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-pause",
         type=_milliseconds,
-        default=4,
+        default=2,
         metavar="MS",
         help="tokens come one by one where several at once would take longer than this after those before "
         "(%(default)g)",
