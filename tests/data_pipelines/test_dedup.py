@@ -33,7 +33,8 @@ def reasons_of(stage, batch, scratch):
 
 
 def plain_shingles(text):
-    words = [word.lower() for word in plain_words(text)]
+    # Of ASCII letters alone is the case left aside; such letters and others make no word together.
+    words = [word.lower() if word.isascii() else word for word in plain_words(text)]
     return {tuple(words[i : i + 5]) for i in range(max(len(words) - 4, min(len(words), 1)))}
 
 
