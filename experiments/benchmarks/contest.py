@@ -1,9 +1,9 @@
 """Contenders in processes of their own that work in turns: what benchmarks beside other frameworks have in common.
 
-All have the same settings of malloc (`internjax.host_memory`). Whatever else the machine does meets all contenders, a
-block of steps each; a figure is the median over all blocks. What the first steps gave (losses of training, tokens of
-decoding) is compared before anything is timed. A contender that ends early (no memory, a package that is missing) is
-reported with its code, and the others go on.
+All have the settings of malloc (`internjax.host_memory`) that our commands for the same work have. Whatever else the
+machine does meets all contenders, a block of steps each; a figure is the median over all blocks. What the first steps
+gave (losses of training, tokens of decoding) is compared before anything is timed. A contender that ends early (no
+memory, a package that is missing) is reported with its code, and the others go on.
 """
 
 import argparse
@@ -87,11 +87,16 @@ def peak_bytes() -> int:
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or peak_rss()
 
 
-def work(build: Callable[[], Contender]) -> None:
-    """Does blocks of steps when told to ("N" on a line of the input) and answers each with a line of JSON."""
+def work(build: Callable[[], Contender], *, keeps_memory: bool = True) -> None:
+    """Does blocks of steps when told to ("N" on a line of the input) and answers each with a line of JSON.
+
+    keeps_memory: as the commands of `experiments` and, so that malloc is set alike, a peer; what a server does is done
+    as `python -m serve` does it, without.
+    """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr; stdout is the answers'
-    keep_freed()  # as our commands do; a peer's process gets the same settings of malloc
+    if keeps_memory:
+        keep_freed()
     contender, position = build(), 0
     for line in sys.stdin:
         seconds, results = [], []

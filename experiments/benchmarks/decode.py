@@ -395,7 +395,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     setting = SETTINGS[args.setting]
     if args.worker:
-        contest.work(lambda: contender(args.worker, setting, args.folder, args.batch[0]))
+        is_served = args.worker == "engine" or args.worker.startswith("traffic-")
+        contest.work(lambda: contender(args.worker, setting, args.folder, args.batch[0]), keeps_memory=not is_served)
         return
     if args.blocks < 5:
         parser.error(f"--blocks {args.blocks}: a median of fewer than 5 turns says little")

@@ -132,12 +132,14 @@ class Seats:
 
     def is_read_elsewhere(self, row: Row) -> bool:
         """Returns whether another row is reading more of what this one begins with than the tree holds."""
+        held = None
         for other in self.taken.values():
-            if other.drawing or (self._mode == "exact" and not other.shares_prompt):
+            if other.drawing or (self._mode == "exact" and not other.shares_prompt) or other.key != row.key:
                 continue
-            if other.key == row.key:
-                common = num_common(row.sharable, other.tokens[:-1])
-                if common - common % self._step > self.tree.num_shared(row.key, row.sharable):
+            common = num_common(row.sharable, other.tokens[:-1])
+            if common := common - common % self._step:
+                held = self.tree.num_shared(row.key, row.sharable) if held is None else held
+                if common > held:
                     return True
         return False
 
