@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from internjax import sharding
 from internjax.decode.adapters import AdapterPlaces, RowAdapters
-from internjax.decode.generate import DecodeState, decoding_params
+from internjax.decode.generate import DecodeState, decoding_params, layers_decode_apart
 from internjax.decode.prefix_tree import Moves
 from internjax.decode.programs import (
     ROWS_TOGETHER,
@@ -41,10 +41,10 @@ from internjax.decode.programs import (
 )
 from internjax.decode.sample import Allowed, Limits, SamplingParams, stack
 from internjax.decode.speculate import DraftModel, Speculation
-from internjax.model import rope
+from internjax.model import decoder, rope
 from internjax.model.cache import CacheDType
 from internjax.model.config import ModelConfig
-from internjax.model.lora import ATTENTION_TARGETS, FFN_TARGETS, Lora
+from internjax.model.lora import ATTENTION_TARGETS, FFN_TARGETS, Lora, with_gains
 
 _PAGES_AT_ONCE = 16
 """Pages that travel to or from the host's memory in one call."""
@@ -137,10 +137,10 @@ class Device:
         self.chunks = sorted({size for _, size in self._read_shapes})
         self._admitted = 1, min(ROWS_TOGETHER, num_slots)
         params = jax.tree.map(jnp.asarray, decoding_params(params, config))
-        self._mesh, self._lora = sharding.mesh_of(params), lora
+        self._mesh, self._lora = sharding.mesh_of(params), None if lora is None else with_gains(lora, params)
         if (draft := _draft(speculation)) is not None:
             draft_params = jax.device_put(decoding_params(draft_params, draft.config), sharding.replicated(self._mesh))
-        self._weights = Weights(params, draft_params)
+        self._weights = Weights(*(_as_decoded(each) for each in (params, draft_params)))
         self.adapters = None
         if adapter_room is not None:
             self.adapters = AdapterPlaces(params, **adapter_room._asdict(), dtype=config.dtype)
@@ -484,6 +484,10 @@ def _programs(
             functools.partial(decode_block, config=config, num_turns=num_turns, speculation=speculation),
         ),
     )
+
+
+def _as_decoded(params: dict | None) -> dict | None:
+    return decoder.with_layers_apart(params) if params is not None and layers_decode_apart(params) else params
 
 
 def _draft(speculation: Speculation | None) -> DraftModel | None:

@@ -306,6 +306,17 @@ def decoding_params(params: dict, config: ModelConfig) -> dict:
     return cast_params | {"head": params["head"]} if config.norm_head else cast_params
 
 
+def layers_decode_apart(params: dict) -> bool:
+    """Returns whether a step is faster with layers that stand apart (`decoder.with_layers_apart`): on one CPU device.
+
+    Of parameters that are being traced the default device is taken for theirs.
+    """
+    leaf = jax.tree.leaves(params)[0]
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+        return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size in (0, 1)
+    return len(leaf.sharding.device_set) == 1 and all(device.platform == "cpu" for device in leaf.devices())
+
+
 class Generation(NamedTuple):
     """What was generated, without the prompts; everything past a row's length is 0."""
 
@@ -339,11 +350,13 @@ def _start(
     return prefill(params, state, config=config, prompt_length=T, lora=lora)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "cache_dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "cache_dtype", "apart"))
 def _generate(
-    params, prompts_BT, lengths_B, sampling, stop_ids, inv_freq_BF, lora, *, config, max_new_tokens, cache_dtype
+    params, prompts_BT, lengths_B, sampling, stop_ids, inv_freq_BF, lora, *, config, max_new_tokens, cache_dtype, apart
 ) -> Generation:
     params = decoding_params(params, config)
+    lora = None if lora is None else with_gains(lora, params)  # before the loop, not with every token
+    params = decoder.with_layers_apart(params) if apart else params
     state = _start(
         params,
         prompts_BT,
@@ -356,7 +369,6 @@ def _generate(
         max_new_tokens=max_new_tokens,
         cache_dtype=cache_dtype,
     )
-    lora = None if lora is None else with_gains(lora, params)  # before the loop, not with every token
     start_B, index_BN = state.lengths_B, jnp.arange(max_new_tokens)
     state = lax.while_loop(
         lambda state: state.active_B.any(), lambda state: step(params, state, config=config, lora=lora), state
@@ -421,15 +433,29 @@ def generate(
         config=config,
         max_new_tokens=max_new_tokens,
         cache_dtype=cache_dtype or config.dtype,
+        apart=layers_decode_apart(params),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "cache_dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "cache_dtype", "apart"))
 def _replay(
-    params, prompts_BT, lengths_B, answers_BN, answer_lengths_B, sampling, inv_freq_BF, lora, *, config, cache_dtype
+    params,
+    prompts_BT,
+    lengths_B,
+    answers_BN,
+    answer_lengths_B,
+    sampling,
+    inv_freq_BF,
+    lora,
+    *,
+    config,
+    cache_dtype,
+    apart,
 ) -> jax.Array:
     N = answers_BN.shape[1]
     params = decoding_params(params, config)
+    lora = None if lora is None else with_gains(lora, params)
+    params = decoder.with_layers_apart(params) if apart else params
     settings = {"config": config, "max_new_tokens": N, "cache_dtype": cache_dtype}
     nothing_I = jnp.zeros(0, jnp.int32)
     state = _start(params, prompts_BT, lengths_B, sampling, nothing_I, inv_freq_BF, lora, **settings)
@@ -437,7 +463,6 @@ def _replay(
     state = dataclasses.replace(
         state, max_lengths_B=start_B + answer_lengths_B, active_B=state.active_B & (answer_lengths_B > 0)
     )
-    lora = None if lora is None else with_gains(lora, params)
 
     def one_more(carry):
         index, state = carry
@@ -488,6 +513,7 @@ def replay(
         lora,
         config=config,
         cache_dtype=cache_dtype or config.dtype,
+        apart=layers_decode_apart(params),
     )
 
 
@@ -524,7 +550,9 @@ def stream(
 ) -> Iterator[Streamed]:
     """Yields the tokens of `generate` one step at a time, as they are drawn. Arguments are those of `generate`."""
     _check(prompts_BT, lengths_B, config, max_new_tokens)
-    params = decoding_params(params, config)
+    apart, params = layers_decode_apart(params), decoding_params(params, config)
+    lora = None if lora is None else with_gains(lora, params)
+    params = decoder.with_layers_apart(params) if apart else params
     state = _start(
         params,
         prompts_BT,

@@ -8,12 +8,13 @@ B batch, T time, D embed, N query heads, K key/value heads, H head dim, F freque
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from internjax.kernels.attention import attention
@@ -332,8 +333,9 @@ def forward(
 ) -> Forward:
     """Returns the final-normed hidden states `[B, T, D]`, the updated cache, and where each layer is finite.
 
-    positions default to 0..T-1, segments to 1 (0 is padding: never attended, never cached), inv_freq to the config's
-    frequencies. Under a cache, row b's token at position p is stored in slot p of its pages and attends to slots 0..p.
+    The layers of `params` are stacked, or stand apart (`with_layers_apart`). positions default to 0..T-1, segments to 1
+    (0 is padding: never attended, never cached), inv_freq to the config's frequencies. Under a cache, row b's token at
+    position p is stored in slot p of its pages and attends to slots 0..p.
     embedding_noise: alpha of NEFTune, drawn from dropout_rng.
     """
     B, T = tokens_BT.shape
@@ -344,11 +346,62 @@ def forward(
     if inv_freq_BF is None:
         inv_freq_BF = rope.inv_freq(config)[None]
     variables, adapter = _variables(params, lora)
+    if isinstance(params["layers"], tuple):
+        assert dropout_rng is None, "layers that stand apart are for decoding, which drops nothing"
+        inputs = tokens_BT, positions_BT, segments_BT, inv_freq_BF
+        return _forward_apart(variables, inputs, cache, config=config, adapter=adapter)
     rngs = None if dropout_rng is None else {"dropout": dropout_rng}
     found = Decoder(config, embedding_noise=embedding_noise, **adapter).apply(
         variables, tokens_BT, positions_BT, segments_BT, inv_freq_BF, cache, method=Decoder.hidden, rngs=rngs
     )
     return Forward(*found)
+
+
+def _forward_apart(
+    variables: dict, inputs: Sequence[jax.Array], cache: KVCache | None, *, config: ModelConfig, adapter: dict
+) -> Forward:
+    """Returns what `forward` does, one layer after the other; variables: collections whose layers stand apart."""
+    layers = variables["params"]["layers"]
+    others = {"params": _without_layers(variables["params"])}
+    decoder = Decoder(config, **adapter)
+    x_BTD, inputs = decoder.apply(others, *inputs, method=Decoder.begin)
+    block = Block(config, functools.partial(Linear, config=config, **adapter))
+    factors, finite = variables.get("lora", {}).get("layers"), []
+    for index, own in enumerate(layers):
+        mine = {"params": own} | ({} if factors is None else {"lora": layer_of(factors, index)})
+        (x_BTD, cache), is_finite_BT = block.apply(mine, (x_BTD, cache), jnp.int32(index), inputs)
+        finite.append(is_finite_BT)
+    hidden_BTD = decoder.apply(others, x_BTD, method=lambda decoder, x_BTD: decoder.norm(x_BTD))
+    return Forward(hidden_BTD, cache, jnp.stack(finite) if cache is None else None)
+
+
+def _without_layers(params: dict) -> dict:
+    return {name: part for name, part in params.items() if name != "layers"}
+
+
+def layer_of(layers: dict, index: int) -> dict:
+    """Returns one layer of a stacked tree."""
+    return jax.tree.map(lambda leaf: leaf[index], layers)
+
+
+def with_layers_apart(params: dict) -> dict:
+    """Returns the parameters with a tuple of layers in place of the stack, for `forward` and `unembed`.
+
+    On a CPU XLA copies a layer's matrices out of the stack each time it multiplies by them, which for few rows takes as
+    long as the product: a step of a model of 20 million parameters reads 69 MB in 3.5 ms instead of 6.2. Programs grow
+    with the layers. Arrays on the one CPU device are looked at in place, not copied (where a layer begins at a multiple
+    of 64 bytes).
+    """
+    layers = params["layers"]
+
+    def own(leaf, index):
+        if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+            return leaf[index]
+        return jax.device_put(np.asarray(leaf)[index], leaf.sharding.device_set.copy().pop())
+
+    num_layers = jax.tree.leaves(layers)[0].shape[0]
+    apart = [jax.tree.map(functools.partial(own, index=index), layers) for index in range(num_layers)]
+    return params | {"layers": tuple(apart)}
 
 
 def begin(params: dict, tokens_BT: jax.Array, *, config: ModelConfig) -> tuple[jax.Array, Inputs]:
@@ -391,6 +444,7 @@ def _with_normalised_head(params: dict, config: ModelConfig) -> dict:
 def unembed(params: dict, hidden_BTD: jax.Array, *, config: ModelConfig, lora: Lora | None = None) -> jax.Array:
     """Returns float32 logits `[B, T, V]` of final-normed hidden states, or scores `[B, T, 1]` with a scalar head."""
     variables, adapter = _variables(_with_normalised_head(params, config), lora)
+    variables |= {"params": _without_layers(variables["params"])}
     return Decoder(config, **adapter).apply(variables, hidden_BTD, method=Decoder.unembed)
 
 

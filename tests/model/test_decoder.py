@@ -12,6 +12,8 @@ import scipy.special
 from internjax.model import decoder
 from internjax.model.cache import dense_cache, paged_cache
 from internjax.model.config import INTERNLM2_1_8B, INTERNLM2_7B, INTERNLM2_20B, ModelConfig, num_params
+from internjax.model.lora import LoraConfig, apply_config, init_lora, with_gains
+from internjax.model.quantize import quantize_params
 from tests.weights import random_params
 
 SMALL = ModelConfig(
@@ -208,3 +210,41 @@ def test_tied_embeddings_have_no_head(params):
 def test_impossible_configs_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         dataclasses.replace(SMALL, **change)
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "nf4", "one layer"])
+def test_layers_that_stand_apart_compute_what_the_stack_does(kind, params):
+    config, lora = SMALL, None
+    if kind == "one layer":
+        config = dataclasses.replace(SMALL, num_layers=1)
+        params = params | {"layers": jax.tree.map(lambda leaf: leaf[:1], params["layers"])}
+    elif kind == "nf4":
+        params = quantize_params(params, scheme="nf4", group=16)
+    elif kind == "dora":
+        how = LoraConfig(rank=4, alpha=8.0, kind="dora")
+        weights = jax.tree.map(lambda leaf: leaf + 0.1, init_lora(how, params, jax.random.key(1)))
+        lora = with_gains(apply_config(weights, how), params)  # of the stack; a layer alone has no magnitudes
+    apart = decoder.with_layers_apart(params)
+    assert len(apart["layers"]) == config.num_layers
+
+    @jax.jit
+    def both(params, cache):
+        whole = decoder.forward(params, inputs, config=config, lora=lora)
+        cached = decoder.forward(params, inputs, config=config, lora=lora, cache=cache)
+        logits = [decoder.unembed(params, each.hidden_BTD, config=config, lora=lora) for each in (whole, cached)]
+        return logits, whole.finite_LBT, cached.cache
+
+    inputs = tokens(2, 7)
+    expected, found = (both(each, dense_cache(config, 2, 9, dtype="float32")) for each in (params, apart))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), expected, found)
+    assert found[1].shape == (config.num_layers, 2, 7) and found[1].all()
+    inner = np.abs(expected[0][0] - decoder.logits(params, inputs, config=config)).max()
+    assert (inner > 0.01) == (kind == "dora"), "the adapter counts"
+
+
+def test_layers_that_stand_apart_lie_where_the_stack_lies(params):
+    up = params["layers"]["ffn"]["up"]["kernel"]
+    for index, own in enumerate(decoder.with_layers_apart(params)["layers"]):
+        kernel = own["ffn"]["up"]["kernel"]
+        np.testing.assert_array_equal(kernel, up[index])
+        assert kernel.unsafe_buffer_pointer() == up.unsafe_buffer_pointer() + index * kernel.nbytes, "nothing is copied"
