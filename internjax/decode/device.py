@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from internjax import sharding
 from internjax.decode.adapters import AdapterPlaces, RowAdapters
-from internjax.decode.generate import DecodeState, decoding_params, layers_decode_apart
+from internjax.decode.generate import DecodeState, decoding_params
 from internjax.decode.prefix_tree import Moves
 from internjax.decode.programs import (
     ROWS_TOGETHER,
@@ -140,7 +140,7 @@ class Device:
         self._mesh, self._lora = sharding.mesh_of(params), None if lora is None else with_gains(lora, params)
         if (draft := _draft(speculation)) is not None:
             draft_params = jax.device_put(decoding_params(draft_params, draft.config), sharding.replicated(self._mesh))
-        self._weights = Weights(*(_as_decoded(each) for each in (params, draft_params)))
+        self._weights = Weights(*(each and decoder.with_layers_apart(each) for each in (params, draft_params)))
         self.adapters = None
         if adapter_room is not None:
             self.adapters = AdapterPlaces(params, **adapter_room._asdict(), dtype=config.dtype)
@@ -484,10 +484,6 @@ def _programs(
             functools.partial(decode_block, config=config, num_turns=num_turns, speculation=speculation),
         ),
     )
-
-
-def _as_decoded(params: dict | None) -> dict | None:
-    return decoder.with_layers_apart(params) if params is not None and layers_decode_apart(params) else params
 
 
 def _draft(speculation: Speculation | None) -> DraftModel | None:

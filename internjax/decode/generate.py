@@ -306,15 +306,14 @@ def decoding_params(params: dict, config: ModelConfig) -> dict:
     return cast_params | {"head": params["head"]} if config.norm_head else cast_params
 
 
-def layers_decode_apart(params: dict) -> bool:
-    """Returns whether a step is faster with layers that stand apart (`decoder.with_layers_apart`): on one CPU device.
+def _prepared(params: dict, lora: Lora | None) -> tuple[dict, Lora | None]:
+    """Returns both as the programs take them: the layers where they are read fastest, adapters with their gains, which
+    are those of a stack."""
+    apart = decoder.with_layers_apart(params)
+    return apart, lora if lora is None or apart is params else _with_gains(lora, params)
 
-    Of parameters that are being traced the default device is taken for theirs.
-    """
-    leaf = jax.tree.leaves(params)[0]
-    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
-        return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size in (0, 1)
-    return len(leaf.sharding.device_set) == 1 and all(device.platform == "cpu" for device in leaf.devices())
+
+_with_gains = jax.jit(with_gains)
 
 
 class Generation(NamedTuple):
@@ -350,13 +349,12 @@ def _start(
     return prefill(params, state, config=config, prompt_length=T, lora=lora)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "cache_dtype", "apart"))
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "cache_dtype"))
 def _generate(
-    params, prompts_BT, lengths_B, sampling, stop_ids, inv_freq_BF, lora, *, config, max_new_tokens, cache_dtype, apart
+    params, prompts_BT, lengths_B, sampling, stop_ids, inv_freq_BF, lora, *, config, max_new_tokens, cache_dtype
 ) -> Generation:
     params = decoding_params(params, config)
     lora = None if lora is None else with_gains(lora, params)  # before the loop, not with every token
-    params = decoder.with_layers_apart(params) if apart else params
     state = _start(
         params,
         prompts_BT,
@@ -422,6 +420,7 @@ def generate(
     once per (B, T, max_new_tokens, number of stop ids). Raises ValueError for an empty prompt.
     """
     _check(prompts_BT, lengths_B, config, max_new_tokens)
+    params, lora = _prepared(params, lora)
     return _generate(
         params,
         prompts_BT,
@@ -433,29 +432,16 @@ def generate(
         config=config,
         max_new_tokens=max_new_tokens,
         cache_dtype=cache_dtype or config.dtype,
-        apart=layers_decode_apart(params),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "cache_dtype", "apart"))
+@functools.partial(jax.jit, static_argnames=("config", "cache_dtype"))
 def _replay(
-    params,
-    prompts_BT,
-    lengths_B,
-    answers_BN,
-    answer_lengths_B,
-    sampling,
-    inv_freq_BF,
-    lora,
-    *,
-    config,
-    cache_dtype,
-    apart,
+    params, prompts_BT, lengths_B, answers_BN, answer_lengths_B, sampling, inv_freq_BF, lora, *, config, cache_dtype
 ) -> jax.Array:
     N = answers_BN.shape[1]
     params = decoding_params(params, config)
     lora = None if lora is None else with_gains(lora, params)
-    params = decoder.with_layers_apart(params) if apart else params
     settings = {"config": config, "max_new_tokens": N, "cache_dtype": cache_dtype}
     nothing_I = jnp.zeros(0, jnp.int32)
     state = _start(params, prompts_BT, lengths_B, sampling, nothing_I, inv_freq_BF, lora, **settings)
@@ -502,6 +488,7 @@ def replay(
             f"replay wants an answer for each of the {B} prompts, with lengths in 0..{N}, the width of the answers; "
             f"given {num_answers} answers" + ("" if traced else f" of lengths {np.asarray(answer_lengths_B).tolist()}")
         )
+    params, lora = _prepared(params, lora)
     return _replay(
         params,
         prompts_BT,
@@ -513,7 +500,6 @@ def replay(
         lora,
         config=config,
         cache_dtype=cache_dtype or config.dtype,
-        apart=layers_decode_apart(params),
     )
 
 
@@ -550,9 +536,7 @@ def stream(
 ) -> Iterator[Streamed]:
     """Yields the tokens of `generate` one step at a time, as they are drawn. Arguments are those of `generate`."""
     _check(prompts_BT, lengths_B, config, max_new_tokens)
-    apart, params = layers_decode_apart(params), decoding_params(params, config)
-    lora = None if lora is None else with_gains(lora, params)
-    params = decoder.with_layers_apart(params) if apart else params
+    params, lora = _prepared(decoding_params(params, config), lora)
     state = _start(
         params,
         prompts_BT,

@@ -212,20 +212,16 @@ def test_impossible_configs_are_refused(change):
         dataclasses.replace(SMALL, **change)
 
 
-@pytest.mark.parametrize("kind", ["plain", "dora", "nf4", "one layer"])
+@pytest.mark.parametrize("kind", ["plain", "dora", "one layer"])
 def test_layers_that_stand_apart_compute_what_the_stack_does(kind, params):
     config, lora = SMALL, None
     if kind == "one layer":
         config = dataclasses.replace(SMALL, num_layers=1)
         params = params | {"layers": jax.tree.map(lambda leaf: leaf[:1], params["layers"])}
-    elif kind == "nf4":
-        params = quantize_params(params, scheme="nf4", group=16)
     elif kind == "dora":
         how = LoraConfig(rank=4, alpha=8.0, kind="dora")
         weights = jax.tree.map(lambda leaf: leaf + 0.1, init_lora(how, params, jax.random.key(1)))
         lora = with_gains(apply_config(weights, how), params)  # of the stack; a layer alone has no magnitudes
-    apart = decoder.with_layers_apart(params)
-    assert len(apart["layers"]) == config.num_layers
 
     @jax.jit
     def both(params, cache):
@@ -234,7 +230,8 @@ def test_layers_that_stand_apart_compute_what_the_stack_does(kind, params):
         logits = [decoder.unembed(params, each.hidden_BTD, config=config, lora=lora) for each in (whole, cached)]
         return logits, whole.finite_LBT, cached.cache
 
-    inputs = tokens(2, 7)
+    inputs, apart = tokens(2, 7), decoder.with_layers_apart(params)
+    assert len(apart["layers"]) == config.num_layers
     expected, found = (both(each, dense_cache(config, 2, 9, dtype="float32")) for each in (params, apart))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), expected, found)
     assert found[1].shape == (config.num_layers, 2, 7) and found[1].all()
@@ -248,3 +245,13 @@ def test_layers_that_stand_apart_lie_where_the_stack_lies(params):
         kernel = own["ffn"]["up"]["kernel"]
         np.testing.assert_array_equal(kernel, up[index])
         assert kernel.unsafe_buffer_pointer() == up.unsafe_buffer_pointer() + index * kernel.nbytes, "nothing is copied"
+
+
+def test_layers_stay_stacked_where_that_is_better(params):
+    quantised = quantize_params(params, scheme="nf4", group=16)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    everywhere = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    apart = decoder.with_layers_apart(params)
+    for given in (quantised, everywhere, apart):
+        assert decoder.with_layers_apart(given) is given
+    jax.eval_shape(lambda params: [decoder.with_layers_apart(params) is params or pytest.fail("traced")], params)
