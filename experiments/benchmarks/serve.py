@@ -10,10 +10,11 @@ Time: 10 minutes for all contenders on a CPU
 
 Every contender is a server, a process of its own over the same folder, and is asked over HTTP: /v1/chat/completions,
 streamed, greedy. All are up at once and take turns, a block of requests each; those whose turn it is not are stopped.
-A client sends its next request when the answer to the last one is there. No two prompts are alike. Every token that the
-model can draw is a word with the space before it, so tokens are counted in what arrives, and no answer ends early: all
-other logits are zero, and the largest is above. Answers to the first requests, and how many tokens their prompts have,
-must be equal for all contenders before anything is timed.
+A client sends its next request when the answer to the last one is there; its first one in a turn is not counted, for it
+finds a process that stood still. No two prompts are alike. Every token that the model can draw is a word with the space
+before it, so tokens are counted in what arrives, and no answer ends early: all other logits are zero, and the largest
+is above. Answers to the first requests, and how many tokens their prompts have, must be equal for all contenders before
+anything is timed.
 
 internjax              python -m serve, with as many slots as the most clients
 transformers           transformers serve as it comes: one request after the other
@@ -33,6 +34,7 @@ of its first turn. Ours is asked both ways, by session and with the whole conver
 
 import argparse
 import dataclasses
+import functools
 import os
 import signal
 import statistics
@@ -199,10 +201,15 @@ def measure(
     """Returns the figures of every contender with so many clients at once."""
     each = max(1, num_requests // clients)
     blocks: dict[str, list[Block]] = {}
+
+    def turn(server: Server, asked: Sequence[Sequence[Turns]]) -> Block:
+        ask_together(server, [own[:1] for own in asked], new_tokens)  # of a process that stood still
+        return ask_together(server, [own[1:] for own in asked], new_tokens)
+
     for index in range(num_blocks + 1):
         warms_up = index == 0
-        asked = prompts.of_clients(1, clients, index, num_clients=clients, each=1 if warms_up else each)
-        for who, block in servers.turns(lambda server, asked=asked: ask_together(server, asked, new_tokens)).items():
+        asked = prompts.of_clients(1, clients, index, num_clients=clients, each=2 if warms_up else 1 + each)
+        for who, block in servers.turns(functools.partial(turn, asked=asked)).items():
             blocks.setdefault(who, []).append(block)
     left = {who: own[1:] for who, own in blocks.items() if who not in servers.failed}
     return {who: figures(own) for who, own in left.items()} | {
