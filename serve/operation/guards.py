@@ -427,9 +427,13 @@ def _add_error_envelopes(app: FastAPI) -> None:
         return respond(error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         place = first["loc"][1:]
+        if not place and isinstance(first.get("input"), bytes):  # FastAPI has not read it as JSON
+            given = request.headers.get("content-type")
+            said = "has no Content-Type" if given is None else f"has the Content-Type {given!r:.100}"
+            return respond(Refusal(f"the body {said}; send it with Content-Type: application/json"))
         parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
         param = "".join(parts).lstrip(".")[:200] or None
         if first["type"] == "json_invalid":

@@ -573,6 +573,19 @@ def test_bad_bodies_are_refused(refusing, body, said):
     assert said in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({}, "the body has no Content-Type; send it with Content-Type: application/json"),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, "has the Content-Type 'application/x-www-form-urlenc"),
+    ],
+)
+def test_a_body_that_is_not_sent_as_json_is_told_so(headers, said, refusing):
+    content = json.dumps({"model": "tiny", "prompt": "x"}).encode()
+    response = httpx.post(f"{refusing.base_url}completions", content=content, headers=headers)
+    assert said in check_refused(response, None)["message"]
+
+
 def test_a_body_that_is_too_large_is_refused(refusing):
     response = raw(refusing, "completions", json.dumps({"model": "tiny", "prompt": "x" * (17 << 20)}).encode())
     check_refused(response, None, 413)
