@@ -433,7 +433,8 @@ def _add_error_envelopes(app: FastAPI) -> None:
         if not place and isinstance(first.get("input"), bytes):  # FastAPI has not read it as JSON
             given = request.headers.get("content-type")
             said = "has no Content-Type" if given is None else f"has the Content-Type {given!r:.100}"
-            return respond(Refusal(f"the body {said}; send it with Content-Type: application/json"))
+            message = f"the body {said}; send it with Content-Type: application/json"
+            return respond(Refusal(message, code="invalid_value"))
         parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
         param = "".join(parts).lstrip(".")[:200] or None
         if first["type"] == "json_invalid":
