@@ -98,9 +98,7 @@ def _begin(params, tokens_BT, *, config):
     return decoder.begin(params, tokens_BT, config=config)
 
 
-@jax.jit
-def _take(layers, index):
-    return jax.tree.map(lambda leaf: leaf[index], layers)
+_take = jax.jit(decoder.layer_of)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
